@@ -1,0 +1,154 @@
+"""From a SPEC to an untrained model, and the shape of what it takes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prune_viz.errors import UserError
+
+
+def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int, ...]:
+    """Shape of one input, without the batch, where nobody said it.
+
+    The first of these that applies: the model's own ``input_shape`` attribute, a tuple of positive
+    integers; for a ``torchvision:NAME`` the crop size of its published weights; 224 by 224. Channels
+    are those of the first registered convolution.
+
+    Raises
+    ------
+    UserError
+        If the model has no convolution, or a first one that is not two-dimensional.
+    """
+    own = getattr(model, "input_shape", None)
+    if isinstance(own, tuple) and own and all(isinstance(size, int) and size > 0 for size in own):
+        return own
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if first is None:
+        raise UserError("the model has no convolution, so it has no filters to look at")
+    if not isinstance(first, nn.Conv2d):
+        raise UserError(
+            "the model does not take pictures: say what it takes with --input-shape, sizes by commas"
+        )
+    size = 224
+    if arch is not None and arch.startswith("torchvision:"):
+        size = _torchvision_crop(arch.partition(":")[2]) or size
+    return (first.in_channels, size, size)
+
+
+def resolve_architecture(spec: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build an untrained model from its SPEC.
+
+    Parameters
+    ----------
+    spec : str
+        ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``, where the factory may be
+        dotted, as in ``efficientnet_lite_pytorch:EfficientNet.from_name``. Modules are also looked for
+        in the current directory.
+    kwargs : mapping, optional
+        Keyword arguments for the factory. None may ask for pretrained weights: they come from the file.
+
+    Raises
+    ------
+    UserError
+        If there is no such architecture, or building it fails.
+    """
+    kwargs = dict(kwargs or {})
+    home, _, name = spec.partition(":")
+    if not home or not name:
+        raise UserError(f"--arch {spec}: expected torchvision:NAME, timm:NAME or package.module:factory")
+    downloads = [key for key in kwargs if key.startswith(("weights", "pretrained"))]
+    if home in ("torchvision", "timm") and downloads:
+        raise UserError(f"--arch-kwargs: leave out {downloads[0]}; the weights come from the model file")
+    with current_directory_importable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if home == "torchvision":
+            factory, defaults = _torchvision_factory(name)
+        elif home == "timm":
+            factory, defaults = _timm_factory(name)
+        else:
+            factory, defaults = _imported_factory(home, name), {}
+        try:
+            model = factory(**defaults, **kwargs)
+        except Exception as error:
+            raise UserError(f"--arch {spec} could not be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--arch {spec} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _torchvision_factory(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    from torchvision import models
+
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError:
+        raise UserError(f"torchvision has no model {name}{_near(name, models.list_models())}") from None
+    defaults: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        defaults["weights_backbone"] = None
+    return builder, defaults
+
+
+def _torchvision_crop(name: str) -> int | None:
+    from torchvision import models
+
+    try:
+        crop = models.get_model_weights(name).DEFAULT.transforms().crop_size
+    except (ValueError, AttributeError):
+        return None
+    return int(crop[0]) if isinstance(crop, Sequence) and len(crop) == 1 else None
+
+
+def _timm_factory(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"--arch timm:{name} needs timm, which is not installed: pip install timm") from None
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name}{_near(name, timm.list_models())}")
+    return timm.create_model, {"model_name": name, "pretrained": False}
+
+
+def _imported_factory(module_name: str, path: str) -> Callable[..., Any]:
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"--arch: module {module_name} could not be imported ({problem})") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"--arch: {module_name} has no {path}{_near(part, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"--arch: {module_name}:{path} cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+@contextmanager
+def current_directory_importable() -> Iterator[None]:
+    """Let modules of the current directory be imported, as under ``python -m``."""
+    here = str(Path.cwd())
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    # Last, so that a file of the user's cannot take the place of an installed package.
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
