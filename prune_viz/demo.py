@@ -1,0 +1,157 @@
+"""The embedded default: train a small network, plant filters that it does not need, find and remove them.
+
+Nothing is downloaded: the digits come with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from prune_viz.digits import DigitsNet, Planted, accuracy, found, load_digits, plant, train, train_digits_net
+from prune_viz.errors import UserError
+from prune_viz.progress import Progress
+from prune_viz.runs import written_aside
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+FINE_TUNING_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the demo's table.
+
+    Attributes
+    ----------
+    name : str
+        What had been done to the network.
+    filters : int
+        Filters that are left, and not held at zero.
+    parameters, macs : int
+        Parameters, and multiply-accumulates of one picture.
+    accuracy : float
+        On the held-out digits, 0 to 1.
+    """
+
+    name: str
+    filters: int
+    parameters: int
+    macs: int
+    accuracy: float
+
+
+def run_demo(
+    out: Path | str, progress: Progress | None = None, console: Console | None = None
+) -> list[Stage]:
+    """Train, plant, analyse, mask, remove, fine-tune; print what came of it.
+
+    Parameters
+    ----------
+    out : path
+        Directory for ``model.pt`` and the run. A ``model.pt`` of an earlier demo is used again.
+    progress : Progress, optional
+        Told about every stage.
+    console : rich.console.Console, optional
+        Where to print; standard output by default.
+
+    Returns
+    -------
+    list of Stage
+        The rows of the table: before, after masking, after removal with merging, after fine-tuning.
+
+    Raises
+    ------
+    UserError
+        If `out` cannot be written or holds something else.
+    """
+    from rich.console import Console
+
+    from prune_viz.analysis import analyze
+    from prune_viz.checkpoints import load_checkpoint
+    from prune_viz.masks import apply_masks, load_masks
+    from prune_viz.surgery import count_cost, remove_filters
+
+    console = console or Console(markup=False, highlight=False)
+    progress = progress or Progress()
+    digits = load_digits()
+    out = Path(out)
+    path = out / "model.pt"
+    if not path.exists():
+        save_demo_model(*plant(train_digits_net(digits, progress=progress), digits), path)
+    planted = read_planted(path)
+    checkpoint = load_checkpoint(path)
+    model = checkpoint.model
+    shape = DigitsNet.input_shape
+    analysis = analyze(model, input_shape=shape, out=out, progress=progress, source=checkpoint.source)
+
+    def row(name: str, network: nn.Module, filters: int) -> Stage:
+        parameters, macs = count_cost(network, shape)
+        return Stage(name, filters, parameters, macs, accuracy(network, digits))
+
+    masks = load_masks(out / "masks.pt")
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    rows = [row("before", model, count_filters(model))]
+    masked = apply_masks(copy.deepcopy(model), masks)
+    rows.append(row("after masking", masked, count_filters(masked) - removed))
+    smaller = remove_filters(model, masks, torch.zeros(1, *shape), compensate="merge")
+    rows.append(row("after removal with merging", smaller, count_filters(smaller)))
+    train(smaller, digits, FINE_TUNING_EPOCHS, rate=1e-3, stage="fine-tuning", progress=progress)
+    rows.append(row("after fine-tuning", smaller, count_filters(smaller)))
+    _print_outcome(console, rows, analysis.filters, planted)
+    return rows
+
+
+def save_demo_model(model: DigitsNet, planted: Sequence[Planted], path: Path) -> None:
+    """Write the demo's checkpoint, which says its own architecture and what was planted."""
+    content = {
+        "arch": "prune_viz.demo:DigitsNet",
+        "arch_kwargs": {"widths": model.widths},
+        "input_shape": list(model.input_shape),
+        "state_dict": model.state_dict(),
+        "planted": [asdict(truth) for truth in planted],
+    }
+    with written_aside(path) as aside:
+        torch.save(content, aside)
+
+
+def read_planted(path: Path) -> list[Planted]:
+    """Read what was planted from the demo's checkpoint; raises `UserError` if it is another's."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return [Planted(**truth) for truth in content["planted"]]
+    except Exception:
+        raise UserError(f"{path} is not the demo's model; choose another --out") from None
+
+
+def count_filters(model: nn.Module) -> int:
+    """Count the filters of all convolutions of `model`."""
+    return sum(module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def _print_outcome(
+    console: Console, rows: Sequence[Stage], filters: pd.DataFrame, planted: Sequence[Planted]
+) -> None:
+    from rich import box
+    from rich.table import Table
+
+    copies, dead = found(filters, planted)
+    all_copies, all_dead = (sum(len(getattr(t, kind)) for t in planted) for kind in ("copies", "dead"))
+    console.print(f"planted copies found: {copies} of {all_copies}")
+    console.print(f"planted dead filters found: {dead} of {all_dead}")
+    table = Table(box=box.SIMPLE if console.is_terminal else None, pad_edge=False)
+    table.add_column("network")
+    for title in ("filters", "parameters", "MACs", "accuracy"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        numbers = (f"{row.filters:,}", f"{row.parameters:,}", f"{row.macs:,}", f"{row.accuracy:.4f}")
+        table.add_row(row.name, *numbers)
+    console.print(table)

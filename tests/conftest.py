@@ -1,0 +1,27 @@
+"""What all tests share: slow ones only on demand, one thread, and the demo's trained network."""
+
+import pytest
+import torch
+
+from prune_viz.digits import Digits, DigitsNet, load_digits, train_digits_net
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tensors here are small; more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    return load_digits()
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Digits) -> DigitsNet:
+    """The demo's network before planting; copy it before changing it."""
+    return train_digits_net(digits)

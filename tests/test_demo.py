@@ -1,0 +1,120 @@
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from prune_viz.checkpoints import load_checkpoint
+from prune_viz.demo import read_planted, save_demo_model
+from prune_viz.digits import PLANTED_LAYERS, Digits, DigitsNet, Planted, accuracy, found, plant
+from prune_viz.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def wide(trained: DigitsNet, digits: Digits) -> tuple[DigitsNet, list[Planted]]:
+    return plant(trained, digits)
+
+
+def feature_maps(model: DigitsNet, layer: str, images: torch.Tensor) -> torch.Tensor:
+    """What the next layer reads of `layer`: (filters, everything else)."""
+    norm, _ = PLANTED_LAYERS[layer]
+    seen = []
+    hook = model.get_submodule(norm).register_forward_hook(lambda _, __, out: seen.append(out.relu()))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    return seen[0].transpose(0, 1).flatten(1)
+
+
+def test_training_reaches_the_promised_accuracy(trained: DigitsNet, digits: Digits) -> None:
+    assert len(digits.held_labels) == 450
+    assert accuracy(trained, digits) >= 0.97
+
+
+def test_training_leaves_the_random_state_alone(digits: Digits) -> None:
+    from prune_viz import digits as module
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    few = Digits(digits.images[:64], digits.labels[:64], digits.held_images, digits.held_labels)
+    first = module.train_digits_net(few)
+    assert torch.equal(torch.rand(1), expected)
+    again = module.train_digits_net(few)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_planting_leaves_the_function_unchanged(
+    trained: DigitsNet, wide: tuple[DigitsNet, list[Planted]], digits: Digits
+) -> None:
+    noise = 3 * torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for images in (digits.held_images, noise):
+        torch.testing.assert_close(wide[0](images), trained(images), atol=1e-4, rtol=1e-4)
+    assert wide[0].widths == [12, 21, 24, 37]
+
+
+def test_planted_filters_are_what_they_are_said_to_be(
+    wide: tuple[DigitsNet, list[Planted]], digits: Digits
+) -> None:
+    model, planted = wide
+    assert [truth.layer for truth in planted] == ["conv2", "conv4"]
+    for truth in planted:
+        noise = 3 * torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        maps = feature_maps(model, truth.layer, torch.cat([digits.images, noise]))
+        assert len(truth.copies) == 3
+        for first, second in truth.copies:
+            scale = maps[second].norm() / maps[first].norm()
+            torch.testing.assert_close(maps[second], scale * maps[first], atol=1e-4, rtol=1e-4)
+            assert maps[first].norm() > 1
+        assert len(truth.dead) == 2
+        reader = model.get_submodule(PLANTED_LAYERS[truth.layer][1])
+        for number, kind in truth.dead:
+            read = reader.weight[:, number]
+            if kind == "silent":
+                assert maps[number].max() == 0
+                assert read.norm() > 0
+            elif kind == "constant":
+                assert maps[number].min() == maps[number].max() == 0.5
+                assert read.norm() > 0
+            else:
+                assert kind == "unread"
+                assert read.norm() == 0
+                assert maps[number].std() > 0.1
+
+
+def test_a_disturbed_copy_would_be_noticed(wide: tuple[DigitsNet, list[Planted]], digits: Digits) -> None:
+    """The check above can fail: copies are read, so losing one changes the function."""
+    model = copy.deepcopy(wide[0])
+    _, second = wide[1][0].copies[0]
+    nn.init.zeros_(model.conv3.weight[:, second].detach())
+    with torch.no_grad():
+        assert (model(digits.held_images) - wide[0](digits.held_images)).abs().max() > 0.1
+
+
+def test_the_demo_file_says_what_it_is(
+    wide: tuple[DigitsNet, list[Planted]], digits: Digits, tmp_path
+) -> None:
+    path = tmp_path / "model.pt"
+    save_demo_model(*wide, path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.arch == "prune_viz.demo:DigitsNet"
+    assert checkpoint.input_shape == (1, 8, 8)
+    assert read_planted(path) == wide[1]
+    assert accuracy(checkpoint.model, digits) == accuracy(wide[0], digits)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_another_model_is_not_taken_for_the_demos(tmp_path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(DigitsNet().state_dict(), path)
+    with pytest.raises(UserError, match="is not the demo's model"):
+        read_planted(path)
+
+
+def test_found_counts_either_filter_of_a_pair_and_only_dead_as_dead() -> None:
+    planted = [Planted("a", [(0, 1), (2, 3), (4, 5)], [(6, "silent"), (7, "unread")])]
+    verdicts = ["redundant", "keep", "keep", "redundant", "keep", "keep", "dead", "redundant"]
+    table = pd.DataFrame({"layer": "a", "filter": range(8), "verdict": verdicts})
+    assert found(table, planted) == (2, 1)
