@@ -1,0 +1,182 @@
+"""Coupling groups: which filters can only be removed together, and who reads them.
+
+The groups come from Torch-Pruning's dependency graph. A group's *channels* are the things that are
+removed or kept as one: a channel of a residual stream is written by several convolutions and read by
+several; a channel between an expansion and a projection passes a depthwise convolution on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from prune_viz.filters import is_depthwise
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a group's channels lie in one module: ``channels[k]`` is at index ``indices[k]``.
+
+    Attributes
+    ----------
+    module : str
+        The module's dotted name.
+    indices : ndarray of int, shape (K,)
+        Filters of a writer; input channels (or, behind a flatten, input features) of a reader.
+    channels : ndarray of int, shape (K,)
+        Channel of the group that lies there; a channel may lie at several indices.
+    """
+
+    module: str
+    indices: np.ndarray
+    channels: np.ndarray
+
+
+@dataclass(frozen=True)
+class CouplingGroup:
+    """Filters that can only be removed together.
+
+    Attributes
+    ----------
+    number : int
+        Index in the list of groups.
+    channels : int
+        How many channels there are to keep or remove.
+    writers : list of Places
+        Convolutions whose filters are tied to the channels, depthwise ones on the way included.
+    readers : list of Places
+        Convolutions and linear layers that read the channels.
+    removable : bool
+        Whether the network can be made smaller by a channel of this group.
+    note : str
+        Why not, where `removable` is False.
+    """
+
+    number: int
+    channels: int
+    writers: list[Places]
+    readers: list[Places]
+    removable: bool = True
+    note: str = ""
+    layers: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", [places.module for places in self.writers])
+
+
+class UntraceableError(Exception):
+    """The dependency graph could not be built; the message says why."""
+
+
+def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> tp.DependencyGraph:
+    """Build Torch-Pruning's dependency graph over `model` itself, which ends in eval mode.
+
+    Raises
+    ------
+    UntraceableError
+        If the library cannot trace the model.
+    """
+    # A graph over frozen parameters comes out empty, without a word.
+    model.requires_grad_(True)
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            return tp.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
+    except Exception as error:  # the library asserts, indexes and divides its way through strange models
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UntraceableError(reason) from error
+
+
+def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[CouplingGroup]:
+    """Find the coupling groups of a model's convolutions.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; copied, not changed.
+    example_inputs : Tensor, shape (1, C, *size)
+        An input the model runs on.
+
+    Returns
+    -------
+    list of CouplingGroup
+        Every convolution that runs stands in exactly one group as a writer.
+
+    Raises
+    ------
+    UntraceableError
+        If the dependency graph cannot be built.
+    """
+    twin = copy.deepcopy(model).eval()
+    graph = build_graph(twin, example_inputs)
+    names = {module: name for name, module in twin.named_modules()}
+    groups: list[CouplingGroup] = []
+    seen: set[nn.Module] = set()
+    for module in names:
+        if isinstance(module, _ConvNd) and module in graph.module2node and module not in seen:
+            try:
+                items = graph.get_pruning_group(module, tp.prune_conv_out_channels, list(range(module.out_channels)))
+            except Exception as error:  # see build_graph
+                raise UntraceableError(f"{names[module]}: {error}") from error
+            group, writers = _read_group(len(groups), module.out_channels, items, names)
+            seen.update(writers)
+            groups.append(group)
+    return groups
+
+
+def _read_group(
+    number: int, channels: int, items: Any, names: dict[nn.Module, str]
+) -> tuple[CouplingGroup, list[nn.Module]]:
+    """Turn one of the library's groups into plain data, and list its writers."""
+    writers: dict[nn.Module, Places] = {}
+    readers: dict[nn.Module, Places] = {}
+    notes: list[str] = []
+    for item in items.items:
+        node, handler = item.dep.target, item.dep.handler.__name__
+        module = node.module
+        reads = handler == "prune_in_channels" and isinstance(module, (_ConvNd, nn.Linear))
+        if not reads and not node.outputs:
+            notes.append("its filters are the network's output")
+        if isinstance(module, nn.Parameter) or module not in names:
+            continue
+        places = Places(names[module], np.array(item.idxs), np.array(item.root_idxs))
+        if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+            notes.append(f"{names[module]} is a grouped convolution")
+        if is_depthwise(module):
+            writers.setdefault(module, places)
+        elif reads:
+            readers[module] = places
+            if len(set(np.bincount(places.channels, minlength=channels))) > 1:
+                notes.append(f"{names[module]} reads only a part of it")
+        elif isinstance(module, _ConvNd):
+            writers[module] = places
+        elif not isinstance(module, (_BatchNorm, _InstanceNorm, nn.PReLU, nn.Linear)):
+            notes.append(f"{names[module]} ({type(module).__name__}) mixes or fixes the channels")
+    if not readers:
+        notes.append("nothing in the network that can be adjusted reads it")
+    ordered = sorted(writers, key=lambda module: list(names).index(module))
+    group = CouplingGroup(
+        number,
+        channels,
+        [writers[module] for module in ordered],
+        list(readers.values()),
+        removable=not notes,
+        note=next(iter(notes), ""),
+    )
+    return group, list(writers)
+
+
+def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:
+    """The group in which each convolution is a writer."""
+    return {layer: group for group in groups for layer in group.layers}

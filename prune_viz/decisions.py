@@ -1,0 +1,208 @@
+"""From a group's verdicts to what is written: a row a filter with its reason, masks, `decisions.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from prune_viz.coupling import CouplingGroup
+from prune_viz.embedding import Embedding
+from prune_viz.filters import Layer
+from prune_viz.masks import Masks, Merge
+from prune_viz.redundancy import TOLERANCE, ChannelVerdict, GroupVerdicts
+from prune_viz.runs import FILTER_COLUMNS, FORMAT, LayerTensors
+
+
+def filter_rows(
+    layer: Layer,
+    tensors: LayerTensors,
+    embedding: Embedding,
+    group: CouplingGroup | None,
+    verdicts: Mapping[int, GroupVerdicts],
+    judged: set[str],
+) -> pd.DataFrame:
+    """A layer's rows of `filters.csv`.
+
+    Parameters
+    ----------
+    layer : Layer
+        The layer.
+    tensors : LayerTensors
+        Its stimuli and responses.
+    embedding : Embedding
+        Its map and clusters.
+    group : CouplingGroup or None
+        The group that ties its filters; None if groups could not be found.
+    verdicts : mapping of int to GroupVerdicts
+        By the group's number.
+    judged : set of str
+        Names of the layers that this run looked at.
+    """
+    rows = []
+    places = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None
+    channel_of = {} if places is None else dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
+    filter_at = {channel: index for index, channel in channel_of.items()}
+    for index in range(layer.filters):
+        activation = float(tensors.activations[index])
+        if group is None:
+            silent = activation == 0 and float(tensors.responses[:, index].max()) == 0
+            verdict, score, damage = ("dead" if silent else "keep"), float("nan"), float("nan")
+            representatives: list[int] = []
+            reason = (
+                f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at zero."
+                if silent
+                else "Kept: what reads it could not be traced."
+            )
+        else:
+            found = verdicts[group.number].channels[channel_of[index]]
+            verdict, score, damage = found.verdict, found.score, found.damage
+            representatives = [filter_at[channel] for channel in found.representatives]
+            reason = explain(found, representatives, group, layer.name, activation, judged)
+        rows.append(
+            (
+                layer.name, index, verdict, ";".join(map(str, representatives)), score,
+                int(embedding.clusters[index]), *embedding.positions[index], activation, damage, reason,
+            )
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=FILTER_COLUMNS)
+
+
+def explain(
+    verdict: ChannelVerdict,
+    representatives: Sequence[int],
+    group: CouplingGroup,
+    layer: str,
+    activation: float,
+    judged: set[str],
+) -> str:
+    """Say in a sentence why a filter has its verdict."""
+    tied = [name for name in group.layers if name != layer]
+    channel = "It" if not tied else "The channel that ties it to " + " and ".join(tied)
+    cost = f"{_percent(verdict.damage)} of the output of the layers that read it"
+    if verdict.kind == "silent":
+        if activation > 0:
+            return f"Silent: {channel} never fires where it is read, on its own stimulus or any other probe."
+        return "Silent: its own stimulus and every other probe leave its feature map at zero."
+    if verdict.kind == "unread":
+        return "Unread: every weight that reads it is zero."
+    if verdict.kind == "constant":
+        return (
+            f"Constant: it gives {verdict.constant:.3g} whatever it is shown, which the bias of the next layer "
+            f"can carry; removing it costs {cost}."
+        )
+    if verdict.verdict == "redundant":
+        pairs = zip(representatives, verdict.coefficients, strict=True)
+        mix = " + ".join(f"{weight:.3g} x filter {index}" for index, weight in pairs)
+        return (
+            f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; removing it "
+            f"costs {cost}."
+        )
+    if group.note:
+        return f"Kept: {group.note}."
+    if np.isnan(verdict.damage):
+        missing = [name for name in group.layers if name not in judged]
+        if missing:
+            return f"Kept: it is tied to {', '.join(missing)}, which this run did not look at."
+        return "Kept: the layers that read it give no output that varies."
+    return f"Kept: all others together rebuild {_percent(verdict.score)} of it; removing it would cost {cost}."
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    if percent >= 99.995:
+        return "100%"
+    if percent >= 99:
+        return f"{percent:.2f}%"
+    return f"{percent:.3g}%" if percent >= 1e-3 else "under 0.001%"
+
+
+def masks_of(
+    table: pd.DataFrame,
+    groups: Sequence[CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    filters: Mapping[str, int],
+) -> Masks:
+    """Masks of every layer from the rows' verdicts, with the merges that make up for them."""
+    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
+    flagged = table[table["verdict"] != "keep"]
+    for name, rows in flagged.groupby("layer", sort=False):
+        masks[str(name)][torch.from_numpy(rows["filter"].to_numpy().copy())] = False
+    merges = []
+    for group in groups:
+        for found in verdicts[group.number].channels:
+            if found.verdict != "keep":
+                root = group.writers[0]
+                filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
+                merges.append(
+                    Merge(
+                        root.module,
+                        filter_at[found.channel],
+                        tuple(filter_at[channel] for channel in found.representatives),
+                        tuple(found.coefficients),
+                        found.constant,
+                    )
+                )
+    return Masks(masks, tuple(merges))
+
+
+def decisions_json(
+    table: pd.DataFrame,
+    groups: Sequence[CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    masks: Masks,
+    model_sha256: str,
+) -> dict[str, Any]:
+    """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges."""
+    in_group = {layer: group for group in groups for layer in group.layers}
+    flagged = []
+    for row in table[table["verdict"] != "keep"].itertuples(index=False):
+        entry: dict[str, Any] = {"layer": row.layer, "filter": int(row.filter), "verdict": row.verdict}
+        entry["representatives"] = [int(part) for part in str(row.representative).split(";") if part]
+        group = in_group.get(str(row.layer))
+        if group is not None:
+            places = next(p for p in group.writers if p.module == row.layer)
+            channel = int(places.channels[places.indices == row.filter][0])
+            found = verdicts[group.number].channels[channel]
+            entry.update(kind=found.kind, coefficients=found.coefficients, constant=found.constant)
+        entry.update(score=row.score, damage=row.damage, reason=row.reason)
+        flagged.append(entry)
+    return {
+        "format": FORMAT,
+        "model_sha256": model_sha256,
+        "tolerance": TOLERANCE,
+        "groups": [
+            {
+                "id": group.number,
+                "layers": group.layers,
+                "readers": [places.module for places in group.readers],
+                "channels": group.channels,
+                "removable": group.removable,
+                "note": group.note,
+                "damage": verdicts[group.number].damage,
+            }
+            for group in groups
+        ],
+        "verdicts": flagged,
+        "merges": [
+            {
+                "layer": merge.layer,
+                "filter": merge.filter,
+                "representatives": list(merge.representatives),
+                "coefficients": list(merge.coefficients),
+                "constant": merge.constant,
+            }
+            for merge in masks.merges
+        ],
+        "removal_order": [
+            {
+                "group": group.number,
+                "channels": verdicts[group.number].order,
+                "damage": [float(f"{damage:.4g}") for damage in verdicts[group.number].order_damage],
+            }
+            for group in groups
+        ],
+    }

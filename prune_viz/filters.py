@@ -1,0 +1,261 @@
+"""Which filters a network has, and the network as its filters' maps: `FilterNetwork`."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prune_viz import tracing
+from prune_viz.errors import UserError
+
+# A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
+SMALLEST_CANVAS = {1: 64, 2: 32, 3: 8}
+LARGEST_CANVAS = {1: 4096, 2: 96, 3: 24}
+_CANVAS_STEP = {1: 32, 2: 16, 3: 4}
+
+MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution and its filters.
+
+    Attributes
+    ----------
+    name : str
+        The module's dotted name.
+    kind : str
+        For people, ``"3x3 convolution, stride 2"``.
+    filters : int
+        Number of filters (output channels).
+    depth : int
+        Position in the order of execution, from 0.
+    receptive_field : tuple of int or None
+        Input pixels one position of the feature map sees, a spatial axis each; None if unknown.
+    canvas : tuple of int
+        Spatial size of the stimuli.
+    """
+
+    name: str
+    kind: str
+    filters: int
+    depth: int
+    receptive_field: tuple[int, ...] | None
+    canvas: tuple[int, ...]
+
+
+class FilterNetwork:
+    """A model prepared for looking at its filters: traced, batch norms folded, parameters frozen.
+
+    The model given is copied, never changed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; used in eval mode.
+    input_shape : tuple of int
+        Shape of one input, channels first, without the batch axis.
+    canvas : int, optional
+        Size of every stimulus along each axis, instead of one chosen from the receptive field.
+    device : torch.device
+        Where the work is done.
+
+    Attributes
+    ----------
+    layers : list of Layer
+        Every convolution that runs, in order of execution.
+    skipped : list of str
+        Names of convolutions that do not run when the model is called.
+
+    Raises
+    ------
+    UserError
+        If the model has no convolutions, or does not run on an input of that shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        canvas: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.input_shape = tuple(input_shape)
+        self.device = torch.device(device)
+        convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+        if not convolutions:
+            raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
+        order = _execution_order(model, self.input_shape, convolutions)
+        self.skipped = [name for name in convolutions if name not in order]
+
+        traced = tracing.trace(model)
+        self._graph: fx.GraphModule | None = None
+        self._taps: dict[str, tracing.Tap] = {}
+        self._model = model
+        if traced is not None:
+            self._graph = tracing.fold_batch_norms(traced).to(self.device).requires_grad_(False)
+            if len(self.input_shape) == 3:
+                self._graph = self._graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._taps = tracing.find_taps(self._graph)
+        self.layers = [self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(order)]
+
+    def _layer(self, depth: int, name: str, module: _ConvNd, canvas: int | None) -> Layer:
+        field = None
+        if self._graph is not None and name in self._taps:
+            field = tracing.receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
+        size = choose_canvas(self.input_shape[1:], field, canvas)
+        return Layer(name, describe(module), module.out_channels, depth, field, size)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name; raises `UserError`, with near names, if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise UserError(no_layer_message(name, [layer.name for layer in self.layers]))
+
+    def maps(self, name: str) -> MapFunction:
+        """The network up to a layer's feature maps.
+
+        Returns
+        -------
+        callable
+            From inputs, shape (B, C, *canvas), to the layer's maps before and after its activation, both
+            (B, F, *spatial); the same tensor where no activation follows.
+        """
+        if self._graph is not None and name in self._taps:
+            part = tracing.cut(self._graph, self._taps[name])
+            return part
+        return tracing.HookedMaps(self._model, name, self.device)
+
+
+def _execution_order(
+    model: nn.Module, input_shape: tuple[int, ...], convolutions: dict[str, _ConvNd]
+) -> list[str]:
+    """Run the model once and list the convolutions as they are called, each once."""
+    first = next(iter(convolutions.values()))
+    axes = first.weight.ndim - 2
+    if len(input_shape) != axes + 1:
+        raise UserError(
+            f"input shape {_comma(input_shape)} does not fit: the first convolution works on {axes} spatial axes, "
+            f"so give {axes + 1} numbers, channels first"
+        )
+    order: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if name not in order:
+                order.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
+    training = model.training
+    reference = next(model.parameters())
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype))
+    except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
+        text = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the model does not run on an input of shape {_comma(input_shape)} ({text}); give the right "
+            "--input-shape C,H,W"
+        ) from None
+    finally:
+        for handle in hooks:
+            handle.remove()
+        model.train(training)
+    if not order:
+        raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
+    return order
+
+
+def choose_canvas(
+    input_size: Sequence[int], field: Sequence[int] | None, canvas: int | None = None
+) -> tuple[int, ...]:
+    """Choose a layer's canvas: twice its receptive field, within bounds, never beyond the model's input.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Spatial size of the model's input.
+    field : sequence of int or None
+        The receptive field; None counts as unbounded.
+    canvas : int, optional
+        A size wished for instead; the input still bounds it.
+
+    Returns
+    -------
+    tuple of int
+        A size an axis.
+    """
+    axes = len(input_size)
+    if canvas is not None:
+        return tuple(min(size, canvas) for size in input_size)
+    smallest, largest, step = SMALLEST_CANVAS[axes], LARGEST_CANVAS[axes], _CANVAS_STEP[axes]
+    seen = field if field is not None else (largest,) * axes
+    wished = [math.ceil(2 * extent / step) * step for extent in seen]
+    return tuple(
+        min(size, max(smallest, min(largest, wish))) for size, wish in zip(input_size, wished, strict=True)
+    )
+
+
+def describe(module: _ConvNd) -> str:
+    """Name a convolution for people, ``"5x5 depthwise convolution, stride 2"``."""
+    size = "x".join(str(extent) for extent in module.kernel_size)
+    words = [size]
+    if is_depthwise(module):
+        words.append("depthwise")
+    elif module.groups > 1:
+        words.append(f"grouped ({module.groups})")
+    words.append("transposed convolution" if isinstance(module, _ConvTransposeNd) else "convolution")
+    text = " ".join(words)
+    if max(module.stride) > 1:
+        text += f", stride {max(module.stride)}"
+    if max(module.dilation) > 1:
+        text += f", dilation {max(module.dilation)}"
+    return text
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each filter of a convolution reads exactly one channel, its own."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def select_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """Layers whose name matches any of the shell patterns; all of them if there is no pattern.
+
+    Raises
+    ------
+    UserError
+        If a pattern matches no layer; the message lists near names.
+    """
+    if not patterns:
+        return list(layers)
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(no_layer_message(pattern, names))
+    return [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)]
+
+
+def no_layer_message(wanted: str, names: Sequence[str]) -> str:
+    """Say that no layer matches, and which names are near."""
+    import difflib
+
+    bare = wanted.replace("*", "")
+    near = difflib.get_close_matches(bare, names, n=4, cutoff=0.3)
+    near += [name for name in names if bare and bare in name and name not in near][:4]
+    listed = ", ".join((near or list(names))[:6])
+    return f"no convolution matches {wanted!r}; there are {len(names)}, for instance: {listed}"
+
+
+def _comma(shape: Sequence[int]) -> str:
+    return ",".join(str(size) for size in shape)

@@ -1,0 +1,370 @@
+"""Verdicts: which filters repeat others or do nothing, with the numbers that show it.
+
+A channel is redundant when a few kept channels rebuild it. With ``G = E[v v']`` the second moments of a
+group's channels and a constant, the residual of channel j given all others is ``1 / (G^-1)_jj``.
+Backward elimination removes the channel whose loss its readers feel least, downdates ``G^-1`` by a rank,
+and moves the removed channel's outgoing weights onto those that rebuild it, so that the damage of
+further removals is that to the merged network. The losses of one elimination are orthogonal; they add.
+
+What elimination proposes is confirmed sparsely and on probes that the fit did not see: each proposed
+channel must be rebuilt from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost
+the readers less than the tolerance. Damage is a share of the readers' output variance throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune_viz.coupling import CouplingGroup
+from prune_viz.responses import Moments
+
+TOLERANCE = 1e-3
+MIN_SCORE = 0.95
+MAX_REPRESENTATIVES = 8
+_RIDGE = 1e-9  # of a channel's own mean square
+_CONSTANT = 1e-4  # standard deviation of a constant map, of its mean or of its layer's typical deviation
+
+
+@dataclass(frozen=True)
+class ChannelVerdict:
+    """The verdict on one channel of a coupling group.
+
+    Attributes
+    ----------
+    channel : int
+        Which channel.
+    verdict : {"keep", "redundant", "dead"}
+        What to do.
+    kind : {"", "silent", "constant", "unread"}
+        How a dead one is dead.
+    representatives : list of int
+        Kept channels that rebuild it, the one that contributes most first.
+    coefficients : list of float
+        Their weights.
+    constant : float
+        What is added.
+    score : float
+        Share of the channel's variance that others rebuild, held out, 0 to 1; NaN if not judged.
+    damage : float
+        Share of the readers' output variance lost by removing it; NaN if not judged.
+    """
+
+    channel: int
+    verdict: str
+    kind: str
+    representatives: list[int]
+    coefficients: list[float]
+    constant: float
+    score: float
+    damage: float
+
+
+@dataclass(frozen=True)
+class GroupVerdicts:
+    """What was found in a coupling group.
+
+    Attributes
+    ----------
+    group : int
+        The group's number.
+    channels : list of ChannelVerdict
+        A verdict a channel, in order.
+    order : list of int
+        Channels in the order in which to remove them, the least missed first.
+    order_damage : list of float
+        Predicted damage of having removed that channel and all before it.
+    damage : float
+        Predicted damage of removing all flagged channels with merging, held out.
+    """
+
+    group: int
+    channels: list[ChannelVerdict]
+    order: list[int]
+    order_damage: list[float]
+    damage: float
+
+
+def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
+    """Verdicts for a group that cannot be judged: everything is kept."""
+    nan = float("nan")
+    kept = [ChannelVerdict(index, "keep", "", [], [], 0.0, nan, nan) for index in range(group.channels)]
+    return GroupVerdicts(group.number, kept, [], [], 0.0)
+
+
+def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = TOLERANCE) -> GroupVerdicts:
+    """Judge every channel of a group.
+
+    Parameters
+    ----------
+    group : CouplingGroup
+        The group; one that is not removable is kept whole.
+    moments : sequence of Moments
+        One a reader.
+    tolerance : float
+        Damage allowed to all flagged channels of the group together, 0 to 1.
+
+    Returns
+    -------
+    GroupVerdicts
+    """
+    readers = [reader for reader in moments if reader.output_variance > 0]
+    if not group.removable or not readers:
+        return judge_unjudged(group)
+    fit, held_out, energy = _combine(readers)
+    order, order_damage = eliminate(fit, energy)
+    proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
+    dead = _dead_kinds(readers)
+    rebuilt = _confirm(proposed, dead, fit, held_out, readers, tolerance)
+    kept = [channel for channel in range(group.channels) if channel not in rebuilt]
+    score, damage = _given_kept(kept, fit, held_out, energy, rebuilt)
+    channels = []
+    for channel in range(group.channels):
+        if channel in rebuilt:
+            weights = rebuilt[channel]
+            named = np.flatnonzero(weights[:-1])
+            strength = np.abs(weights[named]) * np.sqrt(np.diag(fit)[named])
+            named = named[np.argsort(-strength)]
+            kind = "" if len(named) else dead[channel] or "constant"
+            channels.append(
+                ChannelVerdict(
+                    channel,
+                    "dead" if kind else "redundant",
+                    kind,
+                    [int(index) for index in named],
+                    [float(weights[index]) for index in named],
+                    float(weights[-1]),
+                    1.0 if kind else _score(channel, weights, held_out),
+                    _damage({channel: weights}, readers),
+                )
+            )
+        else:
+            channels.append(
+                ChannelVerdict(channel, "keep", "", [], [], 0.0, float(score[channel]), float(damage[channel]))
+            )
+    return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, readers))
+
+
+def _combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One set of moments for all readers, weighted by what each makes of the channels, and the energy."""
+    energy = sum(reader.energy / reader.output_variance for reader in readers)
+    weights = np.array([np.trace(reader.energy) / reader.output_variance for reader in readers])
+    weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
+    fit = sum(weight * reader.fit for weight, reader in zip(weights, readers, strict=True))
+    held_out = sum(weight * reader.held_out for weight, reader in zip(weights, readers, strict=True))
+    return np.asarray(fit), np.asarray(held_out), np.asarray(energy)
+
+
+def _inverse(moments: np.ndarray) -> np.ndarray:
+    """Inverse of second moments, scaled to unit diagonal and steadied by a small ridge."""
+    diagonal = np.diag(moments).copy()
+    floor = 1e-12 * max(float(np.median(diagonal)), 1e-30)
+    scale = np.sqrt(np.maximum(diagonal, floor))
+    scaled = moments / np.outer(scale, scale)
+    scaled[np.diag_indices_from(scaled)] += _RIDGE
+    return np.asarray(np.linalg.inv(scaled) / np.outer(scale, scale))
+
+
+def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[float]]:
+    """Backward elimination of channels by damage, merging as it goes.
+
+    Parameters
+    ----------
+    moments : ndarray, shape (n + 1, n + 1)
+        Second moments of n channels and a constant, the constant last; it is never removed.
+    energy : ndarray, shape (n, n)
+        What the readers make of the channels, as a share of their output variance.
+
+    Returns
+    -------
+    order : list of int
+        The n - 1 channels that can go, the least missed first.
+    damage : list of float
+        Total damage once that channel and all before it are gone, not decreasing.
+    """
+    count = len(energy)
+    inverse = _inverse(moments)
+    energy = np.pad(energy, (0, 1)).astype(np.float64)
+    alive = np.ones(count + 1, dtype=bool)
+    alive[-1] = False
+    order: list[int] = []
+    total, damages = 0.0, []
+    for _ in range(count - 1):
+        residual = 1.0 / np.maximum(np.diag(inverse), 1e-300)
+        loss = np.where(alive, np.diag(energy).clip(min=0) * residual, np.inf)
+        gone = int(loss.argmin())
+        total += float(loss[gone])
+        order.append(gone)
+        damages.append(total)
+        alive[gone] = False
+        column = inverse[:, gone].copy()
+        # What rebuilds it: the regression of the removed channel on all that is left.
+        weights = -column / column[gone]
+        weights[gone] = 0.0
+        inverse -= np.outer(column, column) / column[gone]
+        inverse[gone, :] = inverse[:, gone] = 0.0
+        inverse[gone, gone] = 1e-300
+        shared = energy[:, gone].copy()
+        shared[gone] = 0.0
+        energy += np.outer(weights, shared) + np.outer(shared, weights)
+        energy += energy[gone, gone] * np.outer(weights, weights)
+        energy[gone, :] = energy[:, gone] = 0.0
+    return order, damages
+
+
+def _confirm(
+    proposed: Sequence[int],
+    dead: Sequence[str],
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    readers: Sequence[Moments],
+    tolerance: float,
+) -> dict[int, np.ndarray]:
+    """Which proposed channels hold up: channel -> weights over channels and constant that rebuild it."""
+    kept = np.ones(len(fit) - 1, dtype=bool)
+    kept[list(proposed)] = False
+    usable = np.flatnonzero(kept)
+    rebuilt: dict[int, np.ndarray] = {}
+    alone: dict[int, float] = {}
+    for channel in proposed:
+        if dead[channel]:
+            # A dead channel needs no representative, unless padding makes a constant visible at the border.
+            weights = np.zeros(len(fit))
+            weights[-1] = 0.0 if dead[channel] == "unread" else fit[channel, -1]
+            loss = _damage({channel: weights}, readers)
+            if loss <= tolerance:
+                rebuilt[channel], alone[channel] = weights, loss
+                continue
+        weights = rebuild(channel, usable, fit)
+        loss = _damage({channel: weights}, readers)
+        if loss <= tolerance and _score(channel, weights, held_out) >= MIN_SCORE:
+            rebuilt[channel], alone[channel] = weights, loss
+    while rebuilt and _damage(rebuilt, readers) > tolerance:
+        del rebuilt[max(rebuilt, key=lambda channel: alone[channel])]
+    return rebuilt
+
+
+def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Rebuild a channel from a few kept ones: orthogonal matching pursuit on second moments.
+
+    Parameters
+    ----------
+    channel : int
+        The channel to rebuild.
+    kept : ndarray of int
+        Channels that may be used.
+    moments : ndarray, shape (n + 1, n + 1)
+        Second moments of the channels and a constant, the constant last.
+
+    Returns
+    -------
+    ndarray, shape (n + 1,)
+        Least-squares weights, zero but for at most `MAX_REPRESENTATIVES` channels and the constant.
+    """
+    constant = len(moments) - 1
+    mean = moments[:, constant]
+    covariance = moments - np.outer(mean, mean)
+    target = covariance[channel, channel]
+    weights = np.zeros(len(moments))
+    deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
+    usable = kept[deviation[kept] > 1e-6 * max(float(deviation.max()), 1e-30)]
+    chosen: list[int] = []
+    left = covariance[channel].copy()
+    solution = np.zeros(0)
+    residual = target
+    while len(chosen) < MAX_REPRESENTATIVES and len(usable) and residual > 1e-7 * target and target > 0:
+        gain = np.abs(left[usable]) / deviation[usable]
+        gain[np.isin(usable, chosen)] = 0.0
+        best = int(usable[gain.argmax()])
+        if gain.max() <= 1e-6 * deviation[channel]:
+            break
+        chosen.append(best)
+        block = covariance[np.ix_(chosen, chosen)]
+        steady = block + _RIDGE * np.diag(np.diag(block))
+        solution = np.linalg.solve(steady, covariance[chosen, channel])
+        left = covariance[channel] - solution @ covariance[chosen]
+        residual = target - 2 * solution @ covariance[chosen, channel] + solution @ block @ solution
+    weights[chosen] = solution
+    weights[constant] = mean[channel] - weights[:constant] @ mean[:constant]
+    return weights
+
+
+def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
+    """Rows (removed, n + 1): what is lost of each removed channel, as weights over channels."""
+    rows = np.zeros((len(rebuilt), size))
+    for row, (channel, weights) in enumerate(rebuilt.items()):
+        rows[row] = -weights
+        rows[row, channel] += 1.0
+    return rows
+
+
+def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float:
+    """Share of the readers' output variance that removing and merging channels costs, held out.
+
+    Each reader is weighed alone and the worst of fit and held-out moments counts.
+    """
+    if not rebuilt:
+        return 0.0
+    removed = list(rebuilt)
+    total = 0.0
+    for reader in readers:
+        rows = _residuals(rebuilt, len(reader.fit))
+        energy = reader.energy[np.ix_(removed, removed)] / reader.output_variance
+        losses = [float((energy * (rows @ moments @ rows.T)).sum()) for moments in (reader.fit, reader.held_out)]
+        total += max(0.0, *losses)
+    return total
+
+
+def _score(channel: int, weights: np.ndarray, moments: np.ndarray) -> float:
+    """Share of a channel's variance that the weights rebuild, by the moments given, 0 to 1."""
+    variance = moments[channel, channel] - moments[channel, -1] ** 2
+    row = _residuals({channel: weights}, len(moments))[0]
+    lost = float(row @ moments @ row)
+    return 1.0 if variance <= 1e-12 else float(np.clip(1 - lost / variance, 0, 1))
+
+
+def _given_kept(
+    kept: Sequence[int],
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    energy: np.ndarray,
+    rebuilt: dict[int, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score (held out) and damage of each kept channel, given that the flagged ones are gone."""
+    count = len(energy)
+    score, damage = np.full(count, np.nan), np.full(count, np.nan)
+    basis = [*kept, count]
+    merged = np.eye(count, count + 1)
+    for channel, weights in rebuilt.items():
+        merged[channel] = weights
+    carried = merged[:, kept].T @ energy @ merged[:, kept]
+    inverse = _inverse(fit[np.ix_(basis, basis)])
+    diagonal = np.maximum(np.diag(inverse), 1e-300)
+    rows = inverse / diagonal[:, None]  # each row: one channel minus its regression on the others
+    lost = np.einsum("ij,jk,ik->i", rows, held_out[np.ix_(basis, basis)], rows)[:-1].clip(min=0)
+    variance = (np.diag(held_out)[kept] - held_out[kept, -1] ** 2).clip(min=1e-30)
+    score[kept] = np.clip(1 - lost / variance, 0, 1)
+    damage[kept] = np.diag(carried).clip(min=0) * lost
+    return score, damage
+
+
+def _dead_kinds(readers: Sequence[Moments]) -> list[str]:
+    """How each channel is dead, as far as the readers can tell; empty where it is not."""
+    peak = np.max([reader.peak for reader in readers], axis=0)
+    energy = np.sum([np.diag(reader.energy) for reader in readers], axis=0)
+    deviation = np.sqrt(np.max([reader.variance for reader in readers], axis=0))
+    mean = np.max([np.abs(reader.mean) for reader in readers], axis=0)
+    typical = float(np.median(deviation))
+    kinds = []
+    for channel in range(len(peak)):
+        if peak[channel] <= 1e-6 * max(float(np.median(peak)), 1e-30):
+            kinds.append("silent")
+        elif energy[channel] <= 1e-12 * max(float(np.median(energy)), 1e-30):
+            kinds.append("unread")
+        elif deviation[channel] <= _CONSTANT * max(float(mean[channel]), typical):
+            kinds.append("constant")
+        else:
+            kinds.append("")
+    return kinds

@@ -1,0 +1,299 @@
+"""How filters respond: the cross-filter response matrix, and moments of signed maps over probes.
+
+Filters are compared where they are read. For every coupling group the inputs of its readers are watched
+while probes run through the whole network, and the second moments of the group's channels are summed,
+with a constant row so that means are carried too. A reader's zero padding belongs to what it reads, so
+padded positions count as samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prune_viz.coupling import CouplingGroup, Places
+from prune_viz.filters import FilterNetwork
+from prune_viz.priors import make_prior
+
+BATCH = 32
+NOISE_PROBES = 256
+POSITIONS = 64  # of a map that are sampled, a probe
+
+
+def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.ndarray:
+    """How strongly each filter of a layer fires on each stimulus.
+
+    Parameters
+    ----------
+    network : FilterNetwork
+        The prepared network.
+    layer : str
+        The layer's name.
+    images : Tensor, shape (N, C, *canvas)
+        Stimuli.
+
+    Returns
+    -------
+    ndarray of float32, shape (N, F)
+        ``[i, j]`` is the L2 norm of filter j's feature map on image i.
+    """
+    maps = network.maps(layer)
+    rows = []
+    with torch.no_grad():
+        for batch in images.float().split(BATCH):
+            after = maps(batch.to(network.device))[1]
+            rows.append(torch.linalg.vector_norm(after.flatten(2), dim=2).cpu())
+    return torch.cat(rows).numpy()
+
+
+@dataclass
+class Moments:
+    """Second moments of a group's channels as one reader sees them, apart for fitting and for checking.
+
+    Attributes
+    ----------
+    reader : str
+        Name of the reading module.
+    fit, held_out : ndarray of float64, shape (n + 1, n + 1)
+        Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the two halves of the probes.
+    energy : ndarray of float64, shape (n, n)
+        ``sum over outputs and taps of W[:, i] W[:, j]``: what the reader makes of a unit of channel
+        i together with one of channel j.
+    output_variance : float
+        Variance of the reader's output over samples, summed over its outputs.
+    peak : ndarray of float64, shape (n,)
+        Largest absolute value of each channel over all probes.
+    mean, variance : ndarray of float64, shape (n,)
+        Of each channel over probes and positions, padding left out.
+    """
+
+    reader: str
+    fit: np.ndarray
+    held_out: np.ndarray
+    energy: np.ndarray
+    output_variance: float
+    peak: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+def tile(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeat images, shape (N, C, *canvas), until they fill `size`; the prior knows no borders."""
+    repeats = [math.ceil(wanted / have) for wanted, have in zip(size, image.shape[2:], strict=True)]
+    tiled = image.repeat(1, 1, *repeats)
+    return tiled[(..., *(slice(0, wanted) for wanted in size))]
+
+
+def natural_noise(shape: Sequence[int], count: int, seed: int) -> Tensor:
+    """Random inputs with the spectrum and colours of natural images, variance 1 a pixel.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        (C, *size).
+    count : int
+        How many.
+    seed : int
+        Of the generator.
+    """
+    prior = make_prior("natural", shape[0], tuple(shape[1:]))
+    generator = torch.Generator().manual_seed(seed)
+    return prior.colour(torch.randn(count, *shape, generator=generator))
+
+
+def probe_size(model: nn.Module, input_shape: Sequence[int], canvas: Sequence[int]) -> tuple[int, ...]:
+    """Spatial size of the probes: the largest canvas if the whole model runs on it, else its own input size."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, input_shape[0], *canvas, device=next(model.parameters()).device))
+        return tuple(canvas)
+    except Exception:  # a flatten, say, ties the network to one size
+        return tuple(input_shape[1:])
+
+
+class _Watch:
+    """Sums one reader's moments for one group while batches run."""
+
+    def __init__(self, places: Places, channels: int, module: nn.Module) -> None:
+        self.places = places
+        self.channels = channels
+        self.module = module
+        # Behind a flatten a channel lies at several features; take them position by position.
+        order = np.argsort(places.channels, kind="stable")
+        spread = len(order) // channels
+        self.columns = torch.from_numpy(places.indices[order].reshape(channels, spread))
+        self.sums = np.zeros((2, channels + 1, channels + 1))
+        self.counts = np.zeros(2)
+        self.output = np.zeros((2, 0))
+        self.output_count = 0
+        self.peak = np.zeros(channels)
+        self.first = np.zeros(channels)
+        self.second = np.zeros(channels)
+        self.inner_count = 0
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor, held_out: bool) -> None:
+        samples, inner = self._samples(arguments[0].detach(), output)
+        self.peak = np.maximum(self.peak, inner.abs().amax(dim=0).double().cpu().numpy())
+        wide = inner.double()
+        self.first += wide.sum(dim=0).cpu().numpy()
+        self.second += wide.square().sum(dim=0).cpu().numpy()
+        self.inner_count += len(inner)
+        rows = F.pad(samples.double(), (0, 1), value=1.0)
+        half = int(held_out)
+        self.sums[half] += (rows.T @ rows).cpu().numpy()
+        self.counts[half] += len(rows)
+        axis = 1 if isinstance(module, _ConvNd) else -1
+        values = output.detach().movedim(axis, -1).flatten(0, -2).double()
+        moments = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
+        self.output = moments if self.output_count == 0 else self.output + moments
+        self.output_count += len(values)
+
+    def _samples(self, inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples (rows, n) with and without the positions that padding adds."""
+        if isinstance(self.module, _ConvNd):
+            maps = inputs[:, self.columns[:, 0]]
+            inner = _thin(maps)
+            padding = _padding(self.module, inputs, output)
+            padded = _thin(F.pad(maps, padding)) if any(padding) else inner
+            return padded, inner
+        features = inputs.reshape(-1, inputs.shape[-1])
+        rows = features[:, self.columns].transpose(1, 2).reshape(-1, self.channels)
+        return rows, rows
+
+    def moments(self) -> Moments:
+        means = self.output / max(self.output_count, 1)
+        mean = self.first / max(self.inner_count, 1)
+        return Moments(
+            self.places.module,
+            self.sums[0] / max(self.counts[0], 1),
+            self.sums[1] / max(self.counts[1], 1),
+            self._energy(),
+            float((means[1] - means[0] ** 2).clip(min=0).sum()),
+            self.peak,
+            mean,
+            (self.second / max(self.inner_count, 1) - mean**2).clip(min=0),
+        )
+
+    def _energy(self) -> np.ndarray:
+        weight: Tensor = self.module.weight.detach().double().cpu()  # type: ignore[union-attr, operator]
+        if isinstance(self.module, _ConvTransposeNd):
+            weight = weight.transpose(0, 1)
+        weight = weight.movedim(1, 0).flatten(1)  # input, outputs x taps
+        taken = weight[self.columns]  # channels, spread, outputs x taps
+        flat = taken.flatten(1)
+        return np.asarray((flat @ flat.T).numpy())
+
+
+def _thin(maps: Tensor) -> Tensor:
+    """Rows (samples, n) from maps (B, n, *spatial), at most `POSITIONS` evenly spread places each."""
+    flat = maps.flatten(2)
+    count = flat.shape[2]
+    if count > POSITIONS:
+        # An odd stride against the width walks over rows and columns alike.
+        places = (torch.arange(POSITIONS) * (count / POSITIONS)).long()
+        places = (places + torch.arange(POSITIONS) * 7) % count
+        flat = flat[:, :, places]
+    return flat.transpose(1, 2).reshape(-1, flat.shape[1])
+
+
+def _padding(module: _ConvNd, inputs: Tensor, output: Tensor) -> list[int]:
+    """Zeros a convolution adds, in `F.pad`'s order, read off the sizes so that subclasses count too."""
+    if isinstance(module, _ConvTransposeNd) or module.padding_mode != "zeros":
+        return [0] * (2 * (inputs.ndim - 2))
+    pads: list[int] = []
+    for axis in reversed(range(inputs.ndim - 2)):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        total = max(0, (output.shape[axis + 2] - 1) * module.stride[axis] + reach - inputs.shape[axis + 2])
+        pads += [total // 2, total - total // 2]
+    return pads
+
+
+def gather_moments(
+    model: nn.Module, groups: Sequence[CouplingGroup], probes: Iterable[tuple[Tensor, bool]]
+) -> dict[int, list[Moments]]:
+    """Run probes through the whole network and sum every group's moments at its readers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode.
+    groups : sequence of CouplingGroup
+        Which groups to watch.
+    probes : iterable of (Tensor, bool)
+        Batches, shape (B, C, *size), and whether they are held out for checking.
+
+    Returns
+    -------
+    dict
+        Group number -> one `Moments` a reader.
+    """
+    modules = dict(model.named_modules())
+    watches = {
+        group.number: [_Watch(places, group.channels, modules[places.module]) for places in group.readers]
+        for group in groups
+    }
+    held_out = False
+
+    def attach(watch: _Watch) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            watch(module, arguments, output, held_out)
+
+        return watch.module.register_forward_hook(hook)
+
+    hooks = [attach(watch) for found in watches.values() for watch in found]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            for batch, is_held_out in probes:
+                held_out = is_held_out
+                model(batch.to(device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {number: [watch.moments() for watch in found] for number, found in watches.items()}
+
+
+def make_probes(
+    layers: Iterable[Tensor], input_channels: int, size: Sequence[int], seed: int
+) -> Iterator[tuple[Tensor, bool]]:
+    """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
+
+    Parameters
+    ----------
+    layers : iterable of Tensor, each shape (F, C, *canvas)
+        Stimuli, a layer at a time.
+    input_channels : int
+        C.
+    size : sequence of int
+        Spatial size of the probes.
+    seed : int
+        Seed of the noise.
+
+    Yields
+    ------
+    batch : Tensor, shape (B, C, *size)
+    held_out : bool
+        Every fourth probe is held out.
+    """
+    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed)
+    yield from _split(noise, size)
+    for images in layers:
+        yield from _split(images.float(), size)
+
+
+def _split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
+    for start in range(0, len(images), 4 * BATCH):
+        chunk = images[start : start + 4 * BATCH]
+        places = torch.arange(len(chunk)) % 4
+        for held_out in (False, True):
+            chosen = chunk[(places == 3) == held_out]
+            for batch in chosen.split(BATCH):
+                yield tile(batch, size), held_out

@@ -1,0 +1,345 @@
+"""Seeing the network as a graph: batch norms folded, cut at a filter's feature map, receptive fields.
+
+The model is traced with `torch.fx`; convolutions stay whole whatever their class. Where tracing fails
+(control flow that depends on data), `prune_viz.filters` falls back on hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
+)  # fmt: skip
+_ACTIVATION_FUNCTIONS = {
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish,
+    F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, torch.relu, torch.relu_,
+    torch.sigmoid, torch.tanh,
+}  # fmt: skip
+_ACTIVATION_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"}
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_POOL_FUNCTIONS = {
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d,
+    torch.max_pool2d, torch.max_pool3d,
+}  # fmt: skip
+
+
+class _ConvolutionTracer(fx.Tracer):
+    """Keeps every convolution whole, subclasses with their own padding included."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, _ConvNd) or super().is_leaf_module(module, qualified_name)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a convolution's filters are read.
+
+    Attributes
+    ----------
+    conv : str
+        Name of the convolution module.
+    norm : str or None
+        Name of the batch norm that directly follows it, if one does.
+    before : fx.Node
+        Node of the map before the activation (after the batch norm).
+    after : fx.Node
+        Node of the feature map: what the next layer reads. Equal to `before` if nothing follows.
+    """
+
+    conv: str
+    norm: str | None
+    before: fx.Node
+    after: fx.Node
+
+
+def trace(model: nn.Module) -> fx.GraphModule | None:
+    """Trace `model`, or give None where its forward pass cannot be traced."""
+    try:
+        graph = _ConvolutionTracer().trace(model)
+        return fx.GraphModule(model, graph)
+    except Exception:  # any code may run inside a stranger's forward pass, and raise anything
+        return None
+
+
+def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:
+    """Find where every convolution's filters are read; a module called several times, at its first call."""
+    modules = dict(traced.named_modules())
+    taps: dict[str, Tap] = {}
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], _ConvNd) or node.target in taps:
+            continue
+        norm, before = None, node
+        follower = _only_user(before)
+        if follower is not None and isinstance(modules.get(_module_name(follower)), _BatchNorm):
+            norm, before = str(follower.target), follower
+            follower = _only_user(before)
+        after = follower if follower is not None and _is_activation(follower, modules) else before
+        taps[node.target] = Tap(node.target, norm, before, after)
+    return taps
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _module_name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else ""
+
+
+def _is_activation(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[_module_name(node)], ACTIVATIONS)
+    if node.op == "call_function":
+        return node.target in _ACTIVATION_FUNCTIONS
+    return node.op == "call_method" and node.target in _ACTIVATION_METHODS
+
+
+def fold_batch_norms(traced: fx.GraphModule) -> fx.GraphModule:
+    """Copy `traced` with every batch norm that follows a convolution folded into it.
+
+    Only a convolution that is called once and read by its batch norm alone is folded; the copy computes
+    the same function in eval mode up to rounding, about 1e-6 of a map's scale.
+    """
+    folded = copy.deepcopy(traced).eval()
+    modules = dict(folded.named_modules())
+    calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]
+    for node in list(folded.graph.nodes):
+        conv = modules.get(_module_name(node))
+        norm_node = _only_user(node)
+        norm = modules.get(_module_name(norm_node)) if norm_node is not None else None
+        if (
+            norm_node is None
+            or not isinstance(conv, _ConvNd)
+            or not isinstance(norm, _BatchNorm)
+            or norm.running_mean is None
+            or norm.running_var is None
+            or calls.count(node.target) > 1
+        ):
+            continue
+        fused = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, _ConvTransposeNd))
+        parent, _, attribute = str(node.target).rpartition(".")
+        setattr(folded.get_submodule(parent), attribute, fused)
+        norm_node.replace_all_uses_with(node)
+        folded.graph.erase_node(norm_node)
+    folded.recompile()
+    return folded
+
+
+def cut(traced: fx.GraphModule, tap: Tap) -> fx.GraphModule:
+    """Build the part of `traced` that leads to a tap, returning the maps before and after its activation.
+
+    The result shares the parameters of `traced`, runs nothing behind the tap, and never overwrites the
+    map before the activation.
+    """
+    needed = _ancestors(tap.after)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+    graph.output((copies[tap.before], copies[tap.after]))
+    part = fx.GraphModule(traced, graph)
+    _forbid_inplace(part, copies[tap.after])
+    return part
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting.extend(current.all_input_nodes)
+    return found
+
+
+def _forbid_inplace(part: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "call_module":
+        module = part.get_submodule(str(node.target))
+        if getattr(module, "inplace", False):
+            separate = copy.copy(module)
+            separate.inplace = False
+            part.add_module("tapped_activation", separate)
+            node.target = "tapped_activation"
+    elif node.op == "call_method" and str(node.target).endswith("_"):
+        node.target = str(node.target)[:-1]
+    elif node.op == "call_function":
+        if node.target in (F.relu_, torch.relu_):
+            node.target = torch.relu
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+    part.recompile()
+
+
+def receptive_field(traced: fx.GraphModule, node: fx.Node, axes: int) -> tuple[int, ...] | None:
+    """Input pixels that one position of a map sees, along each spatial axis; None if unbounded.
+
+    Sizes and strides of convolutions and pools are carried along every path to `node`, and the widest
+    path counts. Anything that pools globally, resizes or flattens makes the field unbounded.
+    """
+    modules = dict(traced.named_modules())
+    needed = _ancestors(node)
+    fields: dict[fx.Node, tuple[list[float], list[float]] | None] = {}
+    for current in traced.graph.nodes:
+        if current not in needed:
+            continue
+        inputs = [fields[parent] for parent in current.all_input_nodes if parent in fields]
+        known = [field for field in inputs if field is not None]
+        if current.op == "placeholder":
+            fields[current] = ([1.0] * axes, [1.0] * axes)
+        elif not known:
+            fields[current] = None
+        else:
+            sizes = [max(field[0][axis] for field in known) for axis in range(axes)]
+            jumps = [max(field[1][axis] for field in known) for axis in range(axes)]
+            window = _window(current, modules, axes)
+            if window is None:
+                return None
+            for axis, (extent, stride) in enumerate(window):
+                sizes[axis] += (extent - 1) * jumps[axis]
+                jumps[axis] *= stride
+            fields[current] = (sizes, jumps)
+    reached = fields[node]
+    return None if reached is None else tuple(math.ceil(size) for size in reached[0])
+
+
+def _window(node: fx.Node, modules: dict[str, nn.Module], axes: int) -> list[tuple[float, float]] | None:
+    """Extent and stride of what `node` slides over its input; None if it sees everything."""
+    unit = [(1.0, 1.0)] * axes
+    if node.op == "call_module":
+        module: Any = modules[_module_name(node)]
+        name = type(module).__name__
+        if isinstance(module, _ConvTransposeNd):
+            return [
+                (1 + math.ceil(d * (k - 1) / s), 1 / s)
+                for k, d, s in zip(module.kernel_size, module.dilation, module.stride, strict=True)
+            ]
+        if isinstance(module, (_ConvNd, *_POOLS)):
+            sizes = _per_axis(module.kernel_size, axes)
+            dilations = _per_axis(getattr(module, "dilation", 1), axes)
+            strides = _per_axis(module.stride, axes)
+            return [(d * (k - 1) + 1, s) for k, d, s in zip(sizes, dilations, strides, strict=True)]
+        if "Adaptive" in name or "Upsample" in name or isinstance(module, (nn.Linear, nn.Flatten)):
+            return None
+        return unit
+    name = getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_function" and node.target in _POOL_FUNCTIONS:
+        size = node.args[1] if len(node.args) > 1 else node.kwargs["kernel_size"]
+        stride = (node.args[2] if len(node.args) > 2 else node.kwargs.get("stride")) or size
+        extents, strides = _per_axis(size, axes), _per_axis(stride, axes)
+        return [(float(k), float(s)) for k, s in zip(extents, strides, strict=True)]
+    seeing_all = ("adaptive", "interpolate", "mean", "flatten", "linear", "matmul", "upsample")
+    return None if any(word in name for word in seeing_all) else unit
+
+
+def _per_axis(value: Any, axes: int) -> Sequence[Any]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+
+
+class HookedMaps:
+    """A layer's maps from a model that cannot be traced: the whole model runs until the layer is reached.
+
+    The batch norm and the activation that follow a convolution are found by watching which modules
+    take its very output; an activation that is a function, not a module, is not seen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; copied.
+    conv : str
+        Name of the convolution.
+    device : torch.device
+        Where the copy works.
+    """
+
+    def __init__(self, model: nn.Module, conv: str, device: torch.device) -> None:
+        self._model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+        self._modules = dict(self._model.named_modules())
+        self._conv = conv
+        self._before = self._after = conv
+        self._followed = False
+
+    def __call__(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._followed:
+            self._follow(inputs)
+        return self._run(inputs)
+
+    def _follow(self, inputs: torch.Tensor) -> None:
+        """Extend the tap over the norm and the activation that take the convolution's output."""
+        taken: dict[int, list[str]] = {}
+        given: dict[str, torch.Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+                if isinstance(output, torch.Tensor) and name not in given:
+                    given[name] = output
+                    for argument in arguments:
+                        if isinstance(argument, torch.Tensor):
+                            taken.setdefault(id(argument), []).append(name)
+
+            return hook
+
+        kinds = (_ConvNd, _BatchNorm, *ACTIVATIONS)
+        hooks = [
+            module.register_forward_hook(watch(name))
+            for name, module in self._modules.items()
+            if isinstance(module, kinds)
+        ]
+        try:
+            with torch.no_grad():
+                self._model(inputs)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        for kind in (_BatchNorm, ACTIVATIONS):
+            takers = taken.get(id(given[self._after]), []) if self._after in given else []
+            if len(takers) == 1 and isinstance(self._modules[takers[0]], kind):
+                self._after = takers[0]
+                if kind is _BatchNorm:
+                    self._before = takers[0]
+        activation: Any = self._modules[self._after]
+        if getattr(activation, "inplace", False):
+            activation.inplace = False
+        self._followed = True
+
+    def _run(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, last: bool) -> Any:
+            def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
+                maps[name] = output
+                if last:
+                    raise _Reached
+
+            return hook
+
+        hooks = [
+            self._modules[name].register_forward_hook(keep(name, name == self._after))
+            for name in dict.fromkeys((self._before, self._after))
+        ]
+        try:
+            self._model(inputs)
+        except _Reached:
+            pass
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return maps[self._before], maps[self._after]
+
+
+class _Reached(Exception):
+    """The layer looked for has run; the rest of the forward pass is not needed."""
