@@ -145,10 +145,10 @@ def load_checkpoint(
         state = _tensors(_unwrap(weights).state_dict()) if isinstance(weights, nn.Module) else weights
         arch, kwargs = _architecture_of(path, about, arch, arch_kwargs)
         if pruning and input_shape:
-            model = _build_pruned(path, arch, kwargs, pruning, input_shape)
+            model = _build_pruned(path, arch, kwargs, pruning, input_shape, state)
         else:
             model, kwargs = _build_for(state, arch, kwargs)
-        _fill(model, state, path)
+            _fill(model, state, path)
     model = model.cpu().float().eval()
     _check_finite(model, path)
     return Checkpoint(
@@ -324,18 +324,19 @@ def _build_pruned(
     kwargs: Mapping[str, Any],
     pruning: Sequence[dict[str, torch.Tensor]],
     input_shape: tuple[int, ...],
+    state: StateDict,
 ) -> nn.Module:
-    """Build the architecture and remove from it the filters that the file's weights lack."""
-    from prune_viz.masks import Masks
-    from prune_viz.surgery import remove_filters
+    """Build the architecture, remove from it the filters that the file's weights lack, and load those."""
+    from prune_viz.surgery import rebuild_smaller, remove_filters
 
     model = resolve_architecture(arch, kwargs).cpu().float().eval()
-    for masks in pruning:
-        try:
-            model = remove_filters(model, Masks(masks), torch.zeros(1, *input_shape), compensate="none")
-        except (UserError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: its record of removed filters does not fit {arch}: {error}") from error
-    return model
+    example = torch.zeros(1, *input_shape)
+    try:
+        for masks in pruning[:-1]:
+            model = remove_filters(model, masks, example)
+        return rebuild_smaller(model, pruning[-1], state, example)
+    except Exception as error:  # a stranger's record can be wrong in any way
+        raise UserError(f"{path}: its record of removed filters does not fit {arch}: {error}") from error
 
 
 def _build_for(state: StateDict, arch: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

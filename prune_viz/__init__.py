@@ -1,0 +1,57 @@
+"""See what every filter of a convolutional network does, and remove those that do nothing or only repeat.
+
+Everything the command line does can be called from here; nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prune_viz.analysis import analyze
+    from prune_viz.checkpoints import load_model
+    from prune_viz.errors import UserError
+    from prune_viz.masks import apply_masks, load_masks, make_permanent, reconcile_masks, save_masks
+    from prune_viz.stimuli import maximize
+    from prune_viz.surgery import remove_filters
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UserError",
+    "analyze",
+    "apply_masks",
+    "load_masks",
+    "load_model",
+    "make_permanent",
+    "maximize",
+    "reconcile_masks",
+    "remove_filters",
+    "save_masks",
+]
+
+_HOMES = {
+    "UserError": "errors",
+    "analyze": "analysis",
+    "apply_masks": "masks",
+    "load_masks": "masks",
+    "load_model": "checkpoints",
+    "make_permanent": "masks",
+    "maximize": "stimuli",
+    "reconcile_masks": "masks",
+    "remove_filters": "surgery",
+    "save_masks": "masks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

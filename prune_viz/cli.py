@@ -1,0 +1,383 @@
+"""The command line. Torch and what else is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from prune_viz import __version__
+from prune_viz.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from prune_viz.analysis import Analysis
+    from prune_viz.checkpoints import Checkpoint
+    from prune_viz.progress import Progress
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="prune-viz",
+    help="See what every filter of a convolutional network does; remove those that do nothing or repeat.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Prior(StrEnum):
+    """Which inputs count as equally likely."""
+
+    natural = "natural"
+    none = "none"
+
+
+class Mode(StrEnum):
+    """What becomes of filters that are masked out."""
+
+    zero = "zero"
+    remove = "remove"
+
+
+class Compensate(StrEnum):
+    """What becomes of what removed filters contributed."""
+
+    none = "none"
+    merge = "merge"
+
+
+ModelFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="State dict, training checkpoint or safetensors.", show_default=False
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(metavar="SPEC", help="Architecture: torchvision:NAME, timm:NAME or package.module:factory."),
+]
+ArchKwargs = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Keyword arguments for the architecture.")
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let MODEL run code while it is read: for files you trust.")
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(metavar="C,H,W", help="Shape of one input.", show_default="the architecture's own"),
+]
+
+
+def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what `command` raises into one line on standard error and the exit code for it.
+
+    2 for what the user gave, 130 for an interrupt, 1 for anything else. With the environment variable
+    ``PRUNE_VIZ_TRACEBACK`` set, the traceback of anything else is shown too.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            line, code = f"error: {one_line(error)}", 2
+        except KeyboardInterrupt:
+            line, code = "interrupted", 130
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if os.environ.get("PRUNE_VIZ_TRACEBACK"):
+                traceback.print_exc()
+            what = one_line(f"{type(error).__name__}: {error}")
+            line, code = f"failed: {what} (PRUNE_VIZ_TRACEBACK=1 shows where)", 1
+        else:
+            return
+        print(line, file=sys.stderr)
+        raise typer.Exit(code)
+
+    return guarded
+
+
+def one_line(text: object) -> str:
+    """Make a stranger's text safe for a terminal: one line, without control characters."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prune-viz {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@exit_codes
+def analyze(
+    model: ModelFile,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    trust_pickle: TrustPickle = False,
+    input_shape: InputShape = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Only layers whose name matches; may be repeated.", show_default="all"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures to compare filters on, besides the stimuli.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run directory.", show_default="reports/MODEL's stem")
+    ] = None,
+    prior: Annotated[
+        Prior, typer.Option(help="Bound stimuli as natural pictures, or by their norm alone.")
+    ] = (Prior.natural),
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps of the ascent.", show_default="32")
+    ] = None,
+    canvas: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Size of the stimuli.", show_default="by receptive field"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do again what the run directory already holds.")
+    ] = False,
+) -> None:
+    """Find the redundant and dead filters of MODEL; write stimuli, masks and a report."""
+    kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
+    check_device(device)
+    out = out or Path("reports") / model.stem
+    check_writable(out)
+    checkpoint = _load(model, arch, kwargs, trust_pickle)
+
+    from prune_viz import analysis
+
+    options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    with _progress() as progress:
+        result = analysis.analyze(
+            checkpoint.model,
+            input_shape=shape or _input_shape(checkpoint),
+            out=out,
+            layers=layers or (),
+            data=data,
+            prior=prior.value,
+            canvas=canvas,
+            seed=seed,
+            device=device,
+            fresh=fresh,
+            progress=progress,
+            source=checkpoint.source,
+            **options,
+        )
+    print_summary(result, out, _console())
+
+
+@app.command()
+@exit_codes
+def apply(
+    model: ModelFile,
+    masks: Annotated[Path, typer.Argument(metavar="MASKS", help="masks.pt of a run.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the pruned model.", show_default=False)
+    ],
+    mode: Annotated[
+        Mode, typer.Option(help="Set the filters to zero, or take them out of the network.")
+    ] = Mode.zero,
+    compensate: Annotated[
+        Compensate, typer.Option(help="With --mode remove: fold what they contributed into the weights left.")
+    ] = Compensate.none,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    trust_pickle: TrustPickle = False,
+    input_shape: InputShape = None,
+) -> None:
+    """Carry out MASKS on MODEL and write the result to a new file."""
+    kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
+    if mode is Mode.zero and compensate is Compensate.merge:
+        raise UserError("--compensate merge needs --mode remove")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; name a file")
+    if out.exists() and any(given.exists() and out.samefile(given) for given in (model, masks)):
+        raise UserError(f"--out {out} would overwrite an input; name another file")
+    check_writable(out.absolute().parent)
+    checkpoint = _load(model, arch, kwargs, trust_pickle)
+
+    from prune_viz.pruned import write_removed, write_zeroed
+
+    if mode is Mode.zero:
+        lines = write_zeroed(checkpoint, masks, out)
+    else:
+        lines = write_removed(checkpoint, masks, shape or _input_shape(checkpoint), out, compensate.value)
+    console = _console()
+    for line in lines:
+        console.print(one_line(line), soft_wrap=True)
+    console.print(f"written to {one_line(out)}", soft_wrap=True)
+
+
+@app.command()
+@exit_codes
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Directory that analyze wrote.", show_default=False)
+    ],
+) -> None:
+    """Write the report of RUN again, from what the run directory holds."""
+    from prune_viz.runs import RunDirectory
+
+    directory = RunDirectory(run)
+    directory.read_provenance()
+
+    from prune_viz.report import write_report
+
+    with _progress() as progress:
+        page = write_report(directory, progress)
+    _console().print(f"report: {one_line(page)}", soft_wrap=True)
+
+
+@app.command()
+@exit_codes
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory.")] = Path("reports/demo"),
+) -> None:
+    """Train a small network on handwritten digits, plant useless filters in it, find and remove them."""
+    check_writable(out)
+
+    from prune_viz.demo import run_demo
+
+    console = _console()
+    with _progress() as progress:
+        run_demo(out, progress, console)
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any] | None:
+    """Read ``--arch-kwargs``; raises `UserError` unless it is a JSON object."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--arch-kwargs is not JSON ({error}): {text}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'--arch-kwargs must be a JSON object such as {{"num_classes": 10}}, not {text}')
+    return value
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Read ``--input-shape``; raises `UserError` unless it is two to four positive numbers."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*){1,3}", text, re.ASCII):
+        raise UserError(f"--input-shape {text}: expected channels and sizes by commas, such as 3,224,224")
+    return tuple(int(size) for size in text.split(","))
+
+
+def check_device(name: str) -> None:
+    """Raise `UserError` unless `name` is one that ``--device`` takes."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def check_writable(directory: Path) -> None:
+    """Raise `UserError` unless files can be made in `directory`, or it can be made; leaves no trace."""
+    home = directory.absolute()
+    while not home.exists() and home != home.parent:
+        home = home.parent
+    if not home.is_dir():
+        raise UserError(f"{directory} cannot be written: {home} is not a directory")
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+
+
+def print_summary(result: Analysis, out: Path, console: Console) -> None:
+    """Print what an analysis found, what it would save, what it took and where things lie."""
+    from prune_viz.runs import RunDirectory
+
+    summary: Mapping[str, Any] = result.summary
+    run = RunDirectory(out)
+    found = _grid(console)
+    for name in ("filters", "keep", "redundant", "dead"):
+        share = f"{summary[name] / max(summary['filters'], 1):.1%}" if name != "filters" else ""
+        found.add_row(name, f"{summary[name]:,}", share)
+    console.print(found)
+    saved = _grid(console)
+    for title, name in (("parameters", "parameters"), ("MACs", "macs")):
+        before, after = summary[name], summary[f"{name}_after"]
+        change = f"{after / before - 1:+.1%}" if before else ""
+        saved.add_row(title, f"{before:,}", "->", f"{after:,}", change)
+    console.print(saved)
+    console.print(f"took {summary['seconds']:,.0f} s and at most {summary['peak_mib']:,.0f} MiB")
+    for what, path in (("report", run.report_page), ("masks", run.masks_file), ("table", run.filters_file)):
+        console.print(f"{what + ':':<8}{one_line(path)}", soft_wrap=True)
+
+
+def _grid(console: Console) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE if console.is_terminal else None, show_header=False, pad_edge=False)
+    for number in range(5):
+        table.add_column(justify="left" if number == 0 else "right")
+    return table
+
+
+def _load(model: Path, arch: str | None, kwargs: dict[str, Any] | None, trust_pickle: bool) -> Checkpoint:
+    from prune_viz.checkpoints import load_checkpoint
+
+    return load_checkpoint(model, arch, kwargs, trust_pickle)
+
+
+def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+    from prune_viz.architectures import default_input_shape
+
+    return checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False)
+
+
+def _progress() -> Progress:
+    from prune_viz.progress import BarProgress, Progress
+
+    return BarProgress() if sys.stderr.isatty() else Progress()
+
+
+def main() -> None:
+    """Run the command line; mistakes in how it is called get one line too."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="prune-viz", standalone_mode=False)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what all of typer's usage errors have
+        if message is None:
+            raise
+        print(f"error: {one_line(message())} (--help shows how)", file=sys.stderr)
+        code = 2
+    sys.exit(code)

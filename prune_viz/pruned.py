@@ -1,0 +1,132 @@
+"""Writing pruned models to files: the same network with zeros, or a smaller one that can be built again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_viz.checkpoints import Checkpoint
+from prune_viz.errors import UserError
+from prune_viz.masks import apply_masks, load_masks, make_permanent, reconcile_masks
+from prune_viz.runs import written_aside
+from prune_viz.surgery import count_cost, remove_filters
+
+
+def write_zeroed(checkpoint: Checkpoint, masks_file: Path, out: Path) -> list[str]:
+    """Write the state dict of a model with its masked filters at zero.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model; its own weights are changed too.
+    masks_file : Path
+        A run's ``masks.pt``.
+    out : Path
+        Where to write. A plain state dict, save where the model was made smaller before: then what
+        `write_removed` writes.
+
+    Returns
+    -------
+    list of str
+        For people: what was done.
+
+    Raises
+    ------
+    UserError
+        If the masks cannot be read or are for another model.
+    """
+    masks = load_masks(masks_file)
+    model = make_permanent(apply_masks(checkpoint.model, masks))
+    if checkpoint.pruning:
+        _save(_content(checkpoint, model, checkpoint.pruning, checkpoint.input_shape or ()), out)
+    else:
+        _save(model.state_dict(), out)
+    return [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
+
+
+def write_removed(
+    checkpoint: Checkpoint, masks_file: Path, input_shape: Sequence[int], out: Path, compensate: str
+) -> list[str]:
+    """Write a checkpoint of a model without its masked filters.
+
+    It loads with ``torch.load(out, weights_only=True)``: ``state_dict``, and what `load_checkpoint` needs
+    to build the smaller network again: ``arch``, ``arch_kwargs``, ``input_shape`` and ``pruning``, the
+    masks carried out so far.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model, left unchanged.
+    masks_file : Path
+        A run's ``masks.pt``; the merges are read from the ``decisions.json`` beside it.
+    input_shape : sequence of int
+        Shape of one input, (C, *spatial).
+    out : Path
+        Where to write.
+    compensate : {"none", "merge"}
+        Whether what the filters contributed is folded into the weights that are left.
+
+    Returns
+    -------
+    list of str
+        For people: what was done, and what the masks asked for but had to stay.
+
+    Raises
+    ------
+    UserError
+        If the masks cannot be read, are for another model, carry no merges though they are asked for,
+        or the input shape does not fit.
+    """
+    masks = load_masks(masks_file)
+    if compensate == "merge" and masks.removed and not masks.merges:
+        raise UserError(f"there is no decisions.json with merges beside {masks_file}; use --compensate none")
+    example = torch.zeros(1, *input_shape)
+    _check_input(checkpoint.model, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the notes say the same
+        consistent = reconcile_masks(checkpoint.model, masks, example)
+        smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
+    steps = [*checkpoint.pruning, {name: mask.cpu() for name, mask in consistent.items()}]
+    _save(_content(checkpoint, smaller, steps, input_shape), out)
+    lines = [f"note: {note}" for note in consistent.notes]
+    lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed")
+    before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
+    for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
+        lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
+    if checkpoint.arch is None:
+        lines.append("note: the model was pickled whole; loading the new file needs --arch")
+    return lines
+
+
+def _content(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    pruning: Sequence[dict[str, torch.Tensor]],
+    input_shape: Sequence[int],
+) -> dict[str, Any]:
+    return {
+        "arch": checkpoint.arch,
+        "arch_kwargs": checkpoint.arch_kwargs,
+        "input_shape": list(input_shape),
+        "pruning": list(pruning),
+        "state_dict": model.state_dict(),
+    }
+
+
+def _check_input(model: nn.Module, example: torch.Tensor) -> None:
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:
+        shape = ",".join(str(size) for size in example.shape[1:])
+        raise UserError(f"the model does not run on inputs of --input-shape {shape}: {error}") from error
+
+
+def _save(content: dict[str, Any], out: Path) -> None:
+    with written_aside(out) as aside:
+        torch.save(content, aside)

