@@ -1,0 +1,314 @@
+"""What the report shows, as plain data: the page of the network and the page of a layer."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune_viz.errors import UserError
+from prune_viz.report import wording
+from prune_viz.runs import LayerRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERDICTS = ("keep", "redundant", "dead")
+_DEPTHS = 8  # layers in the picture of stimuli by depth
+_ACROSS = 8  # stimuli a layer in it
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many filters have each verdict."""
+
+    keep: int
+    redundant: int
+    dead: int
+
+    @property
+    def filters(self) -> int:
+        """All filters."""
+        return self.keep + self.redundant + self.dead
+
+    @property
+    def flagged(self) -> int:
+        """Filters that are redundant or dead."""
+        return self.redundant + self.dead
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A cost of the network before and after the flagged filters are removed."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer in the network's table.
+
+    Attributes
+    ----------
+    record : LayerRecord
+        What `run.json` says of it.
+    page : str
+        File name of its page in ``report/layers/``, safe in a URL.
+    counts : Counts
+        Its verdicts.
+    """
+
+    record: LayerRecord
+    page: str
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class DepthTile:
+    """A stimulus in the picture of stimuli by depth; `tile` is its place in the sheet."""
+
+    tile: int
+    filter: int
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """One layer of the picture of stimuli by depth.
+
+    Attributes
+    ----------
+    row : LayerRow
+        The layer.
+    band : str
+        What the eye should expect from here on down; empty unless a band begins.
+    tiles : list of DepthTile
+        Its chosen stimuli.
+    """
+
+    row: LayerRow
+    band: str
+    tiles: list[DepthTile]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the run; `share` is its part of the whole time, 0 to 1."""
+
+    name: str
+    seconds: float
+    peak_mib: float | None
+    share: float
+
+
+@dataclass(frozen=True)
+class NetworkPage:
+    """Everything that ``index.html`` shows."""
+
+    title: str
+    subtitle: list[str]
+    finding: str
+    counts: Counts
+    savings: list[Saving]
+    notes: list[str]
+    rows: list[LayerRow]
+    depths: list[DepthRow]
+    usage: list[tuple[str, list[str]]]
+    provenance: list[tuple[str, str]]
+    stages: list[Stage]
+
+
+def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[LayerRow]:
+    """Join the layers with the verdicts of their filters, in order of depth.
+
+    Raises
+    ------
+    UserError
+        If a layer's file name would not be safe as a page name, or its filters are not in the table.
+    """
+    rows = []
+    tables = dict(tuple(filters.groupby("layer", sort=False)))
+    for record in records:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", record.slug):
+            raise UserError("run.json names a layer file that prune-viz would not write; run analyze again")
+        table = tables.get(record.name)
+        if table is None or sorted(table["filter"]) != list(range(record.filters)):
+            name = wording.printable(record.name)
+            raise UserError(f"filters.csv and run.json disagree on layer {name}; run analyze again")
+        found = table["verdict"].value_counts()
+        counts = Counts(*(int(found.get(verdict, 0)) for verdict in VERDICTS))
+        if counts.filters != record.filters:
+            raise UserError(
+                "filters.csv holds a verdict other than keep, redundant or dead; run analyze again"
+            )
+        rows.append(LayerRow(record, f"{record.slug}.html", counts))
+    return rows
+
+
+def network_page(
+    run: Path, provenance: Mapping[str, Any], rows: Sequence[LayerRow], filters: pd.DataFrame
+) -> NetworkPage:
+    """Gather what the page of the network shows.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory, as the commands on the page should name it.
+    provenance : mapping
+        `run.json`.
+    rows : sequence of LayerRow
+        From `layer_rows`.
+    filters : DataFrame
+        `filters.csv`.
+    """
+    model = provenance["model"]
+    counts = Counts(*(sum(getattr(row.counts, verdict) for row in rows) for verdict in VERDICTS))
+    summary = provenance["summary"]
+    savings = [Saving("Filters", counts.filters, counts.keep)]
+    for key, name in (("parameters", "Parameters"), ("macs", "Multiply-accumulates")):
+        if summary.get(key) is not None and summary.get(f"{key}_after") is not None:
+            savings.append(Saving(name, summary[key], summary[f"{key}_after"]))
+    return NetworkPage(
+        title=str(model["class_name"]),
+        subtitle=[
+            Path(str(model["path"])).name,
+            wording.plural(len(rows), "layer"),
+            wording.plural(counts.filters, "filter"),
+            f"input {wording.size(model['input_shape'])}",
+        ],
+        finding=finding(counts),
+        counts=counts,
+        savings=savings,
+        notes=[str(note) for note in provenance["notes"]],
+        rows=list(rows),
+        depths=depth_rows(rows, filters),
+        usage=usage(str(model["path"]), run, model),
+        provenance=provenance_table(provenance),
+        stages=stages(provenance["stages"]),
+    )
+
+
+def finding(counts: Counts) -> str:
+    """Say in one sentence what was found."""
+    if not counts.flagged:
+        return f"Each of the {wording.plural(counts.filters, 'filter')} does something that no other does."
+    parts = []
+    if counts.redundant:
+        verb = "repeats" if counts.redundant == 1 else "repeat"
+        parts.append(f"{wording.count(counts.redundant)} {verb} what other filters compute")
+    if counts.dead:
+        verb = "does" if counts.dead == 1 else "do"
+        parts.append(f"{wording.count(counts.dead)} {verb} nothing")
+    whole = wording.plural(counts.filters, "filter")
+    return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}."
+
+
+def depth_rows(rows: Sequence[LayerRow], filters: pd.DataFrame) -> list[DepthRow]:
+    """Choose the layers and stimuli that show how features change with depth.
+
+    Up to eight layers, evenly spread from first to last; of each, up to eight kept filters of different
+    clusters, the most active first.
+    """
+    count = min(_DEPTHS, len(rows))
+    chosen = [rows[round(i * (len(rows) - 1) / max(1, count - 1))] for i in range(count)]
+    bands = {0: "Early: lines and colours"}
+    if count >= 3:
+        bands |= {round(count / 3): "Middle: textures", round(2 * count / 3): "Deep: parts"}
+    depths = []
+    tile = 0
+    for index, row in enumerate(chosen):
+        numbers = _telling_filters(filters[filters["layer"] == row.record.name])
+        tiles = [DepthTile(tile + i, number) for i, number in enumerate(numbers)]
+        tile += _ACROSS
+        depths.append(DepthRow(row, bands.get(index, ""), tiles))
+    return depths
+
+
+def _telling_filters(table: pd.DataFrame) -> list[int]:
+    kept = table[table["verdict"] == "keep"]
+    ranked = (kept if len(kept) else table).sort_values("activation", ascending=False, kind="stable")
+    repeated = ranked.duplicated("cluster") & (ranked["cluster"] >= 0)
+    ranked = ranked.assign(repeated=repeated).sort_values("repeated", kind="stable")
+    return [int(number) for number in ranked["filter"].head(_ACROSS)]
+
+
+def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Give the lines that put the run's masks to use, each group under its heading."""
+    masks = str(run / "masks.pt")
+    shape = ", ".join(str(int(axis)) for axis in model["input_shape"])
+    arch = f", arch={str(model['arch'])!r}" if model.get("arch") else ""
+    if arch and model.get("arch_kwargs"):
+        arch += f", arch_kwargs={model['arch_kwargs']!r}"
+    return [
+        (
+            "On the command line: a smaller network, the lost contributions merged into what stays",
+            [
+                f"prune-viz apply {shlex.quote(model_path)} {shlex.quote(masks)} "
+                "--out smaller.pt --mode remove --compensate merge"
+            ],
+        ),
+        (
+            "In Python: hold the flagged filters at zero while you fine-tune",
+            [
+                "import prune_viz as pv",
+                f"model = pv.load_model({model_path!r}{arch})",
+                f"masks = pv.load_masks({masks!r})",
+                "pv.apply_masks(model, masks)  # zero now, and after every optimiser step",
+            ],
+        ),
+        (
+            "In Python: take them out",
+            [
+                f"example = torch.zeros(1, {shape})",
+                'smaller = pv.remove_filters(model, masks, example, compensate="merge")',
+            ],
+        ),
+    ]
+
+
+def provenance_table(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List where the report comes from, label and value."""
+    model = provenance["model"]
+    arch = str(model["arch"] or "as saved in the file")
+    if model.get("arch_kwargs"):
+        arch += " " + json.dumps(model["arch_kwargs"])
+    options = ", ".join(f"{name} {_option(value)}" for name, value in provenance["options"].items())
+    table = [
+        ("Model file", str(model["path"])),
+        ("SHA-256", str(model["sha256"])),
+        ("Architecture", arch),
+        ("Loaded with pickle trusted", "yes" if model["trust_pickle"] else "no"),
+        ("Options", options or "defaults"),
+        ("Seed", str(provenance["seed"])),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),
+        ("Device", f"{provenance['device']}, {wording.plural(int(provenance['threads']), 'thread')}"),
+        ("Started", wording.moment(provenance["started"])),
+    ]
+    if provenance.get("finished"):  # analyze writes the report as its last stage, before it has finished
+        table.append(("Finished", wording.moment(provenance["finished"])))
+    return table
+
+
+def _option(value: object) -> str:
+    if value is None or value == []:
+        return "automatic"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def stages(entries: Sequence[Mapping[str, Any]]) -> list[Stage]:
+    """List the run's stages with their part of its time."""
+    total = sum(float(entry["seconds"]) for entry in entries) or 1.0
+    return [
+        Stage(
+            str(entry["name"]),
+            float(entry["seconds"]),
+            entry.get("peak_mib"),
+            float(entry["seconds"]) / total,
+        )
+        for entry in entries
+    ]

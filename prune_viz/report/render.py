@@ -1,0 +1,184 @@
+"""Writing the report: templates filled in, style sheets, sprite sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from prune_viz.errors import UserError
+from prune_viz.progress import Progress
+from prune_viz.report import sprites, wording
+from prune_viz.report.layer_pages import LayerPage, Map, layer_page
+from prune_viz.report.pages import NetworkPage, layer_rows, network_page
+from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
+
+_STRIP_COLUMNS = 8
+_STRIP_SIDE = 96
+_MAP_WIDTH = 1120  # CSS pixels, on a wide screen
+
+# In Chromium 'self' covers the neighbouring files of a page opened from disk (tests/test_report_browser.py
+# fails if it does not). Style attributes are blocked, so positions come from a style sheet a layer.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+@dataclass
+class _Strip:
+    """The sheet of stimuli by depth, filled as the layers are read."""
+
+    places: dict[str, list[tuple[int, int]]]
+    tiles: list[np.ndarray]
+    layout: sprites.Grid
+
+    def add(self, record: LayerRecord, images: np.ndarray) -> None:
+        """Draw the chosen stimuli of a layer, whose stimuli are `images`."""
+        chosen = self.places.get(record.name, [])
+        if chosen:
+            drawn = sprites.pictures(
+                images[[number for _, number in chosen]], self.layout.side, sprites.colour_axes(images)
+            )
+            for (tile, _), picture in zip(chosen, drawn, strict=True):
+                self.tiles[tile] = picture
+
+
+def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
+    """Write the whole report of `run` into the empty directory `folder`.
+
+    Raises
+    ------
+    UserError
+        If the run's parts are missing, damaged or disagree.
+    """
+    provenance = run.read_provenance()
+    decisions = run.read_decisions()
+    try:
+        filters = run.read_filters()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.filters_file} cannot be read ({error}); run analyze again") from None
+    rows = layer_rows(run.layers(), filters)
+    network = network_page(run.path, provenance, rows, filters)
+    templates = _environment()
+    _write_assets(folder / "assets")
+    (folder / "layers").mkdir()
+    strip = _strip(network)
+    tables = dict(tuple(filters.groupby("layer", sort=False)))
+    progress.start("report", len(rows))
+    for index, row in enumerate(rows):
+        progress.note(row.record.name)
+        tensors = _read_layer(run, row.record)
+        page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
+        _write_layer(folder / "layers", page, network, tensors, templates)
+        strip.add(row.record, tensors.images)
+        progress.advance()
+    _write_network(folder, network, strip, templates)
+    progress.finish()
+
+
+def _read_layer(run: RunDirectory, record: LayerRecord) -> LayerTensors:
+    tensors = run.read_layer(record.file)
+    images, count = tensors.images, record.filters
+    if not 3 <= images.ndim <= 5 or len(images) != count or tensors.responses.shape != (count, count):
+        raise UserError(f"{run.path / record.file} does not fit run.json; run analyze again")
+    return tensors
+
+
+def _environment() -> jinja2.Environment:
+    # autoescape=True, not select_autoescape: that one goes by the ending and would miss .html.j2.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prune_viz.report"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        {
+            name: getattr(wording, name)
+            for name in (
+                "count", "quantity", "percent", "plural", "r_squared", "damage", "activation",
+                "coefficient", "duration", "memory", "size", "printable",
+            )
+        }
+    )  # fmt: skip
+    environment.globals.update(saving=wording.saving, policy=CONTENT_SECURITY_POLICY)
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """Pass every value that a template prints; strings lose what cannot be seen."""
+    return wording.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _write_assets(folder: Path) -> None:
+    folder.mkdir()
+    for asset in resources.files("prune_viz.report").joinpath("assets").iterdir():
+        (folder / asset.name).write_bytes(asset.read_bytes())
+
+
+def _write_layer(
+    folder: Path, page: LayerPage, network: NetworkPage, tensors: LayerTensors, templates: jinja2.Environment
+) -> None:
+    record = page.row.record
+    plan = sprites.sheets(record.slug, page.order, record.canvas)
+    small = sprites.thumbnails(record.slug, page.order, page.map.side / 100 * _MAP_WIDTH)
+    sprites.write_layer_sheets(folder, tensors.images, plan, small)
+    sprites.write_response_matrix(
+        folder / f"{record.slug}-responses.png", tensors.responses, np.array(page.order)
+    )
+    styles = [
+        *_sheet_styles("t", plan),
+        *_sheet_styles("m", [small]),
+        *_map_styles(page.map, small.layout.side),
+    ]
+    _write(folder / f"{record.slug}.css", "\n".join(styles) + "\n")
+    text = templates.get_template("layer.html.j2").render(
+        page=page, network=network, record=record, root="../", channels=tensors.images.shape[1]
+    )
+    _write(folder / page.row.page, text)
+
+
+def _write_network(folder: Path, network: NetworkPage, strip: _Strip, templates: jinja2.Environment) -> None:
+    sheet = sprites.Sheet("depth.jpg", strip.layout, tuple(range(strip.layout.tiles)))
+    sprites.write_sheet(folder / sheet.file, strip.tiles, strip.layout)
+    _write(folder / "depth.css", "\n".join(_sheet_styles("t", [sheet])) + "\n")
+    _write(folder / "index.html", templates.get_template("index.html.j2").render(network=network, root=""))
+
+
+def _strip(network: NetworkPage) -> _Strip:
+    layout = sprites.grid(_STRIP_COLUMNS * max(1, len(network.depths)), _STRIP_SIDE, columns=_STRIP_COLUMNS)
+    places = {
+        depth.row.record.name: [(tile.tile, tile.filter) for tile in depth.tiles] for depth in network.depths
+    }
+    blank = np.full((layout.side, layout.side, 3), sprites.GREY, dtype=np.uint8)
+    return _Strip(places, [blank] * layout.tiles, layout)
+
+
+def _sheet_styles(prefix: str, plan: Iterable[sprites.Sheet]) -> Iterable[str]:
+    """Rules that show a filter's tile in any square box of the class `prefix` + its number."""
+    for sheet in plan:
+        everyone = ",".join(f".{prefix}{number}" for number in sheet.filters)
+        size = f"{sheet.layout.columns}00% {sheet.layout.rows}00%"
+        yield f'{everyone}{{background-image:url("{sheet.file}");background-size:{size}}}'
+        for tile, number in enumerate(sheet.filters):
+            x, y = sheet.layout.position(tile)
+            yield f".{prefix}{number}{{background-position:{x:.4f}% {y:.4f}%}}"
+
+
+def _map_styles(page: Map, pixels: int) -> Iterable[str]:
+    yield f".map{{--shape:1/{page.height};--side:{page.side:.3f}%;--least:{pixels // 2 + 1}px}}"
+    for tile in page.tiles:
+        yield f"#m{tile.card.number}{{left:{tile.left:.2f}%;top:{tile.top:.2f}%}}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

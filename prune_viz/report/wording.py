@@ -1,0 +1,152 @@
+"""How figures and strangers' names are written for people: units, rounding, nothing unprintable."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from datetime import datetime
+
+_NARROW = "\u202f"  # narrow no-break space, between a figure and its unit
+_DASH = "\u2013"
+_MINUS = "\u2212"
+_TIMES = " \u00d7 "
+
+
+def printable(text: str) -> str:
+    """Return `text` with control, bidi and other invisible characters as backslash escapes.
+
+    Escaping for HTML is left to the template; this keeps a name from reordering, hiding or breaking
+    the text around it.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escape(char) if _invisible(char) else char for char in text)
+
+
+def _invisible(char: str) -> bool:
+    return unicodedata.category(char)[0] == "C" or char in "\u2028\u2029"
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def count(number: int) -> str:
+    """Write a whole number with its thousands apart: ``21,008``."""
+    return f"{number:,}"
+
+
+def quantity(number: float) -> str:
+    """Write a large number to three figures: ``4.65 M``; below ten thousand, in full."""
+    if number < 10_000:
+        return count(round(number))
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size * 0.9995:
+            return f"{_figures(number / size)}{_NARROW}{unit}"
+    return count(round(number))
+
+
+def _figures(value: float) -> str:
+    """Three significant figures, without an exponent, for values from 0.001 to below 10,000."""
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    if value >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
+
+
+def percent(share: float) -> str:
+    """Write a share of 0 to 1 as a percentage with one decimal: ``5.4 %``."""
+    if 0 < share < 0.0005:
+        return f"<0.1{_NARROW}%"
+    return f"{100 * share:.1f}{_NARROW}%"
+
+
+def saving(before: float, after: float) -> str:
+    """Write the change from `before` to `after` as a percentage: ``−12.0 %``."""
+    if before <= 0 or before == after:
+        return f"0{_NARROW}%"
+    sign = _MINUS if after < before else "+"
+    return f"{sign}{percent(abs(before - after) / before)}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Write a number with its noun: ``1 filter``, ``2 filters``."""
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+
+
+def r_squared(score: float) -> str:
+    """Write an R² with four decimals, never rounding up to a perfect one."""
+    if not math.isfinite(score):
+        return _DASH
+    if 0.99995 <= score < 1:
+        return ">0.9999"
+    return f"{score:.4f}"
+
+
+def damage(share: float) -> str:
+    """Write a predicted damage, a share of variance, as a percentage to two figures."""
+    if not math.isfinite(share):
+        return _DASH
+    value = 100 * share
+    if value <= 0:
+        return f"0{_NARROW}%"
+    if value < 1e-4:
+        return f"<0.0001{_NARROW}%"
+    decimals = max(0, 1 - math.floor(math.log10(value)))
+    return f"{value:.{min(decimals, 5)}f}{_NARROW}%"
+
+
+def activation(norm: float) -> str:
+    """Write an activation, a norm, to three figures."""
+    if not math.isfinite(norm):
+        return _DASH
+    if norm == 0:
+        return "0"
+    if norm < 0.001:
+        return "<0.001"
+    return _figures(norm)
+
+
+def coefficient(value: float) -> str:
+    """Write a regression coefficient with its sign: ``+0.98``, ``−1.02``."""
+    if not math.isfinite(value):
+        return _DASH
+    return (_MINUS if value < 0 else "+") + _figures(abs(value))
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the units a person would use: ``0.4 s``, ``3 min 20 s``, ``1 h 02 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f}{_NARROW}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}{_NARROW}s"
+    if whole < 3600:
+        return f"{whole // 60}{_NARROW}min {whole % 60:02d}{_NARROW}s"
+    return f"{whole // 3600}{_NARROW}h {whole % 3600 // 60:02d}{_NARROW}min"
+
+
+def memory(mebibytes: float) -> str:
+    """Write an amount of memory in MiB or GiB."""
+    if mebibytes < 1024:
+        return f"{mebibytes:,.0f}{_NARROW}MiB"
+    return f"{mebibytes / 1024:.1f}{_NARROW}GiB"
+
+
+def size(axes: Sequence[int] | None) -> str:
+    """Write a spatial size: ``11 × 11``, or a dash if it is not known."""
+    return _DASH if not axes else _TIMES.join(count(axis) for axis in axes)
+
+
+def moment(stamp: object) -> str:
+    """Write an ISO time stamp to the minute; what is not one is shown as it is."""
+    try:
+        time = datetime.fromisoformat(str(stamp))
+    except ValueError:
+        return str(stamp)
+    return time.strftime("%Y-%m-%d %H:%M") + (f" {time.tzname()}" if time.tzinfo else "")
