@@ -144,9 +144,6 @@ def analyze(
             metavar="GLOB", help="Only layers whose name matches; may be repeated.", show_default="all"
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pictures to compare filters on, besides the stimuli.")
-    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run directory.", show_default="reports/MODEL's stem")
     ] = None,
@@ -176,22 +173,20 @@ def analyze(
     from prune_viz import analysis
 
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    with _progress() as progress:
-        result = analysis.analyze(
-            checkpoint.model,
-            input_shape=shape or _input_shape(checkpoint),
-            out=out,
-            layers=layers or (),
-            data=data,
-            prior=prior.value,
-            canvas=canvas,
-            seed=seed,
-            device=device,
-            fresh=fresh,
-            progress=progress,
-            source=checkpoint.source,
-            **options,
-        )
+    result = analysis.analyze(
+        checkpoint.model,
+        input_shape=shape or _input_shape(checkpoint),
+        out=out,
+        layers=layers or (),
+        prior=prior.value,
+        canvas=canvas,
+        seed=seed,
+        device=device,
+        fresh=fresh,
+        progress=_progress(),
+        source=checkpoint.source,
+        **options,
+    )
     print_summary(result, out, _console())
 
 
@@ -267,9 +262,7 @@ def demo(
 
     from prune_viz.demo import run_demo
 
-    console = _console()
-    with _progress() as progress:
-        run_demo(out, progress, console)
+    run_demo(out, _progress(), _console())
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from torch import nn
 from prune_viz.digits import DigitsNet, Planted, accuracy, found, load_digits, plant, train, train_digits_net
 from prune_viz.errors import UserError
 from prune_viz.progress import Progress
-from prune_viz.runs import written_aside
+from prune_viz.runs import FORMAT, RunDirectory, written_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,10 +86,20 @@ def run_demo(
     out = Path(out)
     path = out / "model.pt"
     if not path.exists():
-        save_demo_model(*plant(train_digits_net(digits, progress=progress), digits), path)
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} holds something that is not the demo; give another --out")
+        with progress:
+            trained = train_digits_net(digits, progress=progress)
+        save_demo_model(*plant(trained, digits), path)
     planted = read_planted(path)
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
+    run = RunDirectory(out)
+    if not (out / "run.json").exists():
+        # The model lies in the run directory, which analyze takes only if it is a run of that model.
+        run.write_provenance(
+            {"format": FORMAT, "state": "running", "model": {"sha256": checkpoint.sha256}, "layers": []}
+        )
     shape = DigitsNet.input_shape
     analysis = analyze(model, input_shape=shape, out=out, progress=progress, source=checkpoint.source)
 
@@ -97,16 +107,17 @@ def run_demo(
         parameters, macs = count_cost(network, shape)
         return Stage(name, filters, parameters, macs, accuracy(network, digits))
 
-    masks = load_masks(out / "masks.pt")
+    masks = load_masks(run.masks_file)
     removed = sum(int((~mask).sum()) for mask in masks.values())
     rows = [row("before", model, count_filters(model))]
     masked = apply_masks(copy.deepcopy(model), masks)
     rows.append(row("after masking", masked, count_filters(masked) - removed))
     smaller = remove_filters(model, masks, torch.zeros(1, *shape), compensate="merge")
     rows.append(row("after removal with merging", smaller, count_filters(smaller)))
-    train(smaller, digits, FINE_TUNING_EPOCHS, rate=1e-3, stage="fine-tuning", progress=progress)
+    train(smaller, digits, FINE_TUNING_EPOCHS, rate=1e-3)
     rows.append(row("after fine-tuning", smaller, count_filters(smaller)))
     _print_outcome(console, rows, analysis.filters, planted)
+    console.print(f"report: {run.report_page}", soft_wrap=True)
     return rows
 
 
@@ -119,8 +130,9 @@ def save_demo_model(model: DigitsNet, planted: Sequence[Planted], path: Path) ->
         "state_dict": model.state_dict(),
         "planted": [asdict(truth) for truth in planted],
     }
-    with written_aside(path) as aside:
-        torch.save(content, aside)
+    # Through a stream, since torch.save writes a file's name into it: the same model gives the same bytes.
+    with written_aside(path) as aside, aside.open("wb") as stream:
+        torch.save(content, stream)
 
 
 def read_planted(path: Path) -> list[Planted]:
@@ -145,8 +157,10 @@ def _print_outcome(
 
     copies, dead = found(filters, planted)
     all_copies, all_dead = (sum(len(getattr(t, kind)) for t in planted) for kind in ("copies", "dead"))
-    console.print(f"planted copies found: {copies} of {all_copies}")
-    console.print(f"planted dead filters found: {dead} of {all_dead}")
+    console.print("trained a network on scikit-learn's digits and planted useless filters in it")
+    console.print(f"found {copies} of {all_copies} planted copies")
+    console.print(f"found {dead} of {all_dead} planted dead filters")
+    console.print()
     table = Table(box=box.SIMPLE if console.is_terminal else None, pad_edge=False)
     table.add_column("network")
     for title in ("filters", "parameters", "MACs", "accuracy"):
@@ -155,3 +169,4 @@ def _print_outcome(
         numbers = (f"{row.filters:,}", f"{row.parameters:,}", f"{row.macs:,}", f"{row.accuracy:.4f}")
         table.add_row(row.name, *numbers)
     console.print(table)
+    console.print()

@@ -128,5 +128,6 @@ def _check_input(model: nn.Module, example: torch.Tensor) -> None:
 
 
 def _save(content: dict[str, Any], out: Path) -> None:
-    with written_aside(out) as aside:
-        torch.save(content, aside)
+    # Through a stream, since torch.save writes a file's name into it: the same model gives the same bytes.
+    with written_aside(out) as aside, aside.open("wb") as stream:
+        torch.save(content, stream)

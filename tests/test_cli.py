@@ -89,7 +89,7 @@ def test_the_help_states_the_real_default_of_steps() -> None:
 def test_options_of_the_contract_exist() -> None:
     pages = {name: run(name, "--help").stdout for name in ("analyze", "apply", "report", "demo")}
     model_options = ["--arch", "--arch-kwargs", "--trust-pickle", "--input-shape", "--out"]
-    of_analyze = ["--layers", "--data", "--prior", "--steps", "--canvas", "--seed", "--device", "--fresh"]
+    of_analyze = ["--layers", "--prior", "--steps", "--canvas", "--seed", "--device", "--fresh"]
     for option in model_options + of_analyze:
         assert option in pages["analyze"]
     for option in [*model_options, "--mode", "--compensate"]:
@@ -226,6 +226,63 @@ def test_check_writable_leaves_no_trace(here: Path) -> None:
     cli.check_writable(here / "a" / "b")
     cli.check_writable(Path("relative"))
     assert written(here) == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--layers", "conv9"], "conv9"),
+        (["--input-shape", "3,8,8"], "3,8,8"),
+        (["--device", "cuda:7"], "cuda:7"),
+        (["--canvas", "0"], "--canvas"),
+    ],
+)
+def test_what_only_the_analysis_can_see(
+    here: Path, weights: Path, options: list[str], says: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prune-viz", "analyze", str(weights), *DIGITS, *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert says in shown.err
+    assert shown.err.count("\n") == 1
+    assert written(here) == {"model.pt"}
+
+
+def test_a_model_without_convolutions(here: Path, monkeypatch) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), "model.pt")
+    Path("flat.py").write_text("import torch\ndef build(): return torch.nn.Linear(3, 2)\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for shape in ([], ["--input-shape", "3,8,8"]):
+        assert_refused(run("analyze", "model.pt", "--arch", "flat:build", *shape), "convolution")
+    assert written(here) == {"model.pt", "flat.py"}
+
+
+def test_analyze_reports_and_guards_its_directory(here: Path, trained: DigitsNet) -> None:
+    """One layer of the trained network, through the command line, into the default directory."""
+    torch.save(trained.state_dict(), "digits.pt")
+    result = run("analyze", "digits.pt", *DIGITS, "--layers", "conv1", "--steps", "4")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["filters", "12"]
+    parameters = f"{sum(parameter.numel() for parameter in trained.parameters()):,}"
+    assert any(line.split()[:3] == ["parameters", parameters, "->"] for line in lines)
+    for what, path in (("report:", "report/index.html"), ("masks:", "masks.pt"), ("table:", "filters.csv")):
+        assert f"{what:<8}reports/digits/{path}" in lines
+        assert Path("reports/digits", path).exists()
+    provenance = json.loads(Path("reports/digits/run.json").read_text())
+    assert provenance["model"]["arch"] == "prune_viz.demo:DigitsNet"
+    assert provenance["model"]["path"] == "digits.pt"
+    assert provenance["state"] == "complete"
+
+    torch.save(DigitsNet().state_dict(), "other.pt")
+    before = {path: (here / path).stat().st_mtime_ns for path in written(here)}
+    assert_refused(run("analyze", "other.pt", *DIGITS, "--out", "reports/digits"), "another model's run")
+    assert {path: (here / path).stat().st_mtime_ns for path in written(here)} == before
+
+    assert run("report", "reports/digits").stdout == "report: reports/digits/report/index.html\n"
 
 
 @pytest.fixture

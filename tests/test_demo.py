@@ -1,12 +1,15 @@
 import copy
+import io
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from prune_viz.checkpoints import load_checkpoint
-from prune_viz.demo import read_planted, save_demo_model
+from prune_viz.demo import Stage, read_planted, run_demo, save_demo_model
 from prune_viz.digits import PLANTED_LAYERS, Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.errors import UserError
 
@@ -104,6 +107,8 @@ def test_the_demo_file_says_what_it_is(
     assert read_planted(path) == wide[1]
     assert accuracy(checkpoint.model, digits) == accuracy(wide[0], digits)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    save_demo_model(*wide, tmp_path / "other.pt")
+    assert path.read_bytes() == (tmp_path / "other.pt").read_bytes()
 
 
 def test_another_model_is_not_taken_for_the_demos(tmp_path) -> None:
@@ -118,3 +123,57 @@ def test_found_counts_either_filter_of_a_pair_and_only_dead_as_dead() -> None:
     verdicts = ["redundant", "keep", "keep", "redundant", "keep", "keep", "dead", "redundant"]
     table = pd.DataFrame({"layer": "a", "filter": range(8), "verdict": verdicts})
     assert found(table, planted) == (2, 1)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[Path, io.StringIO, list[Stage]]:
+    """Run the demo for real."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    text = io.StringIO()
+    return out, text, run_demo(out, console=Console(file=text, width=200))
+
+
+def test_the_demo_finds_everything_planted(ran: tuple[Path, io.StringIO, list[Stage]]) -> None:
+    out, text, _ = ran
+    assert "found 6 of 6 planted copies" in text.getvalue()
+    assert "found 4 of 4 planted dead filters" in text.getvalue()
+    assert str(out / "report" / "index.html") in text.getvalue()
+    for name in ("model.pt", "run.json", "filters.csv", "masks.pt", "decisions.json", "report/index.html"):
+        assert (out / name).stat().st_size > 0
+    assert not list(out.rglob("*.part"))
+
+
+def test_the_demos_table_holds_what_it_promises(ran: tuple[Path, io.StringIO, list[Stage]]) -> None:
+    _, text, (before, masked, merged, tuned) = ran
+    for stage in (before, masked, merged, tuned):
+        assert f"{stage.parameters:,}" in text.getvalue()
+        assert f"{stage.accuracy:.4f}" in text.getvalue()
+    assert before.filters == 94
+    assert before.accuracy >= 0.97
+    assert masked.filters == merged.filters == tuned.filters <= 84
+    assert (masked.parameters, masked.macs) == (before.parameters, before.macs)
+    assert merged.parameters == tuned.parameters < 0.85 * before.parameters
+    assert merged.macs == tuned.macs < 0.85 * before.macs
+    assert merged.accuracy >= before.accuracy - 0.005
+    assert tuned.accuracy >= before.accuracy - 0.01
+
+
+def test_a_second_demo_uses_the_first_ones_model(
+    ran: tuple[Path, io.StringIO, list[Stage]], monkeypatch
+) -> None:
+    out, _, rows = ran
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("prune_viz.demo.train_digits_net", refuse)
+    before = (out / "model.pt").read_bytes()
+    assert run_demo(out, console=Console(file=io.StringIO())) == rows
+    assert (out / "model.pt").read_bytes() == before
+
+
+def test_the_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="give another --out"):
+        run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
