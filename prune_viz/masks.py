@@ -275,8 +275,15 @@ def make_permanent(model: nn.Module) -> nn.Module:
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             listed = module.parametrizations[name]  # type: ignore[index]
             if any(isinstance(step, FilterMask) for step in listed):
+                _own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own: deep copies share theirs, and lose `weight` with it."""
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
 def norms_behind(model: nn.Module) -> dict[str, str]:

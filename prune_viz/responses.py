@@ -295,5 +295,5 @@ def _split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]
         places = torch.arange(len(chunk)) % 4
         for held_out in (False, True):
             chosen = chunk[(places == 3) == held_out]
-            for batch in chosen.split(BATCH):
-                yield tile(batch, size), held_out
+            for begin in range(0, len(chosen), BATCH):
+                yield tile(chosen[begin : begin + BATCH], size), held_out

@@ -59,15 +59,17 @@ class Stimuli:
         """Draw the stimuli as a matplotlib figure, `columns` to a row, each stretched around grey."""
         from matplotlib.figure import Figure
 
-        from prune_viz.report.sprites import to_pixels
+        from prune_viz.report.sprites import colour_axes, pictures
 
         rows = math.ceil(len(self.filters) / columns)
         figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
-        for axis, number, image in zip(axes, self.filters, self.images.numpy(), strict=False):
-            axis.imshow(to_pixels(image))
+        images = self.images.numpy()
+        drawn = pictures(images, max(images.shape[2:]), colour_axes(images))
+        for axis, number, picture in zip(axes, self.filters, drawn, strict=False):
+            axis.imshow(picture)
             axis.set_title(str(number), fontsize=8)
         return figure
 

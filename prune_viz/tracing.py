@@ -268,8 +268,10 @@ class HookedMaps:
 
     def __init__(self, model: nn.Module, conv: str, device: torch.device) -> None:
         self._model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
-        self._modules = dict(self._model.named_modules())
-        self._conv = conv
+        self._modules: dict[str, Any] = dict(self._model.named_modules())
+        for module in self._modules.values():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # maps before activations are looked at too
         self._before = self._after = conv
         self._followed = False
 
@@ -280,16 +282,13 @@ class HookedMaps:
 
     def _follow(self, inputs: torch.Tensor) -> None:
         """Extend the tap over the norm and the activation that take the convolution's output."""
-        taken: dict[int, list[str]] = {}
+        taken: list[tuple[torch.Tensor, str]] = []
         given: dict[str, torch.Tensor] = {}
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-                if isinstance(output, torch.Tensor) and name not in given:
-                    given[name] = output
-                    for argument in arguments:
-                        if isinstance(argument, torch.Tensor):
-                            taken.setdefault(id(argument), []).append(name)
+                given.setdefault(name, output)
+                taken.extend((argument, name) for argument in arguments)
 
             return hook
 
@@ -306,29 +305,28 @@ class HookedMaps:
             for handle in hooks:
                 handle.remove()
         for kind in (_BatchNorm, ACTIVATIONS):
-            takers = taken.get(id(given[self._after]), []) if self._after in given else []
+            takers = [name for argument, name in taken if argument is given[self._after]]
             if len(takers) == 1 and isinstance(self._modules[takers[0]], kind):
                 self._after = takers[0]
                 if kind is _BatchNorm:
                     self._before = takers[0]
-        activation: Any = self._modules[self._after]
-        if getattr(activation, "inplace", False):
-            activation.inplace = False
         self._followed = True
 
     def _run(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maps: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, last: bool) -> Any:
-            def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-                maps[name] = output
-                if last:
-                    raise _Reached
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+                # One activation module may serve many layers: wait for the call that takes our map.
+                if name == self._before or arguments[0] is maps.get(self._before):
+                    maps[name] = output
+                    if name == self._after:
+                        raise _Reached
 
             return hook
 
         hooks = [
-            self._modules[name].register_forward_hook(keep(name, name == self._after))
+            self._modules[name].register_forward_hook(keep(name))
             for name in dict.fromkeys((self._before, self._after))
         ]
         try:

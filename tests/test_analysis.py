@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
+from prune_viz import analysis as module
+from prune_viz.analysis import Analysis, analyze, hash_model
+from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
+from prune_viz.errors import UserError
+from prune_viz.masks import load_masks
+from prune_viz.runs import FILTER_COLUMNS, RunDirectory
+from prune_viz.surgery import remove_filters
+
+
+@pytest.fixture(scope="module")
+def planted(trained: DigitsNet, digits: Digits) -> tuple[DigitsNet, list[Planted]]:
+    return plant(trained, digits)
+
+
+@pytest.fixture(scope="module")
+def run(planted: tuple[DigitsNet, list[Planted]], tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    out = tmp_path_factory.mktemp("run") / "digits"
+    return analyze(planted[0], input_shape=(1, 8, 8), out=out)
+
+
+def test_every_planted_copy_and_dead_filter_is_found(run: Analysis, planted) -> None:
+    copies, dead = found(run.filters, planted[1])
+    assert copies == sum(len(place.copies) for place in planted[1])
+    assert dead == sum(len(place.dead) for place in planted[1])
+
+
+def test_copies_share_a_cluster(run: Analysis, planted) -> None:
+    clusters = run.filters.set_index(["layer", "filter"])["cluster"]
+    together = [
+        clusters[place.layer, one] == clusters[place.layer, other] != -1
+        for place in planted[1]
+        for one, other in place.copies
+    ]
+    assert np.mean(together) >= 0.8
+
+
+def test_what_is_flagged_can_be_removed_at_next_to_no_cost(run: Analysis, planted, digits: Digits) -> None:
+    model = planted[0]
+    smaller = remove_filters(model, run.masks, digits.held_images[:1], compensate="merge")
+    with torch.no_grad():
+        before, after = model(digits.held_images), smaller(digits.held_images)
+    divergence = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
+    assert float(divergence) < 0.01
+    assert accuracy(smaller, digits) >= accuracy(model, digits) - 0.005
+    assert run.summary["parameters_after"] == sum(p.numel() for p in smaller.parameters()) < run.summary["parameters"]
+    assert run.summary["macs_after"] < run.summary["macs"]
+
+
+def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
+    files = RunDirectory(run.out)
+    table = files.read_filters()
+    assert list(table.columns) == FILTER_COLUMNS
+    assert len(table) == sum(conv.out_channels for conv in planted[0].modules() if isinstance(conv, torch.nn.Conv2d))
+    assert set(table["verdict"]) == {"keep", "redundant", "dead"}
+    assert (table["reason"].str.len() > 10).all()
+    flagged = table[table["verdict"] == "redundant"]
+    assert (flagged["representative"] != "").all()
+    provenance = files.read_provenance()
+    assert provenance["state"] == "complete"
+    assert provenance["model"]["sha256"] == hash_model(planted[0])
+    assert {stage["name"] for stage in provenance["stages"]} >= {"stimuli", "responses", "probes", "verdicts", "report"}
+    assert all(stage["seconds"] >= 0 and stage["peak_mib"] > 0 for stage in provenance["stages"])
+    decisions = files.read_decisions()
+    assert len(decisions["verdicts"]) == (table["verdict"] != "keep").sum()
+    for order in decisions["removal_order"]:
+        assert order["damage"] == sorted(order["damage"])
+    assert (run.out / "report" / "index.html").stat().st_size > 1000
+    assert not list(run.out.rglob("*.part"))
+    for record in files.layers():
+        tensors = files.read_layer(record.file)
+        assert tensors.images.shape == (record.filters, 1, *record.canvas)
+        assert tensors.responses.shape == (record.filters, record.filters)
+        # The diagonal is each filter on its own stimulus, stored to half precision.
+        np.testing.assert_allclose(np.diag(tensors.responses), tensors.activations, rtol=1e-3, atol=1e-3)
+
+
+def test_masks_on_disk_are_the_verdicts(run: Analysis) -> None:
+    plain = torch.load(run.out / "masks.pt", weights_only=True)
+    for layer, rows in run.filters.groupby("layer"):
+        assert torch.equal(plain[layer], torch.tensor((rows["verdict"] == "keep").to_numpy()))
+    loaded = load_masks(run.out / "masks.pt")
+    assert loaded.merges == run.masks.merges != ()
+
+
+def test_the_same_again_gives_the_same(run: Analysis, planted, tmp_path: Path) -> None:
+    again = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "again")
+    pd.testing.assert_frame_equal(again.filters, run.filters)
+    for name in run.layers:
+        assert np.array_equal(again.layers[name].images, run.layers[name].images)
+
+
+def test_a_run_cut_short_is_taken_up_where_it_stopped(
+    planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Analysis
+) -> None:
+    done: list[str] = []
+    ascend = module.ascend
+
+    def stopping(network, layer, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(layer)
+        return ascend(network, layer, **options)
+
+    monkeypatch.setattr(module, "ascend", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["state"] == "running"
+    assert not (tmp_path / "cut" / "masks.pt").exists()
+    rest: list[str] = []
+
+    def noting(network, layer, **options):
+        rest.append(layer)
+        return ascend(network, layer, **options)
+
+    monkeypatch.setattr(module, "ascend", noting)
+    result = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut")
+    assert done == ["conv1", "conv2"]
+    assert rest == ["conv3", "conv4"]
+    pd.testing.assert_frame_equal(result.filters, run.filters)
+    # Other options reuse nothing.
+    rest.clear()
+    analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=3)
+    assert rest == ["conv1", "conv2", "conv3", "conv4"]
+
+
+def test_without_a_directory_nothing_is_kept_on_disk() -> None:
+    result = analyze(randomise_norms(Plain()), input_shape=(3, 16, 16), steps=2)
+    assert result.out is None
+    assert result.layers["conv1"].images.shape == (8, 3, 16, 16)
+    assert list(result.masks) == ["conv1", "conv2", "conv3"]
+
+
+def test_only_layers_asked_for_are_looked_at() -> None:
+    model = randomise_norms(Residual())
+    with torch.no_grad():  # a dead channel of the stem, and a dead one inside the block
+        model.bn1.weight[2] = model.bn1.bias[2] = 0
+    result = analyze(model, input_shape=(3, 16, 16), steps=2, layers=["inner", "exp*"])
+    assert result.filters["layer"].unique().tolist() == ["inner", "expand"]
+    rows = result.filters.set_index(["layer", "filter"])
+    assert rows.loc[("inner", 2), "verdict"] == "dead"
+    assert "depthwise, which this run did not look at" in rows.loc[("expand", 0), "reason"]
+    assert len(result.masks) == 6
+
+
+def test_strange_networks_are_analysed_as_far_as_they_go() -> None:
+    model = randomise_norms(Untraceable())
+    with torch.no_grad():
+        model.bn1.weight[2], model.bn1.bias[2] = 0, -1
+    result = analyze(model, input_shape=(3, 16, 16), steps=2)
+    assert result.filters.set_index(["layer", "filter"]).loc[("conv1", 2), "verdict"] == "dead"
+    result = analyze(Concatenating(), input_shape=(3, 16, 16), steps=2)
+    assert result.filters[result.filters["layer"] == "out"]["reason"].str.contains("output").all()
+
+
+def test_signals_and_volumes() -> None:
+    for conv, shape in [(torch.nn.Conv1d, (2, 100)), (torch.nn.Conv3d, (1, 10, 10, 10))]:
+        model = torch.nn.Sequential(conv(shape[0], 6, 3), torch.nn.ReLU(), conv(6, 4, 3), torch.nn.ReLU(), conv(4, 2, 1))
+        result = analyze(model, input_shape=shape, steps=2)
+        assert len(result.filters) == 12
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model = Plain()
+    model.bn2.running_var[3] = float("inf")
+    with pytest.raises(UserError, match=r"bn2\.running_var"):
+        analyze(model, input_shape=(3, 16, 16))
+
+
+def test_directories_that_hold_something_else_are_left_alone(tmp_path: Path, run: Analysis) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a prune-viz run"):
+        analyze(Plain(), input_shape=(3, 16, 16), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        analyze(Plain(), input_shape=(3, 16, 16), out=tmp_path / "notes.txt")
+    before = (run.out / "run.json").read_bytes()
+    with pytest.raises(UserError, match="another model's run"):
+        analyze(Plain(), input_shape=(3, 16, 16), out=run.out)
+    assert (run.out / "run.json").read_bytes() == before
+
+
+def test_fresh_replaces_another_models_run(tmp_path: Path) -> None:
+    first, second = randomise_norms(Plain()), randomise_norms(Plain(), seed=1)
+    analyze(first, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2, layers=["conv1"])
+    result = analyze(second, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2, layers=["conv3"], fresh=True)
+    assert result.filters["layer"].unique().tolist() == ["conv3"]
+    assert [path.name for path in (tmp_path / "run" / "layers").iterdir()] == ["002-conv3.safetensors"]
+
+
+def test_the_model_is_left_alone() -> None:
+    model = randomise_norms(Residual()).train()
+    before = copy.deepcopy(model.state_dict())
+    analyze(model, input_shape=(3, 16, 16), steps=2)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())

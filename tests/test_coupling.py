@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from networks import Concatenating, Flattening, Plain, Residual
+from prune_viz.coupling import UntraceableError, find_groups, group_of_layer
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+def test_a_plain_chain_has_a_group_a_layer() -> None:
+    groups = find_groups(Plain(), IMAGE)
+    assert [(group.layers, [reader.module for reader in group.readers]) for group in groups] == [
+        (["conv1"], ["conv2"]), (["conv2"], ["conv3"]), (["conv3"], ["head"]),
+    ]  # fmt: skip
+    assert all(group.removable for group in groups)
+
+
+def test_a_residual_sum_and_a_depthwise_convolution_tie_filters() -> None:
+    groups = group_of_layer(find_groups(Residual(), IMAGE))
+    assert groups["stem"].layers == ["stem", "outer", "project"]
+    assert {reader.module for reader in groups["stem"].readers} == {"inner", "expand", "head"}
+    assert groups["expand"].layers == ["expand", "depthwise"]
+    assert [reader.module for reader in groups["expand"].readers] == ["project"]
+
+
+def test_a_concatenation_shifts_the_second_branch() -> None:
+    groups = group_of_layer(find_groups(Concatenating(), IMAGE))
+    (reader,) = groups["right"].readers
+    assert reader.module == "reader"
+    assert reader.indices[np.argsort(reader.channels)].tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_flatten_spreads_a_channel_over_features() -> None:
+    (group,) = find_groups(Flattening(), torch.zeros(1, 1, 8, 8))
+    (reader,) = group.readers
+    assert sorted(reader.indices[reader.channels == 2].tolist()) == list(range(2 * 64, 3 * 64))
+
+
+def test_what_cannot_be_removed_is_said() -> None:
+    groups = group_of_layer(find_groups(Concatenating(), IMAGE))
+    assert not groups["out"].removable
+    assert "output" in groups["out"].note
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1))
+    groups = group_of_layer(find_groups(grouped, IMAGE))
+    assert "grouped" in groups["0"].note
+    assert not groups["1"].removable
+    assert groups["2"].removable
+
+
+def test_frozen_models_are_traced_and_stay_frozen_and_in_training() -> None:
+    model = Plain().requires_grad_(False).train()
+    assert len(find_groups(model, IMAGE)) == 3
+    assert model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_does_not_run_is_untraceable() -> None:
+    with pytest.raises(UntraceableError):
+        find_groups(Plain(), torch.zeros(1, 5, 16, 16))

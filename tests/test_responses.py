@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
+from prune_viz import responses
+from prune_viz.coupling import find_groups, group_of_layer
+from prune_viz.filters import FilterNetwork
+from prune_viz.responses import gather_moments, make_probes, natural_noise, probe_size, response_matrix, tile
+
+
+def test_response_matrix_holds_the_norms_of_feature_maps() -> None:
+    model = randomise_norms(Plain())
+    images = torch.randn(5, 3, 16, 16)
+    matrix = response_matrix(FilterNetwork(model, (3, 16, 16)), "conv1", images)
+    maps = torch.relu(model.bn1(model.conv1(images)))
+    expected = [[float(maps[i, j].norm()) for j in range(8)] for i in range(5)]
+    np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
+
+
+def _moments(model: nn.Module, layer: str, images: torch.Tensor, channels: int = 3):
+    groups = find_groups(model, images[:1])
+    group = group_of_layer(groups)[layer]
+    return gather_moments(model, [group], [(images[:6], False), (images[6:], True)])[group.number]
+
+
+def _slow(rows: np.ndarray) -> np.ndarray:
+    with_one = np.hstack([rows, np.ones((len(rows), 1))])
+    return sum(np.outer(row, row) for row in with_one) / len(with_one)
+
+
+def test_moments_equal_a_slow_sum_over_padded_positions() -> None:
+    model = randomise_norms(Plain()).double()
+    images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
+    (moments,) = _moments(model, "conv1", images)
+    maps = F.pad(torch.relu(model.bn1(model.conv1(images))), (1, 0, 1, 0)).detach()  # stride 2: one side is read
+    rows = maps.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(moments.fit, _slow(rows[:6].reshape(-1, 8)), rtol=1e-9)
+    np.testing.assert_allclose(moments.held_out, _slow(rows[6:].reshape(-1, 8)), rtol=1e-9)
+    inner = rows[:, 1:, 1:].reshape(-1, 8)
+    np.testing.assert_allclose(moments.mean, inner.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(moments.variance, inner.var(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(moments.peak, np.abs(inner).max(axis=0), rtol=1e-9)
+
+
+def test_moments_behind_a_flatten_take_a_channel_position_by_position() -> None:
+    model = Flattening().double()
+    images = torch.randn(9, 1, 8, 8, dtype=torch.float64)
+    (moments,) = _moments(model, "conv", images)
+    rows = torch.relu(model.conv(images)).detach().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(moments.fit, _slow(rows[:6].reshape(-1, 6)), rtol=1e-9)
+    weight = model.head.weight.detach().view(3, 6, 64)
+    np.testing.assert_allclose(moments.energy, torch.einsum("oip,ojp->ij", weight, weight), rtol=1e-6)
+
+
+def test_moments_of_a_concatenated_branch_are_its_own() -> None:
+    model = Concatenating().double()
+    images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
+    (moments,) = _moments(model, "right", images)
+    maps = F.pad(torch.relu(model.right(images)), (1, 1, 1, 1)).detach()
+    np.testing.assert_allclose(moments.fit, _slow(maps[:6].permute(0, 2, 3, 1).reshape(-1, 6).numpy()), rtol=1e-9)
+
+
+def test_a_residual_stream_has_moments_at_every_reader() -> None:
+    moments = _moments(randomise_norms(Residual()), "stem", torch.randn(9, 3, 8, 8))
+    assert sorted(reader.reader for reader in moments) == ["expand", "head", "inner"]
+
+
+def test_energy_predicts_exactly_what_a_1x1_reader_loses() -> None:
+    model = randomise_norms(Plain()).double()
+    images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
+    (moments,) = _moments(model, "conv2", images)
+    maps = torch.relu(model.bn2(model.conv2(torch.relu(model.bn1(model.conv1(images)))))).detach()
+    without = maps.clone()
+    without[:, [2, 5]] = 0
+    lost = (model.conv3(maps) - model.conv3(without))[:6].square().sum(dim=1).mean()
+    removed = [2, 5]
+    predicted = (moments.energy[np.ix_(removed, removed)] * moments.fit[np.ix_(removed, removed)]).sum()
+    assert float(predicted) == pytest.approx(float(lost), rel=1e-9)
+    outputs = model.conv3(maps).detach().transpose(0, 1).flatten(1).numpy()
+    assert moments.output_variance == pytest.approx(outputs.var(axis=1).sum(), rel=1e-9)
+
+
+def test_padding_is_read_off_sizes_so_that_subclasses_count() -> None:
+    class Same(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(F.pad(x, (1, 2, 1, 2)))
+
+    conv = Same(2, 2, 4)
+    inputs = torch.randn(1, 2, 9, 9)
+    assert responses._padding(conv, inputs, conv(inputs)) == [1, 2, 1, 2]
+    assert responses._padding(nn.Conv2d(2, 2, 3), inputs, torch.zeros(1, 2, 7, 7)) == [0, 0, 0, 0]
+
+
+def test_large_maps_are_thinned_over_rows_and_columns() -> None:
+    grid = torch.arange(64.0 * 64).view(1, 1, 64, 64)
+    picked = responses._thin(grid).ravel()
+    assert len(picked.unique()) == responses.POSITIONS
+    assert len((picked // 64).unique()) > 32
+    assert len((picked % 64).unique()) > 32
+
+
+def test_tiles_repeat_the_stimulus() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    tiled = tile(image, (9, 7))
+    assert tiled.shape == (2, 3, 9, 7)
+    assert torch.equal(tiled[..., 4:8, 5:7], image[..., :4, :2])
+
+
+def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> None:
+    layers = [torch.randn(10, 3, 4, 4), torch.randn(7, 3, 8, 8)]
+    batches = list(make_probes(layers, 3, (8, 8), seed=0))
+    assert sum(len(batch) for batch, _ in batches) == responses.NOISE_PROBES + 17
+    assert all(batch.shape[1:] == (3, 8, 8) for batch, _ in batches)
+    held_out = sum(len(batch) for batch, flag in batches if flag)
+    assert held_out == responses.NOISE_PROBES // 4 + 2 + 1
+    assert torch.equal(natural_noise((3, 8, 8), 4, 0), natural_noise((3, 8, 8), 4, 0))
+
+
+def test_probe_size_is_the_models_own_where_a_flatten_ties_it() -> None:
+    assert probe_size(Flattening(), (1, 8, 8), (4, 4)) == (8, 8)
+    assert probe_size(Plain().eval(), (3, 64, 64), (32, 32)) == (32, 32)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
+from prune_viz.errors import UserError
+from prune_viz.masks import Masks, Merge, apply_masks, reconcile_masks
+from prune_viz.surgery import count_cost, merge_filters, rebuild_smaller, remove_filters
+
+
+def _random_masks(model: nn.Module, share: float = 0.3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Masks that agree wherever layers have as many filters, so that coupled channels do go."""
+    masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            generator = torch.Generator().manual_seed(seed + module.out_channels)
+            mask = torch.rand(module.out_channels, generator=generator) > share
+            mask[0] = True
+            masks[name] = mask
+    return masks
+
+
+SMALL = {"plain": (Plain, 3, 16), "residual": (Residual, 3, 16), "concatenating": (Concatenating, 3, 16),
+         "flattening": (Flattening, 1, 8)}  # fmt: skip
+
+
+def _check_removed_equals_masked(model: nn.Module, channels: int, size: int, tolerance: float) -> None:
+    example = torch.randn(2, channels, size, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some random masks cut through groups
+        masks = reconcile_masks(model, _random_masks(model), example)
+    assert masks.removed > 0
+    smaller = remove_filters(model, masks, example)
+    masked = apply_masks(copy.deepcopy(model), masks).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(example), masked(example), rtol=0, atol=tolerance)
+    before, after = count_cost(model, (channels, size, size)), count_cost(smaller, (channels, size, size))
+    assert after[0] < before[0]
+    assert after[1] < before[1]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_removed_equals_masked(name: str) -> None:
+    torch.manual_seed(0)
+    make, channels, size = SMALL[name]
+    _check_removed_equals_masked(randomise_norms(make()), channels, size, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn", "squeezenet1_1", "mnasnet0_5"])
+def test_removed_equals_masked_on_torchvision_networks(name: str) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    size = 96 if name != "vgg11_bn" else 224
+    _check_removed_equals_masked(model.eval(), 3, size, 1e-4)
+
+
+def _with_copy(model: Plain, scale: float) -> Masks:
+    """Make filter 6 of conv2 `scale` times filter 1, and give the masks that merge it away."""
+    with torch.no_grad():
+        model.conv2.weight[6] = model.conv2.weight[1]
+        for name in ("running_mean", "running_var"):
+            getattr(model.bn2, name)[6] = getattr(model.bn2, name)[1]
+        for name in ("weight", "bias"):
+            getattr(model.bn2, name)[6] = scale * getattr(model.bn2, name)[1]
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[6] = False
+    return Masks({"conv2": mask}, (Merge("conv2", 6, (1,), (scale,), 0.0),))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+def test_merging_a_copy_is_exact(scale: float) -> None:
+    model = randomise_norms(Plain())
+    masks = _with_copy(model, scale)
+    x = torch.randn(4, 3, 16, 16)
+    smaller = remove_filters(model, masks, x, compensate="merge")
+    plain = remove_filters(model, masks, x)
+    assert smaller.conv2.out_channels == 7
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
+        assert (plain(x) - model(x)).abs().max() > 20 * (smaller(x) - model(x)).abs().max()
+
+
+def test_merging_through_a_flatten_is_exact() -> None:
+    model = Flattening()
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(model.conv, name)[4] = 3 * getattr(model.conv, name)[2]
+    mask = torch.tensor([True, True, True, True, False, True])
+    x = torch.randn(4, 1, 8, 8)
+    smaller = remove_filters(model, Masks({"conv": mask}, (Merge("conv", 4, (2,), (3.0,), 0.0),)), x, compensate="merge")
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3"])
+def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_reader(layer: str) -> None:
+    model = randomise_norms(Plain(padding=0))
+    with torch.no_grad():
+        if layer == "conv3":
+            model.conv3.weight[2], model.conv3.bias[2] = 0, 0.7
+        else:
+            norm = {"conv1": model.bn1, "conv2": model.bn2}[layer]
+            norm.weight[2], norm.bias[2] = 0, 0.7
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[2] = False
+    x = torch.randn(4, 3, 16, 16)
+    smaller = remove_filters(model, Masks({layer: mask}, (Merge(layer, 2, (), (), 0.7),)), x, compensate="merge")
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_merging_into_a_depthwise_chain_reaches_its_reader() -> None:
+    model = randomise_norms(Residual())
+    with torch.no_grad():
+        for conv, norm in ((model.expand, model.bn3), (model.depthwise, model.bn4)):
+            conv.weight[9] = conv.weight[4]
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(norm, name)[9] = getattr(norm, name)[4]
+    mask = torch.ones(16, dtype=torch.bool)
+    mask[9] = False
+    x = torch.randn(2, 3, 12, 12)
+    masks = Masks({"expand": mask, "depthwise": mask}, (Merge("expand", 9, (4,), (1.0,), 0.0),))
+    smaller = remove_filters(model, masks, x, compensate="merge")
+    assert smaller.depthwise.groups == 15
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_of_a_filter_that_stays_is_left_out() -> None:
+    model = randomise_norms(Plain())
+    masks = _with_copy(model, 1.0)
+    masks["conv2"][6] = True
+    before = model.conv3.weight.clone()
+    merge_filters(model, masks, torch.zeros(1, 3, 16, 16))
+    assert torch.equal(model.conv3.weight, before)
+
+
+def test_the_model_given_is_not_changed_and_the_smaller_one_trains() -> None:
+    model = randomise_norms(Plain()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    smaller = remove_filters(model, _random_masks(model), torch.zeros(1, 3, 16, 16))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    smaller.train()(torch.randn(4, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in smaller.parameters())
+
+
+def test_a_smaller_network_is_rebuilt_from_architecture_masks_and_weights() -> None:
+    model = randomise_norms(Plain(padding=0))
+    with torch.no_grad():
+        model.bn2.weight[2], model.bn2.bias[2] = 0, 0.7
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[2] = False
+    x = torch.randn(4, 3, 16, 16)
+    masks = Masks({"conv2": mask}, (Merge("conv2", 2, (), (), 0.7),))
+    smaller = remove_filters(model, masks, x, compensate="merge")
+    again = rebuild_smaller(Plain(padding=0), masks, smaller.state_dict(), x)
+    with torch.no_grad():
+        assert torch.equal(again(x), smaller(x))
+    state = dict(smaller.state_dict())
+    state["conv2.weight"] = state["conv2.weight"][:3]
+    with pytest.raises(UserError, match="do not fit"):
+        rebuild_smaller(Plain(padding=0), masks, state, x)
+
+
+def test_cost_of_a_known_network() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16, 10))
+    parameters, macs = count_cost(model, (3, 4, 4))
+    assert parameters == 8 * 27 + 8 * 16 * 10 + 10
+    assert macs == 16 * 8 * 27 + 8 * 16 * 10
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(UserError, match="--compensate"):
+        remove_filters(Plain(), {}, torch.zeros(1, 3, 16, 16), compensate="magic")
+    with pytest.raises(UserError, match="another model"):
+        remove_filters(Plain(), {"nope": torch.ones(3, dtype=torch.bool)}, torch.zeros(1, 3, 16, 16))
