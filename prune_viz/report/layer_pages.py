@@ -44,7 +44,7 @@ class FilterCard:
 
 @dataclass(frozen=True)
 class MapTile:
-    """A thumbnail's upper left corner on the map, in percent of its width and height."""
+    """A thumbnail's place on the map in percent: 0 touches the left or upper edge, 100 the other."""
 
     card: FilterCard
     left: float
@@ -251,7 +251,7 @@ def layer_map(cards: Sequence[FilterCard], points: np.ndarray) -> Map:
     side = layout.thumbnail_side(len(placed), height)
     centres = layout.place(points[known], height, side)
     tiles = [
-        MapTile(card, 100 * (x - side / 2), 100 * (y - side / 2) / height)
+        MapTile(card, 100 * (x - side / 2) / (1 - side), 100 * (y - side / 2) / (height - side))
         for card, (x, y) in zip(placed, centres, strict=True)
     ]
     return Map(tiles, 100 * side, height, _outlines(placed, centres, side), unplaced)

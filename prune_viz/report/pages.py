@@ -198,12 +198,13 @@ def finding(counts: Counts) -> str:
     if not counts.flagged:
         return f"Each of the {wording.plural(counts.filters, 'filter')} does something that no other does."
     parts = []
+    both = counts.redundant and counts.dead
     if counts.redundant:
-        verb = "repeats" if counts.redundant == 1 else "repeat"
-        parts.append(f"{wording.count(counts.redundant)} {verb} what other filters compute")
+        who = wording.count(counts.redundant) if both else "they" if counts.redundant > 1 else "it"
+        parts.append(f"{who} repeat{'s' * (counts.redundant == 1)} what other filters compute")
     if counts.dead:
-        verb = "does" if counts.dead == 1 else "do"
-        parts.append(f"{wording.count(counts.dead)} {verb} nothing")
+        who = wording.count(counts.dead) if both else "they" if counts.dead > 1 else "it"
+        parts.append(f"{who} do{'es' * (counts.dead == 1)} nothing")
     whole = wording.plural(counts.filters, "filter")
     return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}."
 
@@ -216,9 +217,12 @@ def depth_rows(rows: Sequence[LayerRow], filters: pd.DataFrame) -> list[DepthRow
     """
     count = min(_DEPTHS, len(rows))
     chosen = [rows[round(i * (len(rows) - 1) / max(1, count - 1))] for i in range(count)]
-    bands = {0: "Early: lines and colours"}
+    bands = {0: "Early layers, where lines and colours are usual"}
     if count >= 3:
-        bands |= {round(count / 3): "Middle: textures", round(2 * count / 3): "Deep: parts"}
+        bands |= {
+            round(count / 3): "Middle layers, where textures are usual",
+            round(2 * count / 3): "Deep layers, where parts of things are usual",
+        }
     depths = []
     tile = 0
     for index, row in enumerate(chosen):

@@ -177,7 +177,8 @@ def _sheet_styles(prefix: str, plan: Iterable[sprites.Sheet]) -> Iterable[str]:
 def _map_styles(page: Map, pixels: int) -> Iterable[str]:
     yield f".map{{--shape:1/{page.height};--side:{page.side:.3f}%;--least:{pixels // 2 + 1}px}}"
     for tile in page.tiles:
-        yield f"#m{tile.card.number}{{left:{tile.left:.2f}%;top:{tile.top:.2f}%}}"
+        x, y = f"{tile.left:.2f}%", f"{tile.top:.2f}%"
+        yield f"#m{tile.card.number}{{left:{x};top:{y};translate:-{x} -{y}}}"
 
 
 def _write(path: Path, text: str) -> None:

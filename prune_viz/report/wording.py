@@ -71,7 +71,8 @@ def saving(before: float, after: float) -> str:
     if before <= 0 or before == after:
         return f"0{_NARROW}%"
     sign = _MINUS if after < before else "+"
-    return f"{sign}{percent(abs(before - after) / before)}"
+    share = abs(before - after) / before
+    return sign + (damage(share) if share < 0.001 else percent(share))
 
 
 def plural(number: int, noun: str) -> str:
