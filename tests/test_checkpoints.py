@@ -166,6 +166,17 @@ def test_a_file_may_name_a_torchvision_architecture(file: Path) -> None:
         load_model(file)
 
 
+@pytest.mark.parametrize("masks", [{"none": torch.ones(3, dtype=torch.bool)}, {"conv1": 3}, {3: "x"}])
+def test_a_false_record_of_removed_filters_gets_one_line(file: Path, masks: dict) -> None:
+    arch, net = "prune_viz.demo:DigitsNet", resolve_architecture("prune_viz.demo:DigitsNet")
+    content = {"arch": arch, "input_shape": [1, 8, 8], "pruning": [masks], "state_dict": net.state_dict()}
+    torch.save(content, file)
+    with pytest.raises(UserError, match="record of removed filters does not fit"):
+        load_model(file)
+    torch.save({**content, "pruning": 0.5}, file)
+    assert same(load_model(file), net)
+
+
 def test_the_number_of_classes_is_read_from_the_weights(file: Path) -> None:
     for name, classes in (("squeezenet1_1", 7), ("resnet18", 3)):
         net = torchvision.models.get_model(name, num_classes=classes)
