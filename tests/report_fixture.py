@@ -87,7 +87,7 @@ def _layer(
     responses = np.exp(-near / 6) * gains
     responses[:, dead] = 1e-4 * rng.random((count, len(dead)))
     clusters = families.copy()
-    clusters[dead] = -1
+    clusters[dead], clusters[kept[0]] = -1, -1
     places = 4 * rng.normal(size=(families.max() + 1, 2))[families] + rng.normal(size=(count, 2))
     score = rng.uniform(0.3, 0.97, size=count)
     score[redundant] = 1 - rng.uniform(1e-5, 3e-3, size=len(redundant))

@@ -94,7 +94,7 @@ def thumbnails(slug: str, order: Sequence[int], shown: float) -> Sheet:
     A tile must never be shown at less than half its size: without a graphics processor, Chromium
     decodes the whole sheet again for each tile that it shrinks so far.
     """
-    side = int(np.clip(math.ceil(1.25 * shown / 8) * 8, 24, 96))
+    side = int(np.clip(math.ceil(shown / 8) * 8, 24, 96))
     return Sheet(f"{slug}-map.jpg", grid(len(order), side), tuple(order))
 
 
