@@ -246,7 +246,9 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(f"{name} holds {bad} values that are NaN or infinite; nothing can be said of such a model")
+            raise UserError(
+                f"{name} holds {bad} values that are NaN or infinite; repair the checkpoint first"
+            )
 
 
 def hash_model(model: nn.Module) -> str:
@@ -255,7 +257,7 @@ def hash_model(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-        digest.update(array.view(torch.uint8).numpy().tobytes() if array.ndim else bytes(str(array.item()), "ascii"))
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -278,7 +280,7 @@ def open_run(run: RunDirectory, model_sha256: str, fresh: bool) -> None:
             there = None
         if there != model_sha256 and not fresh:
             raise UserError(
-                f"{run.path} holds another model's run; give another --out, or --fresh to replace what is there"
+                f"{run.path} holds another model's run; give another --out, or --fresh to replace it"
             )
         if fresh:
             for part in ("layers", "report"):
@@ -300,8 +302,8 @@ def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGrou
         return coupling.find_groups(model.cpu(), torch.zeros(1, *network.input_shape)), notes
     except UntraceableError as error:
         notes.append(
-            f"The ties between layers could not be traced ({error}), so no filter is called redundant and only "
-            "silent ones are called dead."
+            f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
+            "only silent ones are called dead."
         )
         return [], notes
 
@@ -360,7 +362,7 @@ def _probe(
         return {}
     twin = copy.deepcopy(model).eval().to(network.device)
     if len(network.input_shape) == 3:
-        twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        twin = twin.to(memory_format=torch.channels_last)
     largest = tuple(
         max(layer.canvas[axis] for layer in network.layers) for axis in range(len(network.input_shape) - 1)
     )

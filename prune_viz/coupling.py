@@ -126,7 +126,8 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     for module in names:
         if isinstance(module, _ConvNd) and module in graph.module2node and module not in seen:
             try:
-                items = graph.get_pruning_group(module, tp.prune_conv_out_channels, list(range(module.out_channels)))
+                every = list(range(module.out_channels))
+                items = graph.get_pruning_group(module, tp.prune_conv_out_channels, every)
             except Exception as error:  # see build_graph
                 raise UntraceableError(f"{names[module]}: {error}") from error
             group, writers = _read_group(len(groups), module.out_channels, items, names)

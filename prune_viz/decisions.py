@@ -44,7 +44,9 @@ def filter_rows(
     """
     rows = []
     places = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None
-    channel_of = {} if places is None else dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
+    channel_of: dict[int, int] = {}
+    if places is not None:
+        channel_of = dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
     filter_at = {channel: index for index, channel in channel_of.items()}
     for index in range(layer.filters):
         activation = float(tensors.activations[index])
@@ -53,7 +55,8 @@ def filter_rows(
             verdict, score, damage = ("dead" if silent else "keep"), float("nan"), float("nan")
             representatives: list[int] = []
             reason = (
-                f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at zero."
+                f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at "
+                "zero."
                 if silent
                 else "Kept: what reads it could not be traced."
             )
@@ -91,15 +94,15 @@ def explain(
         return "Unread: every weight that reads it is zero."
     if verdict.kind == "constant":
         return (
-            f"Constant: it gives {verdict.constant:.3g} whatever it is shown, which the bias of the next layer "
-            f"can carry; removing it costs {cost}."
+            f"Constant: it gives {verdict.constant:.3g} whatever it is shown, which the bias of the next "
+            f"layer can carry; removing it costs {cost}."
         )
     if verdict.verdict == "redundant":
         pairs = zip(representatives, verdict.coefficients, strict=True)
         mix = " + ".join(f"{weight:.3g} x filter {index}" for index, weight in pairs)
         return (
-            f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; removing it "
-            f"costs {cost}."
+            f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; "
+            f"removing it costs {cost}."
         )
     if group.note:
         return f"Kept: {group.note}."
@@ -108,7 +111,8 @@ def explain(
         if missing:
             return f"Kept: it is tied to {', '.join(missing)}, which this run did not look at."
         return "Kept: the layers that read it give no output that varies."
-    return f"Kept: all others together rebuild {_percent(verdict.score)} of it; removing it would cost {cost}."
+    rebuilt = f"all others together rebuild {_percent(verdict.score)} of it"
+    return f"Kept: {rebuilt}; removing it would cost {cost}."
 
 
 def _percent(share: float) -> str:
@@ -159,16 +163,16 @@ def decisions_json(
     """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges."""
     in_group = {layer: group for group in groups for layer in group.layers}
     flagged = []
-    for row in table[table["verdict"] != "keep"].itertuples(index=False):
-        entry: dict[str, Any] = {"layer": row.layer, "filter": int(row.filter), "verdict": row.verdict}
-        entry["representatives"] = [int(part) for part in str(row.representative).split(";") if part]
-        group = in_group.get(str(row.layer))
+    for row in table[table["verdict"] != "keep"].to_dict("records"):
+        entry: dict[str, Any] = {name: row[name] for name in ("layer", "filter", "verdict")}
+        entry["representatives"] = [int(part) for part in row["representative"].split(";") if part]
+        group = in_group.get(row["layer"])
         if group is not None:
-            places = next(p for p in group.writers if p.module == row.layer)
-            channel = int(places.channels[places.indices == row.filter][0])
+            places = next(p for p in group.writers if p.module == row["layer"])
+            channel = int(places.channels[places.indices == row["filter"]][0])
             found = verdicts[group.number].channels[channel]
             entry.update(kind=found.kind, coefficients=found.coefficients, constant=found.constant)
-        entry.update(score=row.score, damage=row.damage, reason=row.reason)
+        entry.update({name: row[name] for name in ("score", "damage", "reason")})
         flagged.append(entry)
     return {
         "format": FORMAT,

@@ -134,7 +134,7 @@ def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
 
 
 def find_clusters(features: np.ndarray) -> np.ndarray:
-    """Cluster filters whose features are all close: complete linkage, cut at a share of the median distance.
+    """Cluster filters whose features are all close: complete linkage, cut at `CLUSTER_DIAMETER`.
 
     Parameters
     ----------
@@ -156,7 +156,10 @@ def find_clusters(features: np.ndarray) -> np.ndarray:
     if median <= 0:
         return np.zeros(len(features), dtype=int)
     found = AgglomerativeClustering(
-        n_clusters=None, metric="precomputed", linkage="complete", distance_threshold=CLUSTER_DIAMETER * median
+        n_clusters=None,
+        metric="precomputed",
+        linkage="complete",
+        distance_threshold=CLUSTER_DIAMETER * median,
     ).fit_predict(distances)
     sizes = np.bincount(found)
     order = [label for label in np.argsort(-sizes, kind="stable") if sizes[label] > 1]

@@ -102,9 +102,11 @@ class FilterNetwork:
         if traced is not None:
             self._graph = tracing.fold_batch_norms(traced).to(self.device).requires_grad_(False)
             if len(self.input_shape) == 3:
-                self._graph = self._graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                self._graph = self._graph.to(memory_format=torch.channels_last)
             self._taps = tracing.find_taps(self._graph)
-        self.layers = [self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(order)]
+        self.layers = [
+            self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(order)
+        ]
 
     def _layer(self, depth: int, name: str, module: _ConvNd, canvas: int | None) -> Layer:
         field = None
@@ -143,8 +145,8 @@ def _execution_order(
     axes = first.weight.ndim - 2
     if len(input_shape) != axes + 1:
         raise UserError(
-            f"input shape {_comma(input_shape)} does not fit: the first convolution works on {axes} spatial axes, "
-            f"so give {axes + 1} numbers, channels first"
+            f"input shape {_comma(input_shape)} does not fit: the first convolution works on {axes} spatial "
+            f"axes, so give {axes + 1} numbers, channels first"
         )
     order: list[str] = []
 
@@ -243,7 +245,9 @@ def select_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Laye
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise UserError(no_layer_message(pattern, names))
-    return [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)]
+    return [
+        layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)
+    ]
 
 
 def no_layer_message(wanted: str, names: Sequence[str]) -> str:

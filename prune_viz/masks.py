@@ -6,7 +6,9 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +99,9 @@ def load_masks(path: str | Path) -> Masks:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; masks.pt stands in the run directory of an analysis") from None
+        raise UserError(
+            f"{path} does not exist; masks.pt stands in the run directory of an analysis"
+        ) from None
     except Exception:  # torch raises nearly anything on a damaged file
         raise UserError(f"{path} is not a masks file, or it is damaged; make it again with analyze") from None
     if not isinstance(loaded, dict) or not all(
@@ -175,7 +179,9 @@ def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
     try:
         groups = find_groups(model, example_inputs)
     except UntraceableError as error:
-        raise UserError(f"this architecture cannot be traced, so its filters can be masked but not removed: {error}") from None
+        raise UserError(
+            f"this architecture cannot be traced, so its filters can be masked but not removed: {error}"
+        ) from None
     reconciled = Masks(merges=getattr(masks, "merges", ()))
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     for name, module in convolutions.items():
@@ -185,7 +191,9 @@ def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
         if len(gone) == group.channels:
             raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
         wished = {
-            places.module: int((~masks[places.module]).sum()) for places in group.writers if places.module in masks
+            places.module: int((~masks[places.module]).sum())
+            for places in group.writers
+            if places.module in masks
         }
         for places in group.writers:
             removed = places.indices[[channel in gone for channel in places.channels]]
@@ -258,7 +266,6 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         if bool(mask.all()):
             continue
         conv = modules[name]
-        assert isinstance(conv, _ConvNd)
         _mask_parameter(conv, "weight", _over_weight(conv, mask))
         _mask_parameter(conv, "bias", mask)
         if name in norms:
@@ -294,18 +301,22 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     return {
         name: after
-        for (name, conv), (after, norm) in zip(leaves, leaves[1:], strict=False)
-        if isinstance(conv, _ConvNd) and isinstance(norm, _BatchNorm) and norm.num_features == conv.out_channels
+        for (name, conv), (after, norm) in pairwise(leaves)
+        if isinstance(conv, _ConvNd)
+        and isinstance(norm, _BatchNorm)
+        and norm.num_features == conv.out_channels
     }
 
 
-def _over_weight(conv: _ConvNd, mask: Tensor) -> Tensor:
-    """The mask in the shape that multiplies the weight, whose filters lie on axis 0, or 1 if transposed."""
+def _over_weight(conv: Any, mask: Tensor) -> Tensor:
+    """The mask in the shape that multiplies the weight: filters lie on axis 0, or 1 if transposed."""
     tail = [1] * (conv.weight.ndim - 2)
     if not isinstance(conv, _ConvTransposeNd):
         return mask.view(-1, 1, *tail)
     per_group = mask.view(conv.groups, -1)
-    return per_group.repeat_interleave(conv.in_channels // conv.groups, dim=0).view(conv.in_channels, -1, *tail)
+    return per_group.repeat_interleave(conv.in_channels // conv.groups, dim=0).view(
+        conv.in_channels, -1, *tail
+    )
 
 
 def _mask_parameter(module: nn.Module, name: str, mask: Tensor) -> None:

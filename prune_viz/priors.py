@@ -69,7 +69,9 @@ class NaturalPrior:
         """Map white noise ``z`` to an input as likely under the prior."""
         axes = tuple(range(2, white.ndim))
         shape = white.shape[2:]
-        coloured = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) * self.amplitude, s=shape, dim=axes)
+        coloured: Tensor = torch.fft.irfftn(
+            torch.fft.rfftn(white, dim=axes) * self.amplitude, s=shape, dim=axes
+        )
         if self.mix is not None:
             coloured = torch.einsum("dc,bc...->bd...", self.mix, coloured)
         return coloured
@@ -92,15 +94,16 @@ def natural_amplitude(canvas: tuple[int, ...], exponent: float = SPECTRUM_EXPONE
         lowest other frequency.
     """
     grids = [torch.fft.fftfreq(size) for size in canvas]
-    squared = sum(grid**2 for grid in torch.meshgrid(*grids, indexing="ij"))
-    assert isinstance(squared, Tensor)
+    squared = torch.stack(torch.meshgrid(*grids, indexing="ij")).square().sum(dim=0)
     lowest = 1.0 / max(canvas)
     amplitude = squared.clamp_min(lowest**2) ** (-exponent / 2)
     amplitude = amplitude / amplitude.square().mean().sqrt()
     return amplitude[..., : canvas[-1] // 2 + 1].contiguous()
 
 
-def make_prior(name: str, channels: int, canvas: tuple[int, ...], device: torch.device | str = "cpu") -> Prior:
+def make_prior(
+    name: str, channels: int, canvas: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Prior:
     """Build a prior over inputs of a shape.
 
     Parameters

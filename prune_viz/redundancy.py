@@ -142,7 +142,9 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
             )
         else:
             channels.append(
-                ChannelVerdict(channel, "keep", "", [], [], 0.0, float(score[channel]), float(damage[channel]))
+                ChannelVerdict(
+                    channel, "keep", "", [], [], 0.0, float(score[channel]), float(damage[channel])
+                )
             )
     return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, readers))
 
@@ -312,8 +314,8 @@ def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float
     for reader in readers:
         rows = _residuals(rebuilt, len(reader.fit))
         energy = reader.energy[np.ix_(removed, removed)] / reader.output_variance
-        losses = [float((energy * (rows @ moments @ rows.T)).sum()) for moments in (reader.fit, reader.held_out)]
-        total += max(0.0, *losses)
+        for_each = (rows @ moments @ rows.T for moments in (reader.fit, reader.held_out))
+        total += max(0.0, *(float((energy * lost).sum()) for lost in for_each))
     return total
 
 

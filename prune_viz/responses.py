@@ -8,7 +8,6 @@ padded positions count as samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,8 @@ def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.nd
     maps = network.maps(layer)
     rows = []
     with torch.no_grad():
-        for batch in images.float().split(BATCH):
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH].float()
             after = maps(batch.to(network.device))[1]
             rows.append(torch.linalg.vector_norm(after.flatten(2), dim=2).cpu())
     return torch.cat(rows).numpy()
@@ -87,9 +87,10 @@ class Moments:
 
 def tile(image: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat images, shape (N, C, *canvas), until they fill `size`; the prior knows no borders."""
-    repeats = [math.ceil(wanted / have) for wanted, have in zip(size, image.shape[2:], strict=True)]
-    tiled = image.repeat(1, 1, *repeats)
-    return tiled[(..., *(slice(0, wanted) for wanted in size))]
+    for axis, wanted in enumerate(size, start=2):
+        places = torch.arange(wanted) % image.shape[axis]
+        image = image.index_select(axis, places)
+    return image
 
 
 def natural_noise(shape: Sequence[int], count: int, seed: int) -> Tensor:
@@ -110,7 +111,7 @@ def natural_noise(shape: Sequence[int], count: int, seed: int) -> Tensor:
 
 
 def probe_size(model: nn.Module, input_shape: Sequence[int], canvas: Sequence[int]) -> tuple[int, ...]:
-    """Spatial size of the probes: the largest canvas if the whole model runs on it, else its own input size."""
+    """Spatial size of the probes: the largest canvas if the model runs on it, else its own input size."""
     try:
         with torch.no_grad():
             model(torch.zeros(1, input_shape[0], *canvas, device=next(model.parameters()).device))
@@ -122,7 +123,7 @@ def probe_size(model: nn.Module, input_shape: Sequence[int], canvas: Sequence[in
 class _Watch:
     """Sums one reader's moments for one group while batches run."""
 
-    def __init__(self, places: Places, channels: int, module: nn.Module) -> None:
+    def __init__(self, places: Places, channels: int, module: Any) -> None:
         self.places = places
         self.channels = channels
         self.module = module
@@ -183,7 +184,7 @@ class _Watch:
         )
 
     def _energy(self) -> np.ndarray:
-        weight: Tensor = self.module.weight.detach().double().cpu()  # type: ignore[union-attr, operator]
+        weight: Tensor = self.module.weight.detach().double().cpu()
         if isinstance(self.module, _ConvTransposeNd):
             weight = weight.transpose(0, 1)
         weight = weight.movedim(1, 0).flatten(1)  # input, outputs x taps

@@ -248,7 +248,8 @@ def roll(images: Tensor, shifts: Tensor) -> Tensor:
         shape[axis + 1] = extent
         index = index * extent + positions.view(shape)
     flat = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    return images.flatten(2).gather(2, flat).view_as(images)
+    rolled: Tensor = images.flatten(2).gather(2, flat).view_as(images)
+    return rolled
 
 
 def _as_input(images: Tensor) -> Tensor:
@@ -257,7 +258,8 @@ def _as_input(images: Tensor) -> Tensor:
 
 
 def _norms(maps: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(maps.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(maps.flatten(1), dim=1)
+    return norms
 
 
 def _to_radius(vectors: Tensor, radius: float) -> Tensor:

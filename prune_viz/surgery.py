@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_viz.coupling import CouplingGroup, Places, UntraceableError, build_graph, find_groups, group_of_layer
+from prune_viz.coupling import (
+    CouplingGroup,
+    Places,
+    UntraceableError,
+    build_graph,
+    find_groups,
+    group_of_layer,
+)
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, norms_behind, reconcile_masks
 
@@ -121,7 +129,7 @@ def _as_channels(group: CouplingGroup, merge: Merge) -> tuple[int, Sequence[int]
 
 
 def _merge_into(
-    reader: nn.Module,
+    reader: Any,
     places: Places,
     rebuilt: Sequence[tuple[int, Sequence[int], Sequence[float], float]],
     norm: nn.Module | None,
@@ -131,15 +139,13 @@ def _merge_into(
         channel: places.indices[places.channels == channel] for channel in set(places.channels.tolist())
     }
     with torch.no_grad():
-        weight: Tensor = reader.weight.data  # type: ignore[union-attr, assignment]
+        weight: Tensor = reader.weight.data
         inputs_first = weight if isinstance(reader, _ConvTransposeNd) else weight.transpose(0, 1)
         outputs = inputs_first.shape[1]
         shift = torch.zeros(outputs, dtype=torch.float64)
         for gone, representatives, coefficients, constant in rebuilt:
             lost = inputs_first[columns[gone]].clone()
-            shift += constant * lost.double().flatten(2).sum(dim=(0, 2)).cpu() if lost.ndim > 2 else (
-                constant * lost.double().sum(dim=0).cpu()
-            )
+            shift += constant * lost.double().reshape(len(lost), outputs, -1).sum(dim=(0, 2)).cpu()
             for kept, coefficient in zip(representatives, coefficients, strict=True):
                 inputs_first[columns[kept]] += coefficient * lost
             inputs_first[columns[gone]] = 0.0
@@ -147,10 +153,10 @@ def _merge_into(
             _add_bias(reader, shift.to(weight), norm)
 
 
-def _add_bias(reader: nn.Module, shift: Tensor, norm: nn.Module | None) -> None:
+def _add_bias(reader: Any, shift: Tensor, norm: nn.Module | None) -> None:
     """Add a constant to a layer's outputs: in its bias, or in the mean of the batch norm behind it."""
     if reader.bias is not None:
-        reader.bias.data += shift  # type: ignore[union-attr, operator]
+        reader.bias.data += shift
     elif isinstance(norm, _BatchNorm) and norm.running_mean is not None:
         norm.running_mean -= shift
     else:

@@ -171,7 +171,7 @@ def _forbid_inplace(part: fx.GraphModule, node: fx.Node) -> None:
     if node.op == "call_module":
         module = part.get_submodule(str(node.target))
         if getattr(module, "inplace", False):
-            separate = copy.copy(module)
+            separate: Any = copy.copy(module)
             separate.inplace = False
             part.add_module("tapped_activation", separate)
             node.target = "tapped_activation"
@@ -276,6 +276,7 @@ class HookedMaps:
         self._followed = False
 
     def __call__(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the maps before and after the activation; the same one where none was found."""
         if not self._followed:
             self._follow(inputs)
         return self._run(inputs)
@@ -292,7 +293,7 @@ class HookedMaps:
 
             return hook
 
-        kinds = (_ConvNd, _BatchNorm, *ACTIVATIONS)
+        kinds: tuple[type[nn.Module], ...] = (_ConvNd, _BatchNorm, *ACTIVATIONS)
         hooks = [
             module.register_forward_hook(watch(name))
             for name, module in self._modules.items()
@@ -321,7 +322,7 @@ class HookedMaps:
                 if name == self._before or arguments[0] is maps.get(self._before):
                     maps[name] = output
                     if name == self._after:
-                        raise _Reached
+                        raise _ReachedError
 
             return hook
 
@@ -331,7 +332,7 @@ class HookedMaps:
         ]
         try:
             self._model(inputs)
-        except _Reached:
+        except _ReachedError:
             pass
         finally:
             for handle in hooks:
@@ -339,5 +340,5 @@ class HookedMaps:
         return maps[self._before], maps[self._after]
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """The layer looked for has run; the rest of the forward pass is not needed."""

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-
 from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
+
 from prune_viz import analysis as module
 from prune_viz.analysis import Analysis, analyze, hash_model
 from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
@@ -55,7 +55,11 @@ def test_what_is_flagged_can_be_removed_at_next_to_no_cost(run: Analysis, plante
     divergence = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
     assert float(divergence) < 0.01
     assert accuracy(smaller, digits) >= accuracy(model, digits) - 0.005
-    assert run.summary["parameters_after"] == sum(p.numel() for p in smaller.parameters()) < run.summary["parameters"]
+    assert (
+        run.summary["parameters_after"]
+        == sum(p.numel() for p in smaller.parameters())
+        < run.summary["parameters"]
+    )
     assert run.summary["macs_after"] < run.summary["macs"]
 
 
@@ -63,7 +67,9 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     files = RunDirectory(run.out)
     table = files.read_filters()
     assert list(table.columns) == FILTER_COLUMNS
-    assert len(table) == sum(conv.out_channels for conv in planted[0].modules() if isinstance(conv, torch.nn.Conv2d))
+    assert len(table) == sum(
+        conv.out_channels for conv in planted[0].modules() if isinstance(conv, torch.nn.Conv2d)
+    )
     assert set(table["verdict"]) == {"keep", "redundant", "dead"}
     assert (table["reason"].str.len() > 10).all()
     flagged = table[table["verdict"] == "redundant"]
@@ -71,7 +77,13 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     provenance = files.read_provenance()
     assert provenance["state"] == "complete"
     assert provenance["model"]["sha256"] == hash_model(planted[0])
-    assert {stage["name"] for stage in provenance["stages"]} >= {"stimuli", "responses", "probes", "verdicts", "report"}
+    assert {stage["name"] for stage in provenance["stages"]} >= {
+        "stimuli",
+        "responses",
+        "probes",
+        "verdicts",
+        "report",
+    }
     assert all(stage["seconds"] >= 0 and stage["peak_mib"] > 0 for stage in provenance["stages"])
     decisions = files.read_decisions()
     assert len(decisions["verdicts"]) == (table["verdict"] != "keep").sum()
@@ -167,7 +179,9 @@ def test_strange_networks_are_analysed_as_far_as_they_go() -> None:
 
 def test_signals_and_volumes() -> None:
     for conv, shape in [(torch.nn.Conv1d, (2, 100)), (torch.nn.Conv3d, (1, 10, 10, 10))]:
-        model = torch.nn.Sequential(conv(shape[0], 6, 3), torch.nn.ReLU(), conv(6, 4, 3), torch.nn.ReLU(), conv(4, 2, 1))
+        model = torch.nn.Sequential(
+            conv(shape[0], 6, 3), torch.nn.ReLU(), conv(6, 4, 3), torch.nn.ReLU(), conv(4, 2, 1)
+        )
         result = analyze(model, input_shape=shape, steps=2)
         assert len(result.filters) == 12
 
@@ -195,7 +209,9 @@ def test_directories_that_hold_something_else_are_left_alone(tmp_path: Path, run
 def test_fresh_replaces_another_models_run(tmp_path: Path) -> None:
     first, second = randomise_norms(Plain()), randomise_norms(Plain(), seed=1)
     analyze(first, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2, layers=["conv1"])
-    result = analyze(second, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2, layers=["conv3"], fresh=True)
+    result = analyze(
+        second, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2, layers=["conv3"], fresh=True
+    )
     assert result.filters["layer"].unique().tolist() == ["conv3"]
     assert [path.name for path in (tmp_path / "run" / "layers").iterdir()] == ["002-conv3.safetensors"]
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from networks import Concatenating, Flattening, Plain, Residual
 from torch import nn
 
-from networks import Concatenating, Flattening, Plain, Residual
 from prune_viz.coupling import UntraceableError, find_groups, group_of_layer
 
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -44,7 +44,9 @@ def test_what_cannot_be_removed_is_said() -> None:
     groups = group_of_layer(find_groups(Concatenating(), IMAGE))
     assert not groups["out"].removable
     assert "output" in groups["out"].note
-    grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1))
+    grouped = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+    )
     groups = group_of_layer(find_groups(grouped, IMAGE))
     assert "grouped" in groups["0"].note
     assert not groups["1"].removable

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
 from torch import nn
 
-from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
 from prune_viz.errors import UserError
 from prune_viz.masks import (
     Masks,
@@ -88,7 +88,8 @@ def test_masks_can_be_applied_twice() -> None:
 
 
 @pytest.mark.parametrize("conv", [
-    nn.ConvTranspose2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 6, 3, groups=2), nn.Conv3d(4, 6, 3),
+    nn.ConvTranspose2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 6, 3, groups=2),
+    nn.Conv3d(4, 6, 3),
 ])  # fmt: skip
 def test_every_kind_of_convolution_is_masked_on_its_filters(conv: nn.Module) -> None:
     model = apply_masks(nn.Sequential(conv), {"0": _mask(6, 1, 4)})
@@ -119,7 +120,12 @@ def test_merges_come_from_the_decisions_beside_the_masks(tmp_path: Path) -> None
     merge = {"layer": "conv1", "filter": 1, "representatives": [0], "coefficients": [2.0], "constant": 0.5}
     (tmp_path / "decisions.json").write_text(json.dumps({"merges": [merge]}))
     (loaded,) = load_masks(tmp_path / "masks.pt").merges
-    assert (loaded.filter, loaded.representatives, loaded.coefficients, loaded.constant) == (1, (0,), (2.0,), 0.5)
+    assert (loaded.filter, loaded.representatives, loaded.coefficients, loaded.constant) == (
+        1,
+        (0,),
+        (2.0,),
+        0.5,
+    )
     (tmp_path / "decisions.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_masks(tmp_path / "masks.pt")

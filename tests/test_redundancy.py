@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Plain, randomise_norms
 from torch import nn
 
-from networks import Plain, randomise_norms
 from prune_viz import redundancy
 from prune_viz.coupling import CouplingGroup, Places, find_groups, group_of_layer
 from prune_viz.redundancy import eliminate, judge, rebuild
@@ -33,7 +33,9 @@ def _damage_by_least_squares(samples: np.ndarray, weights: np.ndarray, gone: lis
 @given(st.integers(0, 10_000), st.integers(3, 8))
 def test_damage_of_the_removal_order_is_that_of_least_squares(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
-    samples = random.normal(size=(200, count)) @ random.normal(size=(count, count)) + random.normal(size=count)
+    samples = random.normal(size=(200, count)) @ random.normal(size=(count, count)) + random.normal(
+        size=count
+    )
     weights = random.normal(size=(5, count))
     order, damage = eliminate(_moments_of(samples), weights.T @ weights)
     assert sorted(order) == sorted(set(order))
@@ -61,13 +63,16 @@ def test_rebuild_finds_the_mix() -> None:
     np.testing.assert_allclose(weights, [0, 0.7, 0, -0.2, 0, 0, 4], atol=1e-6)
 
 
-def _group(samples: np.ndarray, held_out: np.ndarray, weights: np.ndarray) -> tuple[CouplingGroup, list[Moments]]:
+def _group(
+    samples: np.ndarray, held_out: np.ndarray, weights: np.ndarray
+) -> tuple[CouplingGroup, list[Moments]]:
     count = samples.shape[1]
     outputs = samples @ weights.T
     places = Places("conv", np.arange(count), np.arange(count))
     reader = Places("reader", np.arange(count), np.arange(count))
     moments = Moments(
-        "reader", _moments_of(samples), _moments_of(held_out), weights.T @ weights, float(outputs.var(axis=0).sum()),
+        "reader", _moments_of(samples), _moments_of(held_out), weights.T @ weights,
+        float(outputs.var(axis=0).sum()),
         np.abs(samples).max(axis=0), samples.mean(axis=0), samples.var(axis=0),
     )  # fmt: skip
     return CouplingGroup(0, count, [places], [reader]), [moments]
@@ -129,7 +134,10 @@ def test_what_the_fit_got_by_luck_is_not_flagged() -> None:
 def test_flagged_filters_together_cost_less_than_the_tolerance(seed: int, tolerance: float) -> None:
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(4, 9))
-    draw = [np.maximum(random.normal(size=(800, 4)) @ mixing + 0.1 * random.normal(size=(800, 9)), 0) for _ in range(2)]
+    draw = [
+        np.maximum(random.normal(size=(800, 4)) @ mixing + 0.1 * random.normal(size=(800, 9)), 0)
+        for _ in range(2)
+    ]
     group, moments = _group(*draw, random.normal(size=(6, 9)))
     verdicts = judge(group, moments, tolerance)
     assert verdicts.damage <= tolerance

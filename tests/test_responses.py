@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
-from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from prune_viz import responses
 from prune_viz.coupling import find_groups, group_of_layer
 from prune_viz.filters import FilterNetwork
@@ -37,7 +37,9 @@ def test_moments_equal_a_slow_sum_over_padded_positions() -> None:
     model = randomise_norms(Plain()).double()
     images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
     (moments,) = _moments(model, "conv1", images)
-    maps = F.pad(torch.relu(model.bn1(model.conv1(images))), (1, 0, 1, 0)).detach()  # stride 2: one side is read
+    maps = F.pad(
+        torch.relu(model.bn1(model.conv1(images))), (1, 0, 1, 0)
+    ).detach()  # stride 2: one side is read
     rows = maps.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(moments.fit, _slow(rows[:6].reshape(-1, 8)), rtol=1e-9)
     np.testing.assert_allclose(moments.held_out, _slow(rows[6:].reshape(-1, 8)), rtol=1e-9)
@@ -62,7 +64,9 @@ def test_moments_of_a_concatenated_branch_are_its_own() -> None:
     images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
     (moments,) = _moments(model, "right", images)
     maps = F.pad(torch.relu(model.right(images)), (1, 1, 1, 1)).detach()
-    np.testing.assert_allclose(moments.fit, _slow(maps[:6].permute(0, 2, 3, 1).reshape(-1, 6).numpy()), rtol=1e-9)
+    np.testing.assert_allclose(
+        moments.fit, _slow(maps[:6].permute(0, 2, 3, 1).reshape(-1, 6).numpy()), rtol=1e-9
+    )
 
 
 def test_a_residual_stream_has_moments_at_every_reader() -> None:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from networks import Plain, Residual, randomise_norms
 from torch import Tensor, nn
 
-from networks import Plain, Residual, randomise_norms
 from prune_viz import stimuli as module
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
@@ -119,7 +119,10 @@ def test_a_saturated_map_is_pulled_further_up() -> None:
     model[0].weight.data.mul_(200)
     network = FilterNetwork(model, (3, 16, 16))
     short, long = (ascend(network, "0", steps=steps) for steps in (2, 32))
-    before = [network.maps("0")(s.images)[0][[0, 1], [0, 1]].clamp_min(0).flatten(1).norm(dim=1) for s in (short, long)]
+    before = [
+        network.maps("0")(s.images)[0][[0, 1], [0, 1]].clamp_min(0).flatten(1).norm(dim=1)
+        for s in (short, long)
+    ]
     assert (before[1] > 1.05 * before[0]).all()
 
 
@@ -142,7 +145,9 @@ def test_infinity_in_one_ascent_stays_there() -> None:
 def test_roll_is_torch_roll_with_offsets_of_its_own() -> None:
     images = torch.randn(3, 2, 5, 7)
     shifts = torch.tensor([[0, 0], [2, -3], [-1, 6]])
-    expected = torch.stack([torch.roll(i, (-int(s[0]), -int(s[1])), (1, 2)) for i, s in zip(images, shifts, strict=True)])
+    expected = torch.stack(
+        [torch.roll(i, (-int(s[0]), -int(s[1])), (1, 2)) for i, s in zip(images, shifts, strict=True)]
+    )
     assert torch.equal(roll(images, shifts), expected)
     assert torch.equal(roll(roll(images, shifts), -shifts), images)
 
@@ -150,7 +155,9 @@ def test_roll_is_torch_roll_with_offsets_of_its_own() -> None:
 def test_natural_prior_is_symmetric_and_has_variance_one() -> None:
     bounds = make_prior("natural", 3, (12, 10))
     one, other = torch.randn(2, 1, 3, 12, 10)
-    torch.testing.assert_close((bounds.colour(one) * other).sum(), (one * bounds.colour(other)).sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (bounds.colour(one) * other).sum(), (one * bounds.colour(other)).sum(), rtol=1e-4, atol=1e-4
+    )
     noise = make_prior("natural", 3, (32, 32)).colour(torch.randn(400, 3, 32, 32))
     assert abs(float(noise.square().mean()) - 1) < 0.1
     red, blue = noise[:, 0].flatten(), noise[:, 2].flatten()

@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 import torchvision
+from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
-from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, apply_masks, reconcile_masks
 from prune_viz.surgery import count_cost, merge_filters, rebuild_smaller, remove_filters
@@ -93,7 +93,9 @@ def test_merging_through_a_flatten_is_exact() -> None:
             getattr(model.conv, name)[4] = 3 * getattr(model.conv, name)[2]
     mask = torch.tensor([True, True, True, True, False, True])
     x = torch.randn(4, 1, 8, 8)
-    smaller = remove_filters(model, Masks({"conv": mask}, (Merge("conv", 4, (2,), (3.0,), 0.0),)), x, compensate="merge")
+    smaller = remove_filters(
+        model, Masks({"conv": mask}, (Merge("conv", 4, (2,), (3.0,), 0.0),)), x, compensate="merge"
+    )
     with torch.no_grad():
         torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -110,7 +112,9 @@ def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_reader(layer: str) 
     mask = torch.ones(8, dtype=torch.bool)
     mask[2] = False
     x = torch.randn(4, 3, 16, 16)
-    smaller = remove_filters(model, Masks({layer: mask}, (Merge(layer, 2, (), (), 0.7),)), x, compensate="merge")
+    smaller = remove_filters(
+        model, Masks({layer: mask}, (Merge(layer, 2, (), (), 0.7),)), x, compensate="merge"
+    )
     with torch.no_grad():
         torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
 

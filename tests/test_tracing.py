@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import Plain, Residual, Untraceable, randomise_norms
 from torch import nn
 
-from networks import Plain, Residual, Untraceable, randomise_norms
 from prune_viz import tracing
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, choose_canvas, describe, select_layers
@@ -92,7 +92,8 @@ def test_receptive_field_is_what_the_gradient_reaches(layer: str) -> None:
 
 def test_receptive_field_through_pools_and_dilation() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, dilation=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.AvgPool2d(3, 1), nn.Conv2d(4, 4, 1)
+        nn.Conv2d(3, 4, 3, dilation=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.AvgPool2d(3, 1),
+        nn.Conv2d(4, 4, 1),
     )  # fmt: skip
     fields = {layer.name: layer.receptive_field for layer in FilterNetwork(model, (3, 64, 64)).layers}
     # 5; pooled to 6 with stride 2; 3x3 adds 2 * 2; 3x3 pool adds 2 * 2.
