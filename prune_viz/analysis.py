@@ -5,14 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import platform
-import resource
-import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz import __version__, coupling, redundancy, responses, surgery
+from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_rows, masks_of
 from prune_viz.embedding import embed
@@ -31,8 +26,9 @@ from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, Layer, select_layers
 from prune_viz.masks import Masks, save_masks
 from prune_viz.progress import Progress
+from prune_viz.provenance import Stages, hash_model, peak_mib, versions
 from prune_viz.runs import FORMAT, LayerRecord, LayerTensors, RunDirectory, slug, write_json
-from prune_viz.stimuli import STEPS, ascend, pick_device
+from prune_viz.stimuli import STEPS, ascend, check_options, pick_device
 
 
 class LayerFiles(Mapping[str, LayerTensors]):
@@ -127,6 +123,7 @@ def analyze(
     """
     progress = progress or Progress()
     check_finite(model)
+    check_options(prior, steps)
     if canvas is not None and canvas < 1:
         raise UserError(f"--canvas must be at least 1, not {canvas}")
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
@@ -142,9 +139,9 @@ def analyze(
     }
     temporary = tempfile.TemporaryDirectory(prefix="prune-viz-") if out is None else None
     run = RunDirectory(Path(temporary.name) if temporary is not None else Path(str(out)))
-    open_run(run, str(source["sha256"]), fresh)
+    run.claim(str(source["sha256"]), fresh)
 
-    stages = _Stages()
+    stages = Stages()
     groups, notes = _couple(model, network)
     tied = coupling.group_of_layer(groups)
     records = [
@@ -166,10 +163,7 @@ def analyze(
         },
         "options": options,
         "seed": seed,
-        "versions": {
-            "prune_viz": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "pandas": pd.__version__,
-        },
+        "versions": versions(),
         "device": str(network.device),
         "threads": torch.get_num_threads(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -223,7 +217,8 @@ def analyze(
             "macs": macs,
             "macs_after": after[1],
         }
-        provenance.update(summary=summary, notes=notes, stages=stages.listed())
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        provenance.update(summary=summary, notes=notes, stages=stages.listed(), finished=finished)
         run.write_provenance(provenance)
         if temporary is None:
             from prune_viz.report import write_report
@@ -231,68 +226,13 @@ def analyze(
             with stages.timed("report"):
                 write_report(run, progress)
             provenance.update(stages=stages.listed())
-    provenance.update(state="complete", finished=datetime.now(UTC).isoformat(timespec="seconds"))
-    run.write_provenance(provenance)
+    run.write_provenance({**provenance, "state": "complete"})
     summary.update(seconds=stages.total(), peak_mib=peak_mib())
     if temporary is not None:
         kept = {name: found[name] for name in found}
         temporary.cleanup()
         return Analysis(table, masks, kept, summary, None)
     return Analysis(table, masks, found, summary, run.path)
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise `UserError`, naming the tensor, if a parameter or buffer holds NaN or infinity."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(
-                f"{name} holds {bad} values that are NaN or infinite; repair the checkpoint first"
-            )
-
-
-def hash_model(model: nn.Module) -> str:
-    """Hex SHA-256 over a model's state dict: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def open_run(run: RunDirectory, model_sha256: str, fresh: bool) -> None:
-    """Make sure that a run of this model may be written to a directory, and empty it if asked to.
-
-    Raises
-    ------
-    UserError
-        If the directory cannot be written, holds another model's run or something that is no run.
-    """
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"{run.path} is a file; give --out a directory")
-    if run.path.is_dir() and any(run.path.iterdir()):
-        if not (run.path / "run.json").exists():
-            raise UserError(f"{run.path} holds something that is not a prune-viz run; give another --out")
-        try:
-            there = run.read_provenance()["model"]["sha256"]
-        except (UserError, KeyError, TypeError):
-            there = None
-        if there != model_sha256 and not fresh:
-            raise UserError(
-                f"{run.path} holds another model's run; give another --out, or --fresh to replace it"
-            )
-        if fresh:
-            for part in ("layers", "report"):
-                shutil.rmtree(run.path / part, ignore_errors=True)
-            for file in (run.masks_file, run.decisions_file, run.filters_file):
-                file.unlink(missing_ok=True)
-    try:
-        (run.path / "layers").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.path):
-            pass
-    except OSError as error:
-        raise UserError(f"{run.path} cannot be written ({error.strerror}); give another --out") from None
 
 
 def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGroup], list[str]]:
@@ -324,7 +264,7 @@ def _find_stimuli(
     layers: Sequence[Layer],
     records: Sequence[LayerRecord],
     run: RunDirectory,
-    stages: _Stages,
+    stages: Stages,
     progress: Progress,
     prior: str,
     steps: int,
@@ -393,35 +333,3 @@ def _cost_after(
     except UserError as error:
         notes.append(f"What removal saves could not be measured: {error}")
         return cost
-
-
-class _Stages:
-    """Seconds a stage and peak memory up to its end."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._peak: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-            self._peak[name] = peak_mib()
-
-    def listed(self) -> list[dict[str, Any]]:
-        return [
-            {"name": name, "seconds": round(seconds, 2), "peak_mib": round(self._peak[name], 1)}
-            for name, seconds in self._seconds.items()
-        ]
-
-    def total(self) -> float:
-        return sum(self._seconds.values())
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,25 +1,20 @@
 """From a file to a model: state dicts, training checkpoints, safetensors and, if trusted, pickled modules.
 
-A file is told by its content, never by its ending, and nothing in it is executed unless the caller
-says `trust_pickle`.
+`archives` reads the file; here its weights are found and put into the architecture they belong to.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from prune_viz.architectures import current_directory_importable, resolve_architecture
+from prune_viz.architectures import resolve_architecture
+from prune_viz.archives import few, read_content
 from prune_viz.errors import UserError
 from prune_viz.runs import sha256
 
@@ -33,13 +28,6 @@ _WRAPPERS = (
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 # A file may name its own architecture, but not a module of the file's choosing to import.
 _OWN_ARCHITECTURES = ("prune_viz.demo:DigitsNet",)
-_LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
-# What training loops leave beside the weights: options and best scores. Plain data, no code.
-_HARMLESS: list[Any] = [
-    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +120,7 @@ def load_checkpoint(
         architecture, or holds weights that are not finite.
     """
     path = Path(path)
-    content = _read(path, trust_pickle)
+    content = read_content(path, trust_pickle)
     weights = _find_weights(content)
     if weights is None:
         raise UserError(f"{path} holds no tensors under string names, so it is not a model's checkpoint")
@@ -150,7 +138,7 @@ def load_checkpoint(
             model, kwargs = _build_for(state, arch, kwargs)
             _fill(model, state, path)
     model = model.cpu().float().eval()
-    _check_finite(model, path)
+    check_finite(model)
     return Checkpoint(
         model=model,
         path=path,
@@ -161,103 +149,6 @@ def load_checkpoint(
         input_shape=input_shape,
         pruning=pruning,
     )
-
-
-def _read(path: Path, trust_pickle: bool) -> Any:
-    """Read what the file holds, whatever its format."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(64)
-            size = stream.seek(0, 2)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory; give the model file inside it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if size == 0:
-        raise UserError(f"{path} is empty")
-    if head.startswith(b"PK\x03\x04"):
-        _check_archive(path)
-        return _read_torch(path, trust_pickle)
-    if _LEGACY_MAGIC in head[:32]:
-        return _read_torch(path, trust_pickle)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
-        return _read_safetensors(path)
-    if head[:1] == b"\x80":
-        raise UserError(
-            f"{path} is a pickle that torch.save did not write; save the state dict with torch.save"
-        )
-    raise UserError(f"{path} is not a PyTorch checkpoint or safetensors file")
-
-
-def _check_archive(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
-        raise UserError(f"{path} is damaged or was cut short; fetch or save it again") from None
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-        raise UserError(
-            f"{path} is TorchScript, which cannot be taken apart; save the state dict, and give --arch"
-        )
-    if any("/models/" in name or name.endswith("archive_format") for name in names):
-        raise UserError(
-            f"{path} is an exported program; save the model's state dict instead, and give --arch"
-        )
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise UserError(f"{path} is a zip archive but not a PyTorch checkpoint")
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path, device="cpu"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _read_torch(path: Path, trust_pickle: bool) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with torch.serialization.safe_globals(_HARMLESS):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            wanted = _wanted_code(path, error)
-        if not wanted:
-            raise UserError(f"{path} is damaged and cannot be read; fetch or save it again")
-        if not trust_pickle:
-            raise UserError(
-                f"{path} holds pickled code, which could do anything ({_few(wanted)}): save the model's "
-                "state dict and give --arch, or pass --trust-pickle if you trust where the file comes from"
-            )
-        with current_directory_importable():
-            try:
-                return torch.load(path, map_location="cpu", weights_only=False)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-                raise UserError(
-                    f"{path} could not be unpickled ({problem}); is its code installed?"
-                ) from error
-
-
-def _wanted_code(path: Path, error: Exception) -> list[str]:
-    """Names of what a checkpoint wants to import beyond plain data."""
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:
-        wanted = []
-    found = re.findall(r"GLOBAL (\S+)", str(error))
-    return sorted({*wanted, *found})
-
-
-def _few(names: Sequence[str], limit: int = 4) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> StateDict:
@@ -407,7 +298,7 @@ def _fill(model: nn.Module, state: StateDict, path: Path) -> None:
     # Counters, which the outputs of a network in eval mode do not depend on.
     idle = ("num_batches_tracked", "n_averaged")
     problems = [
-        f"{len(names)} {what} ({_few(sorted(names) if what != 'of another shape' else names, 3)})"
+        f"{len(names)} {what} ({few(sorted(names) if what != 'of another shape' else names, 3)})"
         for what, names in (
             ("missing", [name for name in missing if not name.endswith(idle)]),
             ("unexpected", [name for name in unexpected if not name.endswith(idle)]),
@@ -419,7 +310,11 @@ def _fill(model: nn.Module, state: StateDict, path: Path) -> None:
         raise UserError(f"the weights of {path} do not fit the architecture: {'; '.join(problems)}")
 
 
-def _check_finite(model: nn.Module, path: Path) -> None:
+def check_finite(model: nn.Module) -> None:
+    """Raise `UserError`, naming the tensor, if a parameter or buffer holds NaN or infinity."""
     for name, tensor in _plain_state(model).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{name} holds {bad} values that are not finite (NaN or infinity); repair the model first"
+            )

@@ -123,14 +123,18 @@ def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
         flat = np.zeros((count, 2))
         flat[:, : min(2, features.shape[1])] = features[:, :2]
         return flat
+    import torch
     import umap
 
+    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mapper = umap.UMAP(
             n_neighbors=min(NEIGHBOURS, count - 1), min_dist=0.3, init="pca", random_state=seed, n_jobs=1
         )
-        return np.asarray(mapper.fit_transform(features), dtype=np.float64)
+        positions = np.asarray(mapper.fit_transform(features), dtype=np.float64)
+    torch.set_num_threads(threads)  # numba shares the thread pool and resets its size
+    return positions
 
 
 def find_clusters(features: np.ndarray) -> np.ndarray:

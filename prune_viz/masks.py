@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -83,8 +84,11 @@ class Masks(dict[str, Tensor]):
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     """Write masks as a plain dict that ``torch.load(path, weights_only=True)`` reads."""
     plain = {name: mask.detach().cpu().bool() for name, mask in masks.items()}
+    # Through a stream, since torch writes the name of a file into it and equal masks should be equal files.
+    stream = io.BytesIO()
+    torch.save(plain, stream)
     with written_aside(Path(path)) as aside:
-        torch.save(plain, aside)
+        aside.write_bytes(stream.getvalue())
 
 
 def load_masks(path: str | Path) -> Masks:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -179,6 +180,43 @@ class RunDirectory:
         """The table of filters."""
         return self.path / "filters.csv"
 
+    def claim(self, model_sha256: str, fresh: bool) -> None:
+        """Make sure that a run of this model may be written here, and clear away what an earlier one said.
+
+        Raises
+        ------
+        UserError
+            If the directory cannot be written, holds another model's run or something that is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; give --out a directory")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not (self.path / "run.json").exists():
+                raise UserError(
+                    f"{self.path} holds something that is not a prune-viz run; give another --out"
+                )
+            try:
+                there = self.read_provenance()["model"]["sha256"]
+            except (UserError, KeyError, TypeError):
+                there = None
+            if there != model_sha256 and not fresh:
+                raise UserError(
+                    f"{self.path} holds another model's run; give another --out, or --fresh to replace it"
+                )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); give another --out") from None
+        if fresh:
+            shutil.rmtree(self.path / "layers", ignore_errors=True)
+        # While a run is under way, no verdicts of an earlier one stand beside its provenance.
+        shutil.rmtree(self.path / "report", ignore_errors=True)
+        for file in (self.masks_file, self.decisions_file, self.filters_file):
+            file.unlink(missing_ok=True)
+        (self.path / "layers").mkdir(exist_ok=True)
+
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         """Write `run.json`."""
         write_json(self.path / "run.json", provenance)
@@ -259,7 +297,7 @@ class RunDirectory:
     def write_filters(self, table: pd.DataFrame) -> None:
         """Write `filters.csv`, columns `FILTER_COLUMNS` in that order."""
         with written_aside(self.filters_file) as aside:
-            table[FILTER_COLUMNS].to_csv(aside, index=False)
+            table[FILTER_COLUMNS].to_csv(aside, index=False, lineterminator="\n")
 
     def read_filters(self) -> pd.DataFrame:
         """Read `filters.csv`; `representative` is a string, empty where there is none."""
@@ -269,6 +307,7 @@ class RunDirectory:
             self.filters_file,
             dtype={"layer": str, "representative": str, "reason": str},
             keep_default_na=False,
+            lineterminator="\n",  # a carriage return may stand in a layer's name
             na_values={name: [""] for name in ("score", "x", "y", "activation", "damage")},
         )
 

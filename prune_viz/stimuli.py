@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, MapFunction
+from prune_viz.pictures import colour_axes, draw_pictures
 from prune_viz.priors import Prior, make_prior
 
 if TYPE_CHECKING:
@@ -59,15 +60,13 @@ class Stimuli:
         """Draw the stimuli as a matplotlib figure, `columns` to a row, each stretched around grey."""
         from matplotlib.figure import Figure
 
-        from prune_viz.report.sprites import colour_axes, pictures
-
         rows = math.ceil(len(self.filters) / columns)
         figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
         images = self.images.numpy()
-        drawn = pictures(images, max(images.shape[2:]), colour_axes(images))
+        drawn = draw_pictures(images, max(96, *images.shape[-2:]), colour_axes(images))
         for axis, number, picture in zip(axes, self.filters, drawn, strict=False):
             axis.imshow(picture)
             axis.set_title(str(number), fontsize=8)
@@ -140,10 +139,7 @@ def ascend(
     for number in wanted:
         if not 0 <= number < found.filters:
             raise UserError(f"{layer} has filters 0 to {found.filters - 1}, so there is no filter {number}")
-    if steps < 1:
-        raise UserError(f"--steps must be at least 1, not {steps}")
-    if prior not in ("natural", "none"):
-        raise UserError(f"--prior is natural or none, not {prior!r}")
+    check_options(prior, steps)
     channels = network.input_shape[0]
     bounds = make_prior(prior, channels, found.canvas, network.device)
     maps = network.maps(layer)
@@ -158,6 +154,14 @@ def ascend(
         if progress is not None:
             progress.advance(len(chunk))
     return Stimuli(layer, wanted, images, activations)
+
+
+def check_options(prior: str, steps: int) -> None:
+    """Raise `UserError` if the prior is unknown or there is no step to take."""
+    if steps < 1:
+        raise UserError(f"--steps must be at least 1, not {steps}")
+    if prior not in ("natural", "none"):
+        raise UserError(f"--prior is natural or none, not {prior!r}")
 
 
 def _draw(

@@ -23,7 +23,7 @@ from prune_viz.coupling import (
     group_of_layer,
 )
 from prune_viz.errors import UserError
-from prune_viz.masks import Masks, Merge, norms_behind, reconcile_masks
+from prune_viz.masks import Masks, Merge, make_permanent, norms_behind, reconcile_masks
 
 
 def remove_filters(
@@ -56,7 +56,7 @@ def remove_filters(
     if compensate not in ("none", "merge"):
         raise UserError(f"--compensate is none or merge, not {compensate!r}")
     consistent = reconcile_masks(model, masks, example_inputs)
-    smaller = copy.deepcopy(model).eval()
+    smaller = make_permanent(copy.deepcopy(model)).eval()
     if compensate == "merge":
         merge_filters(smaller, consistent, example_inputs)
     frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]

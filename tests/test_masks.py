@@ -179,3 +179,9 @@ def test_filters_of_the_output_are_kept_and_the_note_says_why() -> None:
 def test_an_untraceable_model_is_refused_for_reconciling() -> None:
     with pytest.raises(UserError, match="traced"):
         reconcile_masks(Plain(), Masks({"conv1": _mask(8, 0)}), torch.zeros(1, 9, 16, 16))
+
+
+def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
+    for name in ("one.pt", "other.pt"):
+        save_masks({"conv1": _mask(8, 1)}, tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from report_fixture import HOSTILE, SMALL, Plan, write_run
 
+from prune_viz import pictures
 from prune_viz.errors import UserError
 from prune_viz.progress import Progress
 from prune_viz.report import layout, render, sprites, wording, write_report
@@ -297,7 +298,7 @@ def _pixel(folder: Path, css: str, name: str) -> np.ndarray:
 
 def test_stretch_is_the_stated_rule() -> None:
     x = np.random.default_rng(0).normal(size=(3, 3, 20, 20)) * np.array([0.01, 1, 50]).reshape(3, 1, 1, 1)
-    shown = sprites.stretch(x)
+    shown = pictures.stretch(x)
     for one, drawn in zip(x, shown, strict=True):
         q = np.sort(np.abs(one).ravel())[int(np.ceil(0.995 * one.size)) - 1]
         np.testing.assert_allclose(drawn, 0.5 + 0.5 * np.clip(one / q, -1, 1), atol=1e-5)
@@ -306,34 +307,33 @@ def test_stretch_is_the_stated_rule() -> None:
 def test_flat_and_broken_stimuli_are_grey() -> None:
     x = np.zeros((2, 3, 8, 8))
     x[1, 0, 0, 0] = np.nan
-    assert np.all(sprites.stretch(x) == 0.5)
+    assert np.all(pictures.stretch(x) == 0.5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 7])
 @pytest.mark.parametrize("canvas", [(30,), (12, 12), (9, 20), (6, 10, 12)])
 def test_any_kind_of_input_can_be_drawn(canvas: tuple[int, ...], channels: int) -> None:
     images = np.random.default_rng(0).normal(size=(4, channels, *canvas)).astype(np.float16)
-    tiles = sprites.pictures(images, 64, sprites.colour_axes(images))
+    tiles = pictures.draw_pictures(images, 64, pictures.colour_axes(images))
     assert tiles.shape == (4, 64, 64, 3)
     assert tiles.dtype == np.uint8
     assert all(tile.std() > 5 for tile in tiles)
     if channels == 1 and len(canvas) > 1:
         assert np.array_equal(tiles[..., 0], tiles[..., 2])
-    assert sprites.to_pixels(images[0]).shape[2] == 3
 
 
 def test_the_middle_slice_is_drawn() -> None:
     images = np.zeros((1, 3, 5, 8, 8))
     images[:, 0, 2] = 1
-    tile = sprites.pictures(images, 64, None)[0]
+    tile = pictures.draw_pictures(images, 64, None)[0]
     assert tuple(tile[32, 32]) == (255, 128, 128)
 
 
 def test_oblong_stimuli_keep_their_shape() -> None:
     images = np.ones((1, 3, 8, 32))
-    tile = sprites.pictures(images, 64, None)[0]
+    tile = pictures.draw_pictures(images, 64, None)[0]
     assert tuple(tile[32, 32]) == (255, 255, 255)
-    assert tuple(tile[4, 32]) == (sprites.GREY,) * 3
+    assert tuple(tile[4, 32]) == (pictures.GREY,) * 3
 
 
 @pytest.mark.parametrize("filters", [1, 99, 100, 101, 1280, 40_000])

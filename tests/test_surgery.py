@@ -155,6 +155,16 @@ def test_the_model_given_is_not_changed_and_the_smaller_one_trains() -> None:
     assert all(parameter.grad is not None for parameter in smaller.parameters())
 
 
+def test_a_masked_model_can_be_made_smaller() -> None:
+    model = randomise_norms(Plain())
+    masks, x = _random_masks(model), torch.randn(2, 3, 16, 16)
+    apply_masks(model, masks)
+    smaller = remove_filters(model, masks, x)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=0, atol=1e-5)
+    assert (model.conv1.weight[~masks["conv1"]] == 0).all()
+
+
 def test_a_smaller_network_is_rebuilt_from_architecture_masks_and_weights() -> None:
     model = randomise_norms(Plain(padding=0))
     with torch.no_grad():

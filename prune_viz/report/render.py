@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from prune_viz.errors import UserError
+from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
 from prune_viz.report import sprites, wording
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
@@ -43,8 +44,8 @@ class _Strip:
         """Draw the chosen stimuli of a layer, whose stimuli are `images`."""
         chosen = self.places.get(record.name, [])
         if chosen:
-            drawn = sprites.pictures(
-                images[[number for _, number in chosen]], self.layout.side, sprites.colour_axes(images)
+            drawn = draw_pictures(
+                images[[number for _, number in chosen]], self.layout.side, colour_axes(images)
             )
             for (tile, _), picture in zip(chosen, drawn, strict=True):
                 self.tiles[tile] = picture
@@ -159,7 +160,7 @@ def _strip(network: NetworkPage) -> _Strip:
     places = {
         depth.row.record.name: [(tile.tile, tile.filter) for tile in depth.tiles] for depth in network.depths
     }
-    blank = np.full((layout.side, layout.side, 3), sprites.GREY, dtype=np.uint8)
+    blank = np.full((layout.side, layout.side, 3), GREY, dtype=np.uint8)
     return _Strip(places, [blank] * layout.tiles, layout)
 
 

@@ -1,0 +1,75 @@
+"""Where a run comes from and what it took: the model's hash, versions, seconds and memory a stage."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from prune_viz import __version__
+
+
+def hash_model(model: nn.Module) -> str:
+    """Hex SHA-256 over a model's state dict: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    return {
+        "prune_viz": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pandas": pd.__version__,
+    }
+
+
+class Stages:
+    """Seconds a stage and peak memory up to its end."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._peak: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time inside to a stage's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._peak[name] = peak_mib()
+
+    def listed(self) -> list[dict[str, Any]]:
+        """A dict a stage, ``name, seconds, peak_mib``, in the order in which they first ran."""
+        return [
+            {"name": name, "seconds": round(seconds, 2), "peak_mib": round(self._peak[name], 1)}
+            for name, seconds in self._seconds.items()
+        ]
+
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self._seconds.values())
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
