@@ -3,7 +3,8 @@
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally
 likely (`prune_viz.priors`). Gradients are normalised, carried by momentum and projected back into the
 ball, the step decays as a cosine, and the input is shifted a little, at random, before each evaluation
-so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015).
+so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015). A filter that
+stays silent is tried again from other starts before it is reported at zero.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MOMENTUM = 0.8
 JITTER = 1 / 12  # of the canvas, each way
 STILL = 0.25  # share of the steps, the last ones, without jitter
 BATCH = 32
+RESTARTS = 3  # for filters that stay silent
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,21 @@ def ascend(
     images = torch.empty(len(wanted), channels, *found.canvas)
     activations = torch.empty(len(wanted))
     for start in range(0, len(wanted), BATCH):
-        chunk = wanted[start : start + BATCH]
-        noise, shifts = _draw(seed, layer, chunk, (channels, *found.canvas), steps)
-        images[start : start + BATCH], activations[start : start + BATCH] = _ascend_batch(
-            maps, torch.tensor(chunk), bounds, noise.to(network.device), shifts.to(network.device)
-        )
+        rows = torch.arange(start, min(start + BATCH, len(wanted)))
+        for attempt in range(1 + RESTARTS):
+            chunk = [wanted[row] for row in rows]
+            noise, shifts = _draw(seed, layer, chunk, (channels, *found.canvas), steps, attempt)
+            if attempt > 0:
+                # Faint noise may leave what feeds the filter silent too; a broad, strong pattern less often.
+                noise = bounds.colour(noise.to(network.device))
+            images[rows], activations[rows] = _ascend_batch(
+                maps, torch.tensor(chunk), bounds, noise.to(network.device), shifts.to(network.device)
+            )
+            rows = rows[activations[rows] == 0]
+            if len(rows) == 0:
+                break
         if progress is not None:
-            progress.advance(len(chunk))
+            progress.advance(min(BATCH, len(wanted) - start))
     return Stimuli(layer, wanted, images, activations)
 
 
@@ -165,14 +175,14 @@ def check_options(prior: str, steps: int) -> None:
 
 
 def _draw(
-    seed: int, layer: str, filters: Sequence[int], shape: tuple[int, ...], steps: int
+    seed: int, layer: str, filters: Sequence[int], shape: tuple[int, ...], steps: int, attempt: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Starting noise (B, *shape) and shifts (steps, B, axes), each filter from its own generator."""
     noise, shifts = [], []
     reach = torch.tensor([int(size * JITTER) for size in shape[1:]])
     still = steps - math.floor(steps * STILL)
     for number in filters:
-        key = hashlib.sha256(f"{seed}/{layer}/{number}".encode()).digest()
+        key = hashlib.sha256(f"{seed}/{layer}/{number}/{attempt}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
         noise.append(torch.randn(shape, generator=generator))
         unit = torch.rand((steps, len(reach)), generator=generator)

@@ -107,6 +107,17 @@ def test_a_filter_that_starts_silent_gets_going() -> None:
     assert (found.activations > 1).all()
 
 
+def test_a_filter_behind_a_silent_one_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first convolution fires on inputs of some strength only, so faint noise sends no gradient back.
+    model = nn.Sequential(*_threshold_net(-3.0), nn.Conv2d(2, 2, 1), nn.ReLU())
+    nn.init.constant_(model[2].weight, 1.0)
+    nn.init.constant_(model[2].bias, -0.1)
+    found = maximize(model, "2", input_shape=(3, 16, 16), steps=16)
+    assert (found.activations > 1).all()
+    monkeypatch.setattr(module, "RESTARTS", 0)
+    assert (maximize(model, "2", input_shape=(3, 16, 16), steps=16).activations == 0).all()
+
+
 def test_a_dead_filter_is_reported_at_zero() -> None:
     found = maximize(_threshold_net(-1e4), "0", input_shape=(3, 16, 16), steps=8)
     assert (found.activations == 0).all()
