@@ -23,10 +23,12 @@ from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_rows, masks_of
 from prune_viz.embedding import embed
 from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, Layer, select_layers
+from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
 from prune_viz.masks import Masks, save_masks
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, hash_model, peak_mib, versions
+from prune_viz.redundancy import GroupVerdicts
+from prune_viz.report import write_report
 from prune_viz.runs import FORMAT, LayerRecord, LayerTensors, RunDirectory, slug, write_json
 from prune_viz.stimuli import STEPS, ascend, check_options, pick_device
 
@@ -144,21 +146,14 @@ def analyze(
     stages = Stages()
     groups, notes = _couple(model, network)
     tied = coupling.group_of_layer(groups)
-    records = [
-        LayerRecord(
-            layer.name, layer.kind, layer.filters, layer.depth, layer.receptive_field, layer.canvas,
-            tied[layer.name].number if layer.name in tied else None,
-            f"layers/{slug(layer.depth, layer.name)}.safetensors",
-        )
-        for layer in chosen
-    ]  # fmt: skip
-    parameters, macs = surgery.count_cost(model, input_shape)
+    records = [_record(layer, tied.get(layer.name)) for layer in chosen]
+    cost = surgery.count_cost(model, network.input_shape)
     provenance: dict[str, Any] = {
         "format": FORMAT,
         "state": "running",
         "model": {
             "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, **source,
-            "class_name": type(model).__name__, "parameters": parameters, "macs": macs,
+            "class_name": type(model).__name__, "parameters": cost[0], "macs": cost[1],
             "input_shape": list(network.input_shape),
         },
         "options": options,
@@ -166,80 +161,59 @@ def analyze(
         "versions": versions(),
         "device": str(network.device),
         "threads": torch.get_num_threads(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": _now(),
         "layers": [asdict(record) for record in records],
         "notes": notes,
     }  # fmt: skip
     run.write_provenance(provenance)
 
     with progress:
-        key = _stimuli_key(provenance, seed)
-        _find_stimuli(network, chosen, records, run, stages, progress, prior, steps, seed, key)
+        key = _stimuli_key(provenance)
+        _find_stimuli(network, records, run, stages, progress, prior, steps, seed, key)
         found = LayerFiles(run, records)
+        judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
         with stages.timed("probes"):
-            judged = {layer.name for layer in chosen}
-            whole = [group for group in groups if group.removable and judged.issuperset(group.layers)]
-            moments = _probe(model, network, whole, found, seed, progress)
+            moments = _probe(model, network, judged, found, seed, progress)
         with stages.timed("verdicts"):
-            progress.start("verdicts", len(groups))
-            verdicts = {}
-            for group in groups:
-                verdicts[group.number] = (
-                    redundancy.judge(group, moments[group.number])
-                    if group.number in moments
-                    else redundancy.judge_unjudged(group)
-                )
-                progress.advance()
-            progress.finish()
+            verdicts = _judge(groups, moments, progress)
         with stages.timed("embedding"):
-            progress.start("embedding", len(chosen))
-            tables = []
-            for layer in chosen:
-                progress.note(layer.name)
-                tensors = found[layer.name]
-                embedding = embed(tensors.images, tensors.responses, seed)
-                tables.append(filter_rows(layer, tensors, embedding, tied.get(layer.name), verdicts, judged))
-                progress.advance()
-            progress.finish()
-        table = pd.concat(tables, ignore_index=True)
+            table = _describe_filters(chosen, found, tied, verdicts, seed, progress)
         masks = masks_of(table, groups, verdicts, {layer.name: layer.filters for layer in network.layers})
         run.write_filters(table)
         write_json(run.decisions_file, decisions_json(table, groups, verdicts, masks, str(source["sha256"])))
         save_masks(masks, run.masks_file)
         with stages.timed("removal"):
-            after = _cost_after(model, masks, network.input_shape, (parameters, macs), notes)
-        counts = table["verdict"].value_counts()
-        summary: dict[str, Any] = {
-            "filters": len(table),
-            **{verdict: int(counts.get(verdict, 0)) for verdict in ("keep", "redundant", "dead")},
-            "parameters": parameters,
-            "parameters_after": after[0],
-            "macs": macs,
-            "macs_after": after[1],
+            after = _cost_after(model, masks, network.input_shape, cost, notes)
+        counts = {
+            verdict: int((table["verdict"] == verdict).sum()) for verdict in ("keep", "redundant", "dead")
         }
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        provenance.update(summary=summary, notes=notes, stages=stages.listed(), finished=finished)
+        summary: dict[str, Any] = {
+            "filters": len(table), **counts, "parameters": cost[0], "parameters_after": after[0],
+            "macs": cost[1], "macs_after": after[1],
+        }  # fmt: skip
+        provenance.update(summary=summary, stages=stages.listed(), finished=_now())
         run.write_provenance(provenance)
         if temporary is None:
-            from prune_viz.report import write_report
-
             with stages.timed("report"):
                 write_report(run, progress)
-            provenance.update(stages=stages.listed())
-    run.write_provenance({**provenance, "state": "complete"})
-    summary.update(seconds=stages.total(), peak_mib=peak_mib())
-    if temporary is not None:
-        kept = {name: found[name] for name in found}
-        temporary.cleanup()
-        return Analysis(table, masks, kept, summary, None)
-    return Analysis(table, masks, found, summary, run.path)
+    run.write_provenance({**provenance, "stages": stages.listed(), "state": "complete"})
+    summary = {**summary, "seconds": stages.total(), "peak_mib": peak_mib()}
+    if temporary is None:
+        return Analysis(table, masks, found, summary, run.path)
+    kept = dict(found)
+    temporary.cleanup()
+    return Analysis(table, masks, kept, summary, None)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGroup], list[str]]:
     """Coupling groups, and notes for the report where something had to be left out."""
     notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
     try:
-        return coupling.find_groups(model.cpu(), torch.zeros(1, *network.input_shape)), notes
+        return coupling.find_groups(model, blank_input(model, network.input_shape)), notes
     except UntraceableError as error:
         notes.append(
             f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
@@ -248,12 +222,19 @@ def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGrou
         return [], notes
 
 
-def _stimuli_key(provenance: Mapping[str, Any], seed: int) -> str:
+def _record(layer: Layer, group: CouplingGroup | None) -> LayerRecord:
+    number = None if group is None else group.number
+    file = f"layers/{slug(layer.depth, layer.name)}.safetensors"
+    return LayerRecord(**vars(layer), group=number, file=file)
+
+
+def _stimuli_key(provenance: Mapping[str, Any]) -> str:
     """What a layer's stimuli depend on; a file with another key is not used again."""
     model, options = provenance["model"], provenance["options"]
     parts = {
         "model": [model["sha256"], model["arch"], model["arch_kwargs"], model["input_shape"]],
-        "options": [options["prior"], options["steps"], options["canvas"], options["device"], seed],
+        "options": [options["prior"], options["steps"], options["canvas"], options["device"]],
+        "seed": provenance["seed"],
         "version": __version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -261,7 +242,6 @@ def _stimuli_key(provenance: Mapping[str, Any], seed: int) -> str:
 
 def _find_stimuli(
     network: FilterNetwork,
-    layers: Sequence[Layer],
     records: Sequence[LayerRecord],
     run: RunDirectory,
     stages: Stages,
@@ -272,20 +252,20 @@ def _find_stimuli(
     key: str,
 ) -> None:
     """Write every layer's stimuli and response matrix, skipping files that an earlier run completed."""
-    progress.start("stimuli", sum(layer.filters for layer in layers))
-    for layer, record in zip(layers, records, strict=True):
-        progress.note(layer.name)
+    progress.start("stimuli", sum(record.filters for record in records))
+    for record in records:
+        progress.note(record.name)
         if (run.layer_metadata(record.file) or {}).get("key") == key:
-            progress.advance(layer.filters)
+            progress.advance(record.filters)
             continue
         with stages.timed("stimuli"):
-            stimuli = ascend(network, layer.name, prior=prior, steps=steps, seed=seed, progress=progress)
+            stimuli = ascend(network, record.name, prior=prior, steps=steps, seed=seed, progress=progress)
         with stages.timed("responses"):
-            matrix = responses.response_matrix(network, layer.name, stimuli.images)
+            matrix = responses.response_matrix(network, record.name, stimuli.images)
         tensors = LayerTensors(
             stimuli.images.numpy().astype(np.float16), stimuli.activations.numpy().astype(np.float32), matrix
         )
-        run.write_layer(record.file, tensors, {"key": key, "layer": layer.name})
+        run.write_layer(record.file, tensors, {"key": key, "layer": record.name})
     progress.finish()
 
 
@@ -300,7 +280,7 @@ def _probe(
     """Run all stimuli and natural noise through the network and sum moments where groups are read."""
     if not groups:
         return {}
-    twin = copy.deepcopy(model).eval().to(network.device)
+    twin = copy.deepcopy(model).eval().float().to(network.device)
     if len(network.input_shape) == 3:
         twin = twin.to(memory_format=torch.channels_last)
     largest = tuple(
@@ -321,6 +301,43 @@ def _probe(
     return moments
 
 
+def _judge(
+    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[responses.Moments]], progress: Progress
+) -> dict[int, GroupVerdicts]:
+    """Verdicts of every group, by its number; one that was not probed is kept."""
+    progress.start("verdicts", len(groups))
+    verdicts = {}
+    for group in groups:
+        if group.number in moments:
+            verdicts[group.number] = redundancy.judge(group, moments[group.number])
+        else:
+            verdicts[group.number] = redundancy.judge_unjudged(group)
+        progress.advance()
+    progress.finish()
+    return verdicts
+
+
+def _describe_filters(
+    layers: Sequence[Layer],
+    found: Mapping[str, LayerTensors],
+    tied: Mapping[str, CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    seed: int,
+    progress: Progress,
+) -> pd.DataFrame:
+    """Embed and cluster every layer, and give the rows of `filters.csv`."""
+    progress.start("embedding", len(layers))
+    tables = []
+    for layer in layers:
+        progress.note(layer.name)
+        tensors = found[layer.name]
+        embedding = embed(tensors.images, tensors.responses, seed)
+        tables.append(filter_rows(layer, tensors, embedding, tied.get(layer.name), verdicts, set(found)))
+        progress.advance()
+    progress.finish()
+    return pd.concat(tables, ignore_index=True)
+
+
 def _cost_after(
     model: nn.Module, masks: Masks, input_shape: tuple[int, ...], cost: tuple[int, int], notes: list[str]
 ) -> tuple[int, int]:
@@ -328,7 +345,7 @@ def _cost_after(
     if not masks.removed:
         return cost
     try:
-        smaller = surgery.remove_filters(model, masks, torch.zeros(1, *input_shape))
+        smaller = surgery.remove_filters(model, masks, blank_input(model, input_shape))
         return surgery.count_cost(smaller, input_shape)
     except UserError as error:
         notes.append(f"What removal saves could not be measured: {error}")

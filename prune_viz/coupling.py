@@ -118,7 +118,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     UntraceableError
         If the dependency graph cannot be built.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model).eval().to(example_inputs.device)
     graph = build_graph(twin, example_inputs)
     names = {module: name for name, module in twin.named_modules()}
     groups: list[CouplingGroup] = []

@@ -1,7 +1,7 @@
 """Where a layer's filters stand towards each other: joint features, clusters, a map.
 
-A filter's feature joins what its stimulus looks like with how filters respond: its own responses to all
-stimuli and all filters' responses to its stimulus. UMAP draws the features in two dimensions; clusters
+A filter's feature joins what its stimulus looks like, how all filters respond to it, and how the filter
+itself responds to all stimuli. UMAP draws the features in two dimensions; clusters
 are found in the features themselves, never in the drawing.
 """
 
@@ -14,9 +14,10 @@ import numpy as np
 
 COMPONENTS = 24
 NEIGHBOURS = 15
-# Share of the joint variance that pictures make up. Copies respond alike to within a tenth of the median
-# distance, while their stimuli, grown from noise of their own, may differ by half of it.
-PICTURE_SHARE = 0.2
+# Shares of the joint variance: what the stimulus looks like, how all filters respond to it, and how the
+# filter responds to all stimuli. Only the last is the same for copies, whose stimuli grow from noise of
+# their own and may end differently.
+PICTURE_SHARE, AUDIENCE_SHARE, PROFILE_SHARE = 0.1, 0.1, 0.8
 CLUSTER_DIAMETER = 0.35  # of the median distance between filters
 
 
@@ -27,7 +28,7 @@ class Embedding:
     Attributes
     ----------
     features : ndarray of float64, shape (F, K)
-        Joint features, pictures and response profiles side by side.
+        Joint features: pictures, audiences and profiles side by side.
     positions : ndarray of float64, shape (F, 2)
         The map.
     clusters : ndarray of int, shape (F,)
@@ -55,8 +56,13 @@ def embed(images: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding
     -------
     Embedding
     """
-    pictures, profiles = _scaled(describe_stimuli(images)), _scaled(response_profiles(responses))
-    features = np.hstack([np.sqrt(PICTURE_SHARE) * pictures, np.sqrt(1 - PICTURE_SHARE) * profiles])
+    profiles, audiences = response_profiles(responses)
+    parts = [
+        (PICTURE_SHARE, describe_stimuli(images)),
+        (AUDIENCE_SHARE, audiences),
+        (PROFILE_SHARE, profiles),
+    ]
+    features = np.hstack([np.sqrt(share) * _scaled(part) for share, part in parts])
     return Embedding(features, draw_map(features, seed), find_clusters(features))
 
 
@@ -88,12 +94,15 @@ def describe_stimuli(images: np.ndarray) -> np.ndarray:
     return np.hstack(parts).astype(np.float64)
 
 
-def response_profiles(responses: np.ndarray) -> np.ndarray:
-    """Profiles, shape (F, 2F): each filter's responses and those to its stimulus, each of unit length."""
-    own = responses / np.maximum(np.linalg.norm(responses, axis=0, keepdims=True), 1e-12)
-    # Compare filters by what is relatively strong for them: the loudest filter must not rule each row.
-    to_it = own / np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
-    return np.hstack([own.T, to_it]).astype(np.float64)
+def response_profiles(responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Profiles and audiences, both of shape (F, F).
+
+    A filter's profile is how it responds to every stimulus, of unit length. Its audience is how all
+    filters, each relative to its own profile so that loud ones do not rule, respond to its stimulus.
+    """
+    profiles = responses.T / np.maximum(np.linalg.norm(responses.T, axis=1, keepdims=True), 1e-12)
+    audiences = profiles.T / np.maximum(np.linalg.norm(profiles.T, axis=1, keepdims=True), 1e-12)
+    return profiles.astype(np.float64), audiences.astype(np.float64)
 
 
 def _scaled(features: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ class FilterNetwork:
         self._taps: dict[str, tracing.Tap] = {}
         self._model = model
         if traced is not None:
-            self._graph = tracing.fold_batch_norms(traced).to(self.device).requires_grad_(False)
+            self._graph = tracing.fold_batch_norms(traced).float().to(self.device).requires_grad_(False)
             if len(self.input_shape) == 3:
                 self._graph = self._graph.to(memory_format=torch.channels_last)
             self._taps = tracing.find_taps(self._graph)
@@ -159,11 +159,10 @@ def _execution_order(
 
     hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
     training = model.training
-    reference = next(model.parameters())
     try:
         model.eval()
         with torch.no_grad():
-            model(torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype))
+            model(blank_input(model, input_shape))
     except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
         text = " ".join(str(error).split())[:200]
         raise UserError(
@@ -177,6 +176,12 @@ def _execution_order(
     if not order:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
     return order
+
+
+def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """One input of zeros, shape (1, *input_shape), on the device and of the type of the model's weights."""
+    reference = next(model.parameters())
+    return torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype)
 
 
 def choose_canvas(

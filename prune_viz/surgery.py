@@ -23,6 +23,7 @@ from prune_viz.coupling import (
     group_of_layer,
 )
 from prune_viz.errors import UserError
+from prune_viz.filters import blank_input
 from prune_viz.masks import Masks, Merge, make_permanent, norms_behind, reconcile_masks
 
 
@@ -212,10 +213,9 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
     parameters, macs : int
         MACs of convolutions and matrix products, as PyTorch's own counter sees them.
     """
-    reference = next(model.parameters())
     training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype))
+        model(blank_input(model, input_shape))
     model.train(training)
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2

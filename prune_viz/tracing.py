@@ -267,7 +267,7 @@ class HookedMaps:
     """
 
     def __init__(self, model: nn.Module, conv: str, device: torch.device) -> None:
-        self._model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+        self._model = copy.deepcopy(model).eval().float().to(device).requires_grad_(False)
         self._modules: dict[str, Any] = dict(self._model.named_modules())
         for module in self._modules.values():
             if getattr(module, "inplace", False):
