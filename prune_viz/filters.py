@@ -136,6 +136,15 @@ class FilterNetwork:
             return part
         return tracing.HookedMaps(self._model, name, self.device)
 
+    def feeder(self, name: str) -> str | None:
+        """The convolution whose feature maps a depthwise one reads filter by filter; None for others."""
+        if self._graph is None or name not in self._taps:
+            return None
+        if not is_depthwise(self._graph.get_submodule(name)):
+            return None
+        read = self._taps[name].call.all_input_nodes[0]
+        return next((tap.conv for tap in self._taps.values() if tap.after is read), None)
+
 
 def _execution_order(
     model: nn.Module, input_shape: tuple[int, ...], convolutions: dict[str, _ConvNd]

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 MIN_SCORE = 0.95
 MAX_REPRESENTATIVES = 8
 _RIDGE = 1e-9  # of a channel's own mean square
-_CONSTANT = 1e-4  # standard deviation of a constant map, of its mean or of its layer's typical deviation
+_CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def _score(channel: int, weights: np.ndarray, moments: np.ndarray) -> float:
     variance = moments[channel, channel] - moments[channel, -1] ** 2
     row = _residuals({channel: weights}, len(moments))[0]
     lost = float(row @ moments @ row)
-    return 1.0 if variance <= 1e-12 else float(np.clip(1 - lost / variance, 0, 1))
+    return 1.0 if variance <= 1e-30 else float(np.clip(1 - lost / variance, 0, 1))
 
 
 def _given_kept(

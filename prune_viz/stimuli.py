@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, MapFunction
+from prune_viz.filters import FilterNetwork, Layer, MapFunction
 from prune_viz.pictures import colour_axes, draw_pictures
 from prune_viz.priors import Prior, make_prior
 
@@ -151,19 +151,42 @@ def ascend(
         rows = torch.arange(start, min(start + BATCH, len(wanted)))
         for attempt in range(1 + RESTARTS):
             chunk = [wanted[row] for row in rows]
-            noise, shifts = _draw(seed, layer, chunk, (channels, *found.canvas), steps, attempt)
-            if attempt > 0:
-                # Faint noise may leave what feeds the filter silent too; a broad, strong pattern less often.
-                noise = bounds.colour(noise.to(network.device))
-            images[rows], activations[rows] = _ascend_batch(
-                maps, torch.tensor(chunk), bounds, noise.to(network.device), shifts.to(network.device)
-            )
+            white, shifts = _start(network, found, chunk, bounds, steps, seed, attempt)
+            white = _ascend_batch(maps, chunk, bounds, white, shifts)
+            images[rows], activations[rows] = _measure(maps, chunk, bounds, white)
             rows = rows[activations[rows] == 0]
             if len(rows) == 0:
                 break
         if progress is not None:
             progress.advance(min(BATCH, len(wanted) - start))
     return Stimuli(layer, wanted, images, activations)
+
+
+def _start(
+    network: FilterNetwork,
+    layer: Layer,
+    filters: Sequence[int],
+    prior: Prior,
+    steps: int,
+    seed: int,
+    attempt: int,
+) -> tuple[Tensor, Tensor]:
+    """Where an ascent starts, shape (B, C, *canvas), and its shifts, shape (steps, B, axes).
+
+    First from faint noise. A filter that stayed silent is tried again: a depthwise one from the stimulus
+    of the filter that feeds it, since while that is silent no gradient comes back; then any from broad,
+    strong patterns.
+    """
+    shape = (network.input_shape[0], *layer.canvas)
+    noise, shifts = (
+        part.to(network.device) for part in _draw(seed, layer.name, filters, shape, steps, attempt)
+    )
+    feeder = network.feeder(layer.name)
+    if attempt == 1 and feeder is not None:
+        noise = _ascend_batch(network.maps(feeder), filters, prior, noise, shifts)
+    elif attempt > 0:
+        noise = prior.colour(noise)
+    return noise, shifts
 
 
 def check_options(prior: str, steps: int) -> None:
@@ -193,27 +216,32 @@ def _draw(
 
 
 def _ascend_batch(
-    maps: MapFunction, filters: Tensor, prior: Prior, noise: Tensor, shifts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Run the ascent for a batch, one filter an input; gives images and activations on the CPU."""
-    rows = torch.arange(len(filters), device=noise.device)
-    filters = filters.to(noise.device)
-    white = _to_radius(noise, prior.radius)
+    maps: MapFunction, filters: Sequence[int], prior: Prior, start: Tensor, shifts: Tensor
+) -> Tensor:
+    """Ascend from `start`, one filter an input, and give the white coordinates reached."""
+    rows = torch.arange(len(filters), device=start.device)
+    numbers = torch.tensor(filters, device=start.device)
+    white = _to_radius(start, prior.radius)
     velocity = torch.zeros_like(white)
     steps = len(shifts)
     for step in range(steps):
         inputs = _as_input(roll(prior.colour(white), shifts[step])).requires_grad_()
         before, after = maps(inputs)
-        gradient = _gradient(inputs, before, after, rows, filters)
+        gradient = _gradient(inputs, before, after, rows, numbers)
         pull = prior.colour(roll(gradient, -shifts[step]))
         pull = torch.nan_to_num(pull, nan=0.0, posinf=0.0, neginf=0.0)
         velocity = MOMENTUM * velocity + _to_radius(pull, 1.0)
         rate = STEP_SIZE * prior.radius * 0.5 * (1 + math.cos(math.pi * step / steps))
         white = _into_ball(white + rate * velocity, prior.radius)
+    return white
+
+
+def _measure(maps: MapFunction, filters: Sequence[int], prior: Prior, white: Tensor) -> tuple[Tensor, Tensor]:
+    """Images, shape (B, C, *canvas), and the norm of each one's own feature map, on the CPU."""
     images = prior.colour(white)
     with torch.no_grad():
         after = maps(_as_input(images))[1]
-    return images.cpu(), _norms(after[rows, filters]).cpu()
+    return images.cpu(), _norms(after[list(range(len(filters))), list(filters)]).cpu()
 
 
 def _gradient(inputs: Tensor, before: Tensor, after: Tensor, rows: Tensor, filters: Tensor) -> Tensor:

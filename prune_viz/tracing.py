@@ -53,6 +53,8 @@ class Tap:
         Name of the convolution module.
     norm : str or None
         Name of the batch norm that directly follows it, if one does.
+    call : fx.Node
+        Node of the convolution itself.
     before : fx.Node
         Node of the map before the activation (after the batch norm).
     after : fx.Node
@@ -61,6 +63,7 @@ class Tap:
 
     conv: str
     norm: str | None
+    call: fx.Node
     before: fx.Node
     after: fx.Node
 
@@ -87,7 +90,7 @@ def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:
             norm, before = str(follower.target), follower
             follower = _only_user(before)
         after = follower if follower is not None and _is_activation(follower, modules) else before
-        taps[node.target] = Tap(node.target, norm, before, after)
+        taps[node.target] = Tap(node.target, norm, node, before, after)
     return taps
 
 
