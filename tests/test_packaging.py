@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import pytest
 import prune_viz as pv
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["scripts/setup.sh", "scripts/demo.sh", "scripts/test.sh", ".ci/run"]
+SCRIPTS = [
+    "scripts/setup.sh", "scripts/demo.sh", "scripts/test.sh", "scripts/efficientnet_lite0.sh", ".ci/run",
+]  # fmt: skip
 
 
 def python(code: str) -> str:
@@ -41,15 +42,6 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "import prune_viz, sys; dir(prune_viz); print({'torch', 'numpy', 'rich', 'typer'} & set(sys.modules))"
     )
     assert python(code) == "set()\n"
-
-
-def test_help_takes_less_than_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        python("import sys; sys.argv = ['prune-viz', '--help']; import prune_viz.__main__")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

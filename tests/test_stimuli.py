@@ -118,18 +118,19 @@ def test_a_filter_behind_a_silent_one_is_tried_again(monkeypatch: pytest.MonkeyP
     assert (maximize(model, "2", input_shape=(3, 16, 16), steps=16).activations == 0).all()
 
 
-def test_a_depthwise_filter_starts_from_what_feeds_it() -> None:
+def test_a_depthwise_filter_starts_from_what_feeds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first convolution answers to a fine pattern alone, which neither noise nor a broad pattern holds.
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(), nn.Conv2d(2, 2, 1)
-    )
-    nn.init.constant_(model[2].weight, 1.0)
-    nn.init.zeros_(model[2].bias)
-    model[0].weight.data = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).expand(2, 1, 2, 2).clone()
-    nn.init.constant_(model[0].bias, -0.08)
+    first, second = nn.Conv2d(1, 2, 2), nn.Conv2d(2, 2, 3, groups=2)
+    first.weight.data = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).expand(2, 1, 2, 2).clone()
+    nn.init.constant_(first.bias, -0.5)
+    nn.init.constant_(second.weight, 1.0)
+    nn.init.zeros_(second.bias)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(2, 2, 1))
     network = FilterNetwork(model, (1, 16, 16))
     assert [network.feeder(layer.name) for layer in network.layers] == [None, "0", None]
-    assert (ascend(network, "2", steps=16).activations > 0).all()
+    assert (ascend(network, "2", steps=16).activations > 1).all()
+    monkeypatch.setattr(FilterNetwork, "feeder", lambda self, name: None)
+    assert (ascend(network, "2", steps=16).activations == 0).all()
 
 
 def test_a_dead_filter_is_reported_at_zero() -> None:
