@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 COMPONENTS = 24
+BATCH = 128
 NEIGHBOURS = 15
 # Shares of the joint variance: what the stimulus looks like, how all filters respond to it, and how the
 # filter responds to all stimuli. Only the last is the same for copies, whose stimuli grow from noise of
@@ -79,7 +80,11 @@ def describe_stimuli(images: np.ndarray) -> np.ndarray:
         The amplitude spectrum of every channel, coarse and on a log scale, and how channels vary
         together. Each picture is scaled to root mean square 1 first.
     """
-    pictures = images.astype(np.float32)
+    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    return np.vstack([_describe_batch(batch.astype(np.float32)) for batch in batches])
+
+
+def _describe_batch(pictures: np.ndarray) -> np.ndarray:
     scale = np.sqrt((pictures**2).mean(axis=tuple(range(1, pictures.ndim)), keepdims=True))
     pictures = pictures / np.maximum(scale, 1e-12)
     axes = tuple(range(2, pictures.ndim))
@@ -90,7 +95,8 @@ def describe_stimuli(images: np.ndarray) -> np.ndarray:
         coarse = np.stack([coarse.take(part, axis=axis).mean(axis=axis) for part in bins], axis=axis)
     flat = pictures.reshape(*pictures.shape[:2], -1)
     colour = np.einsum("fcp,fdp->fcd", flat, flat) / flat.shape[2]
-    parts = [np.log1p(coarse).reshape(len(images), -1), colour.reshape(len(images), -1), flat.mean(axis=2)]
+    count = len(pictures)
+    parts = [np.log1p(coarse).reshape(count, -1), colour.reshape(count, -1), flat.mean(axis=2)]
     return np.hstack(parts).astype(np.float64)
 
 

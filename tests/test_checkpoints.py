@@ -212,7 +212,7 @@ def test_weights_that_are_not_finite_are_named(file: Path, name: str, value: flo
     state = seeded().state_dict()
     state[name].view(-1)[1] = value
     torch.save(state, file)
-    with pytest.raises(UserError, match=rf"{name} holds values that are not finite"):
+    with pytest.raises(UserError, match=rf"{name} holds 1 values that are not finite"):
         load_model(file, NET)
 
 
