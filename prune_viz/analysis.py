@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tempfile
@@ -23,7 +22,7 @@ from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_rows, masks_of
 from prune_viz.embedding import embed
 from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
+from prune_viz.filters import FilterNetwork, Layer, blank_input, plain_copy, select_layers
 from prune_viz.masks import Masks, save_masks
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, hash_model, peak_mib, versions
@@ -280,7 +279,7 @@ def _probe(
     """Run all stimuli and natural noise through the network and sum moments where groups are read."""
     if not groups:
         return {}
-    twin = copy.deepcopy(model).eval().float().to(network.device)
+    twin = plain_copy(model).float().to(network.device)
     if len(network.input_shape) == 3:
         twin = twin.to(memory_format=torch.channels_last)
     largest = tuple(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.errors import UserError
 
@@ -32,10 +33,10 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
     own = getattr(model, "input_shape", None)
     if isinstance(own, tuple) and own and all(isinstance(size, int) and size > 0 for size in own):
         return own
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
         raise UserError("the model has no convolution, so it has no filters to look at")
-    if not isinstance(first, nn.Conv2d):
+    if len(first.kernel_size) != 2:
         raise UserError(
             "the model does not take pictures: say what it takes with --input-shape, sizes by commas"
         )

@@ -221,8 +221,8 @@ def _build_pruned(
     from prune_viz.surgery import rebuild_smaller, remove_filters
 
     model = resolve_architecture(arch, kwargs).cpu().float().eval()
-    example = torch.zeros(1, *input_shape)
     try:
+        example = torch.zeros(1, *input_shape)
         for masks in pruning[:-1]:
             model = remove_filters(model, masks, example)
         return rebuild_smaller(model, pruning[-1], state, example)

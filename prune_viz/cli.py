@@ -157,7 +157,9 @@ def analyze(
         int | None,
         typer.Option(min=1, metavar="N", help="Size of the stimuli.", show_default="by receptive field"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of all that is random.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do again what the run directory already holds.")
@@ -296,11 +298,11 @@ def check_device(name: str) -> None:
 def check_writable(directory: Path) -> None:
     """Raise `UserError` unless files can be made in `directory`, or it can be made; leaves no trace."""
     home = directory.absolute()
-    while not home.exists() and home != home.parent:
-        home = home.parent
-    if not home.is_dir():
-        raise UserError(f"{directory} cannot be written: {home} is not a directory")
     try:
+        while not home.exists() and home != home.parent:
+            home = home.parent
+        if not home.is_dir():
+            raise UserError(f"{directory} cannot be written: {home} is not a directory")
         with tempfile.TemporaryFile(dir=home):
             pass
     except OSError as error:

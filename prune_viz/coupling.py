@@ -7,10 +7,9 @@ several; a channel between an expansion and a projection passes a depthwise conv
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from prune_viz.filters import is_depthwise
+from prune_viz.filters import is_depthwise, plain_copy
+from prune_viz.tracing import norms_behind, tensors_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class CouplingGroup:
         object.__setattr__(self, "layers", [places.module for places in self.writers])
 
 
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
 class UntraceableError(Exception):
     """The dependency graph could not be built; the message says why."""
 
@@ -118,8 +121,10 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     UntraceableError
         If the dependency graph cannot be built.
     """
-    twin = copy.deepcopy(model).eval().to(example_inputs.device)
-    graph = build_graph(twin, example_inputs)
+    twin = plain_copy(model).float()
+    example = example_inputs[:1].float()
+    twin.to(example.device)
+    graph = build_graph(twin, example)
     names = {module: name for name, module in twin.named_modules()}
     groups: list[CouplingGroup] = []
     seen: set[nn.Module] = set()
@@ -133,7 +138,100 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
             group, writers = _read_group(len(groups), module.out_channels, items, names)
             seen.update(writers)
             groups.append(group)
-    return groups
+    norms = norms_behind(twin)
+    return [_confirmed(twin, group, norms, example) for group in groups]
+
+
+def _confirmed(
+    model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
+) -> CouplingGroup:
+    """The group as it is, or not removable with what an experiment said against it."""
+    if not group.removable:
+        return group
+    try:
+        note = _experiment(model, group, norms, example)
+    except Exception as error:  # whatever a stranger's forward pass raises
+        note = f"its maps cannot be followed ({' '.join(str(error).split())[:80]})"
+    return replace(group, removable=not note, note=note)
+
+
+def _experiment(
+    model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
+) -> str:
+    """Disturb one channel while the readers' outputs are held, and say what moves that must not.
+
+    The library takes any operation without parameters for one that leaves channels apart. Here a channel
+    is jolted where it is written: behind that, nothing but the same channel at the readers may move, and
+    nothing the network returns. Then it is silenced: it must arrive silent.
+    """
+    modules = dict(model.named_modules())
+    channel = group.channels // 2
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(example.shape, generator=generator).to(example)
+    held: dict[str, list[torch.Tensor]] = {}
+
+    def run(change: Change | None) -> tuple[dict[str, list[torch.Tensor]], Any]:
+        taken: dict[str, list[torch.Tensor]] = {places.module: [] for places in group.readers}
+
+        def read(name: str) -> Any:
+            def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+                taken[name].append(arguments[0].clone())
+                if change is None:
+                    held.setdefault(name, []).append(output.clone())
+                    return output
+                return held[name][len(taken[name]) - 1]
+
+            return hook
+
+        def write(indices: list[int]) -> Any:
+            def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+                changed = output.clone()
+                for index in indices if change is not None else []:
+                    changed[:, index] = change(output[:, index])  # type: ignore[misc]
+                return changed
+
+            return hook
+
+        hooks = [
+            modules[places.module].register_forward_hook(read(places.module)) for places in group.readers
+        ]
+        for places in group.writers:
+            indices = places.indices[places.channels == channel].tolist()
+            target = modules[norms.get(places.module, places.module)]
+            hooks.append(target.register_forward_hook(write(indices)))
+        try:
+            with torch.no_grad():
+                return taken, model(noise)
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    before, output = run(None)
+    jolted, jolted_output = run(lambda maps: maps + 1 + maps.abs().amax())
+    pairs = zip(tensors_of(output), tensors_of(jolted_output), strict=True)
+    if any(_moved(one, other) for one, other in pairs):
+        return "its maps are part of what the network returns"
+    silenced, _ = run(torch.zeros_like)
+    for places in group.readers:
+        own = torch.from_numpy(places.indices[places.channels == channel])
+        axis = 1 if isinstance(modules[places.module], _ConvNd) else -1
+        for one, other, silent in zip(
+            before[places.module], jolted[places.module], silenced[places.module], strict=True
+        ):
+            rest = torch.ones(one.shape[axis], dtype=torch.bool)
+            rest[own] = False
+            kept = rest.nonzero().ravel()
+            if _moved(one.index_select(axis, kept), other.index_select(axis, kept)):
+                return f"something on the way to {places.module} mixes its channels"
+            if bool(silent.index_select(axis, own).abs().max() > 1e-6 * float(one.abs().max())):
+                return f"something on the way to {places.module} turns a silent channel into another value"
+    return ""
+
+
+def _moved(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape != other.shape or not torch.allclose(
+        one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max())
+    )
 
 
 def _read_group(
@@ -158,8 +256,13 @@ def _read_group(
             writers.setdefault(module, places)
         elif reads:
             readers[module] = places
-            if len(set(np.bincount(places.channels, minlength=channels))) > 1:
+            times = set(np.bincount(places.channels, minlength=channels))
+            if len(times) > 1:
                 notes.append(f"{names[module]} reads only a part of it")
+            elif isinstance(module, _ConvNd) and times != {1}:
+                notes.append(f"{names[module]} reads each of its maps more than once")
+            elif places.indices.max() >= _inputs_of(module):
+                notes.append(f"something on the way to {names[module]} rearranges its channels")
         elif isinstance(module, _ConvNd):
             writers[module] = places
         elif not isinstance(module, (_BatchNorm, _InstanceNorm, nn.PReLU, nn.Linear)):
@@ -176,6 +279,11 @@ def _read_group(
         note=next(iter(notes), ""),
     )
     return group, list(writers)
+
+
+def _inputs_of(module: Any) -> int:
+    """How many channels or features a reader takes."""
+    return int(module.in_channels if isinstance(module, _ConvNd) else module.in_features)
 
 
 def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:

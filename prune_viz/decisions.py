@@ -94,8 +94,8 @@ def explain(
         return "Unread: every weight that reads it is zero."
     if verdict.kind == "constant":
         return (
-            f"Constant: it gives {verdict.constant:.3g} whatever it is shown, which the bias of the next "
-            f"layer can carry; removing it costs {cost}."
+            f"Constant: it gives the same whatever it is shown, so {verdict.constant:.3g} in the bias of "
+            f"what reads it takes its place; removing it costs {cost}."
         )
     if verdict.verdict == "redundant":
         pairs = zip(representatives, verdict.coefficients, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from prune_viz import tracing
 from prune_viz.errors import UserError
@@ -89,6 +91,7 @@ class FilterNetwork:
     ) -> None:
         self.input_shape = tuple(input_shape)
         self.device = torch.device(device)
+        model = plain_copy(model).float()
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
         if not convolutions:
             raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
@@ -100,7 +103,8 @@ class FilterNetwork:
         self._taps: dict[str, tracing.Tap] = {}
         self._model = model
         if traced is not None:
-            self._graph = tracing.fold_batch_norms(traced).float().to(self.device).requires_grad_(False)
+            folded = tracing.fold_batch_norms(traced, _ordinary_input(self.input_shape))
+            self._graph = folded.to(self.device).requires_grad_(False)
             if len(self.input_shape) == 3:
                 self._graph = self._graph.to(memory_format=torch.channels_last)
             self._taps = tracing.find_taps(self._graph)
@@ -113,7 +117,20 @@ class FilterNetwork:
         if self._graph is not None and name in self._taps:
             field = tracing.receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
         size = choose_canvas(self.input_shape[1:], field, canvas)
+        if not self._runs_on(name, size):
+            if canvas is not None:
+                raise UserError(f"--canvas {canvas} is too small for {name}, or not what the model takes")
+            size = self.input_shape[1:]
         return Layer(name, describe(module), module.out_channels, depth, field, size)
+
+    def _runs_on(self, name: str, canvas: tuple[int, ...]) -> bool:
+        """Whether the network up to a layer works on a canvas; without padding a small one may not do."""
+        try:
+            with torch.no_grad():
+                blank = torch.zeros(1, self.input_shape[0], *canvas, device=self.device)
+                return self.maps(name)(blank)[1].numel() > 0
+        except Exception:  # whatever a stranger's forward pass raises
+            return False
 
     def layer(self, name: str) -> Layer:
         """The layer of that name; raises `UserError`, with near names, if there is none."""
@@ -149,7 +166,7 @@ class FilterNetwork:
 def _execution_order(
     model: nn.Module, input_shape: tuple[int, ...], convolutions: dict[str, _ConvNd]
 ) -> list[str]:
-    """Run the model once and list the convolutions as they are called, each once."""
+    """Run the model once on noise and list the convolutions as they are called, each once."""
     first = next(iter(convolutions.values()))
     axes = first.weight.ndim - 2
     if len(input_shape) != axes + 1:
@@ -158,20 +175,21 @@ def _execution_order(
             f"axes, so give {axes + 1} numbers, channels first"
         )
     order: list[str] = []
+    overflowing: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
             if name not in order:
                 order.append(name)
+            if not bool(torch.isfinite(output).all()):
+                overflowing.append(name)
 
         return hook
 
     hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
-    training = model.training
     try:
-        model.eval()
         with torch.no_grad():
-            model(blank_input(model, input_shape))
+            model(_ordinary_input(input_shape).to(blank_input(model, input_shape).device))
     except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
         text = " ".join(str(error).split())[:200]
         raise UserError(
@@ -181,7 +199,10 @@ def _execution_order(
     finally:
         for handle in hooks:
             handle.remove()
-        model.train(training)
+    if overflowing:
+        raise UserError(
+            f"{overflowing[0]} gives values that are not finite on plain noise; its weights are too large"
+        )
     if not order:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
     return order
@@ -189,8 +210,43 @@ def _execution_order(
 
 def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     """One input of zeros, shape (1, *input_shape), on the device and of the type of the model's weights."""
-    reference = next(model.parameters())
+    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype)
+
+
+def _ordinary_input(input_shape: Sequence[int]) -> Tensor:
+    return torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode, with every parametrisation (masks, weight norm) turned into values.
+
+    Raises
+    ------
+    UserError
+        If the model cannot be copied, as with the older hooks of weight and spectral norm.
+    """
+    try:
+        twin = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the model cannot be copied ({text}); remove hooks such as weight_norm first"
+        ) from None
+    bake_parametrizations(twin)
+    return twin
+
+
+def bake_parametrizations(model: nn.Module) -> None:
+    """Turn every parametrised tensor of `model` into a plain parameter of the same value."""
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        # Deep copies share the class that parametrising made, and would lose the tensor with this one.
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 def choose_canvas(

@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from prune_viz import tracing
 from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
 from prune_viz.errors import UserError
+from prune_viz.filters import bake_parametrizations, plain_copy
 from prune_viz.runs import written_aside
 
 
@@ -139,13 +138,16 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises
     ------
     UserError
-        If a mask names no convolution of the model, has another number of filters, or keeps none.
+        If a mask names no convolution of the model, is not bool, has another number of filters, or
+        keeps none.
     """
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         module = modules.get(name)
         if not isinstance(module, _ConvNd):
             raise UserError(f"these masks are for another model: it has no convolution {name!r}")
+        if mask.dtype != torch.bool:
+            raise UserError(f"the mask of {name} is {mask.dtype}; masks are bool tensors, True = keep")
         if mask.shape != (module.out_channels,):
             raise UserError(
                 f"these masks are for another model: {name} has {module.out_channels} filters, its mask "
@@ -180,12 +182,34 @@ def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
         If the masks are for another model or keep nothing of a layer.
     """
     check_masks(model, masks)
+    groups = groups_for_removal(model, example_inputs)
+    reconciled = reconcile_with_groups(model, masks, groups)
+    if reconciled.notes:
+        warnings.warn("; ".join(reconciled.notes), stacklevel=2)
+    return reconciled
+
+
+def groups_for_removal(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]:
+    """Coupling groups, or a `UserError` that says whether the input or the architecture is at fault."""
     try:
-        groups = find_groups(model, example_inputs)
+        with torch.no_grad():
+            plain_copy(model).float()(example_inputs.float())
+    except Exception as error:  # whatever a stranger's forward pass raises
+        text = " ".join(str(error).split())[:160]
+        shape = ",".join(str(size) for size in example_inputs.shape[1:])
+        raise UserError(f"the model does not run on an input of shape {shape} ({text})") from None
+    try:
+        return find_groups(model, example_inputs)
     except UntraceableError as error:
         raise UserError(
             f"this architecture cannot be traced, so its filters can be masked but not removed: {error}"
         ) from None
+
+
+def reconcile_with_groups(
+    model: nn.Module, masks: Mapping[str, Tensor], groups: Sequence[CouplingGroup]
+) -> Masks:
+    """Make masks consistent over groups that are known already; see `reconcile_masks`."""
     reconciled = Masks(merges=getattr(masks, "merges", ()))
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     for name, module in convolutions.items():
@@ -194,22 +218,16 @@ def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
         gone = _channels_gone(group, masks)
         if len(gone) == group.channels:
             raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
-        wished = {
-            places.module: int((~masks[places.module]).sum())
-            for places in group.writers
-            if places.module in masks
-        }
         for places in group.writers:
             removed = places.indices[[channel in gone for channel in places.channels]]
             reconciled[places.module][torch.from_numpy(removed)] = False
-            kept = wished.get(places.module, 0) - len(removed)
-            if kept > 0:
+            wished = int((~masks[places.module]).sum()) if places.module in masks else 0
+            if wished > len(removed):
                 why = group.note or "filters tied to them are kept in " + ", ".join(
                     layer for layer in group.layers if layer != places.module
                 )
+                kept = wished - len(removed)
                 reconciled.notes.append(f"{places.module}: {kept} masked filters are kept, {why}")
-    if reconciled.notes:
-        warnings.warn("; ".join(reconciled.notes), stacklevel=2)
     return reconciled
 
 
@@ -264,7 +282,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         If the masks are for another model.
     """
     check_masks(model, masks)
-    norms = norms_behind(model)
+    norms = tracing.norms_behind(model)
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         if bool(mask.all()):
@@ -279,37 +297,12 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
-    """Turn masks that `apply_masks` set into plain zeros, with the state dict's own keys again."""
-    for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            listed = module.parametrizations[name]  # type: ignore[index]
-            if any(isinstance(step, FilterMask) for step in listed):
-                _own_class(module)
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    """Turn masks that `apply_masks` set into plain zeros, with the state dict's own keys again.
+
+    Other parametrisations of the model, weight norm say, become plain values with them.
+    """
+    bake_parametrizations(model)
     return model
-
-
-def _own_class(module: nn.Module) -> None:
-    """Give a parametrised module a class of its own: deep copies share theirs, and lose `weight` with it."""
-    shared = type(module)
-    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-
-
-def norms_behind(model: nn.Module) -> dict[str, str]:
-    """Batch norm that directly follows each convolution: by tracing, else by order of registration."""
-    traced = tracing.trace(model)
-    if traced is not None:
-        return {name: tap.norm for name, tap in tracing.find_taps(traced).items() if tap.norm is not None}
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    return {
-        name: after
-        for (name, conv), (after, norm) in pairwise(leaves)
-        if isinstance(conv, _ConvNd)
-        and isinstance(norm, _BatchNorm)
-        and norm.num_features == conv.out_channels
-    }
 
 
 def _over_weight(conv: Any, mask: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ A channel is redundant when a few kept channels rebuild it. With ``G = E[v v']``
 group's channels and a constant, the residual of channel j given all others is ``1 / (G^-1)_jj``.
 Backward elimination removes the channel whose loss its readers feel least, downdates ``G^-1`` by a rank,
 and moves the removed channel's outgoing weights onto those that rebuild it, so that the damage of
-further removals is that to the merged network. The losses of one elimination are orthogonal; they add.
+further removals is that to the merged network. The losses of one elimination are orthogonal; they add
+(taps of a wide reader taken as independent).
 
 What elimination proposes is confirmed sparsely and on probes that the fit did not see: each proposed
 channel must be rebuilt from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost
@@ -303,9 +304,10 @@ def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
 
 
 def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float:
-    """Share of the readers' output variance that removing and merging channels costs, held out.
+    """Share of the readers' output variance that removing and merging channels costs.
 
-    Each reader is weighed alone and the worst of fit and held-out moments counts.
+    Each reader is weighed alone. The worse of fit and held-out moments counts, and of what is lost being
+    independent from tap to tap or the same at all of them.
     """
     if not rebuilt:
         return 0.0
@@ -313,9 +315,10 @@ def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float
     total = 0.0
     for reader in readers:
         rows = _residuals(rebuilt, len(reader.fit))
-        energy = reader.energy[np.ix_(removed, removed)] / reader.output_variance
-        for_each = (rows @ moments @ rows.T for moments in (reader.fit, reader.held_out))
-        total += max(0.0, *(float((energy * lost).sum()) for lost in for_each))
+        losses = [rows @ moments @ rows.T for moments in (reader.fit, reader.held_out)]
+        energies = [matrix[np.ix_(removed, removed)] for matrix in (reader.energy, reader.smooth_energy)]
+        worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
+        total += max(0.0, worst) / reader.output_variance
     return total
 
 
@@ -363,7 +366,7 @@ def _dead_kinds(readers: Sequence[Moments]) -> list[str]:
     for channel in range(len(peak)):
         if peak[channel] <= 1e-6 * max(float(np.median(peak)), 1e-30):
             kinds.append("silent")
-        elif energy[channel] <= 1e-12 * max(float(np.median(energy)), 1e-30):
+        elif energy[channel] == 0:
             kinds.append("unread")
         elif deviation[channel] <= _CONSTANT * max(float(mean[channel]), typical):
             kinds.append("constant")

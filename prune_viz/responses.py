@@ -63,10 +63,13 @@ class Moments:
     reader : str
         Name of the reading module.
     fit, held_out : ndarray of float64, shape (n + 1, n + 1)
-        Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the two halves of the probes.
+        Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the probes to fit and to check
+        (a 0 instead of the 1 where no bias can carry a constant).
     energy : ndarray of float64, shape (n, n)
         ``sum over outputs and taps of W[:, i] W[:, j]``: what the reader makes of a unit of channel
-        i together with one of channel j.
+        i together with one of channel j, if what neighbouring taps see is independent.
+    smooth_energy : ndarray of float64, shape (n, n)
+        The same if all taps (positions, behind a flatten) see the same: taps summed before squaring.
     output_variance : float
         Variance of the reader's output over samples, summed over its outputs.
     peak : ndarray of float64, shape (n,)
@@ -79,6 +82,7 @@ class Moments:
     fit: np.ndarray
     held_out: np.ndarray
     energy: np.ndarray
+    smooth_energy: np.ndarray
     output_variance: float
     peak: np.ndarray
     mean: np.ndarray
@@ -123,8 +127,9 @@ def probe_size(model: nn.Module, input_shape: Sequence[int], canvas: Sequence[in
 class _Watch:
     """Sums one reader's moments for one group while batches run."""
 
-    def __init__(self, places: Places, channels: int, module: Any) -> None:
+    def __init__(self, places: Places, channels: int, module: Any, constant: float) -> None:
         self.places = places
+        self.constant = constant
         self.channels = channels
         self.module = module
         # Behind a flatten a channel lies at several features; take them position by position.
@@ -147,7 +152,7 @@ class _Watch:
         self.first += wide.sum(dim=0).cpu().numpy()
         self.second += wide.square().sum(dim=0).cpu().numpy()
         self.inner_count += len(inner)
-        rows = F.pad(samples.double(), (0, 1), value=1.0)
+        rows = F.pad(samples.double(), (0, 1), value=self.constant)
         half = int(held_out)
         self.sums[half] += (rows.T @ rows).cpu().numpy()
         self.counts[half] += len(rows)
@@ -176,32 +181,31 @@ class _Watch:
             self.places.module,
             self.sums[0] / max(self.counts[0], 1),
             self.sums[1] / max(self.counts[1], 1),
-            self._energy(),
+            *self._energies(),
             float((means[1] - means[0] ** 2).clip(min=0).sum()),
             self.peak,
             mean,
             (self.second / max(self.inner_count, 1) - mean**2).clip(min=0),
         )
 
-    def _energy(self) -> np.ndarray:
+    def _energies(self) -> tuple[np.ndarray, np.ndarray]:
         weight: Tensor = self.module.weight.detach().double().cpu()
         if isinstance(self.module, _ConvTransposeNd):
             weight = weight.transpose(0, 1)
-        weight = weight.movedim(1, 0).flatten(1)  # input, outputs x taps
-        taken = weight[self.columns]  # channels, spread, outputs x taps
-        flat = taken.flatten(1)
-        return np.asarray((flat @ flat.T).numpy())
+        weight = weight.transpose(0, 1).flatten(2) if weight.ndim > 2 else weight.T[:, :, None]
+        taken = weight[self.columns]  # channels, spread, outputs, taps
+        flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
+        return (flat @ flat.T).numpy(), (summed @ summed.T).numpy()
 
 
 def _thin(maps: Tensor) -> Tensor:
-    """Rows (samples, n) from maps (B, n, *spatial), at most `POSITIONS` evenly spread places each."""
+    """Rows (samples, n) from maps (B, n, *spatial), at most `POSITIONS` places each."""
     flat = maps.flatten(2)
     count = flat.shape[2]
     if count > POSITIONS:
-        # An odd stride against the width walks over rows and columns alike.
-        places = (torch.arange(POSITIONS) * (count / POSITIONS)).long()
-        places = (places + torch.arange(POSITIONS) * 7) % count
-        flat = flat[:, :, places]
+        # Drawn, not evenly spaced: a stride in step with the width would look at a few columns only.
+        places = torch.randperm(count, generator=torch.Generator().manual_seed(count))[:POSITIONS]
+        flat = flat[:, :, places.to(flat.device)]
     return flat.transpose(1, 2).reshape(-1, flat.shape[1])
 
 
@@ -238,7 +242,10 @@ def gather_moments(
     """
     modules = dict(model.named_modules())
     watches = {
-        group.number: [_Watch(places, group.channels, modules[places.module]) for places in group.readers]
+        group.number: [
+            _Watch(places, group.channels, modules[places.module], _constant(group, modules))
+            for places in group.readers
+        ]
         for group in groups
     }
     held_out = False
@@ -260,6 +267,16 @@ def gather_moments(
         for handle in hooks:
             handle.remove()
     return {number: [watch.moments() for watch in found] for number, found in watches.items()}
+
+
+def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:
+    """What stands in the constant's row: 1, or 0 where no bias of a reader can make up for a constant.
+
+    The outputs of a transposed convolution with a stride see different taps, so that a constant input
+    gives a pattern.
+    """
+    readers = [modules[places.module] for places in group.readers]
+    return 0.0 if any(isinstance(m, _ConvTransposeNd) and max(m.stride) > 1 for m in readers) else 1.0
 
 
 def make_probes(

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,8 +310,3 @@ class RunDirectory:
             lineterminator="\n",  # a carriage return may stand in a layer's name
             na_values={name: [""] for name in ("score", "x", "y", "activation", "damage")},
         )
-
-
-def layer_record_json(record: LayerRecord) -> dict[str, Any]:
-    """`record` as it stands in `run.json`."""
-    return asdict(record)

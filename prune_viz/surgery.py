@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,17 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_viz.coupling import (
-    CouplingGroup,
-    Places,
-    UntraceableError,
-    build_graph,
-    find_groups,
-    group_of_layer,
-)
+from prune_viz.coupling import CouplingGroup, Places, build_graph, group_of_layer
 from prune_viz.errors import UserError
-from prune_viz.filters import blank_input
-from prune_viz.masks import Masks, Merge, make_permanent, norms_behind, reconcile_masks
+from prune_viz.filters import blank_input, plain_copy
+from prune_viz.masks import Masks, Merge, check_masks, groups_for_removal, reconcile_with_groups
+from prune_viz.tracing import norms_behind
 
 
 def remove_filters(
@@ -56,31 +50,40 @@ def remove_filters(
     """
     if compensate not in ("none", "merge"):
         raise UserError(f"--compensate is none or merge, not {compensate!r}")
-    consistent = reconcile_masks(model, masks, example_inputs)
-    smaller = make_permanent(copy.deepcopy(model)).eval()
+    check_masks(model, masks)
+    groups = groups_for_removal(model, example_inputs)
+    consistent = reconcile_with_groups(model, masks, groups)
+    if consistent.notes:
+        warnings.warn("; ".join(consistent.notes), stacklevel=2)
+    smaller = plain_copy(model)
     if compensate == "merge":
-        merge_filters(smaller, consistent, example_inputs)
+        merge_filters(smaller, consistent, groups)
     frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]
-    try:
-        groups = find_groups(smaller, example_inputs)
-        graph = build_graph(smaller, example_inputs)
-    except UntraceableError as error:
-        raise UserError(f"this architecture cannot be traced, so nothing can be removed: {error}") from None
+    example = blank_input(smaller, example_inputs.shape[1:])
     modules = dict(smaller.named_modules())
-    for group in groups:
-        root = group.writers[0]
-        keep = consistent[root.module].numpy()
-        gone = [int(index) for index in root.indices if not keep[index]]
-        if gone:
-            # Not group.prune(idxs=...), which would record its history twice.
-            graph.get_pruning_group(modules[root.module], tp.prune_conv_out_channels, gone).prune()
+    try:
+        graph = build_graph(smaller, example)
+        for group in groups:
+            root = group.writers[0]
+            keep = consistent[root.module].numpy()
+            gone = [int(index) for index in root.indices if not keep[index]]
+            if gone:
+                # Not group.prune(idxs=...), which would record its history twice.
+                graph.get_pruning_group(modules[root.module], tp.prune_conv_out_channels, gone).prune()
+        with torch.no_grad():
+            smaller(example)
+    except Exception as error:  # the library, or a forward pass that counts on the old sizes
+        text = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"this architecture does not work without those filters ({text}); mask them"
+        ) from None
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.grad = None
     return smaller
 
 
-def merge_filters(model: nn.Module, masks: Masks, example_inputs: Tensor) -> nn.Module:
+def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> nn.Module:
     """Fold what removed filters contributed into the weights that read their representatives.
 
     Only filters that `masks` remove are merged. Their columns in the readers become zero, so that
@@ -91,22 +94,28 @@ def merge_filters(model: nn.Module, masks: Masks, example_inputs: Tensor) -> nn.
     model : nn.Module
         The network; changed in place.
     masks : Masks
-        Consistent masks with their merges.
-    example_inputs : Tensor, shape (B, C, *size)
-        An input the model runs on.
+        Consistent masks with their merges. A merge whose filter stays, or whose representatives do not,
+        is left out.
+    groups : sequence of CouplingGroup
+        The model's groups.
 
     Returns
     -------
     nn.Module
         `model`.
     """
-    by_layer = group_of_layer(find_groups(model, example_inputs))
+    by_layer = group_of_layer(groups)
     norms = norms_behind(model)
     modules = dict(model.named_modules())
     merges: dict[int, list[tuple[CouplingGroup, Merge]]] = {}
     for merge in masks.merges:
         group = by_layer.get(merge.layer)
-        if group is not None and merge.layer in masks and not masks[merge.layer][merge.filter]:
+        mask = masks.get(merge.layer)
+        if group is None or mask is None:
+            continue
+        if max(merge.filter, *merge.representatives, -1) >= len(mask):
+            raise UserError(f"the merges are for another model: {merge.layer} has {len(mask)} filters")
+        if not mask[merge.filter] and bool(mask[list(merge.representatives)].all()):
             merges.setdefault(group.number, []).append((group, merge))
     for entries in merges.values():
         group = entries[0][0]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory, layer_record_json, slug, write_json
+from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory, slug, write_json
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>\"'&../..{{7*7}}\x1b[31m\x07\u202etxt.\u00e9\u4e16"
@@ -191,7 +191,7 @@ def write_run(
                 {"name": "embedding", "seconds": 48.2, "peak_mib": 990.0},
                 {"name": "verdicts", "seconds": 44.9, "peak_mib": 1204.0},
             ],
-            "layers": [layer_record_json(record) for record in records],
+            "layers": [asdict(record) for record in records],
             "summary": {
                 "filters": len(filters), "keep": int(counts.get("keep", 0)),
                 "redundant": int(counts.get("redundant", 0)), "dead": int(counts.get("dead", 0)),

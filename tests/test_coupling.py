@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from networks import Concatenating, Flattening, Plain, Residual
+from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
 from prune_viz.coupling import UntraceableError, find_groups, group_of_layer
@@ -63,3 +63,56 @@ def test_frozen_models_are_traced_and_stay_frozen_and_in_training() -> None:
 def test_a_model_that_does_not_run_is_untraceable() -> None:
     with pytest.raises(UntraceableError):
         find_groups(Plain(), torch.zeros(1, 5, 16, 16))
+
+
+class Between(nn.Module):
+    """Two convolutions with something in between, and what is returned."""
+
+    def __init__(self, between, reads: int = 8, returned=lambda first, second: second) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.between = between
+        self.second = nn.Conv2d(reads, 4, 1)
+        self.third = nn.Conv2d(4, 2, 1)
+        self.returned = returned
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.between(self.first(x))
+        return self.returned(maps, self.third(self.second(maps)))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Between(nn.Softmax(dim=1)), "mixes"),
+        (Between(lambda maps: maps - maps.mean(dim=1, keepdim=True)), "mixes"),
+        (Between(lambda maps: nn.functional.normalize(maps, dim=1)), "mixes"),
+        (Between(nn.PixelShuffle(2), reads=2), "rearranges"),
+        (Between(lambda maps: torch.cat([maps.relu(), (-maps).relu()], 1), reads=16), "more than once"),
+        (Between(torch.sigmoid), "another value"),
+        (Between(nn.Sequential(nn.ReLU(), randomise_norms(nn.BatchNorm2d(8)))), "another value"),
+        (Between(torch.relu, returned=lambda first, second: (second, first)), "returns"),
+    ],
+    ids=[
+        "softmax",
+        "mean",
+        "normalize",
+        "shuffle",
+        "crelu",
+        "sigmoid",
+        "norm behind relu",
+        "returned",
+    ],
+)
+def test_what_the_library_cannot_see_is_found_by_experiment(model: nn.Module, why: str) -> None:
+    group = group_of_layer(find_groups(model.eval(), IMAGE))["first"]
+    assert not group.removable
+    assert why in group.note
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish(), nn.Dropout2d(), nn.PReLU(8)])
+def test_what_leaves_channels_apart_is_removable(between: nn.Module) -> None:
+    groups = group_of_layer(find_groups(Between(between).eval(), IMAGE))
+    assert groups["first"].removable
+    assert groups["second"].removable
+    assert not groups["third"].removable

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
 from torch import nn
 
@@ -15,10 +16,10 @@ from prune_viz.masks import (
     apply_masks,
     load_masks,
     make_permanent,
-    norms_behind,
     reconcile_masks,
     save_masks,
 )
+from prune_viz.tracing import norms_behind
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -145,6 +146,7 @@ def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
 def test_masks_of_another_model_are_refused() -> None:
     for masks, message in [
         ({"conv9": _mask(8)}, "no convolution"),
+        ({"conv1": _mask(8).byte()}, "bool"),
         ({"conv1": _mask(7)}, "has 8 filters, its mask 7"),
         ({"conv1": torch.zeros(8, dtype=torch.bool)}, "every filter"),
     ]:
@@ -176,8 +178,11 @@ def test_filters_of_the_output_are_kept_and_the_note_says_why() -> None:
     assert reconciled["out"].all()
 
 
-def test_an_untraceable_model_is_refused_for_reconciling() -> None:
-    with pytest.raises(UserError, match="traced"):
+def test_what_cannot_be_reconciled_is_said_rightly() -> None:
+    shuffling = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
+    with pytest.raises(UserError, match="cannot be traced"):
+        reconcile_masks(shuffling, {}, torch.zeros(1, 3, 64, 64))
+    with pytest.raises(UserError, match="does not run on an input of shape 9,16,16"):
         reconcile_masks(Plain(), Masks({"conv1": _mask(8, 0)}), torch.zeros(1, 9, 16, 16))
 
 

@@ -71,7 +71,7 @@ def _group(
     places = Places("conv", np.arange(count), np.arange(count))
     reader = Places("reader", np.arange(count), np.arange(count))
     moments = Moments(
-        "reader", _moments_of(samples), _moments_of(held_out), weights.T @ weights,
+        "reader", _moments_of(samples), _moments_of(held_out), weights.T @ weights, weights.T @ weights,
         float(outputs.var(axis=0).sum()),
         np.abs(samples).max(axis=0), samples.mean(axis=0), samples.var(axis=0),
     )  # fmt: skip

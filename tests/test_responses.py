@@ -10,6 +10,7 @@ from torch import nn
 from prune_viz import responses
 from prune_viz.coupling import find_groups, group_of_layer
 from prune_viz.filters import FilterNetwork
+from prune_viz.redundancy import judge
 from prune_viz.responses import gather_moments, make_probes, natural_noise, probe_size, response_matrix, tile
 
 
@@ -100,12 +101,38 @@ def test_padding_is_read_off_sizes_so_that_subclasses_count() -> None:
     assert responses._padding(nn.Conv2d(2, 2, 3), inputs, torch.zeros(1, 2, 7, 7)) == [0, 0, 0, 0]
 
 
-def test_large_maps_are_thinned_over_rows_and_columns() -> None:
-    grid = torch.arange(64.0 * 64).view(1, 1, 64, 64)
+@pytest.mark.parametrize("size", [24, 28, 40, 56, 64, 112])
+def test_large_maps_are_thinned_over_rows_and_columns(size: int) -> None:
+    grid = torch.arange(float(size * size)).view(1, 1, size, size)
     picked = responses._thin(grid).ravel()
     assert len(picked.unique()) == responses.POSITIONS
-    assert len((picked // 64).unique()) > 32
-    assert len((picked % 64).unique()) > 32
+    assert len((picked // size).unique()) > min(size, 64) / 2
+    assert len((picked % size).unique()) > min(size, 64) / 2
+
+
+def test_no_constant_is_carried_into_a_strided_transposed_reader() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 5, 2, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(5, 2, 1),
+    )
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, 0.7
+    images = torch.randn(8, 3, 8, 8)
+    group = group_of_layer(find_groups(model, images[:1]))["0"]
+    moments = gather_moments(model, [group], [(images, False), (images, True)])[group.number]
+    assert (moments[0].fit[:, -1] == 0).all()
+    assert judge(group, moments).channels[2].verdict == "keep"
+
+
+def test_smooth_energy_is_what_a_reader_makes_of_a_flat_loss() -> None:
+    model = randomise_norms(Plain(padding=0)).double()
+    (moments,) = _moments(model, "conv1", torch.randn(9, 3, 12, 12, dtype=torch.float64))
+    flat = torch.zeros(1, 8, 9, 9, dtype=torch.float64)
+    flat[:, 3] = 1
+    assert moments.smooth_energy[3, 3] == pytest.approx(float(model.conv2(flat)[0, :, 2, 2].square().sum()))
 
 
 def test_tiles_repeat_the_stimulus() -> None:

@@ -9,6 +9,7 @@ import torchvision
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
+from prune_viz.coupling import find_groups
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, apply_masks, reconcile_masks
 from prune_viz.surgery import count_cost, merge_filters, rebuild_smaller, remove_filters
@@ -141,7 +142,7 @@ def test_a_merge_of_a_filter_that_stays_is_left_out() -> None:
     masks = _with_copy(model, 1.0)
     masks["conv2"][6] = True
     before = model.conv3.weight.clone()
-    merge_filters(model, masks, torch.zeros(1, 3, 16, 16))
+    merge_filters(model, masks, find_groups(model, torch.zeros(1, 3, 16, 16)))
     assert torch.equal(model.conv3.weight, before)
 
 

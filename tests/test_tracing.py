@@ -14,7 +14,7 @@ from prune_viz.filters import FilterNetwork, choose_canvas, describe, select_lay
 def test_folding_keeps_what_the_network_computes(model: nn.Module) -> None:
     randomise_norms(model)
     traced = tracing.trace(model)
-    folded = tracing.fold_batch_norms(traced)
+    folded = tracing.fold_batch_norms(traced, torch.randn(1, 3, 16, 16))
     assert not any(isinstance(folded.get_submodule(str(n.target)), nn.BatchNorm2d)
                    for n in folded.graph.nodes if n.op == "call_module")  # fmt: skip
     x = torch.randn(4, 3, 16, 16)
@@ -24,7 +24,7 @@ def test_folding_keeps_what_the_network_computes(model: nn.Module) -> None:
 def test_folding_leaves_the_model_alone() -> None:
     model = randomise_norms(Plain())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tracing.fold_batch_norms(tracing.trace(model))
+    tracing.fold_batch_norms(tracing.trace(model), torch.randn(1, 3, 16, 16))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

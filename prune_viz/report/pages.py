@@ -245,14 +245,22 @@ def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[st
     """Give the lines that put the run's masks to use, each group under its heading."""
     masks = str(run / "masks.pt")
     shape = ", ".join(str(int(axis)) for axis in model["input_shape"])
-    arch = f", arch={str(model['arch'])!r}" if model.get("arch") else ""
-    if arch and model.get("arch_kwargs"):
-        arch += f", arch_kwargs={model['arch_kwargs']!r}"
+    arch, options = "", ""
+    if model.get("arch"):
+        arch = f", arch={str(model['arch'])!r}"
+        options = f" --arch {shlex.quote(str(model['arch']))}"
+        if model.get("arch_kwargs"):
+            arch += f", arch_kwargs={model['arch_kwargs']!r}"
+            options += f" --arch-kwargs {shlex.quote(json.dumps(model['arch_kwargs']))}"
+    if model.get("trust_pickle"):
+        arch += ", trust_pickle=True"
+        options += " --trust-pickle"
+    options += " --input-shape " + ",".join(str(int(axis)) for axis in model["input_shape"])
     return [
         (
             "On the command line: a smaller network, the lost contributions merged into what stays",
             [
-                f"prune-viz apply {shlex.quote(model_path)} {shlex.quote(masks)} "
+                f"prune-viz apply {shlex.quote(model_path)} {shlex.quote(masks)}{options} "
                 "--out smaller.pt --mode remove --compensate merge"
             ],
         ),
@@ -268,6 +276,7 @@ def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[st
         (
             "In Python: take them out",
             [
+                "import torch",
                 f"example = torch.zeros(1, {shape})",
                 'smaller = pv.remove_filters(model, masks, example, compensate="merge")',
             ],
