@@ -177,9 +177,10 @@ def analyze(
             verdicts = _judge(groups, moments, progress)
         with stages.timed("embedding"):
             table = _describe_filters(chosen, found, tied, verdicts, seed, progress)
-        masks = masks_of(table, groups, verdicts, {layer.name: layer.filters for layer in network.layers})
+        counts_of_layers = {layer.name: layer.filters for layer in network.layers}
+        masks = masks_of(table, groups, verdicts, counts_of_layers, str(source["sha256"]))
         run.write_filters(table)
-        write_json(run.decisions_file, decisions_json(table, groups, verdicts, masks, str(source["sha256"])))
+        write_json(run.decisions_file, decisions_json(table, groups, verdicts, masks))
         save_masks(masks, run.masks_file)
         with stages.timed("removal"):
             after = _cost_after(model, masks, network.input_shape, cost, notes)

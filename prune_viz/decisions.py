@@ -129,6 +129,7 @@ def masks_of(
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     filters: Mapping[str, int],
+    model_sha256: str,
 ) -> Masks:
     """Masks of every layer from the rows' verdicts, with the merges that make up for them."""
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
@@ -150,7 +151,7 @@ def masks_of(
                         found.constant,
                     )
                 )
-    return Masks(masks, tuple(merges))
+    return Masks(masks, tuple(merges), model_sha256)
 
 
 def decisions_json(
@@ -158,7 +159,6 @@ def decisions_json(
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     masks: Masks,
-    model_sha256: str,
 ) -> dict[str, Any]:
     """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges."""
     in_group = {layer: group for group in groups for layer in group.layers}
@@ -176,7 +176,7 @@ def decisions_json(
         flagged.append(entry)
     return {
         "format": FORMAT,
-        "model_sha256": model_sha256,
+        "model_sha256": masks.model_sha256,
         "tolerance": TOLERANCE,
         "groups": [
             {

@@ -56,17 +56,26 @@ class Masks(dict[str, Tensor]):
         The masks.
     merges : sequence of Merge
         How the removed filters can be rebuilt; empty where nothing is known.
+    model_sha256 : str, optional
+        Digest of the model file that was analysed.
 
     Attributes
     ----------
     merges : tuple of Merge
+    model_sha256 : str or None
     notes : list of str
         What `reconcile_masks` kept, and why.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor] | None = None, merges: tuple[Merge, ...] = ()) -> None:
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor] | None = None,
+        merges: tuple[Merge, ...] = (),
+        model_sha256: str | None = None,
+    ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
+        self.model_sha256 = model_sha256
         self.notes: list[str] = []
 
     @property
@@ -114,9 +123,11 @@ def load_masks(path: str | Path) -> Masks:
         raise UserError(f"{path} is not a masks file: it should hold a bool tensor a convolution")
     decisions = path.with_name("decisions.json")
     merges: tuple[Merge, ...] = ()
+    sha256: str | None = None
     if decisions.exists():
         try:
-            listed = json.loads(decisions.read_text(encoding="utf-8"))["merges"]
+            content = json.loads(decisions.read_text(encoding="utf-8"))
+            sha256, listed = content["model_sha256"], content["merges"]
             merges = tuple(
                 Merge(
                     entry["layer"],
@@ -129,7 +140,7 @@ def load_masks(path: str | Path) -> Masks:
             )
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{decisions} beside the masks is damaged; run analyze again") from None
-    return Masks(loaded, merges)
+    return Masks(loaded, merges, sha256)
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from prune_viz.checkpoints import Checkpoint
 from prune_viz.errors import UserError
 from prune_viz.masks import apply_masks, load_masks, make_permanent, reconcile_masks
+from prune_viz.provenance import hash_model
 from prune_viz.runs import written_aside
 from prune_viz.surgery import count_cost, remove_filters
 
@@ -85,6 +86,12 @@ def write_removed(
     masks = load_masks(masks_file)
     if compensate == "merge" and masks.removed and not masks.merges:
         raise UserError(f"there is no decisions.json with merges beside {masks_file}; use --compensate none")
+    own = (checkpoint.sha256, hash_model(checkpoint.model))  # of the file, or of a model analysed in Python
+    if compensate == "merge" and masks.model_sha256 not in own:
+        raise UserError(
+            f"the merges beside {masks_file} were fitted to another model file; analyze this one, or use "
+            "--compensate none"
+        )
     example = torch.zeros(1, *input_shape)
     _check_input(checkpoint.model, example)
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from prune_viz import cli
 from prune_viz.demo import save_demo_model
 from prune_viz.digits import Digits, DigitsNet, accuracy, plant
 from prune_viz.errors import UserError
+from prune_viz.runs import sha256
 
 DIGITS = ["--arch", "prune_viz.demo:DigitsNet"]
 RUNNER = CliRunner()
@@ -301,7 +302,11 @@ def planted(here: Path, trained: DigitsNet, digits: Digits) -> DigitsNet:
             merges.append((layer.layer, number, [], [], 0.5 if kind == "constant" else 0.0))
     torch.save(masks, "masks.pt")
     keys = ("layer", "filter", "representatives", "coefficients", "constant")
-    decisions = {"format": 1, "merges": [dict(zip(keys, merge, strict=True)) for merge in merges]}
+    decisions = {
+        "format": 1,
+        "model_sha256": sha256(Path("model.pt")),
+        "merges": [dict(zip(keys, merge, strict=True)) for merge in merges],
+    }
     Path("decisions.json").write_text(json.dumps(decisions))
     return model
 
@@ -384,11 +389,13 @@ def test_apply_at_fault(here: Path, planted: DigitsNet) -> None:
         (["model.pt", "masks.pt", "--out", "x.pt", "--mode", "remove", "--input-shape", "3,8,8"], "3,8,8"),
     ):
         assert_refused(run("apply", *arguments), says)
-    Path("decisions.json").unlink()
+    decisions = json.loads(Path("decisions.json").read_text())
+    Path("decisions.json").write_text(json.dumps({**decisions, "model_sha256": 64 * "0"}))
     merge = ["--mode", "remove", "--compensate", "merge"]
-    assert_refused(
-        run("apply", "model.pt", "masks.pt", "--out", "x.pt", *merge), "no decisions.json with merges"
-    )
+    apply_merging = ["apply", "model.pt", "masks.pt", "--out", "x.pt", *merge]
+    assert_refused(run(*apply_merging), "another model file")
+    Path("decisions.json").unlink()
+    assert_refused(run(*apply_merging), "no decisions.json with merges")
     torch.save({"conv2": torch.ones(3, dtype=torch.bool)}, "other.pt")
     assert_refused(run("apply", "model.pt", "other.pt", "--out", "x.pt"), "masks are for another model")
     assert written(here) == (before | {"other.pt"}) - {"decisions.json"}

@@ -119,7 +119,7 @@ def test_masks_survive_the_disk_and_load_without_pickle(tmp_path: Path) -> None:
 def test_merges_come_from_the_decisions_beside_the_masks(tmp_path: Path) -> None:
     save_masks({"conv1": _mask(8, 1)}, tmp_path / "masks.pt")
     merge = {"layer": "conv1", "filter": 1, "representatives": [0], "coefficients": [2.0], "constant": 0.5}
-    (tmp_path / "decisions.json").write_text(json.dumps({"merges": [merge]}))
+    (tmp_path / "decisions.json").write_text(json.dumps({"merges": [merge], "model_sha256": "5a"}))
     (loaded,) = load_masks(tmp_path / "masks.pt").merges
     assert (loaded.filter, loaded.representatives, loaded.coefficients, loaded.constant) == (
         1,
