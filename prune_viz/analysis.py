@@ -128,6 +128,10 @@ def analyze(
     if canvas is not None and canvas < 1:
         raise UserError(f"--canvas must be at least 1, not {canvas}")
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
+    if network.overflowing:
+        raise UserError(
+            f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
+        )
     chosen = select_layers(network.layers, layers)
     source = {"sha256": hash_model(model), **(source or {})}
     options = {

@@ -75,6 +75,8 @@ class FilterNetwork:
         Every convolution that runs, in order of execution.
     skipped : list of str
         Names of convolutions that do not run when the model is called.
+    overflowing : list of str
+        Names of convolutions that give values that are not finite on plain noise.
 
     Raises
     ------
@@ -95,7 +97,7 @@ class FilterNetwork:
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
         if not convolutions:
             raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
-        order = _execution_order(model, self.input_shape, convolutions)
+        order, self.overflowing = _execution_order(model, self.input_shape, convolutions)
         self.skipped = [name for name in convolutions if name not in order]
 
         traced = tracing.trace(model)
@@ -165,8 +167,8 @@ class FilterNetwork:
 
 def _execution_order(
     model: nn.Module, input_shape: tuple[int, ...], convolutions: dict[str, _ConvNd]
-) -> list[str]:
-    """Run the model once on noise and list the convolutions as they are called, each once."""
+) -> tuple[list[str], list[str]]:
+    """Run the model once on noise; list the convolutions as called, each once, and those that overflow."""
     first = next(iter(convolutions.values()))
     axes = first.weight.ndim - 2
     if len(input_shape) != axes + 1:
@@ -199,13 +201,9 @@ def _execution_order(
     finally:
         for handle in hooks:
             handle.remove()
-    if overflowing:
-        raise UserError(
-            f"{overflowing[0]} gives values that are not finite on plain noise; its weights are too large"
-        )
     if not order:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
-    return order
+    return order, overflowing
 
 
 def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:

@@ -193,6 +193,14 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
         analyze(model, input_shape=(3, 16, 16))
 
 
+def test_weights_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
+    model = Plain()
+    model.conv1.weight.data[2] = 3e38
+    with pytest.raises(UserError, match="conv1 gives values that are not finite"):
+        analyze(model, input_shape=(3, 16, 16), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_directories_that_hold_something_else_are_left_alone(tmp_path: Path, run: Analysis) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not a prune-viz run"):
