@@ -20,33 +20,18 @@ from prune_viz import __version__, coupling, redundancy, responses, surgery
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_rows, masks_of
+from prune_viz.devices import pick_device
 from prune_viz.embedding import embed
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, Layer, blank_input, plain_copy, select_layers
+from prune_viz.inputs import InputStatistics, describe_inputs, read_images
 from prune_viz.masks import Masks, save_masks
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, hash_model, peak_mib, versions
 from prune_viz.redundancy import GroupVerdicts
 from prune_viz.report import write_report
-from prune_viz.runs import FORMAT, LayerRecord, LayerTensors, RunDirectory, slug, write_json
-from prune_viz.stimuli import STEPS, ascend, check_options, pick_device
-
-
-class LayerFiles(Mapping[str, LayerTensors]):
-    """A run's layers by name, each read from the run directory when asked for."""
-
-    def __init__(self, run: RunDirectory, records: Sequence[LayerRecord]) -> None:
-        self._run = run
-        self._files = {record.name: record.file for record in records}
-
-    def __getitem__(self, name: str) -> LayerTensors:
-        return self._run.read_layer(self._files[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug, write_json
+from prune_viz.stimuli import STEPS, ascend, check_options
 
 
 @dataclass(frozen=True)
@@ -86,6 +71,9 @@ def analyze(
     canvas: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    data: str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     source: Mapping[str, Any] | None = None,
@@ -103,8 +91,11 @@ def analyze(
         stopped. Without it nothing is kept but what is returned.
     layers : sequence of str
         Shell patterns of layer names to look at; all layers by default.
-    prior, steps, canvas, seed, device
+    prior, steps, canvas, seed, device, mean, std
         See `prune_viz.stimuli.maximize`.
+    data : path, optional
+        A folder of example inputs, read by `prune_viz.inputs.read_images`; what is natural is measured on
+        them, and so are mean and std unless given.
     fresh : bool
         Start over, whatever the run directory holds.
     progress : Progress, optional
@@ -119,8 +110,8 @@ def analyze(
     Raises
     ------
     UserError
-        If the weights are not finite, the input shape does not fit, a pattern matches no layer, or `out`
-        cannot be written or holds something else.
+        If the weights are not finite, the input shape does not fit, a pattern matches no layer, `data`
+        holds no input, or `out` cannot be written or holds something else.
     """
     progress = progress or Progress()
     check_finite(model)
@@ -133,6 +124,7 @@ def analyze(
             f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
         )
     chosen = select_layers(network.layers, layers)
+    statistics, unread = _describe_inputs(network.input_shape, mean, std, data)
     source = {"sha256": hash_model(model), **(source or {})}
     options = {
         "prior": prior,
@@ -148,6 +140,7 @@ def analyze(
 
     stages = Stages()
     groups, notes = _couple(model, network)
+    notes += unread
     tied = coupling.group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     cost = surgery.count_cost(model, network.input_shape)
@@ -159,6 +152,7 @@ def analyze(
             "class_name": type(model).__name__, "parameters": cost[0], "macs": cost[1],
             "input_shape": list(network.input_shape),
         },
+        "inputs": None if statistics is None else asdict(statistics),
         "options": options,
         "seed": seed,
         "versions": versions(),
@@ -172,11 +166,12 @@ def analyze(
 
     with progress:
         key = _stimuli_key(provenance)
-        _find_stimuli(network, records, run, stages, progress, prior, steps, seed, key)
+        ascents = {"prior": prior, "steps": steps, "seed": seed, "statistics": statistics}
+        notes += _find_stimuli(network, records, run, stages, progress, ascents, key)
         found = LayerFiles(run, records)
         judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
         with stages.timed("probes"):
-            moments = _probe(model, network, judged, found, seed, progress)
+            moments = _probe(model, network, judged, found, seed, statistics, progress)
         with stages.timed("verdicts"):
             verdicts = _judge(groups, moments, progress)
         with stages.timed("embedding"):
@@ -209,6 +204,20 @@ def analyze(
     return Analysis(table, masks, kept, summary, None)
 
 
+def _describe_inputs(
+    input_shape: tuple[int, ...],
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    data: str | Path | None,
+) -> tuple[InputStatistics | None, list[str]]:
+    """What is known of the inputs, and a note on example inputs that could not be read."""
+    if data is None:
+        return describe_inputs(input_shape[0], mean, std), []
+    images, skipped = read_images(Path(data), input_shape)
+    notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
+    return describe_inputs(input_shape[0], mean, std, images), notes
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -238,6 +247,7 @@ def _stimuli_key(provenance: Mapping[str, Any]) -> str:
     parts = {
         "model": [model["sha256"], model["arch"], model["arch_kwargs"], model["input_shape"]],
         "options": [options["prior"], options["steps"], options["canvas"], options["device"]],
+        "inputs": provenance["inputs"],
         "seed": provenance["seed"],
         "version": __version__,
     }
@@ -250,27 +260,45 @@ def _find_stimuli(
     run: RunDirectory,
     stages: Stages,
     progress: Progress,
-    prior: str,
-    steps: int,
-    seed: int,
+    ascents: Mapping[str, Any],
     key: str,
-) -> None:
-    """Write every layer's stimuli and response matrix, skipping files that an earlier run completed."""
+) -> list[str]:
+    """Write every layer's stimuli and response matrix, skipping files that an earlier run completed.
+
+    Gives a note on each layer with filters whose ascent met values that are not finite.
+    """
     progress.start("stimuli", sum(record.filters for record in records))
+    files = {record.name: record.file for record in records}
+    notes = []
     for record in records:
         progress.note(record.name)
-        if (run.layer_metadata(record.file) or {}).get("key") == key:
+        metadata = run.layer_metadata(record.file) or {}
+        if metadata.get("key") == key:
             progress.advance(record.filters)
-            continue
-        with stages.timed("stimuli"):
-            stimuli = ascend(network, record.name, prior=prior, steps=steps, seed=seed, progress=progress)
-        with stages.timed("responses"):
-            matrix = responses.response_matrix(network, record.name, stimuli.images)
-        tensors = LayerTensors(
-            stimuli.images.numpy().astype(np.float16), stimuli.activations.numpy().astype(np.float32), matrix
-        )
-        run.write_layer(record.file, tensors, {"key": key, "layer": record.name})
+        else:
+            feeder = network.feeder(record.name)
+            fed = None
+            if feeder in files:
+                fed = torch.from_numpy(run.read_layer(files[feeder]).images)
+            with stages.timed("stimuli"):
+                stimuli = ascend(network, record.name, fed=fed, progress=progress, **ascents)
+            with stages.timed("responses"):
+                matrix = responses.response_matrix(network, record.name, stimuli.images)
+            tensors = LayerTensors(
+                stimuli.images.numpy().astype(np.float16),
+                stimuli.activations.numpy().astype(np.float32),
+                matrix,
+            )
+            derailed = ", ".join(map(str, stimuli.derailed))
+            metadata = {"key": key, "layer": record.name, "derailed": derailed}
+            run.write_layer(record.file, tensors, metadata)
+        if metadata.get("derailed"):
+            notes.append(
+                f"{record.name}: the ascent of filters {metadata['derailed']} met values that are not "
+                "finite; their stimuli are the best finite ones found."
+            )
     progress.finish()
+    return notes
 
 
 def _probe(
@@ -279,6 +307,7 @@ def _probe(
     groups: Sequence[CouplingGroup],
     found: Mapping[str, LayerTensors],
     seed: int,
+    statistics: InputStatistics | None,
     progress: Progress,
 ) -> dict[int, list[responses.Moments]]:
     """Run all stimuli and natural noise through the network and sum moments where groups are read."""
@@ -296,7 +325,8 @@ def _probe(
 
     def counted() -> Iterator[tuple[Tensor, bool]]:
         images = (torch.from_numpy(found[name].images) for name in found)
-        for batch, held_out in responses.make_probes(images, network.input_shape[0], size, seed):
+        probes = responses.make_probes(images, network.input_shape[0], size, seed, statistics)
+        for batch, held_out in probes:
             yield batch, held_out
             progress.advance(len(batch))
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from prune_viz import __version__
+from prune_viz.arguments import check_device, check_writable, parse_kwargs, parse_numbers, parse_shape
 from prune_viz.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,7 +149,8 @@ def analyze(
         Prior, typer.Option(help="Bound stimuli as natural pictures, or by their norm alone.")
     ] = (Prior.natural),
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Steps of the ascent.", show_default="32")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most steps of an ascent.", show_default="248"),
     ] = None,
     canvas: Annotated[
         int | None,
@@ -161,12 +160,24 @@ def analyze(
         int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of all that is random.")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Mean of the normalisation, of pixels in 0..1."),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the normalisation.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Example images, unlabelled: what is natural is measured on them."),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do again what the run directory already holds.")
     ] = False,
 ) -> None:
     """Find the redundant and dead filters of MODEL; write stimuli, masks and a report."""
     kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
+    normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
     check_device(device)
     out = out or Path("reports") / model.stem
     check_writable(out)
@@ -178,6 +189,9 @@ def analyze(
     result = analysis.analyze(
         checkpoint.model,
         input_shape=shape or _input_shape(checkpoint),
+        mean=normalisation[0],
+        std=normalisation[1],
+        data=data,
         out=out,
         layers=layers or (),
         prior=prior.value,
@@ -265,48 +279,6 @@ def demo(
     from prune_viz.demo import run_demo
 
     run_demo(out, _progress(), _console())
-
-
-def parse_kwargs(text: str | None) -> dict[str, Any] | None:
-    """Read ``--arch-kwargs``; raises `UserError` unless it is a JSON object."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--arch-kwargs is not JSON ({error}): {text}") from None
-    if not isinstance(value, dict):
-        raise UserError(f'--arch-kwargs must be a JSON object such as {{"num_classes": 10}}, not {text}')
-    return value
-
-
-def parse_shape(text: str | None) -> tuple[int, ...] | None:
-    """Read ``--input-shape``; raises `UserError` unless it is two to four positive numbers."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*){1,3}", text, re.ASCII):
-        raise UserError(f"--input-shape {text}: expected channels and sizes by commas, such as 3,224,224")
-    return tuple(int(size) for size in text.split(","))
-
-
-def check_device(name: str) -> None:
-    """Raise `UserError` unless `name` is one that ``--device`` takes."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-
-
-def check_writable(directory: Path) -> None:
-    """Raise `UserError` unless files can be made in `directory`, or it can be made; leaves no trace."""
-    home = directory.absolute()
-    try:
-        while not home.exists() and home != home.parent:
-            home = home.parent
-        if not home.is_dir():
-            raise UserError(f"{directory} cannot be written: {home} is not a directory")
-        with tempfile.TemporaryFile(dir=home):
-            pass
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
 
 
 def print_summary(result: Analysis, out: Path, console: Console) -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from prune_viz import tracing
 from prune_viz.errors import UserError
+from prune_viz.hooks import HookedMaps
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
 SMALLEST_CANVAS = {1: 64, 2: 32, 3: 8}
@@ -153,7 +154,19 @@ class FilterNetwork:
         if self._graph is not None and name in self._taps:
             part = tracing.cut(self._graph, self._taps[name])
             return part
-        return tracing.HookedMaps(self._model, name, self.device)
+        return HookedMaps(self._model, name, self.device)
+
+    def is_first(self, name: str) -> bool:
+        """Whether a layer's filters see the input through no other convolution."""
+        if self._graph is None or name not in self._taps:
+            return next(layer.depth for layer in self.layers if layer.name == name) == 0
+        return not tracing.convolutions_before(self._graph, self._taps[name].call)
+
+    def upper_bound(self, name: str) -> float:
+        """Largest value a layer's feature maps can take, by its activation; infinite where none is known."""
+        if self._graph is None or name not in self._taps:
+            return math.inf
+        return tracing.upper_bound(self._graph, self._taps[name])
 
     def feeder(self, name: str) -> str | None:
         """The convolution whose feature maps a depthwise one reads filter by filter; None for others."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from prune_viz.inputs import InputStatistics
 
 GREY = 128
 _BATCH = 64
@@ -13,33 +17,54 @@ _PAPER = (243, 240, 234)
 _INK = (38, 56, 62)
 
 
-def stretch(values: np.ndarray) -> np.ndarray:
-    """Stretch each stimulus around grey: ``0.5 + 0.5 clip(x / q, -1, 1)``.
+def stretch(values: np.ndarray, statistics: InputStatistics | None = None) -> np.ndarray:
+    """Stretch each stimulus around its ground: ``ground + 0.5 clip(x / q, -1, 1)``.
 
     Parameters
     ----------
-    values : ndarray, shape (F, ...)
+    values : ndarray, shape (F, ...), with statistics (F, C, ...)
         Stimuli in input units, about zero mean.
+    statistics : InputStatistics, optional
+        The normalisation of the C channels. With it x is taken to pixels, ``std * x``, and stretched by
+        one gain for all channels, so that hues are true. The ground, where x is 0, is mid-grey tinted
+        as the mean pixel is: ``0.5 + mean - average of mean over the channels``.
 
     Returns
     -------
     ndarray of float32, shape (F, ...)
-        In [0, 1]. `q` is the 99.5th percentile of ``|x|`` of each stimulus; a flat one is mid-grey.
+        In [0, 1]. `q` is the 99.5th percentile of ``|x|`` of each stimulus, in pixels if these are
+        known; a flat one is all ground. The ground is mid-grey without statistics and for one channel.
     """
     finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    ground: np.ndarray = np.array(0.5, dtype=np.float32)
+    if statistics is not None:
+        finite = _as_pixels(finite, statistics)
+        ground = 0.5 + _by_channel(statistics.mean, values.ndim) - np.float32(np.mean(statistics.mean))
     flat = np.abs(finite).reshape(len(finite), -1)
     rank = min(flat.shape[1] - 1, math.ceil(0.995 * flat.shape[1]) - 1)
     q = np.partition(flat, rank, axis=1)[:, rank]
     q = np.where(q > 0, q, 1).reshape(-1, *[1] * (values.ndim - 1))
-    return np.asarray(0.5 + 0.5 * np.clip(finite / q, -1, 1), dtype=np.float32)
+    return np.asarray(np.clip(ground + 0.5 * np.clip(finite / q, -1, 1), 0, 1), dtype=np.float32)
 
 
-def colour_axes(images: np.ndarray) -> np.ndarray | None:
+def _by_channel(numbers: tuple[float, ...], axes: int) -> np.ndarray:
+    """A number a channel, float32, to meet an array (F, C, ...) of so many axes."""
+    return np.array(numbers, dtype=np.float32).reshape(-1, *[1] * (axes - 2))
+
+
+def _as_pixels(images: np.ndarray, statistics: InputStatistics | None) -> np.ndarray:
+    """Take (F, C, ...) from input units to pixels, about zero, if these are known."""
+    return images if statistics is None else images * _by_channel(statistics.std, images.ndim)
+
+
+def colour_axes(images: np.ndarray, statistics: InputStatistics | None = None) -> np.ndarray | None:
     """Directions in channel space that a layer's stimuli are drawn along.
 
     Parameters
     ----------
     images : ndarray, shape (F, C, *canvas)
+    statistics : InputStatistics, optional
+        The normalisation of the C channels, from which the directions are taken in pixels.
 
     Returns
     -------
@@ -54,7 +79,7 @@ def colour_axes(images: np.ndarray) -> np.ndarray | None:
     second = np.zeros((channels, channels))
     for begin in range(0, len(images), _BATCH):
         pixels = np.nan_to_num(images[begin : begin + _BATCH].astype(np.float32), posinf=0.0, neginf=0.0)
-        flat = np.moveaxis(pixels, 1, 0).reshape(channels, -1)
+        flat = np.moveaxis(_as_pixels(pixels, statistics), 1, 0).reshape(channels, -1)
         second += flat @ flat.T
     vectors = np.linalg.eigh(second)[1][:, ::-1][:, :3]
     largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
@@ -62,7 +87,9 @@ def colour_axes(images: np.ndarray) -> np.ndarray | None:
     return np.pad(vectors, ((0, 0), (0, 3 - vectors.shape[1])))
 
 
-def draw_pictures(images: np.ndarray, side: int, axes: np.ndarray | None) -> np.ndarray:
+def draw_pictures(
+    images: np.ndarray, side: int, axes: np.ndarray | None, statistics: InputStatistics | None = None
+) -> np.ndarray:
     """Draw stimuli as square colour tiles.
 
     Two-dimensional stimuli keep their aspect on a grey ground; of three-dimensional ones the middle
@@ -75,7 +102,11 @@ def draw_pictures(images: np.ndarray, side: int, axes: np.ndarray | None) -> np.
     side : int
         Side of a tile in pixels.
     axes : ndarray, shape (C, 3), or None
-        From `colour_axes`.
+        From `colour_axes`, of the same statistics.
+    statistics : InputStatistics, optional
+        The normalisation of the C channels: draws three of them, taken to be red, green and blue, in
+        their true colours (`stretch`), and weighs more by what they are in pixels. Signals have no
+        colours and are drawn as without.
 
     Returns
     -------
@@ -89,8 +120,9 @@ def draw_pictures(images: np.ndarray, side: int, axes: np.ndarray | None) -> np.
         draw = _curve if images.shape[1] == 1 else _strip
         return np.stack([draw(one, side) for one in unit])
     if axes is not None:
-        images = np.einsum("fchw,cd->fdhw", images.astype(np.float32), axes)
-    pixels = (stretch(images) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+        images = np.einsum("fchw,cd->fdhw", _as_pixels(images.astype(np.float32), statistics), axes)
+        statistics = None
+    pixels = (stretch(images, statistics) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
     if pixels.shape[1:3] == (side, side):

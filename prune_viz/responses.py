@@ -20,7 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz.coupling import CouplingGroup, Places
 from prune_viz.filters import FilterNetwork
-from prune_viz.priors import make_prior
+from prune_viz.inputs import InputStatistics
+from prune_viz.priors import make_prior, tile
 
 BATCH = 32
 NOISE_PROBES = 256
@@ -89,16 +90,10 @@ class Moments:
     variance: np.ndarray
 
 
-def tile(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeat images, shape (N, C, *canvas), until they fill `size`; the prior knows no borders."""
-    for axis, wanted in enumerate(size, start=2):
-        places = torch.arange(wanted) % image.shape[axis]
-        image = image.index_select(axis, places)
-    return image
-
-
-def natural_noise(shape: Sequence[int], count: int, seed: int) -> Tensor:
-    """Random inputs with the spectrum and colours of natural images, variance 1 a pixel.
+def natural_noise(
+    shape: Sequence[int], count: int, seed: int, statistics: InputStatistics | None = None
+) -> Tensor:
+    """Random inputs with the spectrum and colours of natural ones; of variance 1 where none are known.
 
     Parameters
     ----------
@@ -108,8 +103,10 @@ def natural_noise(shape: Sequence[int], count: int, seed: int) -> Tensor:
         How many.
     seed : int
         Of the generator.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
     """
-    prior = make_prior("natural", shape[0], tuple(shape[1:]))
+    prior = make_prior("natural", shape[0], tuple(shape[1:]), statistics=statistics)
     generator = torch.Generator().manual_seed(seed)
     return prior.colour(torch.randn(count, *shape, generator=generator))
 
@@ -280,7 +277,11 @@ def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:
 
 
 def make_probes(
-    layers: Iterable[Tensor], input_channels: int, size: Sequence[int], seed: int
+    layers: Iterable[Tensor],
+    input_channels: int,
+    size: Sequence[int],
+    seed: int,
+    statistics: InputStatistics | None = None,
 ) -> Iterator[tuple[Tensor, bool]]:
     """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
 
@@ -294,6 +295,8 @@ def make_probes(
         Spatial size of the probes.
     seed : int
         Seed of the noise.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs, for the noise.
 
     Yields
     ------
@@ -301,7 +304,7 @@ def make_probes(
     held_out : bool
         Every fourth probe is held out.
     """
-    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed)
+    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed, statistics)
     yield from _split(noise, size)
     for images in layers:
         yield from _split(images.float(), size)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,3 +310,20 @@ class RunDirectory:
             lineterminator="\n",  # a carriage return may stand in a layer's name
             na_values={name: [""] for name in ("score", "x", "y", "activation", "damage")},
         )
+
+
+class LayerFiles(Mapping[str, LayerTensors]):
+    """A run's layers by name, each read from the run directory when asked for."""
+
+    def __init__(self, run: RunDirectory, records: Sequence[LayerRecord]) -> None:
+        self._run = run
+        self._files = {record.name: record.file for record in records}
+
+    def __getitem__(self, name: str) -> LayerTensors:
+        return self._run.read_layer(self._files[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

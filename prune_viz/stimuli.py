@@ -1,40 +1,46 @@
-"""The input that excites a filter most: batched gradient ascent under a prior.
+"""The input that excites a filter most: rounds of batched gradient ascent under a prior.
 
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally
-likely (`prune_viz.priors`). Gradients are normalised, carried by momentum and projected back into the
-ball, the step decays as a cosine, and the input is shifted a little, at random, before each evaluation
-so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015). A filter that
-stays silent is tried again from other starts before it is reported at zero.
+likely (`prune_viz.priors`), by the climbs of `prune_viz.ascent`. A climb anneals its steps to nothing, so
+how far it gets depends on how many it has. Each round of climbs is twice as long as all before it were,
+starts where the last one ended, and a filter leaves when a round brought it little: those that soon
+saturate cost a few steps, hard ones many. The first rounds shift the input a little, at random, before
+each step, so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from prune_viz.ascent import as_input, climb, draw_noise, images_at, norms, points_at
+from prune_viz.devices import is_out_of_memory, pick_device, release_memory
 from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, Layer, MapFunction
+from prune_viz.filters import LARGEST_CANVAS, FilterNetwork, Layer
+from prune_viz.inputs import InputStatistics, describe_inputs
 from prune_viz.pictures import colour_axes, draw_pictures
-from prune_viz.priors import Prior, make_prior
+from prune_viz.priors import make_prior, tile
+from prune_viz.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from prune_viz.progress import Progress
-
-STEPS = 32
-STEP_SIZE = 0.6  # of the ball's radius, at the start
-MOMENTUM = 0.8
-JITTER = 1 / 12  # of the canvas, each way
-STILL = 0.25  # share of the steps, the last ones, without jitter
-BATCH = 32
+STEPS = 248  # at most
+FIRST_ROUND = 8
+ANGLES = (0.5, 0.4, 0.3, 0.3, 0.2)  # first step of each round, in radians; the last holds for all later
+LEAVE = 0.15  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
+LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
+CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
+JITTERED = 2  # rounds
 RESTARTS = 3  # for filters that stay silent
+BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
+WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
+_POOL_VALUES = 2**26  # numbers that the inputs climbed together may hold: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,22 @@ class Stimuli:
         The inputs found, in the model's own (normalised) input units, on the CPU.
     activations : Tensor, shape (F,)
         L2 norm of each filter's feature map on its own stimulus; 0 for a silent filter.
+    steps : Tensor of int, shape (F,)
+        How many steps led to each stimulus, vain starts not counted.
+    derailed : list of int
+        Filters whose ascent met values that are not finite. Their stimulus is the best finite one found;
+        where there is none it is zero and the activation NaN.
+    statistics : InputStatistics or None
+        What was known of the model's inputs; it gives the pictures their true colours.
     """
 
     layer: str
     filters: list[int]
     images: Tensor
     activations: Tensor
+    steps: Tensor
+    derailed: list[int] = field(default_factory=list)
+    statistics: InputStatistics | None = None
 
     def plot(self, columns: int = 8) -> Figure:
         """Draw the stimuli as a matplotlib figure, `columns` to a row, each stretched around grey."""
@@ -68,7 +84,8 @@ class Stimuli:
         for axis in axes:
             axis.set_axis_off()
         images = self.images.numpy()
-        drawn = draw_pictures(images, max(96, *images.shape[-2:]), colour_axes(images))
+        colours = colour_axes(images, self.statistics)
+        drawn = draw_pictures(images, max(96, *images.shape[-2:]), colours, self.statistics)
         for axis, number, picture in zip(axes, self.filters, drawn, strict=False):
             axis.imshow(picture)
             axis.set_title(str(number), fontsize=8)
@@ -86,6 +103,9 @@ def maximize(
     canvas: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    images: Tensor | None = None,
 ) -> Stimuli:
     """Find the inputs that excite filters of a layer most.
 
@@ -102,7 +122,7 @@ def maximize(
     prior : {"natural", "none"}
         Bound the input by the covariance of natural images, or by its L2 norm alone.
     steps : int
-        Steps of the ascent, at least 1.
+        Most steps an ascent may take, at least 1; nearly all take fewer.
     canvas : int, optional
         Size of the stimuli along each axis; from the receptive field by default.
     seed : int
@@ -110,6 +130,11 @@ def maximize(
         options, the seed, the layer and the filter alone.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    mean, std : float or sequence of float, optional
+        The model's normalisation, a number a channel: input = (pixel - mean) / std, pixels in [0, 1].
+    images : Tensor, shape (N, C, *size), optional
+        Pixels of example inputs, uint8 or floats in [0, 1]; what is natural is measured on them, and so
+        are mean and std unless given.
 
     Returns
     -------
@@ -121,8 +146,9 @@ def maximize(
         If the layer or a filter does not exist, an option is out of range or the input shape does
         not fit.
     """
+    statistics = describe_inputs(input_shape[0], mean, std, images)
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
-    return ascend(network, layer, filters, prior=prior, steps=steps, seed=seed)
+    return ascend(network, layer, filters, prior=prior, steps=steps, seed=seed, statistics=statistics)
 
 
 def ascend(
@@ -133,60 +159,49 @@ def ascend(
     prior: str = "natural",
     steps: int = STEPS,
     seed: int = 0,
+    statistics: InputStatistics | None = None,
+    fed: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Stimuli:
-    """Find stimuli in a prepared network; the parameters are those of `maximize`."""
+    """Find stimuli in a prepared network; parameters not named here are those of `maximize`.
+
+    Parameters
+    ----------
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+    fed : Tensor, shape (F, C, *canvas), optional
+        For a depthwise layer, stimuli of the filters that feed `filters`, found with the same options;
+        found here if not given. They are rounded to half precision, as a run keeps them.
+    progress : Progress, optional
+        Advanced by each filter that is done.
+    """
     found = network.layer(layer)
     wanted = list(range(found.filters)) if filters is None else [int(number) for number in filters]
     for number in wanted:
         if not 0 <= number < found.filters:
             raise UserError(f"{layer} has filters 0 to {found.filters - 1}, so there is no filter {number}")
     check_options(prior, steps)
-    channels = network.input_shape[0]
-    bounds = make_prior(prior, channels, found.canvas, network.device)
-    maps = network.maps(layer)
-    images = torch.empty(len(wanted), channels, *found.canvas)
-    activations = torch.empty(len(wanted))
-    for start in range(0, len(wanted), BATCH):
-        rows = torch.arange(start, min(start + BATCH, len(wanted)))
-        for attempt in range(1 + RESTARTS):
-            chunk = [wanted[row] for row in rows]
-            white, shifts = _start(network, found, chunk, bounds, steps, seed, attempt)
-            white = _ascend_batch(maps, chunk, bounds, white, shifts)
-            images[rows], activations[rows] = _measure(maps, chunk, bounds, white)
-            rows = rows[activations[rows] == 0]
-            if len(rows) == 0:
-                break
-        if progress is not None:
-            progress.advance(min(BATCH, len(wanted) - start))
-    return Stimuli(layer, wanted, images, activations)
-
-
-def _start(
-    network: FilterNetwork,
-    layer: Layer,
-    filters: Sequence[int],
-    prior: Prior,
-    steps: int,
-    seed: int,
-    attempt: int,
-) -> tuple[Tensor, Tensor]:
-    """Where an ascent starts, shape (B, C, *canvas), and its shifts, shape (steps, B, axes).
-
-    First from faint noise. A filter that stayed silent is tried again: a depthwise one from the stimulus
-    of the filter that feeds it, since while that is silent no gradient comes back; then any from broad,
-    strong patterns.
-    """
-    shape = (network.input_shape[0], *layer.canvas)
-    noise, shifts = (
-        part.to(network.device) for part in _draw(seed, layer.name, filters, shape, steps, attempt)
+    feeder = network.feeder(layer)
+    if feeder is not None and fed is None:
+        fed = ascend(
+            network, feeder, wanted, prior=prior, steps=steps, seed=seed, statistics=statistics
+        ).images
+    progress = progress or Progress()
+    pool = max(1, _POOL_VALUES // (network.input_shape[0] * math.prod(found.canvas)))
+    parts = []
+    for start in range(0, len(wanted), pool):
+        part = slice(start, start + pool)
+        search = _Search(network, found, wanted[part], prior, statistics, seed)
+        parts.append(search.run(steps, None if fed is None else fed[part], progress))
+    return Stimuli(
+        layer,
+        wanted,
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.activations for part in parts]),
+        torch.cat([part.steps for part in parts]),
+        [number for part in parts for number in part.derailed],
+        statistics,
     )
-    feeder = network.feeder(layer.name)
-    if attempt == 1 and feeder is not None:
-        noise = _ascend_batch(network.maps(feeder), filters, prior, noise, shifts)
-    elif attempt > 0:
-        noise = prior.colour(noise)
-    return noise, shifts
 
 
 def check_options(prior: str, steps: int) -> None:
@@ -197,144 +212,152 @@ def check_options(prior: str, steps: int) -> None:
         raise UserError(f"--prior is natural or none, not {prior!r}")
 
 
-def _draw(
-    seed: int, layer: str, filters: Sequence[int], shape: tuple[int, ...], steps: int, attempt: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Starting noise (B, *shape) and shifts (steps, B, axes), each filter from its own generator."""
-    noise, shifts = [], []
-    reach = torch.tensor([int(size * JITTER) for size in shape[1:]])
-    still = steps - math.floor(steps * STILL)
-    for number in filters:
-        key = hashlib.sha256(f"{seed}/{layer}/{number}/{attempt}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        noise.append(torch.randn(shape, generator=generator))
-        unit = torch.rand((steps, len(reach)), generator=generator)
-        jitter = ((2 * unit - 1) * (reach + 0.5)).round().long()
-        jitter[still:] = 0
-        shifts.append(jitter)
-    return torch.stack(noise), torch.stack(shifts, dim=1)
+def rounds(steps: int) -> list[int]:
+    """Lengths of the rounds that `steps` allow: each as long as all before it and one more first."""
+    lengths: list[int] = []
+    while (left := steps - sum(lengths)) > 0:
+        lengths.append(min(left, FIRST_ROUND * 2 ** len(lengths)))
+    return lengths
 
 
-def _ascend_batch(
-    maps: MapFunction, filters: Sequence[int], prior: Prior, start: Tensor, shifts: Tensor
-) -> Tensor:
-    """Ascend from `start`, one filter an input, and give the white coordinates reached."""
-    rows = torch.arange(len(filters), device=start.device)
-    numbers = torch.tensor(filters, device=start.device)
-    white = _to_radius(start, prior.radius)
-    velocity = torch.zeros_like(white)
-    steps = len(shifts)
-    for step in range(steps):
-        inputs = _as_input(roll(prior.colour(white), shifts[step])).requires_grad_()
-        before, after = maps(inputs)
-        gradient = _gradient(inputs, before, after, rows, numbers)
-        pull = prior.colour(roll(gradient, -shifts[step]))
-        pull = torch.nan_to_num(pull, nan=0.0, posinf=0.0, neginf=0.0)
-        velocity = MOMENTUM * velocity + _to_radius(pull, 1.0)
-        rate = STEP_SIZE * prior.radius * 0.5 * (1 + math.cos(math.pi * step / steps))
-        white = _into_ball(white + rate * velocity, prior.radius)
-    return white
+class _Search:
+    """The ascents of some filters of a layer, round after round; all tensors are kept on the CPU."""
 
+    def __init__(
+        self,
+        network: FilterNetwork,
+        layer: Layer,
+        filters: list[int],
+        prior: str,
+        statistics: InputStatistics | None,
+        seed: int,
+    ) -> None:
+        self.layer, self.filters, self.seed, self.device = layer, filters, seed, network.device
+        self.shape = (network.input_shape[0], *layer.canvas)
+        self.maps = network.maps(layer.name)
+        self.prior = make_prior(prior, self.shape[0], layer.canvas, network.device, statistics)
+        full = LARGEST_CANVAS[len(layer.canvas)] ** len(layer.canvas)
+        self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)
+        if network.is_first(layer.name):
+            self.leave = LEAVE_FIRST
+        self.bound = network.upper_bound(layer.name)
+        self.ceiling = math.inf
+        self.batch = BATCH[network.device.type]
+        self.points = torch.zeros(len(filters), math.prod(self.shape) + 1)
+        self.images = torch.zeros(len(filters), *self.shape)
+        self.activations = torch.full((len(filters),), math.nan)
+        self.steps = torch.zeros(len(filters), dtype=torch.long)
+        self.sound = torch.ones(len(filters), dtype=torch.bool)
 
-def _measure(maps: MapFunction, filters: Sequence[int], prior: Prior, white: Tensor) -> tuple[Tensor, Tensor]:
-    """Images, shape (B, C, *canvas), and the norm of each one's own feature map, on the CPU."""
-    images = prior.colour(white)
-    with torch.no_grad():
-        after = maps(_as_input(images))[1]
-    return images.cpu(), _norms(after[list(range(len(filters))), list(filters)]).cpu()
+    def run(self, steps: int, fed: Tensor | None, progress: Progress) -> Stimuli:
+        """Climb in rounds until every filter has left."""
+        lengths = rounds(steps)
+        self._start(lengths[0], fed)
+        staying = self._unfinished()
+        progress.advance(len(self.filters) - len(staying))
+        for number, length in enumerate(lengths[1:], start=1):
+            before = self.activations[staying].clone()
+            self._round(staying, number, length)
+            reached = self.activations[staying]
+            gained = (reached > before * (1 + self.leave)) & (reached < CLOSE * self.ceiling)
+            progress.advance(int((~gained).sum()))
+            staying = staying[gained]
+        progress.advance(len(staying))
+        derailed = [
+            number for number, sound in zip(self.filters, self.sound.tolist(), strict=True) if not sound
+        ]
+        return Stimuli(self.layer.name, self.filters, self.images, self.activations, self.steps, derailed)
 
+    def _start(self, length: int, fed: Tensor | None) -> None:
+        """The first round: from the stimulus of what feeds the filter, from noise, from broad patterns.
 
-def _gradient(inputs: Tensor, before: Tensor, after: Tensor, rows: Tensor, filters: Tensor) -> Tensor:
-    """Gradient of each row's own feature-map norm, redirected past the activation where it vanishes.
+        Faint noise wakes nearly every filter, but behind a silent or a saturated one no gradient comes
+        back; a depthwise filter is helped by the stimulus of the one that feeds it. What is silent still
+        is tried again from strong, smooth patterns. The best start is gone on from.
+        """
+        if fed is not None:
+            self._round(self._unfinished(), 0, length, fed)
+        self._round(self._unfinished(), 0, length)
+        for attempt in range(1, RESTARTS + 1):
+            self._round(torch.nonzero(self.activations == 0)[:, 0], 0, length, attempt=attempt)
 
-    A map that is silent, or saturated all over, passes no gradient back. Such a row is pulled along the
-    map before the activation instead: a silent one where it is nearest to firing, a saturated one
-    further up.
-    """
-    reached = _norms(after[rows, filters]).sum()
-    if before is after:
-        return torch.autograd.grad(reached, inputs)[0]
-    (slope,) = torch.autograd.grad(reached, before, retain_graph=True)
-    own = slope[rows, filters].flatten(1)
-    vanished = own.abs().amax(dim=1) <= 1e-12
-    if bool(vanished.any()):
-        level = before[rows, filters].detach().flatten(1)
-        silent = level.amax(dim=1, keepdim=True) <= 0
-        redirected = torch.where(silent, level.softmax(dim=1), level.clamp_min(0))
-        own = torch.where(vanished[:, None], redirected, own)
-        slope = torch.zeros_like(slope)
-        slope[rows, filters] = own.view(len(rows), *slope.shape[2:])
-    return torch.autograd.grad(before, inputs, slope)[0]
+    def _unfinished(self) -> Tensor:
+        """Rows whose map is not yet close to the upper bound of its activation."""
+        return torch.nonzero(~(self.activations >= CLOSE * self.ceiling))[:, 0]
 
+    def _round(
+        self, rows: Tensor, number: int, length: int, fed: Tensor | None = None, attempt: int = 0
+    ) -> None:
+        """Let some rows climb, batch by batch; halve the batch whenever memory runs out."""
+        done = 0
+        while done < len(rows):
+            chunk = rows[done : done + self.batch]
+            try:
+                self._climb(chunk, number, length, fed, attempt)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.batch == 1:
+                    raise UserError(
+                        f"{self.layer.name}: not enough memory for a single input of {self.shape}; "
+                        "give a smaller --canvas"
+                    ) from None
+                self.batch //= 2
+                release_memory(self.device)
+                continue
+            done += len(chunk)
 
-def roll(images: Tensor, shifts: Tensor) -> Tensor:
-    """Shift each image around its canvas by its own offsets.
+    def _climb(self, rows: Tensor, number: int, length: int, fed: Tensor | None, attempt: int) -> None:
+        """One climb of one batch; what it found is kept where it is better than what there was."""
+        count = len(rows)
+        if self.batch >= WHOLE:
+            rows = rows[torch.arange(WHOLE * math.ceil(count / WHOLE)) % count]
+        filters = [self.filters[row] for row in rows.tolist()]
+        jitter = number < JITTERED
+        keys = [f"{self.seed}/{self.layer.name}/{filter}/{attempt}/{number}" for filter in filters]
+        drawn = [draw_noise(key, self.shape, length, jitter) for key in keys]
+        shifts = torch.stack([shift for _, shift in drawn], dim=1).to(self.device)
+        if number > 0:
+            points = self.points[rows].to(self.device)
+        else:
+            points = points_at(self._white([noise for noise, _ in drawn], rows, fed, attempt))
+        angle = ANGLES[min(number, len(ANGLES) - 1)]
+        points, sound = climb(self.maps, filters, self.prior, self.layer.canvas, points, shifts, angle)
+        images = images_at(points, self.prior, self.layer.canvas)
+        with torch.no_grad():
+            after = self.maps(as_input(images))[1]
+        activations = norms(after[list(range(len(filters))), filters])
+        self.ceiling = self.bound * math.sqrt(after[0, 0].numel())
+        found = (part[:count].cpu() for part in (points, images, activations, sound))
+        self._keep(rows[:count], number, length, *found)
 
-    Parameters
-    ----------
-    images : Tensor, shape (B, C, *canvas)
-    shifts : Tensor of int, shape (B, axes)
+    def _keep(
+        self,
+        rows: Tensor,
+        number: int,
+        length: int,
+        points: Tensor,
+        images: Tensor,
+        reached: Tensor,
+        sound: Tensor,
+    ) -> None:
+        """Take over what a climb found: of several first climbs the best, later the last, the best image."""
+        known = self.activations[rows]
+        better = reached.isfinite() & ((reached > known) | known.isnan())
+        self.sound[rows] &= sound & reached.isfinite()
+        self.images[rows[better]] = images[better]
+        self.activations[rows[better]] = reached[better]
+        if number == 0:
+            self.steps[rows] = length
+            self.points[rows[better]] = points[better]
+        else:
+            self.steps[rows] += length
+            self.points[rows] = points
 
-    Returns
-    -------
-    Tensor
-        Position ``p`` holds what was at ``p + shift``, modulo the canvas.
-    """
-    if not bool(shifts.any()):
-        return images
-    size = images.shape[2:]
-    index = torch.zeros(len(images), *size, dtype=torch.long, device=images.device)
-    for axis, extent in enumerate(size):
-        positions = (torch.arange(extent, device=images.device) + shifts[:, axis, None]) % extent
-        shape = [len(images)] + [1] * len(size)
-        shape[axis + 1] = extent
-        index = index * extent + positions.view(shape)
-    flat = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    rolled: Tensor = images.flatten(2).gather(2, flat).view_as(images)
-    return rolled
-
-
-def _as_input(images: Tensor) -> Tensor:
-    images = images.detach()
-    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()
-
-
-def _norms(maps: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(maps.flatten(1), dim=1)
-    return norms
-
-
-def _to_radius(vectors: Tensor, radius: float) -> Tensor:
-    norms = _norms(vectors).clamp_min(1e-30)
-    return vectors * (radius / norms).view(-1, *[1] * (vectors.ndim - 1))
-
-
-def _into_ball(vectors: Tensor, radius: float) -> Tensor:
-    shrink = (radius / _norms(vectors).clamp_min(1e-30)).clamp_max(1.0)
-    return vectors * shrink.view(-1, *[1] * (vectors.ndim - 1))
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device that is there.
-
-    Raises
-    ------
-    UserError
-        If the name is not one of these or this machine has no such device.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device is auto, cpu, cuda, cuda:N or mps, not {name!r}") from None
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(device.type, False):
-        raise UserError(f"--device {name}: this machine has no such device; use --device auto")
-    return device
+    def _white(self, noise: list[Tensor], rows: Tensor, fed: Tensor | None, attempt: int) -> Tensor:
+        """White coordinates of where a first climb starts, shape (B, *shape)."""
+        if fed is not None:
+            known = fed[rows].half().float().to(self.device)
+            return self.prior.whiten(tile(known, self.layer.canvas))
+        white = torch.stack(noise).to(self.device)
+        return self.prior.colour(white) if attempt > 0 else white

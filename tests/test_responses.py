@@ -10,8 +10,9 @@ from torch import nn
 from prune_viz import responses
 from prune_viz.coupling import find_groups, group_of_layer
 from prune_viz.filters import FilterNetwork
+from prune_viz.priors import tile
 from prune_viz.redundancy import judge
-from prune_viz.responses import gather_moments, make_probes, natural_noise, probe_size, response_matrix, tile
+from prune_viz.responses import gather_moments, make_probes, natural_noise, probe_size, response_matrix
 
 
 def test_response_matrix_holds_the_norms_of_feature_maps() -> None:

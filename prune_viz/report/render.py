@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from prune_viz.errors import UserError
+from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
 from prune_viz.report import sprites, wording
@@ -39,13 +40,17 @@ class _Strip:
     places: dict[str, list[tuple[int, int]]]
     tiles: list[np.ndarray]
     layout: sprites.Grid
+    statistics: InputStatistics | None
 
     def add(self, record: LayerRecord, images: np.ndarray) -> None:
         """Draw the chosen stimuli of a layer, whose stimuli are `images`."""
         chosen = self.places.get(record.name, [])
         if chosen:
             drawn = draw_pictures(
-                images[[number for _, number in chosen]], self.layout.side, colour_axes(images)
+                images[[number for _, number in chosen]],
+                self.layout.side,
+                colour_axes(images, self.statistics),
+                self.statistics,
             )
             for (tile, _), picture in zip(chosen, drawn, strict=True):
                 self.tiles[tile] = picture
@@ -70,14 +75,15 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     templates = _environment()
     _write_assets(folder / "assets")
     (folder / "layers").mkdir()
-    strip = _strip(network)
+    statistics = stored_statistics(provenance.get("inputs"))
+    strip = _strip(network, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
     progress.start("report", len(rows))
     for index, row in enumerate(rows):
         progress.note(row.record.name)
         tensors = _read_layer(run, row.record)
         page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
-        _write_layer(folder / "layers", page, network, tensors, templates)
+        _write_layer(folder / "layers", page, network, tensors, statistics, templates)
         strip.add(row.record, tensors.images)
         progress.advance()
     _write_network(folder, network, strip, templates)
@@ -127,12 +133,17 @@ def _write_assets(folder: Path) -> None:
 
 
 def _write_layer(
-    folder: Path, page: LayerPage, network: NetworkPage, tensors: LayerTensors, templates: jinja2.Environment
+    folder: Path,
+    page: LayerPage,
+    network: NetworkPage,
+    tensors: LayerTensors,
+    statistics: InputStatistics | None,
+    templates: jinja2.Environment,
 ) -> None:
     record = page.row.record
     plan = sprites.sheets(record.slug, page.order, record.canvas)
     small = sprites.thumbnails(record.slug, page.order, page.map.side / 100 * _MAP_WIDTH)
-    sprites.write_layer_sheets(folder, tensors.images, plan, small)
+    sprites.write_layer_sheets(folder, tensors.images, plan, small, statistics)
     sprites.write_response_matrix(
         folder / f"{record.slug}-responses.png", tensors.responses, np.array(page.order)
     )
@@ -155,13 +166,13 @@ def _write_network(folder: Path, network: NetworkPage, strip: _Strip, templates:
     _write(folder / "index.html", templates.get_template("index.html.j2").render(network=network, root=""))
 
 
-def _strip(network: NetworkPage) -> _Strip:
+def _strip(network: NetworkPage, statistics: InputStatistics | None) -> _Strip:
     layout = sprites.grid(_STRIP_COLUMNS * max(1, len(network.depths)), _STRIP_SIDE, columns=_STRIP_COLUMNS)
     places = {
         depth.row.record.name: [(tile.tile, tile.filter) for tile in depth.tiles] for depth in network.depths
     }
     blank = np.full((layout.side, layout.side, 3), GREY, dtype=np.uint8)
-    return _Strip(places, [blank] * layout.tiles, layout)
+    return _Strip(places, [blank] * layout.tiles, layout, statistics)
 
 
 def _sheet_styles(prefix: str, plan: Iterable[sprites.Sheet]) -> Iterable[str]:

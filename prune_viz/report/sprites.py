@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prune_viz.inputs import InputStatistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 
 MAX_SIDE = 8192  # browsers and their graphics hardware decode no larger picture reliably
@@ -96,12 +97,18 @@ def thumbnails(slug: str, order: Sequence[int], shown: float) -> Sheet:
     return Sheet(f"{slug}-map.jpg", grid(len(order), side), tuple(order))
 
 
-def write_layer_sheets(folder: Path, images: np.ndarray, plan: Sequence[Sheet], small: Sheet) -> None:
+def write_layer_sheets(
+    folder: Path,
+    images: np.ndarray,
+    plan: Sequence[Sheet],
+    small: Sheet,
+    statistics: InputStatistics | None,
+) -> None:
     """Draw all stimuli of a layer, write them as planned, and the same in small as `small`."""
-    axes = colour_axes(images)
+    axes = colour_axes(images, statistics)
     reduced: dict[int, np.ndarray] = {}
     for sheet in plan:
-        tiles = draw_pictures(images[list(sheet.filters)], sheet.layout.side, axes)
+        tiles = draw_pictures(images[list(sheet.filters)], sheet.layout.side, axes, statistics)
         write_sheet(folder / sheet.file, tiles, sheet.layout)
         for number, tile in zip(sheet.filters, tiles, strict=True):
             reduced[number] = _reduced(tile, small.layout.side)

@@ -1,0 +1,186 @@
+"""Climbing: conjugate gradients from given starts, one filter an input, many at once.
+
+A stimulus is sought in the ball ``|z| <= r`` of a prior's white coordinates. Inside a ball is on a sphere
+with one coordinate more, which takes up whatever length ``z`` leaves over; so every climb walks on a unit
+sphere, by great circles, and the bound holds exactly. Directions are conjugate (Polak and Ribiere, kept
+non-negative) and the angle of a step falls as half a cosine, from wide leaps over poor summits to none:
+no line search, one gradient a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prune_viz.filters import MapFunction
+from prune_viz.priors import Prior
+
+SLACK = 0.1  # the coordinate beyond white ones, at the start; at zero it would stay there
+JITTER = 1 / 12  # of the canvas, each way
+STILL = 0.5  # share of the steps, the last ones, without jitter
+
+
+def climb(
+    maps: MapFunction,
+    filters: Sequence[int],
+    prior: Prior,
+    canvas: tuple[int, ...],
+    points: Tensor,
+    shifts: Tensor,
+    angle: float,
+) -> tuple[Tensor, Tensor]:
+    """Climb from points of the sphere towards stronger feature maps.
+
+    Parameters
+    ----------
+    maps : callable
+        The network up to a layer, from `FilterNetwork.maps`.
+    filters : sequence of int
+        Which filter each point climbs for.
+    prior : Prior
+        What bounds the inputs.
+    canvas : tuple of int
+        Their spatial size.
+    points : Tensor, shape (B, n + 1)
+        Unit vectors: the n white coordinates over the prior's radius, and the slack.
+    shifts : Tensor of int, shape (steps, B, axes)
+        How far each input is shifted at each step.
+    angle : float
+        Length of the first step, in radians.
+
+    Returns
+    -------
+    points : Tensor, shape (B, n + 1)
+        Where the steps led.
+    sound : Tensor of bool, shape (B,)
+        False where a gradient was not finite; such a point stays where it was for that step.
+    """
+    numbers = torch.tensor(filters, device=points.device)
+    sound = torch.ones(len(points), dtype=torch.bool, device=points.device)
+    direction = previous = torch.zeros_like(points)
+    for step, shift in enumerate(shifts):
+        images = roll(images_at(points, prior, canvas), shift)
+        gradient = roll(_gradient(images, maps, numbers), -shift)
+        uphill = torch.nn.functional.pad(prior.colour(gradient).flatten(1), (0, 1))
+        finite = uphill.isfinite().all(dim=1)
+        sound &= finite
+        uphill = _tangent(torch.where(finite[:, None], uphill, 0.0), points)
+        turned = _dot(uphill, uphill - previous) / _dot(previous, previous).clamp_min(1e-30)
+        direction = uphill + turned.clamp(0, 1) * _tangent(direction, points)
+        previous = uphill
+        length = angle * 0.5 * (1 + math.cos(math.pi * step / len(shifts)))
+        points = unit(math.cos(length) * points + math.sin(length) * unit(direction))
+    return points, sound
+
+
+def points_at(white: Tensor) -> Tensor:
+    """Points of the sphere, shape (B, n + 1), in the direction of white coordinates, shape (B, C, *canvas).
+
+    All of them leave the same slack, whatever their length.
+    """
+    flat = math.sqrt(1 - SLACK**2) * unit(white.flatten(1))
+    return torch.nn.functional.pad(flat, (0, 1), value=SLACK)
+
+
+def images_at(points: Tensor, prior: Prior, canvas: tuple[int, ...]) -> Tensor:
+    """The inputs, shape (B, C, *canvas), that points of the sphere stand for."""
+    return prior.colour(prior.radius * points[:, :-1].reshape(len(points), -1, *canvas))
+
+
+def draw_noise(key: str, shape: tuple[int, ...], steps: int, jitter: bool) -> tuple[Tensor, Tensor]:
+    """Draw white noise of a shape (C, *canvas) and shifts, shape (steps, axes), from a generator of its own.
+
+    The numbers depend on `key` alone. Without `jitter` all shifts are zero; with it the last of them are.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    noise = torch.randn(shape, generator=generator)
+    reach = torch.tensor([int(size * JITTER) for size in shape[1:]])
+    shifts = torch.zeros(steps, len(reach), dtype=torch.long)
+    if jitter:
+        moving = math.floor(steps * (1 - STILL))
+        chance = 2 * torch.rand((moving, len(reach)), generator=generator) - 1
+        shifts[:moving] = (chance * (reach + 0.5)).round().long().clamp(-reach, reach)
+    return noise, shifts
+
+
+def norms(maps: Tensor) -> Tensor:
+    """L2 norm of each row of `maps`, shape (B,)."""
+    found: Tensor = torch.linalg.vector_norm(maps.flatten(1), dim=1)
+    return found
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors, shape (B, n), at length one; zero stays zero."""
+    return vectors / norms(vectors).clamp_min(1e-30)[:, None]
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(dim=1, keepdim=True)
+
+
+def _tangent(vectors: Tensor, points: Tensor) -> Tensor:
+    return vectors - _dot(vectors, points) * points
+
+
+def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
+    """Gradient of each input's own feature-map norm, redirected past the activation where it vanishes.
+
+    A map that is silent, or saturated all over, passes no gradient back. Such a row is pulled along the
+    map before the activation instead: a silent one where it is nearest to firing, a saturated one
+    further up.
+    """
+    images = as_input(images).requires_grad_()
+    rows = torch.arange(len(images), device=images.device)
+    before, after = maps(images)
+    reached = norms(after[rows, filters]).sum()
+    if before is after:
+        return torch.autograd.grad(reached, images)[0]
+    (slope,) = torch.autograd.grad(reached, before, retain_graph=True)
+    own = slope[rows, filters].flatten(1)
+    vanished = own.abs().amax(dim=1) <= 1e-12
+    if bool(vanished.any()):
+        level = before[rows, filters].detach().flatten(1)
+        silent = level.amax(dim=1, keepdim=True) <= 0
+        redirected = torch.where(silent, level.softmax(dim=1), level.clamp_min(0))
+        own = torch.where(vanished[:, None], redirected, own)
+        slope = torch.zeros_like(slope)
+        slope[rows, filters] = own.view(len(rows), *slope.shape[2:])
+    return torch.autograd.grad(before, images, slope)[0]
+
+
+def as_input(images: Tensor) -> Tensor:
+    """Images cut off from any gradient, laid out in memory as convolutions like them."""
+    images = images.detach()
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()
+
+
+def roll(images: Tensor, shifts: Tensor) -> Tensor:
+    """Shift each image around its canvas by its own offsets.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, *canvas)
+    shifts : Tensor of int, shape (B, axes)
+
+    Returns
+    -------
+    Tensor
+        Position ``p`` holds what was at ``p + shift``, modulo the canvas.
+    """
+    if not bool(shifts.any()):
+        return images
+    size = images.shape[2:]
+    index = torch.zeros(len(images), *size, dtype=torch.long, device=images.device)
+    for axis, extent in enumerate(size):
+        positions = (torch.arange(extent, device=images.device) + shifts[:, axis, None]) % extent
+        shape = [len(images)] + [1] * len(size)
+        shape[axis + 1] = extent
+        index = index * extent + positions.view(shape)
+    flat = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    rolled: Tensor = images.flatten(2).gather(2, flat).view_as(images)
+    return rolled
