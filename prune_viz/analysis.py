@@ -31,7 +31,7 @@ from prune_viz.provenance import Stages, hash_model, peak_mib, versions
 from prune_viz.redundancy import GroupVerdicts
 from prune_viz.report import write_report
 from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug, write_json
-from prune_viz.stimuli import STEPS, ascend, check_options
+from prune_viz.stimuli import STEPS, as_stored, ascend, check_options
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,13 @@ def analyze(
             f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
         )
     chosen = select_layers(network.layers, layers)
-    statistics, unread = _describe_inputs(network.input_shape, mean, std, data)
+    statistics, unread = _read_statistics(network.input_shape, mean, std, data, out)
     source = {"sha256": hash_model(model), **(source or {})}
     options = {
         "prior": prior,
         "steps": steps,
         "canvas": canvas,
+        "data": None if data is None else str(data),
         "layers": list(layers),
         "device": str(network.device),
         "tolerance": redundancy.TOLERANCE,
@@ -204,15 +205,20 @@ def analyze(
     return Analysis(table, masks, kept, summary, None)
 
 
-def _describe_inputs(
+def _read_statistics(
     input_shape: tuple[int, ...],
     mean: float | Sequence[float] | None,
     std: float | Sequence[float] | None,
     data: str | Path | None,
+    out: str | Path | None,
 ) -> tuple[InputStatistics | None, list[str]]:
     """What is known of the inputs, and a note on example inputs that could not be read."""
     if data is None:
         return describe_inputs(input_shape[0], mean, std), []
+    if out is not None and Path(out).resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(
+            f"--data: the run directory {out} lies in {data}, so its pictures would be read; move --out"
+        )
     images, skipped = read_images(Path(data), input_shape)
     notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
     return describe_inputs(input_shape[0], mean, std, images), notes
@@ -285,7 +291,7 @@ def _find_stimuli(
             with stages.timed("responses"):
                 matrix = responses.response_matrix(network, record.name, stimuli.images)
             tensors = LayerTensors(
-                stimuli.images.numpy().astype(np.float16),
+                as_stored(stimuli.images).numpy(),
                 stimuli.activations.numpy().astype(np.float32),
                 matrix,
             )
@@ -295,7 +301,7 @@ def _find_stimuli(
         if metadata.get("derailed"):
             notes.append(
                 f"{record.name}: the ascent of filters {metadata['derailed']} met values that are not "
-                "finite; their stimuli are the best finite ones found."
+                "finite; their stimuli are the best finite ones found, if any."
             )
     progress.finish()
     return notes

@@ -57,17 +57,19 @@ def climb(
     points : Tensor, shape (B, n + 1)
         Where the steps led.
     sound : Tensor of bool, shape (B,)
-        False where a gradient was not finite; such a point stays where it was for that step.
+        False where a gradient was not finite; such a point goes back to the last one with a finite gradient.
     """
     numbers = torch.tensor(filters, device=points.device)
     sound = torch.ones(len(points), dtype=torch.bool, device=points.device)
     direction = previous = torch.zeros_like(points)
+    safe = points
     for step, shift in enumerate(shifts):
         images = roll(images_at(points, prior, canvas), shift)
         gradient = roll(_gradient(images, maps, numbers), -shift)
         uphill = torch.nn.functional.pad(prior.colour(gradient).flatten(1), (0, 1))
         finite = uphill.isfinite().all(dim=1)
         sound &= finite
+        points = safe = torch.where(finite[:, None], points, safe)
         uphill = _tangent(torch.where(finite[:, None], uphill, 0.0), points)
         turned = _dot(uphill, uphill - previous) / _dot(previous, previous).clamp_min(1e-30)
         direction = uphill + turned.clamp(0, 1) * _tangent(direction, points)
@@ -91,21 +93,27 @@ def images_at(points: Tensor, prior: Prior, canvas: tuple[int, ...]) -> Tensor:
     return prior.colour(prior.radius * points[:, :-1].reshape(len(points), -1, *canvas))
 
 
-def draw_noise(key: str, shape: tuple[int, ...], steps: int, jitter: bool) -> tuple[Tensor, Tensor]:
-    """Draw white noise of a shape (C, *canvas) and shifts, shape (steps, axes), from a generator of its own.
+def draw_noise(key: str, shape: tuple[int, ...]) -> Tensor:
+    """Draw white noise of a shape; the numbers depend on `key` alone."""
+    return torch.randn(shape, generator=_generator(f"noise/{key}"))
 
-    The numbers depend on `key` alone. Without `jitter` all shifts are zero; with it the last of them are.
+
+def draw_shifts(key: str, canvas: tuple[int, ...], steps: int) -> Tensor:
+    """Draw how far an input is shifted at each step, shape (steps, axes); the last steps stand still.
+
+    The numbers depend on `key` alone.
     """
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    noise = torch.randn(shape, generator=generator)
-    reach = torch.tensor([int(size * JITTER) for size in shape[1:]])
+    reach = torch.tensor([int(size * JITTER) for size in canvas])
+    moving = math.floor(steps * (1 - STILL))
+    chance = 2 * torch.rand((moving, len(reach)), generator=_generator(f"shifts/{key}")) - 1
     shifts = torch.zeros(steps, len(reach), dtype=torch.long)
-    if jitter:
-        moving = math.floor(steps * (1 - STILL))
-        chance = 2 * torch.rand((moving, len(reach)), generator=generator) - 1
-        shifts[:moving] = (chance * (reach + 0.5)).round().long().clamp(-reach, reach)
-    return noise, shifts
+    shifts[:moving] = (chance * (reach + 0.5)).round().long().clamp(-reach, reach)
+    return shifts
+
+
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def norms(maps: Tensor) -> Tensor:
@@ -132,7 +140,7 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
 
     A map that is silent, or saturated all over, passes no gradient back. Such a row is pulled along the
     map before the activation instead: a silent one where it is nearest to firing, a saturated one
-    further up.
+    further on.
     """
     images = as_input(images).requires_grad_()
     rows = torch.arange(len(images), device=images.device)
@@ -145,8 +153,9 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
     vanished = own.abs().amax(dim=1) <= 1e-12
     if bool(vanished.any()):
         level = before[rows, filters].detach().flatten(1)
-        silent = level.amax(dim=1, keepdim=True) <= 0
-        redirected = torch.where(silent, level.softmax(dim=1), level.clamp_min(0))
+        shown = after[rows, filters].detach().flatten(1) != 0
+        silent = ~shown.any(dim=1, keepdim=True)
+        redirected = torch.where(silent, level.softmax(dim=1), level * shown)
         own = torch.where(vanished[:, None], redirected, own)
         slope = torch.zeros_like(slope)
         slope[rows, filters] = own.view(len(rows), *slope.shape[2:])

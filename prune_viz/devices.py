@@ -41,7 +41,13 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = str(error).lower()
-    told = ("out of memory", "not enough memory", "could not create a memory")
+    told = (
+        "out of memory",
+        "not enough memory",
+        "allocate memory",
+        "alloc_failed",
+        "could not create a memory",
+    )
     return isinstance(error, RuntimeError) and any(phrase in words for phrase in told)
 
 

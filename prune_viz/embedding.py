@@ -49,7 +49,8 @@ def embed(images: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding
     images : ndarray, shape (F, C, *canvas)
         Stimuli.
     responses : ndarray, shape (F, F)
-        ``[i, j]``: how strongly filter j fires on stimulus i, not negative.
+        ``[i, j]``: how strongly filter j fires on stimulus i, not negative. Where it is not finite it
+        counts as none.
     seed : int
         Of UMAP.
 
@@ -57,7 +58,7 @@ def embed(images: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding
     -------
     Embedding
     """
-    profiles, audiences = response_profiles(responses)
+    profiles, audiences = response_profiles(np.nan_to_num(responses, nan=0.0, posinf=0.0))
     parts = [
         (PICTURE_SHARE, describe_stimuli(images)),
         (AUDIENCE_SHARE, audiences),

@@ -160,10 +160,10 @@ class FilterNetwork:
         """Whether a layer's filters see the input through no other convolution."""
         if self._graph is None or name not in self._taps:
             return next(layer.depth for layer in self.layers if layer.name == name) == 0
-        return not tracing.convolutions_before(self._graph, self._taps[name].call)
+        return not tracing.has_convolution_before(self._graph, self._taps[name].call)
 
     def upper_bound(self, name: str) -> float:
-        """Largest value a layer's feature maps can take, by its activation; infinite where none is known."""
+        """Largest absolute value of a layer's maps, by its activation; infinite where none is known."""
         if self._graph is None or name not in self._taps:
             return math.inf
         return tracing.upper_bound(self._graph, self._taps[name])

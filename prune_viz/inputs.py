@@ -122,7 +122,7 @@ def given_statistics(
 def _numbers(option: str, given: float | Sequence[float], channels: int) -> tuple[float, ...]:
     """One finite number a channel, or `UserError`."""
     try:
-        numbers = [float(number) for number in (given if isinstance(given, Sequence) else [given])]
+        numbers = np.asarray(given, dtype=float).ravel().tolist()
     except (TypeError, ValueError):
         raise UserError(f"{option} takes numbers, not {given!r}") from None
     if len(numbers) not in (1, channels):

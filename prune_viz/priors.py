@@ -211,6 +211,6 @@ def _channel_covariance(channels: int, statistics: InputStatistics | None) -> Te
 def tile(image: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat images, shape (N, C, *canvas), until they fill `size`: spectra know no borders."""
     for axis, wanted in enumerate(size, start=2):
-        places = torch.arange(wanted) % image.shape[axis]
+        places = torch.arange(wanted, device=image.device) % image.shape[axis]
         image = image.index_select(axis, places)
     return image

@@ -2,8 +2,8 @@
 
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally
 likely (`prune_viz.priors`), by the climbs of `prune_viz.ascent`. A climb anneals its steps to nothing, so
-how far it gets depends on how many it has. Each round of climbs is twice as long as all before it were,
-starts where the last one ended, and a filter leaves when a round brought it little: those that soon
+how far it gets depends on how many it has. Each round of climbs is twice as long as the one before,
+starts where that ended, and a filter leaves when a round brought it little: those that soon
 saturate cost a few steps, hard ones many. The first rounds shift the input a little, at random, before
 each step, so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015).
 """
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prune_viz.ascent import as_input, climb, draw_noise, images_at, norms, points_at
+from prune_viz.ascent import as_input, climb, draw_noise, draw_shifts, images_at, norms, points_at
+from prune_viz.checkpoints import check_finite
 from prune_viz.devices import is_out_of_memory, pick_device, release_memory
 from prune_viz.errors import UserError
 from prune_viz.filters import LARGEST_CANVAS, FilterNetwork, Layer
@@ -39,8 +40,11 @@ CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
 JITTERED = 2  # rounds
 RESTARTS = 3  # for filters that stay silent
 BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
+HALF_LIMIT = 65504.0  # the largest number of half precision
 WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
-_POOL_VALUES = 2**26  # numbers that the inputs climbed together may hold: 256 MiB
+_POOL_VALUES = (
+    2**26
+)  # numbers that the inputs searched for together may hold: 256 MiB, and as much twice more
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Stimuli:
             axis.set_axis_off()
         images = self.images.numpy()
         colours = colour_axes(images, self.statistics)
-        drawn = draw_pictures(images, max(96, *images.shape[-2:]), colours, self.statistics)
+        side = 96 if images.ndim == 3 else max(96, *images.shape[-2:])
+        drawn = draw_pictures(images, side, colours, self.statistics)
         for axis, number, picture in zip(axes, self.filters, drawn, strict=False):
             axis.imshow(picture)
             axis.set_title(str(number), fontsize=8)
@@ -127,7 +132,8 @@ def maximize(
         Size of the stimuli along each axis; from the receptive field by default.
     seed : int
         Seed of the starting noise and the jitter. A filter's stimulus depends on the model, the
-        options, the seed, the layer and the filter alone.
+        options, the seed, the layer and the filter alone: on the CPU to the bit, in batches of `WHOLE`
+        or more.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     mean, std : float or sequence of float, optional
@@ -143,9 +149,10 @@ def maximize(
     Raises
     ------
     UserError
-        If the layer or a filter does not exist, an option is out of range or the input shape does
-        not fit.
+        If the weights are not finite, the layer or a filter does not exist, an option is out of range or
+        the input shape does not fit.
     """
+    check_finite(model)
     statistics = describe_inputs(input_shape[0], mean, std, images)
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
     return ascend(network, layer, filters, prior=prior, steps=steps, seed=seed, statistics=statistics)
@@ -180,6 +187,8 @@ def ascend(
     for number in wanted:
         if not 0 <= number < found.filters:
             raise UserError(f"{layer} has filters 0 to {found.filters - 1}, so there is no filter {number}")
+    if not wanted:
+        raise UserError("no filters were asked for; leave them out for all of the layer's")
     check_options(prior, steps)
     feeder = network.feeder(layer)
     if feeder is not None and fed is None:
@@ -212,8 +221,13 @@ def check_options(prior: str, steps: int) -> None:
         raise UserError(f"--prior is natural or none, not {prior!r}")
 
 
+def as_stored(images: Tensor) -> Tensor:
+    """Stimuli as a run keeps them: at half precision, where their values fit it."""
+    return images.clamp(-HALF_LIMIT, HALF_LIMIT).half()
+
+
 def rounds(steps: int) -> list[int]:
-    """Lengths of the rounds that `steps` allow: each as long as all before it and one more first."""
+    """Lengths of the rounds that `steps` allow, each twice as long as the one before, the last cut short."""
     lengths: list[int] = []
     while (left := steps - sum(lengths)) > 0:
         lengths.append(min(left, FIRST_ROUND * 2 ** len(lengths)))
@@ -254,6 +268,7 @@ class _Search:
         lengths = rounds(steps)
         self._start(lengths[0], fed)
         staying = self._unfinished()
+        staying = staying[self.activations[staying].isfinite()]
         progress.advance(len(self.filters) - len(staying))
         for number, length in enumerate(lengths[1:], start=1):
             before = self.activations[staying].clone()
@@ -272,14 +287,14 @@ class _Search:
         """The first round: from the stimulus of what feeds the filter, from noise, from broad patterns.
 
         Faint noise wakes nearly every filter, but behind a silent or a saturated one no gradient comes
-        back; a depthwise filter is helped by the stimulus of the one that feeds it. What is silent still
-        is tried again from strong, smooth patterns. The best start is gone on from.
+        back; a depthwise filter is helped by the stimulus of the one that feeds it. What is silent still,
+        or met nothing finite, is tried again from strong, smooth patterns. The best start is gone on from.
         """
         if fed is not None:
             self._round(self._unfinished(), 0, length, fed)
         self._round(self._unfinished(), 0, length)
         for attempt in range(1, RESTARTS + 1):
-            self._round(torch.nonzero(self.activations == 0)[:, 0], 0, length, attempt=attempt)
+            self._round(torch.nonzero(~(self.activations > 0))[:, 0], 0, length, attempt=attempt)
 
     def _unfinished(self) -> Tensor:
         """Rows whose map is not yet close to the upper bound of its activation."""
@@ -297,15 +312,16 @@ class _Search:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.batch == 1:
+                if len(chunk) == 1:
                     raise UserError(
                         f"{self.layer.name}: not enough memory for a single input of {self.shape}; "
                         "give a smaller --canvas"
                     ) from None
-                self.batch //= 2
-                release_memory(self.device)
+                self.batch = min(self.batch, len(chunk)) // 2
+            else:
+                done += len(chunk)
                 continue
-            done += len(chunk)
+            release_memory(self.device)  # only here has the error let go of what it held
 
     def _climb(self, rows: Tensor, number: int, length: int, fed: Tensor | None, attempt: int) -> None:
         """One climb of one batch; what it found is kept where it is better than what there was."""
@@ -313,14 +329,15 @@ class _Search:
         if self.batch >= WHOLE:
             rows = rows[torch.arange(WHOLE * math.ceil(count / WHOLE)) % count]
         filters = [self.filters[row] for row in rows.tolist()]
-        jitter = number < JITTERED
         keys = [f"{self.seed}/{self.layer.name}/{filter}/{attempt}/{number}" for filter in filters]
-        drawn = [draw_noise(key, self.shape, length, jitter) for key in keys]
-        shifts = torch.stack([shift for _, shift in drawn], dim=1).to(self.device)
+        shifts = torch.zeros(length, len(rows), len(self.layer.canvas), dtype=torch.long)
+        if number < JITTERED:
+            shifts = torch.stack([draw_shifts(key, self.layer.canvas, length) for key in keys], dim=1)
+        shifts = shifts.to(self.device)
         if number > 0:
             points = self.points[rows].to(self.device)
         else:
-            points = points_at(self._white([noise for noise, _ in drawn], rows, fed, attempt))
+            points = points_at(self._white(keys, rows, fed, attempt))
         angle = ANGLES[min(number, len(ANGLES) - 1)]
         points, sound = climb(self.maps, filters, self.prior, self.layer.canvas, points, shifts, angle)
         images = images_at(points, self.prior, self.layer.canvas)
@@ -354,10 +371,10 @@ class _Search:
             self.steps[rows] += length
             self.points[rows] = points
 
-    def _white(self, noise: list[Tensor], rows: Tensor, fed: Tensor | None, attempt: int) -> Tensor:
+    def _white(self, keys: Sequence[str], rows: Tensor, fed: Tensor | None, attempt: int) -> Tensor:
         """White coordinates of where a first climb starts, shape (B, *shape)."""
         if fed is not None:
-            known = fed[rows].half().float().to(self.device)
+            known = as_stored(fed[rows]).float().to(self.device)
             return self.prior.whiten(tile(known, self.layer.canvas))
-        white = torch.stack(noise).to(self.device)
+        white = torch.stack([draw_noise(key, self.shape) for key in keys]).to(self.device)
         return self.prior.colour(white) if attempt > 0 else white

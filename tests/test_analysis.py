@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
+from PIL import Image
+from torch import Tensor, nn
 
 from prune_viz import analysis as module
 from prune_viz.analysis import Analysis, analyze, hash_model
@@ -184,6 +186,62 @@ def test_signals_and_volumes() -> None:
         )
         result = analyze(model, input_shape=shape, steps=2)
         assert len(result.filters) == 12
+
+
+def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(10):
+        pixels = np.repeat(random.integers(60, 200, (20, 24, 1), dtype=np.uint8), 3, axis=2)
+        pixels[..., 0] //= 2
+        Image.fromarray(pixels).save(pictures / f"{index}.png")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    model = randomise_norms(Plain())
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="lies in"):
+        analyze(model, input_shape=(3, 16, 16), steps=3, out=pictures / "run", data=pictures)
+    found = analyze(model, input_shape=(3, 16, 16), steps=3, out=out, data=pictures)
+    stored = json.loads((out / "run.json").read_text())
+    assert stored["inputs"]["mean"] == pytest.approx([0.25, 0.51, 0.51], abs=0.02)
+    covariance = np.array(stored["inputs"]["covariance"])
+    assert covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]) > 0.9
+    assert stored["inputs"]["exponent"] == pytest.approx(0.5, abs=0.01)  # white noise, at the lower bound
+    assert any("1 files" in note for note in stored["notes"])
+    assert (out / "report" / "index.html").exists()
+    measured = found.layers["conv1"].images
+    plain = analyze(model, input_shape=(3, 16, 16), steps=3)
+    assert not np.allclose(plain.layers["conv1"].images, measured, atol=1e-2)
+    again = analyze(model, input_shape=(3, 16, 16), steps=3, mean=[0.4, 0.5, 0.6], std=0.2, out=out)
+    stored = json.loads((out / "run.json").read_text())
+    assert stored["inputs"] == {
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2] * 3,
+        "covariance": None,
+        "exponent": None,
+    }
+    assert not np.allclose(again.layers["conv1"].images, measured, atol=1e-2)
+
+
+def test_an_ascent_that_derails_is_told_in_the_notes(tmp_path: Path) -> None:
+    class Cliff(nn.Conv2d):
+        """Noise stays below its edge, what excites its filters does not."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            found = super().forward(input)
+            return torch.where(found > 50, found / 0, found)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Cliff(3, 3, 7, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    model[0].weight.data.mul_(0.1)
+    nn.init.ones_(model[0].weight.data[1])
+    out = tmp_path / "run"
+    for _ in range(2):  # the second time from the run directory
+        analyze(model, input_shape=(3, 16, 16), steps=24, out=out)
+        notes = json.loads((out / "run.json").read_text())["notes"]
+        assert any(note.startswith("0: the ascent of filters") and "not finite" in note for note in notes), (
+            notes
+        )
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:

@@ -236,6 +236,12 @@ def test_check_writable_leaves_no_trace(here: Path) -> None:
         (["--input-shape", "3,8,8"], "3,8,8"),
         (["--device", "cuda:7"], "cuda:7"),
         (["--canvas", "0"], "--canvas"),
+        (["--mean", "0.5"], "--std"),
+        (["--mean", "0.5", "--std", "grey"], "--std grey"),
+        (["--mean", "0.1,0.2", "--std", "1"], "--mean"),
+        (["--mean", "0.5", "--std", "0"], "--std"),
+        (["--data", "nowhere"], "--data"),
+        (["--data", "."], "--data"),
     ],
 )
 def test_what_only_the_analysis_can_see(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from networks import Plain, Residual, Untraceable, randomise_norms
+from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
 from torch import nn
 
 from prune_viz import tracing
@@ -145,3 +147,70 @@ def test_kinds_are_named_for_people() -> None:
     assert describe(nn.Conv2d(8, 8, 5, stride=2, groups=8)) == "5x5 depthwise convolution, stride 2"
     assert describe(nn.ConvTranspose2d(8, 4, 3)) == "3x3 transposed convolution"
     assert describe(nn.Conv1d(8, 4, 3, groups=2, dilation=4)) == "3 grouped (2) convolution, dilation 4"
+
+
+class _Padding(nn.Conv2d):
+    """Pads its input itself, as convolutions carried over from other frameworks do."""
+
+    def __init__(self, *args: object, sides: tuple[int, int, int, int], **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.pad = nn.ZeroPad2d(sides)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        padded = self.pad(input)
+        return nn.functional.conv2d(
+            padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
+def test_convolutions_that_pad_themselves_become_plain_ones_where_that_is_the_same() -> None:
+    model = nn.Sequential(
+        _Padding(3, 4, 3, sides=(1, 1, 1, 1), bias=False),
+        nn.BatchNorm2d(4),
+        _Padding(4, 4, 3, sides=(2, 2, 2, 2), dilation=2, groups=4),
+        _Padding(4, 4, 3, sides=(0, 1, 0, 1), stride=2),
+        nn.Conv2d(4, 4, 3),
+    )
+    randomise_norms(model)
+    example = torch.randn(1, 3, 17, 18)
+    folded = tracing.fold_batch_norms(tracing.trace(model), example)
+    kinds = [type(folded.get_submodule(name)) for name in ("0", "2", "3", "4")]
+    assert kinds == [nn.Conv2d, nn.Conv2d, _Padding, nn.Conv2d]
+    torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-5)
+    assert type(model[0]) is _Padding
+
+
+@pytest.mark.parametrize(
+    ("activation", "bound"),
+    [
+        (nn.ReLU6(inplace=True), 6.0), (nn.Sigmoid(), 1.0), (nn.Tanh(), 1.0), (nn.Hardtanh(-2, 3), 3.0),
+        (nn.Hardtanh(-5, 0), 5.0),
+        (nn.Hardsigmoid(), 1.0), (nn.ReLU(), math.inf), (nn.PReLU(4), math.inf), (nn.SiLU(), math.inf),
+        (nn.Identity(), math.inf),
+    ],
+)  # fmt: skip
+def test_upper_bound_of_a_map_is_its_activations(activation: nn.Module, bound: float) -> None:
+    network = FilterNetwork(nn.Sequential(nn.Conv2d(3, 4, 3), activation), (3, 8, 8))
+    assert network.upper_bound("0") == pytest.approx(bound)
+
+
+def test_upper_bound_of_functions_and_untraceable_networks() -> None:
+    class Clipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.other(nn.functional.hardtanh(self.one(x), 0, 2.5)))
+
+    network = FilterNetwork(Clipping(), (3, 12, 12))
+    assert network.upper_bound("one") == 2.5
+    assert network.upper_bound("other") == math.inf
+    assert FilterNetwork(Untraceable(), (3, 16, 16)).upper_bound("conv1") == math.inf
+
+
+def test_first_layers_see_the_input_through_no_other_convolution() -> None:
+    network = FilterNetwork(Concatenating(), (3, 8, 8))
+    assert [layer.name for layer in network.layers if network.is_first(layer.name)] == ["left", "right"]
+    hooked = FilterNetwork(Untraceable(), (3, 16, 16))
+    assert [layer.name for layer in hooked.layers if hooked.is_first(layer.name)] == ["conv1"]
