@@ -180,26 +180,32 @@ def peak_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def time_ours(network: FilterNetwork, layer: Layer, count: int) -> Timed:
+def time_ours(network: FilterNetwork, layer: Layer, count: int, fed: bool = False) -> Timed:
+    """Time a sample of a layer; if `fed`, what feeds a depthwise one is found before the clock starts."""
     filters = sample(layer, count)
+    feeder = network.feeder(layer.name) if fed else None
+    given = ascend(network, feeder, filters).images if feeder is not None else None
     start = time.perf_counter()
-    stimuli = ascend(network, layer.name, filters)
+    stimuli = ascend(network, layer.name, filters, fed=given)
     return Timed(layer, stimuli, time.perf_counter() - start)
 
 
 def time_network(network: FilterNetwork) -> float:
+    """Seconds of all filters, each layer's stimuli handed on to the one it feeds, as an analysis does."""
+    images: dict[str, Tensor] = {}
     start = time.perf_counter()
     for layer in watched(network.layers, "the whole network"):
-        ascend(network, layer.name)
+        fed = images.get(network.feeder(layer.name) or "")
+        images = {layer.name: ascend(network, layer.name, fed=fed).images}
     return time.perf_counter() - start
 
 
 def estimate_network(network: FilterNetwork, timed: Sequence[Timed], effort: Effort) -> float:
     """Every layer's filters times the seconds of one, interpolated over the depth where none was timed."""
-    known = {found.layer.depth: found.each for found in timed}
+    known = {run.layer.depth: run.each for run in timed if network.feeder(run.layer.name) is None}
     for layer in watched(network.layers[:: effort.stride], "seconds by layer"):
         if layer.depth not in known:
-            known[layer.depth] = time_ours(network, layer, effort.survey).each
+            known[layer.depth] = time_ours(network, layer, effort.survey, fed=True).each
     depths, filters = zip(*[(layer.depth, layer.filters) for layer in network.layers], strict=True)
     return float(np.interp(depths, sorted(known), [known[depth] for depth in sorted(known)]) @ filters)
 
