@@ -3,9 +3,9 @@
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally
 likely (`prune_viz.priors`), by the climbs of `prune_viz.ascent`. A climb anneals its steps to nothing, so
 how far it gets depends on how many it has. Each round of climbs is twice as long as the one before,
-starts where that ended, and a filter leaves when a round brought it little: those that soon
-saturate cost a few steps, hard ones many. The first rounds shift the input a little, at random, before
-each step, so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015).
+starts where that ended, and a filter leaves when a round brought it little: those that soon saturate
+cost a few steps, hard ones many. The first rounds shift the input a little, at random, before each step,
+so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015).
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ RESTARTS = 3  # for filters that stay silent
 BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
 HALF_LIMIT = 65504.0  # the largest number of half precision
 WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
-_POOL_VALUES = (
-    2**26
-)  # numbers that the inputs searched for together may hold: 256 MiB, and as much twice more
+_POOL_VALUES = 2**26  # of the inputs searched for together: 256 MiB, held as points and as images
 
 
 @dataclass(frozen=True)
@@ -324,7 +322,7 @@ class _Search:
             release_memory(self.device)  # only here has the error let go of what it held
 
     def _climb(self, rows: Tensor, number: int, length: int, fed: Tensor | None, attempt: int) -> None:
-        """One climb of one batch; what it found is kept where it is better than what there was."""
+        """One climb of one batch, and what it found taken over."""
         count = len(rows)
         if self.batch >= WHOLE:
             rows = rows[torch.arange(WHOLE * math.ceil(count / WHOLE)) % count]
