@@ -79,6 +79,16 @@ def climb(
     return points, sound
 
 
+def one_side(maps: MapFunction, sign: int) -> MapFunction:
+    """The maps of which only what has that sign, 1 or -1, is left, as behind a rectifier."""
+
+    def part(images: Tensor) -> tuple[Tensor, Tensor]:
+        after = sign * maps(images)[1]
+        return after, after.relu()
+
+    return part
+
+
 def points_at(white: Tensor) -> Tensor:
     """Points of the sphere, shape (B, n + 1), in the direction of white coordinates, shape (B, C, *canvas).
 

@@ -162,6 +162,11 @@ class FilterNetwork:
             return next(layer.depth for layer in self.layers if layer.name == name) == 0
         return not tracing.has_convolution_before(self._graph, self._taps[name].call)
 
+    def has_activation(self, name: str) -> bool:
+        """Whether an activation follows a layer; taken to be so where that is unknown."""
+        tap = self._taps.get(name)
+        return tap is None or tap.after is not tap.before
+
     def upper_bound(self, name: str) -> float:
         """Largest absolute value of a layer's maps, by its activation; infinite where none is known."""
         if self._graph is None or name not in self._taps:

@@ -2,10 +2,13 @@
 
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally
 likely (`prune_viz.priors`), by the climbs of `prune_viz.ascent`. A climb anneals its steps to nothing, so
-how far it gets depends on how many it has. Each round of climbs is twice as long as the one before,
-starts where that ended, and a filter leaves when a round brought it little: those that soon saturate
-cost a few steps, hard ones many. The first rounds shift the input a little, at random, before each step,
-so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015).
+how far it gets depends on how many it has. Each round of climbs is longer than the one before, starts
+where that ended, and a filter leaves when it is close to what its activation allows or a round brought
+it little: those that soon saturate cost a few steps, hard ones many. The first round shifts the input a
+little, at random, before each step, so that no stimulus leans on one alignment of the strides (jitter;
+Mordvintsev et al. 2015). Where no activation follows a layer, its maps may grow either way, and from
+noise they would grow in patches of opposite sign that block each other; the first round therefore
+climbs for one sign and for the other, and the better goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prune_viz.ascent import as_input, climb, draw_noise, draw_shifts, images_at, norms, points_at
+from prune_viz.ascent import as_input, climb, draw_noise, draw_shifts, images_at, norms, one_side, points_at
 from prune_viz.checkpoints import check_finite
 from prune_viz.devices import is_out_of_memory, pick_device, release_memory
 from prune_viz.errors import UserError
@@ -31,13 +34,12 @@ from prune_viz.progress import Progress
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS = 248  # at most
-FIRST_ROUND = 8
-ANGLES = (0.5, 0.4, 0.3, 0.3, 0.2)  # first step of each round, in radians; the last holds for all later
-LEAVE = 0.15  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
+ROUNDS = (16, 32, 128)  # steps; the last takes more or fewer if asked to
+STEPS = sum(ROUNDS)
+ANGLES = (0.4, 0.3, 0.2)  # first step of each round, in radians
+LEAVE = 0.25  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
 LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
 CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
-JITTERED = 2  # rounds
 RESTARTS = 3  # for filters that stay silent
 BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
 HALF_LIMIT = 65504.0  # the largest number of half precision
@@ -225,11 +227,21 @@ def as_stored(images: Tensor) -> Tensor:
 
 
 def rounds(steps: int) -> list[int]:
-    """Lengths of the rounds that `steps` allow, each twice as long as the one before, the last cut short."""
+    """Lengths of the rounds that `steps` allow; the last takes whatever the others leave."""
     lengths: list[int] = []
-    while (left := steps - sum(lengths)) > 0:
-        lengths.append(min(left, FIRST_ROUND * 2 ** len(lengths)))
-    return lengths
+    for length in ROUNDS[:-1]:
+        lengths.append(min(length, steps - sum(lengths)))
+    lengths.append(steps - sum(lengths))
+    return [length for length in lengths if length > 0]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where first climbs start, and which sign of the maps they raise: noise, and both, by default."""
+
+    fed: Tensor | None = None  # stimuli of the filters that feed the layer, row by row
+    attempt: int = 0  # after the first, from strong, smooth patterns
+    sign: int = 0
 
 
 class _Search:
@@ -252,6 +264,7 @@ class _Search:
         self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)
         if network.is_first(layer.name):
             self.leave = LEAVE_FIRST
+        self.signs = (0,) if network.has_activation(layer.name) else (1, -1)
         self.bound = network.upper_bound(layer.name)
         self.ceiling = math.inf
         self.batch = BATCH[network.device.type]
@@ -289,24 +302,24 @@ class _Search:
         or met nothing finite, is tried again from strong, smooth patterns. The best start is gone on from.
         """
         if fed is not None:
-            self._round(self._unfinished(), 0, length, fed)
-        self._round(self._unfinished(), 0, length)
+            self._round(self._unfinished(), 0, length, _Start(fed))
+        for sign in self.signs:
+            self._round(self._unfinished(), 0, length, _Start(sign=sign))
         for attempt in range(1, RESTARTS + 1):
-            self._round(torch.nonzero(~(self.activations > 0))[:, 0], 0, length, attempt=attempt)
+            silent = torch.nonzero(~(self.activations > 0))[:, 0]
+            self._round(silent, 0, length, _Start(attempt=attempt))
 
     def _unfinished(self) -> Tensor:
         """Rows whose map is not yet close to the upper bound of its activation."""
         return torch.nonzero(~(self.activations >= CLOSE * self.ceiling))[:, 0]
 
-    def _round(
-        self, rows: Tensor, number: int, length: int, fed: Tensor | None = None, attempt: int = 0
-    ) -> None:
+    def _round(self, rows: Tensor, number: int, length: int, start: _Start | None = None) -> None:
         """Let some rows climb, batch by batch; halve the batch whenever memory runs out."""
         done = 0
         while done < len(rows):
             chunk = rows[done : done + self.batch]
             try:
-                self._climb(chunk, number, length, fed, attempt)
+                self._climb(chunk, number, length, start or _Start())
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -321,23 +334,23 @@ class _Search:
                 continue
             release_memory(self.device)  # only here has the error let go of what it held
 
-    def _climb(self, rows: Tensor, number: int, length: int, fed: Tensor | None, attempt: int) -> None:
+    def _climb(self, rows: Tensor, number: int, length: int, start: _Start) -> None:
         """One climb of one batch, and what it found taken over."""
         count = len(rows)
         if self.batch >= WHOLE:
             rows = rows[torch.arange(WHOLE * math.ceil(count / WHOLE)) % count]
         filters = [self.filters[row] for row in rows.tolist()]
-        keys = [f"{self.seed}/{self.layer.name}/{filter}/{attempt}/{number}" for filter in filters]
+        keys = [f"{self.seed}/{self.layer.name}/{filter}/{start.attempt}/{number}" for filter in filters]
         shifts = torch.zeros(length, len(rows), len(self.layer.canvas), dtype=torch.long)
-        if number < JITTERED:
+        if number == 0:
             shifts = torch.stack([draw_shifts(key, self.layer.canvas, length) for key in keys], dim=1)
         shifts = shifts.to(self.device)
         if number > 0:
             points = self.points[rows].to(self.device)
         else:
-            points = points_at(self._white(keys, rows, fed, attempt))
-        angle = ANGLES[min(number, len(ANGLES) - 1)]
-        points, sound = climb(self.maps, filters, self.prior, self.layer.canvas, points, shifts, angle)
+            points = points_at(self._white(keys, rows, start))
+        maps = one_side(self.maps, start.sign) if start.sign else self.maps
+        points, sound = climb(maps, filters, self.prior, self.layer.canvas, points, shifts, ANGLES[number])
         images = images_at(points, self.prior, self.layer.canvas)
         with torch.no_grad():
             after = self.maps(as_input(images))[1]
@@ -369,10 +382,10 @@ class _Search:
             self.steps[rows] += length
             self.points[rows] = points
 
-    def _white(self, keys: Sequence[str], rows: Tensor, fed: Tensor | None, attempt: int) -> Tensor:
+    def _white(self, keys: Sequence[str], rows: Tensor, start: _Start) -> Tensor:
         """White coordinates of where a first climb starts, shape (B, *shape)."""
-        if fed is not None:
-            known = as_stored(fed[rows]).float().to(self.device)
+        if start.fed is not None:
+            known = as_stored(start.fed[rows]).float().to(self.device)
             return self.prior.whiten(tile(known, self.layer.canvas))
         white = torch.stack([draw_noise(key, self.shape) for key in keys]).to(self.device)
-        return self.prior.colour(white) if attempt > 0 else white
+        return self.prior.colour(white) if start.attempt > 0 else white

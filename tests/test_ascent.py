@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prune_viz import ascent
-from prune_viz.ascent import climb, draw_noise, draw_shifts, images_at, points_at, roll, unit
+from prune_viz.ascent import climb, draw_noise, draw_shifts, images_at, one_side, points_at, roll, unit
 from prune_viz.priors import NoPrior, make_prior
 
 
@@ -45,6 +45,15 @@ def test_the_best_input_on_the_bound_is_reached_exactly() -> None:
     reached = (images * target).flatten(1).sum(dim=1).abs()
     torch.testing.assert_close(reached, (3.0 * target.norm()).expand(3), rtol=1e-4, atol=0)
     assert (images.flatten(1).norm(dim=1) <= 3.0001).all()
+
+
+def test_one_side_counts_one_sign_and_pulls_up_what_is_silent_there() -> None:
+    found = torch.tensor([[3.0, -2.0, 0.5]]).view(1, 1, 1, 3)
+    before, after = one_side(lambda inputs: (inputs, inputs), -1)(found)
+    assert torch.equal(before, -found)
+    assert after.flatten().tolist() == [0.0, 2.0, 0.0]
+    gradient = ascent._gradient(found.abs(), one_side(lambda inputs: (inputs, inputs), -1), torch.tensor([0]))
+    assert (gradient < 0).any()
 
 
 @pytest.mark.parametrize("bounded", [False, True])

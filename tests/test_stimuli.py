@@ -13,7 +13,7 @@ from prune_viz.devices import pick_device
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.priors import NaturalPrior, make_prior
-from prune_viz.stimuli import ascend, maximize, rounds
+from prune_viz.stimuli import ROUNDS, STEPS, ascend, maximize, rounds
 
 LINEAR = {
     "2d": (nn.Conv2d(3, 4, 3, padding=1), (3, 10, 10)),
@@ -100,11 +100,28 @@ def test_what_feeds_a_depthwise_filter_may_be_given() -> None:
     assert torch.equal(given.images, ascend(network, "depthwise", [3, 9], steps=12).images)
 
 
-def test_rounds_double_and_sum_to_the_steps() -> None:
-    assert rounds(248) == [8, 16, 32, 64, 128]
-    assert rounds(48) == [8, 16, 24]
+def test_rounds_sum_to_the_steps() -> None:
+    assert rounds(STEPS) == list(ROUNDS)
+    assert rounds(60) == [16, 32, 12]
+    assert rounds(48) == [16, 32]
     assert rounds(3) == [3]
+    assert rounds(512) == [16, 32, 464]
     assert all(sum(rounds(steps)) == steps for steps in range(1, 600))
+
+
+@pytest.mark.parametrize("weight", [1.0, 1.3])
+def test_maps_without_an_activation_are_raised_to_one_sign(weight: float) -> None:
+    # Six or -6 * weight at every position: from noise, patches of either would stand against each other.
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 5, padding=2, bias=False), nn.ReLU6(), nn.Conv2d(2, 1, 1, bias=False)
+    )
+    model[0].weight.data = torch.stack([torch.ones(1, 5, 5), -torch.ones(1, 5, 5)])
+    model[2].weight.data = torch.tensor([1.0, -weight]).view(1, 2, 1, 1)
+    for seed in range(3):
+        found = maximize(model, "2", input_shape=(1, 32, 32), steps=16, seed=seed)
+        torch.testing.assert_close(float(found.activations), 6 * weight * 32, rtol=0.01, atol=0)
+        values = model(found.images).detach()
+        assert float(values.sum().abs()) > 0.99 * float(values.abs().sum())
 
 
 def test_an_easy_filter_leaves_early_and_a_bounded_one_at_its_bound() -> None:
@@ -116,7 +133,7 @@ def test_an_easy_filter_leaves_early_and_a_bounded_one_at_its_bound() -> None:
     bound = 6 * math.sqrt(20 * 20)
     assert (found.activations > 0.9 * bound).all()
     assert (found.activations <= 1.0001 * bound).all()
-    assert (found.steps == 8).all()
+    assert (found.steps == ROUNDS[0]).all()
     assert maximize(model, "2", [1], input_shape=(3, 24, 24), steps=5).steps.tolist() == [5]
 
 
