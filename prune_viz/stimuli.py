@@ -34,10 +34,10 @@ from prune_viz.progress import Progress
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROUNDS = (16, 32, 128)  # steps; the last takes more or fewer if asked to
+ROUNDS = (12, 32, 96)  # steps; the last takes more or fewer if asked to
 STEPS = sum(ROUNDS)
 ANGLES = (0.4, 0.3, 0.2)  # first step of each round, in radians
-LEAVE = 0.25  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
+LEAVE = 0.3  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
 LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
 CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
 RESTARTS = 3  # for filters that stay silent

@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 
 from prune_viz.errors import UserError
-from prune_viz.inputs import InputStatistics, given_statistics, measure_statistics, read_images
+from prune_viz.inputs import (
+    InputStatistics,
+    given_statistics,
+    measure_statistics,
+    read_images,
+    stored_statistics,
+)
 
 # Of an exponent: the window mixes neighbouring frequencies, which tells at the lowest of a small image.
 TOLERANCE = 0.09
@@ -74,6 +80,18 @@ def test_statistics_are_plain_data() -> None:
     again = json.loads(json.dumps(asdict(measured)))
     assert again["mean"] == list(measured.mean)
     assert again["covariance"] == [list(row) for row in measured.covariance or ()]
+
+
+def test_statistics_come_back_from_json_and_damaged_ones_are_refused() -> None:
+    assert stored_statistics(None) is None
+    known = InputStatistics((0.5, 0.4), (0.2, 0.3), ((1.0, 0.1), (0.1, 1.0)), 0.9)
+    stored = json.loads(json.dumps(asdict(known)))
+    assert stored_statistics(stored) == known
+    for name, value in (("mean", None), ("std", ["wide", 1]), ("covariance", [1, 2]), ("exponent", "steep")):
+        with pytest.raises(UserError, match=r"run\.json holds damaged statistics"):
+            stored_statistics({**stored, name: value})
+    with pytest.raises(UserError, match="analyze again"):
+        stored_statistics([])
 
 
 def test_mean_std_and_covariance_are_measured_back() -> None:
