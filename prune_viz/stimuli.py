@@ -237,11 +237,11 @@ def rounds(steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where first climbs start, and which sign of the maps they raise: noise, and both, by default."""
+    """Where first climbs start, by default from noise, and which sign of the maps they raise."""
 
     fed: Tensor | None = None  # stimuli of the filters that feed the layer, row by row
     attempt: int = 0  # after the first, from strong, smooth patterns
-    sign: int = 0
+    sign: int = 0  # 1, -1, or 0 for both
 
 
 class _Search:
