@@ -19,8 +19,8 @@ from prune_viz.errors import UserError
 from prune_viz.hooks import HookedMaps
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
-SMALLEST_CANVAS = {1: 64, 2: 32, 3: 8}
-LARGEST_CANVAS = {1: 4096, 2: 96, 3: 24}
+SMALLEST_CANVAS = {1: 64, 2: 64, 3: 8}
+LARGEST_CANVAS = {1: 4096, 2: 80, 3: 24}
 _CANVAS_STEP = {1: 32, 2: 16, 3: 4}
 
 MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -21,7 +21,7 @@ from prune_viz.inputs import InputStatistics
 # Correlation of red, green and blue over natural photographs: grey varies most, hue little.
 _RGB_CORRELATION = ((1.00, 0.91, 0.79), (0.91, 1.00, 0.91), (0.79, 0.91, 1.00))
 PIXEL_DEVIATION = 0.25  # of the pixels of natural photographs, in [0, 1]
-SPECTRUM_EXPONENT = 1.0
+SPECTRUM_EXPONENT = 0.8
 RADIUS = 0.5  # in standard deviations of a natural input
 FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker one is raised to
 

@@ -34,14 +34,15 @@ from prune_viz.progress import Progress
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROUNDS = (12, 32, 96)  # steps; the last takes more or fewer if asked to
-STEPS = sum(ROUNDS)
-ANGLES = (0.4, 0.3, 0.2)  # first step of each round, in radians
+STEPS = 176
+# Steps of each round and the angle of its first, in radians; the last takes more or fewer if asked to.
+ROUNDS = ((12, 0.4), (32, 0.3), (132, 0.2))
+OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
 LEAVE = 0.3  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
 LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
 CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
 RESTARTS = 3  # for filters that stay silent
-BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
+BATCH = {"cpu": 48, "cuda": 256, "mps": 64}
 HALF_LIMIT = 65504.0  # the largest number of half precision
 WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
 _POOL_VALUES = 2**26  # of the inputs searched for together: 256 MiB, held as points and as images
@@ -226,13 +227,24 @@ def as_stored(images: Tensor) -> Tensor:
     return images.clamp(-HALF_LIMIT, HALF_LIMIT).half()
 
 
-def rounds(steps: int) -> list[int]:
-    """Lengths of the rounds that `steps` allow; the last takes whatever the others leave."""
-    lengths: list[int] = []
-    for length in ROUNDS[:-1]:
-        lengths.append(min(length, steps - sum(lengths)))
-    lengths.append(steps - sum(lengths))
-    return [length for length in lengths if length > 0]
+@dataclass(frozen=True)
+class Round:
+    """One climb in a filter's ascent: its place among them, how many steps, and how far the first goes."""
+
+    number: int
+    steps: int
+    angle: float  # in radians
+
+
+def rounds(steps: int, activation: bool) -> list[Round]:
+    """The rounds that `steps` allow; the last takes what the others leave."""
+    *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS
+    allowed = []
+    for length, angle in shorter:
+        allowed.append((min(length, steps), angle))
+        steps -= allowed[-1][0]
+    allowed.append((steps, last))
+    return [Round(number, length, angle) for number, (length, angle) in enumerate(allowed) if length > 0]
 
 
 @dataclass(frozen=True)
@@ -264,7 +276,7 @@ class _Search:
         self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)
         if network.is_first(layer.name):
             self.leave = LEAVE_FIRST
-        self.signs = (0,) if network.has_activation(layer.name) else (1, -1)
+        self.activation = network.has_activation(layer.name)
         self.bound = network.upper_bound(layer.name)
         self.ceiling = math.inf
         self.batch = BATCH[network.device.type]
@@ -276,14 +288,14 @@ class _Search:
 
     def run(self, steps: int, fed: Tensor | None, progress: Progress) -> Stimuli:
         """Climb in rounds until every filter has left."""
-        lengths = rounds(steps)
-        self._start(lengths[0], fed)
+        first, *others = rounds(steps, self.activation)
+        self._start(first, fed)
         staying = self._unfinished()
         staying = staying[self.activations[staying].isfinite()]
         progress.advance(len(self.filters) - len(staying))
-        for number, length in enumerate(lengths[1:], start=1):
+        for turn in others:
             before = self.activations[staying].clone()
-            self._round(staying, number, length)
+            self._round(staying, turn)
             reached = self.activations[staying]
             gained = (reached > before * (1 + self.leave)) & (reached < CLOSE * self.ceiling)
             progress.advance(int((~gained).sum()))
@@ -294,7 +306,7 @@ class _Search:
         ]
         return Stimuli(self.layer.name, self.filters, self.images, self.activations, self.steps, derailed)
 
-    def _start(self, length: int, fed: Tensor | None) -> None:
+    def _start(self, first: Round, fed: Tensor | None) -> None:
         """The first round: from the stimulus of what feeds the filter, from noise, from broad patterns.
 
         Faint noise wakes nearly every filter, but behind a silent or a saturated one no gradient comes
@@ -302,24 +314,24 @@ class _Search:
         or met nothing finite, is tried again from strong, smooth patterns. The best start is gone on from.
         """
         if fed is not None:
-            self._round(self._unfinished(), 0, length, _Start(fed))
-        for sign in self.signs:
-            self._round(self._unfinished(), 0, length, _Start(sign=sign))
+            self._round(self._unfinished(), first, _Start(fed))
+        for sign in (0,) if self.activation else (1, -1):
+            self._round(self._unfinished(), first, _Start(sign=sign))
         for attempt in range(1, RESTARTS + 1):
             silent = torch.nonzero(~(self.activations > 0))[:, 0]
-            self._round(silent, 0, length, _Start(attempt=attempt))
+            self._round(silent, first, _Start(attempt=attempt))
 
     def _unfinished(self) -> Tensor:
         """Rows whose map is not yet close to the upper bound of its activation."""
         return torch.nonzero(~(self.activations >= CLOSE * self.ceiling))[:, 0]
 
-    def _round(self, rows: Tensor, number: int, length: int, start: _Start | None = None) -> None:
+    def _round(self, rows: Tensor, turn: Round, start: _Start | None = None) -> None:
         """Let some rows climb, batch by batch; halve the batch whenever memory runs out."""
         done = 0
         while done < len(rows):
             chunk = rows[done : done + self.batch]
             try:
-                self._climb(chunk, number, length, start or _Start())
+                self._climb(chunk, turn, start or _Start())
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -334,40 +346,33 @@ class _Search:
                 continue
             release_memory(self.device)  # only here has the error let go of what it held
 
-    def _climb(self, rows: Tensor, number: int, length: int, start: _Start) -> None:
+    def _climb(self, rows: Tensor, turn: Round, start: _Start) -> None:
         """One climb of one batch, and what it found taken over."""
         count = len(rows)
         if self.batch >= WHOLE:
             rows = rows[torch.arange(WHOLE * math.ceil(count / WHOLE)) % count]
         filters = [self.filters[row] for row in rows.tolist()]
-        keys = [f"{self.seed}/{self.layer.name}/{filter}/{start.attempt}/{number}" for filter in filters]
-        shifts = torch.zeros(length, len(rows), len(self.layer.canvas), dtype=torch.long)
-        if number == 0:
-            shifts = torch.stack([draw_shifts(key, self.layer.canvas, length) for key in keys], dim=1)
-        shifts = shifts.to(self.device)
-        if number > 0:
-            points = self.points[rows].to(self.device)
-        else:
+        canvas = self.layer.canvas
+        if turn.number == 0:
+            keys = [f"{self.seed}/{self.layer.name}/{filter}/{start.attempt}" for filter in filters]
+            shifts = torch.stack([draw_shifts(key, canvas, turn.steps) for key in keys], dim=1)
             points = points_at(self._white(keys, rows, start))
+        else:
+            shifts = torch.zeros(turn.steps, len(rows), len(canvas), dtype=torch.long)
+            points = self.points[rows]
         maps = one_side(self.maps, start.sign) if start.sign else self.maps
-        points, sound = climb(maps, filters, self.prior, self.layer.canvas, points, shifts, ANGLES[number])
-        images = images_at(points, self.prior, self.layer.canvas)
+        points, shifts = points.to(self.device), shifts.to(self.device)
+        points, sound = climb(maps, filters, self.prior, canvas, points, shifts, turn.angle)
+        images = images_at(points, self.prior, canvas)
         with torch.no_grad():
             after = self.maps(as_input(images))[1]
         activations = norms(after[list(range(len(filters))), filters])
         self.ceiling = self.bound * math.sqrt(after[0, 0].numel())
         found = (part[:count].cpu() for part in (points, images, activations, sound))
-        self._keep(rows[:count], number, length, *found)
+        self._keep(rows[:count], turn, *found)
 
     def _keep(
-        self,
-        rows: Tensor,
-        number: int,
-        length: int,
-        points: Tensor,
-        images: Tensor,
-        reached: Tensor,
-        sound: Tensor,
+        self, rows: Tensor, turn: Round, points: Tensor, images: Tensor, reached: Tensor, sound: Tensor
     ) -> None:
         """Take over what a climb found: of several first climbs the best, later the last, the best image."""
         known = self.activations[rows]
@@ -375,11 +380,11 @@ class _Search:
         self.sound[rows] &= sound & reached.isfinite()
         self.images[rows[better]] = images[better]
         self.activations[rows[better]] = reached[better]
-        if number == 0:
-            self.steps[rows] = length
+        if turn.number == 0:
+            self.steps[rows] = turn.steps
             self.points[rows[better]] = points[better]
         else:
-            self.steps[rows] += length
+            self.steps[rows] += turn.steps
             self.points[rows] = points
 
     def _white(self, keys: Sequence[str], rows: Tensor, start: _Start) -> Tensor:

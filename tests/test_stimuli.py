@@ -13,7 +13,7 @@ from prune_viz.devices import pick_device
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.priors import NaturalPrior, make_prior
-from prune_viz.stimuli import ROUNDS, STEPS, ascend, maximize, rounds
+from prune_viz.stimuli import OPEN_ROUNDS, ROUNDS, STEPS, ascend, maximize, rounds
 
 LINEAR = {
     "2d": (nn.Conv2d(3, 4, 3, padding=1), (3, 10, 10)),
@@ -100,13 +100,15 @@ def test_what_feeds_a_depthwise_filter_may_be_given() -> None:
     assert torch.equal(given.images, ascend(network, "depthwise", [3, 9], steps=12).images)
 
 
-def test_rounds_sum_to_the_steps() -> None:
-    assert rounds(STEPS) == list(ROUNDS)
-    assert rounds(60) == [12, 32, 16]
-    assert rounds(44) == [12, 32]
-    assert rounds(3) == [3]
-    assert rounds(512) == [12, 32, 468]
-    assert all(sum(rounds(steps)) == steps for steps in range(1, 600))
+@pytest.mark.parametrize(("activation", "known"), [(True, ROUNDS), (False, OPEN_ROUNDS)])
+def test_rounds_sum_to_the_steps(activation: bool, known: tuple[tuple[int, float], ...]) -> None:
+    turns = rounds(STEPS, activation)
+    assert [(turn.steps, turn.angle) for turn in turns] == list(known)
+    assert [turn.number for turn in turns] == list(range(len(known)))
+    for steps in range(1, 600):
+        lengths = [turn.steps for turn in rounds(steps, activation)]
+        assert sum(lengths) == steps
+        assert lengths[:-1] == [length for length, _ in known][: len(lengths) - 1]
 
 
 @pytest.mark.parametrize("weight", [1.0, 1.3])
@@ -133,7 +135,7 @@ def test_an_easy_filter_leaves_early_and_a_bounded_one_at_its_bound() -> None:
     bound = 6 * math.sqrt(20 * 20)
     assert (found.activations > 0.9 * bound).all()
     assert (found.activations <= 1.0001 * bound).all()
-    assert (found.steps == ROUNDS[0]).all()
+    assert (found.steps == ROUNDS[0][0]).all()
     assert maximize(model, "2", [1], input_shape=(3, 24, 24), steps=5).steps.tolist() == [5]
 
 
@@ -204,7 +206,7 @@ def _threshold_net(bias: float) -> nn.Module:
 def test_a_filter_that_starts_silent_gets_going() -> None:
     model = _threshold_net(-6.0)
     bounds = make_prior("natural", 3, (16, 16))
-    noise = torch.stack([draw_noise(f"0/0/{number}/0/0", (3, 16, 16)) for number in (0, 1)])
+    noise = torch.stack([draw_noise(f"0/0/{number}/0", (3, 16, 16)) for number in (0, 1)])
     assert (model(images_at(points_at(noise), bounds, (16, 16))) == 0).all()
     found = maximize(model, "0", input_shape=(3, 16, 16), steps=32)
     assert (found.activations > 1).all()
@@ -225,7 +227,7 @@ def test_a_depthwise_filter_starts_from_what_feeds_it(monkeypatch: pytest.Monkey
     # The first convolution answers to a fine pattern alone, which neither noise nor a broad pattern holds.
     first, second = nn.Conv2d(1, 2, 2), nn.Conv2d(2, 2, 3, groups=2)
     first.weight.data = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).expand(2, 1, 2, 2).clone()
-    nn.init.constant_(first.bias, -0.5)
+    nn.init.constant_(first.bias, -0.7)
     nn.init.constant_(second.weight, 1.0)
     nn.init.zeros_(second.bias)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(2, 2, 1))

@@ -103,10 +103,10 @@ def test_receptive_field_through_pools_and_dilation() -> None:
 
 
 def test_canvas_follows_the_receptive_field_within_bounds() -> None:
-    assert choose_canvas((224, 224), (3, 3)) == (32, 32)
-    assert choose_canvas((224, 224), (30, 30)) == (64, 64)
-    assert choose_canvas((224, 224), (400, 400)) == (96, 96)
-    assert choose_canvas((224, 224), None) == (96, 96)
+    assert choose_canvas((224, 224), (3, 3)) == (64, 64)
+    assert choose_canvas((224, 224), (36, 36)) == (80, 80)
+    assert choose_canvas((224, 224), (400, 30)) == (80, 64)
+    assert choose_canvas((224, 224), None) == (80, 80)
     assert choose_canvas((8, 8), (3, 3)) == (8, 8)
     assert choose_canvas((224, 224), (3, 3), canvas=50) == (50, 50)
 
