@@ -180,7 +180,11 @@ def analyze(
         counts_of_layers = {layer.name: layer.filters for layer in network.layers}
         masks = masks_of(table, groups, verdicts, counts_of_layers, str(source["sha256"]))
         run.write_filters(table)
-        write_json(run.decisions_file, decisions_json(table, groups, verdicts, masks))
+        macs = surgery.count_macs(model, network.input_shape)
+        modules = dict(model.named_modules())
+        decisions = decisions_json(table, groups, verdicts, masks, modules, macs)
+        write_json(run.decisions_file, decisions)
+        run.write_moments({number: redundancy.pool(readers) for number, readers in moments.items()})
         save_masks(masks, run.masks_file)
         with stages.timed("removal"):
             after = _cost_after(model, masks, network.input_shape, cost, notes)

@@ -71,6 +71,9 @@ ArchKwargs = Annotated[
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Let MODEL run code while it is read: for files you trust.")
 ]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Directory that analyze wrote.", show_default=False)
+]
 InputShape = Annotated[
     str | None,
     typer.Option(metavar="C,H,W", help="Shape of one input.", show_default="the architecture's own"),
@@ -208,6 +211,45 @@ def analyze(
 
 @app.command()
 @exit_codes
+def masks(
+    run: RunArgument,
+    ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="Share of the filters to remove, 0 to 1.")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(metavar="R", help="Share of the multiply-accumulates to remove, 0 to 1.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T", help="Predicted damage allowed, as a share of what each group's readers give."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
+    ] = None,
+) -> None:
+    """Write masks for a budget from RUN, without a new analysis; by default, those of its verdicts."""
+    given = {"ratio": ratio, "macs": macs, "tolerance": tolerance}
+    budget = {name: value for name, value in given.items() if value is not None}
+    if len(budget) > 1:
+        raise UserError(f"give one of --{' and --'.join(budget)}, not both")
+    for name, value in budget.items():
+        if not 0 <= value < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a directory; name a file")
+    check_writable((out or run).absolute().parent)
+
+    from prune_viz.budgets import write_masks
+
+    console = _console()
+    for line in write_masks(run, out, **budget):
+        console.print(one_line(line), soft_wrap=True)
+
+
+@app.command()
+@exit_codes
 def apply(
     model: ModelFile,
     masks: Annotated[Path, typer.Argument(metavar="MASKS", help="masks.pt of a run.", show_default=False)],
@@ -250,11 +292,7 @@ def apply(
 
 @app.command()
 @exit_codes
-def report(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Directory that analyze wrote.", show_default=False)
-    ],
-) -> None:
+def report(run: RunArgument) -> None:
     """Write the report of RUN again, from what the run directory holds."""
     from prune_viz.runs import RunDirectory
 

@@ -159,8 +159,26 @@ def decisions_json(
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     masks: Masks,
+    modules: Mapping[str, Any],
+    macs: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges."""
+    """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The rows of `filters.csv`.
+    groups : sequence of CouplingGroup
+        The network's groups.
+    verdicts : mapping of int to GroupVerdicts
+        By the group's number.
+    masks : Masks
+        What the verdicts remove.
+    modules : mapping of str to Module
+        The network's modules, for how much each reads.
+    macs : mapping of str to int
+        Multiply-accumulates of each module.
+    """
     in_group = {layer: group for group in groups for layer in group.layers}
     flagged = []
     for row in table[table["verdict"] != "keep"].to_dict("records"):
@@ -178,11 +196,28 @@ def decisions_json(
         "format": FORMAT,
         "model_sha256": masks.model_sha256,
         "tolerance": TOLERANCE,
+        "filters": {name: len(mask) for name, mask in masks.items()},
+        "macs": dict(macs),
         "groups": [
             {
                 "id": group.number,
                 "layers": group.layers,
                 "readers": [places.module for places in group.readers],
+                "writers": [
+                    {
+                        "layer": places.module,
+                        "filters": places.indices.tolist(),
+                        "channels": places.channels.tolist(),
+                    }
+                    for places in group.writers
+                ],
+                "reads": [
+                    {
+                        "module": places.module,
+                        "share": len(places.indices) / _inputs(modules[places.module]),
+                    }
+                    for places in group.readers
+                ],
                 "channels": group.channels,
                 "removable": group.removable,
                 "note": group.note,
@@ -210,3 +245,8 @@ def decisions_json(
             for group in groups
         ],
     }
+
+
+def _inputs(module: Any) -> int:
+    """How many channels or features a module reads."""
+    return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)

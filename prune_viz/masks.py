@@ -19,7 +19,7 @@ from prune_viz import tracing
 from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
 from prune_viz.errors import UserError
 from prune_viz.filters import bake_parametrizations, plain_copy
-from prune_viz.runs import written_aside
+from prune_viz.runs import FORMAT, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def load_masks(path: str | Path) -> Masks:
-    """Read masks, and the merges from the `decisions.json` beside them if there is one.
+    """Read masks, and the merges that stand beside them: of a budget's masks, or a run's `decisions.json`.
 
     Raises
     ------
@@ -121,26 +121,56 @@ def load_masks(path: str | Path) -> Masks:
         for name, mask in loaded.items()
     ):
         raise UserError(f"{path} is not a masks file: it should hold a bool tensor a convolution")
-    decisions = path.with_name("decisions.json")
-    merges: tuple[Merge, ...] = ()
-    sha256: str | None = None
-    if decisions.exists():
-        try:
-            content = json.loads(decisions.read_text(encoding="utf-8"))
-            sha256, listed = content["model_sha256"], content["merges"]
-            merges = tuple(
-                Merge(
-                    entry["layer"],
-                    entry["filter"],
-                    tuple(entry["representatives"]),
-                    tuple(entry["coefficients"]),
-                    entry["constant"],
-                )
-                for entry in listed
+    for beside in (merges_beside(path), path.with_name("decisions.json")):
+        if beside.exists():
+            merges, sha256 = read_merges(beside)
+            return Masks(loaded, merges, sha256)
+    return Masks(loaded)
+
+
+def merges_beside(path: Path) -> Path:
+    """Where the merges of masks stand that were made for a budget."""
+    return path.with_suffix(".merges.json")
+
+
+def save_merges(masks: Masks, path: Path) -> None:
+    """Write the merges of masks to a JSON file."""
+    listed = [
+        {
+            "layer": merge.layer,
+            "filter": merge.filter,
+            "representatives": list(merge.representatives),
+            "coefficients": list(merge.coefficients),
+            "constant": merge.constant,
+        }
+        for merge in masks.merges
+    ]
+    write_json(path, {"format": FORMAT, "model_sha256": masks.model_sha256, "merges": listed})
+
+
+def read_merges(path: Path) -> tuple[tuple[Merge, ...], str | None]:
+    """Read merges, and the digest of the model they were fitted to, from `path`.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        merges = tuple(
+            Merge(
+                entry["layer"],
+                entry["filter"],
+                tuple(entry["representatives"]),
+                tuple(entry["coefficients"]),
+                entry["constant"],
             )
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{decisions} beside the masks is damaged; run analyze again") from None
-    return Masks(loaded, merges, sha256)
+            for entry in content["merges"]
+        )
+        return merges, content["model_sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} beside the masks is damaged; make it again") from None
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -1,13 +1,7 @@
 """Verdicts: which filters repeat others or do nothing, with the numbers that show it.
 
-A channel is redundant when a few kept channels rebuild it. With ``G = E[v v']`` the second moments of a
-group's channels and a constant, the residual of channel j given all others is ``1 / (G^-1)_jj``.
-Backward elimination removes the channel whose loss its readers feel least, downdates ``G^-1`` by a rank,
-and moves the removed channel's outgoing weights onto those that rebuild it, so that the damage of
-further removals is that to the merged network. The losses of one elimination are orthogonal; they add
-(taps of a wide reader taken as independent).
-
-What elimination proposes is confirmed sparsely and on probes that the fit did not see: each proposed
+A channel is redundant when a few kept channels rebuild it. What backward elimination
+(`prune_viz.elimination`) proposes is confirmed sparsely and on probes that the fit did not see: each proposed
 channel must be rebuilt from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost
 the readers less than the tolerance. Damage is a share of the readers' output variance throughout.
 """
@@ -20,12 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune_viz.coupling import CouplingGroup
-from prune_viz.responses import Moments
+from prune_viz.elimination import eliminate, invert, rebuild
+from prune_viz.responses import HELD_OUT, Moments
 
 TOLERANCE = 1e-3
 MIN_SCORE = 0.95
-MAX_REPRESENTATIVES = 8
-_RIDGE = 1e-9  # of a channel's own mean square
 _CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
 
 
@@ -114,7 +107,7 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     readers = [reader for reader in moments if reader.output_variance > 0]
     if not group.removable or not readers:
         return judge_unjudged(group)
-    fit, held_out, energy = _combine(readers)
+    fit, held_out, energy = combine(readers)
     order, order_damage = eliminate(fit, energy)
     proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
     dead = _dead_kinds(readers)
@@ -150,8 +143,16 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, readers))
 
 
-def _combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One set of moments for all readers, weighted by what each makes of the channels, and the energy."""
+def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make one set of moments for all readers, weighted by what each makes of the channels.
+
+    Returns
+    -------
+    fit, held_out : ndarray, shape (n + 1, n + 1)
+        Second moments of the n channels and a constant.
+    energy : ndarray, shape (n, n)
+        What the readers make of the channels, as a share of their output variance.
+    """
     energy = sum(reader.energy / reader.output_variance for reader in readers)
     weights = np.array([np.trace(reader.energy) / reader.output_variance for reader in readers])
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
@@ -160,61 +161,10 @@ def _combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.asarray(fit), np.asarray(held_out), np.asarray(energy)
 
 
-def _inverse(moments: np.ndarray) -> np.ndarray:
-    """Inverse of second moments, scaled to unit diagonal and steadied by a small ridge."""
-    diagonal = np.diag(moments).copy()
-    floor = 1e-12 * max(float(np.median(diagonal)), 1e-30)
-    scale = np.sqrt(np.maximum(diagonal, floor))
-    scaled = moments / np.outer(scale, scale)
-    scaled[np.diag_indices_from(scaled)] += _RIDGE
-    return np.asarray(np.linalg.inv(scaled) / np.outer(scale, scale))
-
-
-def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[float]]:
-    """Backward elimination of channels by damage, merging as it goes.
-
-    Parameters
-    ----------
-    moments : ndarray, shape (n + 1, n + 1)
-        Second moments of n channels and a constant, the constant last; it is never removed.
-    energy : ndarray, shape (n, n)
-        What the readers make of the channels, as a share of their output variance.
-
-    Returns
-    -------
-    order : list of int
-        The n - 1 channels that can go, the least missed first.
-    damage : list of float
-        Total damage once that channel and all before it are gone, not decreasing.
-    """
-    count = len(energy)
-    inverse = _inverse(moments)
-    energy = np.pad(energy, (0, 1)).astype(np.float64)
-    alive = np.ones(count + 1, dtype=bool)
-    alive[-1] = False
-    order: list[int] = []
-    total, damages = 0.0, []
-    for _ in range(count - 1):
-        residual = 1.0 / np.maximum(np.diag(inverse), 1e-300)
-        loss = np.where(alive, np.diag(energy).clip(min=0) * residual, np.inf)
-        gone = int(loss.argmin())
-        total += float(loss[gone])
-        order.append(gone)
-        damages.append(total)
-        alive[gone] = False
-        column = inverse[:, gone].copy()
-        # What rebuilds it: the regression of the removed channel on all that is left.
-        weights = -column / column[gone]
-        weights[gone] = 0.0
-        inverse -= np.outer(column, column) / column[gone]
-        inverse[gone, :] = inverse[:, gone] = 0.0
-        inverse[gone, gone] = 1e-300
-        shared = energy[:, gone].copy()
-        shared[gone] = 0.0
-        energy += np.outer(weights, shared) + np.outer(shared, weights)
-        energy += energy[gone, gone] * np.outer(weights, weights)
-        energy[gone, :] = energy[:, gone] = 0.0
-    return order, damages
+def pool(moments: Sequence[Moments]) -> np.ndarray:
+    """One matrix of second moments over all probes, fitted and held out, and all readers."""
+    fit, held_out, _ = combine([reader for reader in moments if reader.output_variance > 0] or moments)
+    return (1 - HELD_OUT) * fit + HELD_OUT * held_out
 
 
 def _confirm(
@@ -247,51 +197,6 @@ def _confirm(
     while rebuilt and _damage(rebuilt, readers) > tolerance:
         del rebuilt[max(rebuilt, key=lambda channel: alone[channel])]
     return rebuilt
-
-
-def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Rebuild a channel from a few kept ones: orthogonal matching pursuit on second moments.
-
-    Parameters
-    ----------
-    channel : int
-        The channel to rebuild.
-    kept : ndarray of int
-        Channels that may be used.
-    moments : ndarray, shape (n + 1, n + 1)
-        Second moments of the channels and a constant, the constant last.
-
-    Returns
-    -------
-    ndarray, shape (n + 1,)
-        Least-squares weights, zero but for at most `MAX_REPRESENTATIVES` channels and the constant.
-    """
-    constant = len(moments) - 1
-    mean = moments[:, constant]
-    covariance = moments - np.outer(mean, mean)
-    target = covariance[channel, channel]
-    weights = np.zeros(len(moments))
-    deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
-    usable = kept[deviation[kept] > 1e-6 * max(float(deviation.max()), 1e-30)]
-    chosen: list[int] = []
-    left = covariance[channel].copy()
-    solution = np.zeros(0)
-    residual = target
-    while len(chosen) < MAX_REPRESENTATIVES and len(usable) and residual > 1e-7 * target and target > 0:
-        gain = np.abs(left[usable]) / deviation[usable]
-        gain[np.isin(usable, chosen)] = 0.0
-        best = int(usable[gain.argmax()])
-        if gain.max() <= 1e-6 * deviation[channel]:
-            break
-        chosen.append(best)
-        block = covariance[np.ix_(chosen, chosen)]
-        steady = block + _RIDGE * np.diag(np.diag(block))
-        solution = np.linalg.solve(steady, covariance[chosen, channel])
-        left = covariance[channel] - solution @ covariance[chosen]
-        residual = target - 2 * solution @ covariance[chosen, channel] + solution @ block @ solution
-    weights[chosen] = solution
-    weights[constant] = mean[channel] - weights[:constant] @ mean[:constant]
-    return weights
 
 
 def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
@@ -345,7 +250,7 @@ def _given_kept(
     for channel, weights in rebuilt.items():
         merged[channel] = weights
     carried = merged[:, kept].T @ energy @ merged[:, kept]
-    inverse = _inverse(fit[np.ix_(basis, basis)])
+    inverse = invert(fit[np.ix_(basis, basis)])
     diagonal = np.maximum(np.diag(inverse), 1e-300)
     rows = inverse / diagonal[:, None]  # each row: one channel minus its regression on the others
     lost = np.einsum("ij,jk,ik->i", rows, held_out[np.ix_(basis, basis)], rows)[:-1].clip(min=0)

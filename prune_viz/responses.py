@@ -26,6 +26,7 @@ from prune_viz.priors import make_prior, tile
 BATCH = 32
 NOISE_PROBES = 256
 POSITIONS = 64  # of a map that are sampled, a probe
+HELD_OUT = 1 / 4  # share of the probes that no fit sees
 
 
 def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.ndarray:

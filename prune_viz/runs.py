@@ -6,6 +6,7 @@
     filters.csv           a row a filter (`FILTER_COLUMNS`)
     masks.pt              module name -> bool tensor (out_channels,), True = keep
     decisions.json        verdicts, coupling groups, removal order, merges
+    moments.safetensors   second moments of every group's channels, for masks at any budget
     layers/NNN-name.safetensors   images, activations, responses of a layer
     report/index.html     the report
 """
@@ -176,6 +177,11 @@ class RunDirectory:
         return self.path / "decisions.json"
 
     @property
+    def moments_file(self) -> Path:
+        """Second moments of the coupling groups' channels."""
+        return self.path / "moments.safetensors"
+
+    @property
     def filters_file(self) -> Path:
         """The table of filters."""
         return self.path / "filters.csv"
@@ -213,7 +219,7 @@ class RunDirectory:
             shutil.rmtree(self.path / "layers", ignore_errors=True)
         # While a run is under way, no verdicts of an earlier one stand beside its provenance.
         shutil.rmtree(self.path / "report", ignore_errors=True)
-        for file in (self.masks_file, self.decisions_file, self.filters_file):
+        for file in (self.masks_file, self.decisions_file, self.filters_file, self.moments_file):
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(exist_ok=True)
 
@@ -293,6 +299,30 @@ class RunDirectory:
                 return tensors.metadata() or {}
         except (OSError, SafetensorError):
             return None
+
+    def write_moments(self, moments: Mapping[int, np.ndarray]) -> None:
+        """Write each group's second moments, (channels + 1, channels + 1), at single precision."""
+        from safetensors.numpy import save_file
+
+        arrays = {str(number): matrix.astype(np.float32) for number, matrix in moments.items()}
+        with written_aside(self.moments_file) as aside:
+            save_file(arrays, aside)
+
+    def read_moments(self) -> dict[int, np.ndarray]:
+        """Read each group's second moments.
+
+        Raises
+        ------
+        UserError
+            If the file is missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return {int(number): matrix for number, matrix in load_file(self.moments_file).items()}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{self.moments_file} cannot be read ({error}); run analyze again") from None
 
     def write_filters(self, table: pd.DataFrame) -> None:
         """Write `filters.csv`, columns `FILTER_COLUMNS` in that order."""

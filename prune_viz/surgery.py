@@ -119,46 +119,43 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
             merges.setdefault(group.number, []).append((group, merge))
     for entries in merges.values():
         group = entries[0][0]
-        rebuilt = [_as_channels(group, merge) for _, merge in entries]
+        gone, weights = _as_channels(group, [merge for _, merge in entries])
         for reader in group.readers:
             norm = norms.get(reader.module)
-            _merge_into(modules[reader.module], reader, rebuilt, modules[norm] if norm else None)
+            _merge_into(modules[reader.module], reader, gone, weights, modules[norm] if norm else None)
     return model
 
 
-def _as_channels(group: CouplingGroup, merge: Merge) -> tuple[int, Sequence[int], Sequence[float], float]:
-    """A merge in the group's channels instead of one layer's filters."""
-    places = next(places for places in group.writers if places.module == merge.layer)
-    channel = dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
-    return (
-        channel[merge.filter],
-        [channel[index] for index in merge.representatives],
-        merge.coefficients,
-        merge.constant,
-    )
-
-
-def _merge_into(
-    reader: Any,
-    places: Places,
-    rebuilt: Sequence[tuple[int, Sequence[int], Sequence[float], float]],
-    norm: nn.Module | None,
-) -> None:
-    """Fold merges into one reader's weight, and their constants into its bias or the norm behind it."""
-    columns: dict[int, np.ndarray] = {
-        channel: places.indices[places.channels == channel] for channel in set(places.channels.tolist())
+def _as_channels(group: CouplingGroup, merges: Sequence[Merge]) -> tuple[Tensor, Tensor]:
+    """Merges in a group's channels instead of a layer's filters: which go, and weights over all and 1."""
+    channel_of = {
+        places.module: dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
+        for places in group.writers
     }
+    gone = torch.tensor([channel_of[merge.layer][merge.filter] for merge in merges])
+    weights = torch.zeros(len(merges), group.channels + 1, dtype=torch.float64)
+    for row, merge in enumerate(merges):
+        named = [channel_of[merge.layer][index] for index in merge.representatives]
+        weights[row, named] = torch.tensor(merge.coefficients, dtype=torch.float64)
+        weights[row, -1] = merge.constant
+    return gone, weights
+
+
+def _merge_into(reader: Any, places: Places, gone: Tensor, weights: Tensor, norm: nn.Module | None) -> None:
+    """Fold merges into one reader's weight, and their constants into its bias or the norm behind it."""
+    order = np.argsort(places.channels, kind="stable")
+    # A row a channel; behind a flatten a channel lies at several columns.
+    columns = torch.from_numpy(places.indices[order].reshape(weights.shape[1] - 1, -1))
     with torch.no_grad():
         weight: Tensor = reader.weight.data
         inputs_first = weight if isinstance(reader, _ConvTransposeNd) else weight.transpose(0, 1)
-        outputs = inputs_first.shape[1]
-        shift = torch.zeros(outputs, dtype=torch.float64)
-        for gone, representatives, coefficients, constant in rebuilt:
-            lost = inputs_first[columns[gone]].clone()
-            shift += constant * lost.double().reshape(len(lost), outputs, -1).sum(dim=(0, 2)).cpu()
-            for kept, coefficient in zip(representatives, coefficients, strict=True):
-                inputs_first[columns[kept]] += coefficient * lost
-            inputs_first[columns[gone]] = 0.0
+        lost = inputs_first[columns[gone]].double()  # removed, columns, outputs, *taps
+        share = weights.to(lost.device)
+        taken = torch.einsum("rk,r...->k...", share[:, :-1], lost)
+        inputs_first[columns] += taken.to(weight)
+        inputs_first[columns[gone]] = 0.0
+        sums = lost.movedim(2, 1).flatten(2).sum(dim=2)  # removed, outputs
+        shift = share[:, -1] @ sums
         if bool(shift.abs().max() > 0):
             _add_bias(reader, shift.to(weight), norm)
 
@@ -205,6 +202,29 @@ def rebuild_smaller(
         text = " ".join(str(error).split())[:200]
         raise UserError(f"the weights do not fit the network that is left after removal: {text}") from None
     return smaller
+
+
+def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """Count the multiply-accumulates of each module that does any of its own, for one input.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    input_shape : sequence of int
+        Channels first, without the batch axis.
+    """
+    leaves = {name for name, module in model.named_modules() if name and not list(module.children())}
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(blank_input(model, input_shape))
+    model.train(training)
+    prefix = f"{type(model).__name__}."
+    counted = {
+        name.removeprefix(prefix): sum(flops.values()) for name, flops in counter.get_flop_counts().items()
+    }
+    return {name: flops // 2 for name, flops in counted.items() if name in leaves}
 
 
 def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from prune_viz import redundancy
 from prune_viz.coupling import CouplingGroup, Places, find_groups, group_of_layer
-from prune_viz.redundancy import eliminate, judge, rebuild
+from prune_viz.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
+from prune_viz.redundancy import judge
 from prune_viz.responses import Moments, gather_moments
 
 
@@ -145,7 +146,7 @@ def test_flagged_filters_together_cost_less_than_the_tolerance(seed: int, tolera
     assert kept
     for verdict in verdicts.channels:
         assert set(verdict.representatives) <= kept
-        assert len(verdict.representatives) <= redundancy.MAX_REPRESENTATIVES
+        assert len(verdict.representatives) <= MAX_REPRESENTATIVES
         if verdict.verdict == "redundant":
             assert verdict.score >= redundancy.MIN_SCORE
 

@@ -1,0 +1,286 @@
+"""Masks for any budget from one analysis: how many channels each coupling group gives up, and which.
+
+Every group has its removal order, the least missed channel first. A share of filters or of
+multiply-accumulates is spread evenly: each group gives up the same share of its channels. A tolerance is
+spread as damage: each group goes as far down its order as the predicted damage allows. What is removed is
+rebuilt from all that its group keeps, by least squares on the second moments over the probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prune_viz.elimination import rebuild_all
+from prune_viz.errors import UserError
+from prune_viz.masks import Masks, Merge, merges_beside, read_merges, save_masks, save_merges
+from prune_viz.runs import RunDirectory
+
+_SHARES = 1000  # how finely an even share is searched for
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A coupling group whose channels were ranked.
+
+    Attributes
+    ----------
+    number : int
+        The group's number.
+    channels : int
+        How many channels it has.
+    order : list of int
+        Its channels but the last to stay, the least missed first.
+    damage : list of float
+        Predicted damage of having removed that channel and all before it.
+    filters : dict of str to ndarray, each shape (channels,)
+        For each layer tied to the group, the filter at each channel; -1 where the layer has none.
+    reads : dict of str to float
+        For each module that reads the group, the share of its inputs that are the group's.
+    """
+
+    number: int
+    channels: int
+    order: list[int]
+    damage: list[float]
+    filters: dict[str, np.ndarray]
+    reads: dict[str, float]
+
+    def count(self, share: float) -> int:
+        """How many channels a share of them is, at least one staying."""
+        return min(round(share * self.channels), len(self.order))
+
+    def damage_of(self, counts: Mapping[int, int]) -> float:
+        """Predicted damage of losing so many channels."""
+        count = counts[self.number]
+        return self.damage[count - 1] if count else 0.0
+
+
+def write_masks(
+    run: Path,
+    out: Path | None = None,
+    *,
+    ratio: float | None = None,
+    macs: float | None = None,
+    tolerance: float | None = None,
+) -> list[str]:
+    """Write masks for a budget from what a run directory holds; without a budget, those of its verdicts.
+
+    Parameters
+    ----------
+    run : Path
+        A run directory.
+    out : Path, optional
+        Where to write; the run's own ``masks.pt`` by default. The merges are written beside it.
+    ratio, macs, tolerance : float, optional
+        At most one of them: share of the filters, share of the multiply-accumulates, predicted damage.
+
+    Returns
+    -------
+    list of str
+        For people: what was done.
+
+    Raises
+    ------
+    UserError
+        If the run is not complete or the budget asks for more than can go.
+    """
+    directory = RunDirectory(run)
+    decisions = directory.read_decisions()
+    filters, costs = decisions["filters"], decisions["macs"]
+    rankings = read_rankings(decisions)
+    counts = None
+    if ratio is not None:
+        counts = counts_for_ratio(rankings, ratio, sum(filters.values()))
+    elif macs is not None:
+        counts = counts_for_macs(rankings, macs, costs)
+    elif tolerance is not None:
+        counts = counts_for_tolerance(rankings, tolerance)
+    out = out or directory.masks_file
+    beside = merges_beside(out)
+    if counts is None:
+        masks = _masks_of_verdicts(decisions, directory.decisions_file)
+        beside.unlink(missing_ok=True)
+        if out.absolute().parent != directory.path.absolute():
+            save_merges(masks, beside)
+    else:
+        masks = masks_for_counts(
+            rankings, counts, directory.read_moments(), filters, decisions["model_sha256"]
+        )
+        save_merges(masks, beside)
+    save_masks(masks, out)
+    lines = [f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})"]
+    if counts is not None:
+        total = sum(costs.values())
+        saved = 1 - macs_left(rankings, counts, costs) / total
+        lines.append(f"that saves {saved:.1%} of {total:,} multiply-accumulates")
+        worst = max(rankings, key=lambda ranking: ranking.damage_of(counts), default=None)
+        if worst is not None:
+            lines.append(
+                f"predicted damage: at most {worst.damage_of(counts):.2%} of what a group's readers give, "
+                f"at {next(iter(worst.filters))}"
+            )
+    return [*lines, f"written to {out}"]
+
+
+def _masks_of_verdicts(decisions: Mapping[str, Any], file: Path) -> Masks:
+    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in decisions["filters"].items()}
+    for verdict in decisions["verdicts"]:
+        masks[verdict["layer"]][verdict["filter"]] = False
+    return Masks(masks, *read_merges(file))
+
+
+def read_rankings(decisions: Mapping[str, Any]) -> list[Ranking]:
+    """The ranked groups that `decisions.json` holds."""
+    orders = {entry["group"]: entry for entry in decisions["removal_order"] if entry["channels"]}
+    rankings = []
+    for group in decisions["groups"]:
+        if group["id"] not in orders:
+            continue
+        filters = {}
+        for writer in group["writers"]:
+            filters[writer["layer"]] = np.full(group["channels"], -1)
+            filters[writer["layer"]][writer["channels"]] = writer["filters"]
+        entry = orders[group["id"]]
+        reads = {reader["module"]: reader["share"] for reader in group["reads"]}
+        rankings.append(
+            Ranking(group["id"], group["channels"], entry["channels"], entry["damage"], filters, reads)
+        )
+    return rankings
+
+
+def counts_for_tolerance(rankings: Sequence[Ranking], tolerance: float) -> dict[int, int]:
+    """How many channels each group can lose before its predicted damage passes `tolerance`, 0 to 1."""
+    return {
+        ranking.number: int(np.searchsorted(ranking.damage, tolerance, side="right")) for ranking in rankings
+    }
+
+
+def counts_for_ratio(rankings: Sequence[Ranking], ratio: float, filters: int) -> dict[int, int]:
+    """How many channels each group loses so that a share `ratio` of `filters` goes, evenly spread."""
+
+    def share_of_filters(counts: Mapping[int, int]) -> float:
+        return removed_filters(rankings, counts) / filters
+
+    return _evenly(rankings, ratio, share_of_filters, "filters")
+
+
+def counts_for_macs(rankings: Sequence[Ranking], ratio: float, macs: Mapping[str, int]) -> dict[int, int]:
+    """How many channels each group loses so that a share `ratio` of the MACs goes, evenly spread.
+
+    Parameters
+    ----------
+    rankings : sequence of Ranking
+        The groups.
+    ratio : float
+        Share of the multiply-accumulates to save, above 0 and below 1.
+    macs : mapping of str to int
+        MACs of each module of the whole network.
+    """
+    total = sum(macs.values())
+
+    def share_of_macs(counts: Mapping[int, int]) -> float:
+        return 1 - macs_left(rankings, counts, macs) / total
+
+    return _evenly(rankings, ratio, share_of_macs, "multiply-accumulates")
+
+
+def removed_filters(rankings: Sequence[Ranking], counts: Mapping[int, int]) -> int:
+    """How many filters go with so many channels of each group."""
+    removed = 0
+    for ranking in rankings:
+        gone = ranking.order[: counts[ranking.number]]
+        removed += sum(int((filters[gone] >= 0).sum()) for filters in ranking.filters.values())
+    return removed
+
+
+def macs_left(rankings: Sequence[Ranking], counts: Mapping[int, int], macs: Mapping[str, int]) -> float:
+    """Multiply-accumulates that are left: a module's fall with its filters and with what it reads."""
+    written = dict.fromkeys(macs, 1.0)
+    read = dict.fromkeys(macs, 1.0)
+    for ranking in rankings:
+        gone = ranking.order[: counts[ranking.number]]
+        for layer, filters in ranking.filters.items():
+            if layer in written:
+                written[layer] -= float((filters[gone] >= 0).sum() / (filters >= 0).sum())
+        for module, share in ranking.reads.items():
+            if module in read:
+                read[module] -= share * len(gone) / ranking.channels
+    return sum(cost * written[name] * read[name] for name, cost in macs.items())
+
+
+def _evenly(
+    rankings: Sequence[Ranking], wanted: float, saved: Callable[[Mapping[int, int]], float], what: str
+) -> dict[int, int]:
+    """The smallest even share of channels that saves what is wanted."""
+
+    def counts(step: int) -> dict[int, int]:
+        return {ranking.number: ranking.count(step / _SHARES) for ranking in rankings}
+
+    low, high = 0, _SHARES
+    if saved(counts(high)) < wanted:
+        most = saved(counts(high))
+        raise UserError(f"at most {most:.1%} of the {what} of this network can go; ask for less")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if saved(counts(middle)) >= wanted else (middle + 1, high)
+    return counts(low)
+
+
+def masks_for_counts(
+    rankings: Sequence[Ranking],
+    counts: Mapping[int, int],
+    moments: Mapping[int, np.ndarray],
+    filters: Mapping[str, int],
+    model_sha256: str,
+) -> Masks:
+    """Masks that remove so many channels of each group, with the merges that make up for them.
+
+    Parameters
+    ----------
+    rankings : sequence of Ranking
+        The groups.
+    counts : mapping of int to int
+        Channels to remove, by the group's number.
+    moments : mapping of int to ndarray, each shape (channels + 1, channels + 1)
+        Second moments of each group's channels and a constant.
+    filters : mapping of str to int
+        How many filters each layer of the network has.
+    model_sha256 : str
+        Digest of the model that was analysed.
+    """
+    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
+    merges: list[Merge] = []
+    for ranking in rankings:
+        gone = ranking.order[: counts[ranking.number]]
+        if not gone:
+            continue
+        for layer, placed in ranking.filters.items():
+            masks[layer][placed[gone][placed[gone] >= 0]] = False
+        merges += _merges(ranking, gone, moments[ranking.number])
+    return Masks(masks, tuple(merges), model_sha256)
+
+
+def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:
+    """How the removed channels of a group are rebuilt, told in the filters of a layer that has them all."""
+    whole = next((layer for layer, placed in ranking.filters.items() if (placed >= 0).all()), None)
+    if whole is None:
+        return []
+    kept = sorted(set(range(ranking.channels)) - set(gone))
+    weights = rebuild_all(gone, kept, moments)
+    placed = ranking.filters[whole]
+    representatives = tuple(placed[kept].tolist())
+    return [
+        Merge(whole, int(placed[channel]), representatives, tuple(map(_short, row[:-1])), _short(row[-1]))
+        for channel, row in zip(gone, weights, strict=True)
+    ]
+
+
+def _short(number: float) -> float:
+    """A number at single precision, so that files of a million of them stay small."""
+    return float(f"{number:.7g}")

@@ -1,0 +1,142 @@
+"""Rebuilding channels from others, on second moments alone: regressions and backward elimination.
+
+With ``G = E[v v']`` the second moments of a group's channels and a constant, the residual of channel j
+given all others is ``1 / (G^-1)_jj``. Backward elimination removes the channel whose loss its readers feel
+least, downdates ``G^-1`` by a rank, and moves the removed channel's outgoing weights onto those that rebuild
+it, so that the damage of further removals is that to the merged network. The losses of one elimination are
+orthogonal; they add (taps of a wide reader taken as independent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_REPRESENTATIVES = 8
+MERGE_RIDGE = 1e-6  # of a kept channel's own mean square, where all of them rebuild what is removed
+RIDGE = 1e-9  # of a channel's own mean square
+
+
+def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[float]]:
+    """Backward elimination of channels by damage, merging as it goes.
+
+    Parameters
+    ----------
+    moments : ndarray, shape (n + 1, n + 1)
+        Second moments of n channels and a constant, the constant last; it is never removed.
+    energy : ndarray, shape (n, n)
+        What the readers make of the channels, as a share of their output variance.
+
+    Returns
+    -------
+    order : list of int
+        The n - 1 channels that can go, the least missed first.
+    damage : list of float
+        Total damage once that channel and all before it are gone, not decreasing.
+    """
+    count = len(energy)
+    inverse = invert(moments)
+    energy = np.pad(energy, (0, 1)).astype(np.float64)
+    alive = np.ones(count + 1, dtype=bool)
+    alive[-1] = False
+    order: list[int] = []
+    total, damages = 0.0, []
+    for _ in range(count - 1):
+        residual = 1.0 / np.maximum(np.diag(inverse), 1e-300)
+        loss = np.where(alive, np.diag(energy).clip(min=0) * residual, np.inf)
+        gone = int(loss.argmin())
+        total += float(loss[gone])
+        order.append(gone)
+        damages.append(total)
+        alive[gone] = False
+        column = inverse[:, gone].copy()
+        # What rebuilds it: the regression of the removed channel on all that is left.
+        weights = -column / column[gone]
+        weights[gone] = 0.0
+        inverse -= np.outer(column, column) / column[gone]
+        inverse[gone, :] = inverse[:, gone] = 0.0
+        inverse[gone, gone] = 1e-300
+        shared = energy[:, gone].copy()
+        shared[gone] = 0.0
+        energy += np.outer(weights, shared) + np.outer(shared, weights)
+        energy += energy[gone, gone] * np.outer(weights, weights)
+        energy[gone, :] = energy[:, gone] = 0.0
+    return order, damages
+
+
+def invert(moments: np.ndarray) -> np.ndarray:
+    """Inverse of second moments, scaled to unit diagonal and steadied by a small ridge."""
+    diagonal = np.diag(moments).copy()
+    floor = 1e-12 * max(float(np.median(diagonal)), 1e-30)
+    scale = np.sqrt(np.maximum(diagonal, floor))
+    scaled = moments / np.outer(scale, scale)
+    scaled[np.diag_indices_from(scaled)] += RIDGE
+    return np.asarray(np.linalg.inv(scaled) / np.outer(scale, scale))
+
+
+def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Rebuild a channel from a few kept ones: orthogonal matching pursuit on second moments.
+
+    Parameters
+    ----------
+    channel : int
+        The channel to rebuild.
+    kept : ndarray of int
+        Channels that may be used.
+    moments : ndarray, shape (n + 1, n + 1)
+        Second moments of the channels and a constant, the constant last.
+
+    Returns
+    -------
+    ndarray, shape (n + 1,)
+        Least-squares weights, zero but for at most `MAX_REPRESENTATIVES` channels and the constant.
+    """
+    constant = len(moments) - 1
+    mean = moments[:, constant]
+    covariance = moments - np.outer(mean, mean)
+    target = covariance[channel, channel]
+    weights = np.zeros(len(moments))
+    deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
+    usable = kept[deviation[kept] > 1e-6 * max(float(deviation.max()), 1e-30)]
+    chosen: list[int] = []
+    left = covariance[channel].copy()
+    solution = np.zeros(0)
+    residual = target
+    while len(chosen) < MAX_REPRESENTATIVES and len(usable) and residual > 1e-7 * target and target > 0:
+        gain = np.abs(left[usable]) / deviation[usable]
+        gain[np.isin(usable, chosen)] = 0.0
+        best = int(usable[gain.argmax()])
+        if gain.max() <= 1e-6 * deviation[channel]:
+            break
+        chosen.append(best)
+        block = covariance[np.ix_(chosen, chosen)]
+        steady = block + RIDGE * np.diag(np.diag(block))
+        solution = np.linalg.solve(steady, covariance[chosen, channel])
+        left = covariance[channel] - solution @ covariance[chosen]
+        residual = target - 2 * solution @ covariance[chosen, channel] + solution @ block @ solution
+    weights[chosen] = solution
+    weights[constant] = mean[channel] - weights[:constant] @ mean[:constant]
+    return weights
+
+
+def rebuild_all(removed: Sequence[int], kept: Sequence[int], moments: np.ndarray) -> np.ndarray:
+    """Rebuild removed channels from all kept ones and a constant: least squares on second moments.
+
+    Parameters
+    ----------
+    removed, kept : sequence of int
+        Channels.
+    moments : ndarray, shape (n + 1, n + 1)
+        Second moments of the channels and a constant, the constant last.
+
+    Returns
+    -------
+    ndarray, shape (len(removed), len(kept) + 1)
+        Weights of the kept channels and the constant.
+    """
+    basis = [*kept, len(moments) - 1]
+    block = moments[np.ix_(basis, basis)].astype(np.float64)
+    floor = 1e-12 * max(float(np.median(np.diag(block))), 1e-30)
+    block[np.diag_indices_from(block)] += MERGE_RIDGE * np.diag(block) + floor
+    return np.asarray(np.linalg.solve(block, moments[np.ix_(basis, list(removed))]).T)
