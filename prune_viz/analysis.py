@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prune_viz import __version__, coupling, redundancy, responses, surgery
+from prune_viz import __version__, coupling, probes, ranking, redundancy, responses, surgery
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_rows, masks_of
@@ -24,10 +24,11 @@ from prune_viz.devices import pick_device
 from prune_viz.embedding import embed
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, Layer, blank_input, plain_copy, select_layers
-from prune_viz.inputs import InputStatistics, describe_inputs, read_images
+from prune_viz.inputs import InputStatistics, read_statistics
 from prune_viz.masks import Masks, save_masks
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, hash_model, peak_mib, versions
+from prune_viz.ranking import rank_groups
 from prune_viz.redundancy import GroupVerdicts
 from prune_viz.report import write_report
 from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug, write_json
@@ -124,7 +125,7 @@ def analyze(
             f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
         )
     chosen = select_layers(network.layers, layers)
-    statistics, unread = _read_statistics(network.input_shape, mean, std, data, out)
+    statistics, unread = read_statistics(network.input_shape, mean, std, data, out)
     source = {"sha256": hash_model(model), **(source or {})}
     options = {
         "prior": prior,
@@ -172,9 +173,18 @@ def analyze(
         found = LayerFiles(run, records)
         judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
         with stages.timed("probes"):
-            moments = _probe(model, network, judged, found, seed, statistics, progress)
+            twin = _twin(model, network)
+            moments = _probe(twin, network, judged, found, seed, statistics, progress)
         with stages.timed("verdicts"):
             verdicts = _judge(groups, moments, progress)
+        with stages.timed("ranking"):
+            ranked = rank_groups(
+                twin, judged, verdicts, moments, found, network.input_shape, seed, statistics, progress
+            )
+            verdicts = ranked.verdicts
+        provenance["calibration"] = ranking.summary(ranked.calibrated)
+        if judged:
+            notes.append(ranking.describe(ranked.calibrated))
         with stages.timed("embedding"):
             table = _describe_filters(chosen, found, tied, verdicts, seed, progress)
         counts_of_layers = {layer.name: layer.filters for layer in network.layers}
@@ -184,7 +194,7 @@ def analyze(
         modules = dict(model.named_modules())
         decisions = decisions_json(table, groups, verdicts, masks, modules, macs)
         write_json(run.decisions_file, decisions)
-        run.write_moments({number: redundancy.pool(readers) for number, readers in moments.items()})
+        run.write_moments(ranked.moments)
         save_masks(masks, run.masks_file)
         with stages.timed("removal"):
             after = _cost_after(model, masks, network.input_shape, cost, notes)
@@ -207,25 +217,6 @@ def analyze(
     kept = dict(found)
     temporary.cleanup()
     return Analysis(table, masks, kept, summary, None)
-
-
-def _read_statistics(
-    input_shape: tuple[int, ...],
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-    data: str | Path | None,
-    out: str | Path | None,
-) -> tuple[InputStatistics | None, list[str]]:
-    """What is known of the inputs, and a note on example inputs that could not be read."""
-    if data is None:
-        return describe_inputs(input_shape[0], mean, std), []
-    if out is not None and Path(out).resolve().is_relative_to(Path(data).resolve()):
-        raise UserError(
-            f"--data: the run directory {out} lies in {data}, so its pictures would be read; move --out"
-        )
-    images, skipped = read_images(Path(data), input_shape)
-    notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
-    return describe_inputs(input_shape[0], mean, std, images), notes
 
 
 def _now() -> str:
@@ -311,8 +302,14 @@ def _find_stimuli(
     return notes
 
 
+def _twin(model: nn.Module, network: FilterNetwork) -> nn.Module:
+    """A copy of the model to run probes through, its batch norms unfolded."""
+    twin = plain_copy(model).float().to(network.device)
+    return twin.to(memory_format=torch.channels_last) if len(network.input_shape) == 3 else twin
+
+
 def _probe(
-    model: nn.Module,
+    twin: nn.Module,
     network: FilterNetwork,
     groups: Sequence[CouplingGroup],
     found: Mapping[str, LayerTensors],
@@ -323,20 +320,17 @@ def _probe(
     """Run all stimuli and natural noise through the network and sum moments where groups are read."""
     if not groups:
         return {}
-    twin = plain_copy(model).float().to(network.device)
-    if len(network.input_shape) == 3:
-        twin = twin.to(memory_format=torch.channels_last)
     largest = tuple(
         max(layer.canvas[axis] for layer in network.layers) for axis in range(len(network.input_shape) - 1)
     )
-    size = responses.probe_size(twin, network.input_shape, largest)
+    size = probes.probe_size(twin, network.input_shape, largest)
     count = sum(layer.filters for layer in network.layers if layer.name in found)
-    progress.start("probes", count + responses.NOISE_PROBES)
+    progress.start("probes", count + probes.NOISE_PROBES)
 
     def counted() -> Iterator[tuple[Tensor, bool]]:
         images = (torch.from_numpy(found[name].images) for name in found)
-        probes = responses.make_probes(images, network.input_shape[0], size, seed, statistics)
-        for batch, held_out in probes:
+        given = probes.make_probes(images, network.input_shape[0], size, seed, statistics)
+        for batch, held_out in given:
             yield batch, held_out
             progress.advance(len(batch))
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_REPRESENTATIVES = 8
-MERGE_RIDGE = 1e-6  # of a kept channel's own mean square, where all of them rebuild what is removed
+MERGE_RIDGE = 1e-4  # of a kept channel's own mean square, where all of them rebuild what is removed
 RIDGE = 1e-9  # of a channel's own mean square
 
 
-def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[float]]:
+def eliminate(moments: np.ndarray, energy: np.ndarray, ridge: float = RIDGE) -> tuple[list[int], list[float]]:
     """Backward elimination of channels by damage, merging as it goes.
 
     Parameters
@@ -27,6 +27,8 @@ def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[
         Second moments of n channels and a constant, the constant last; it is never removed.
     energy : ndarray, shape (n, n)
         What the readers make of the channels, as a share of their output variance.
+    ridge : float
+        What is added to the moments, as a share of each channel's own mean square.
 
     Returns
     -------
@@ -36,7 +38,7 @@ def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[
         Total damage once that channel and all before it are gone, not decreasing.
     """
     count = len(energy)
-    inverse = invert(moments)
+    inverse = invert(moments, ridge)
     energy = np.pad(energy, (0, 1)).astype(np.float64)
     alive = np.ones(count + 1, dtype=bool)
     alive[-1] = False
@@ -65,13 +67,13 @@ def eliminate(moments: np.ndarray, energy: np.ndarray) -> tuple[list[int], list[
     return order, damages
 
 
-def invert(moments: np.ndarray) -> np.ndarray:
+def invert(moments: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
     """Inverse of second moments, scaled to unit diagonal and steadied by a small ridge."""
     diagonal = np.diag(moments).copy()
     floor = 1e-12 * max(float(np.median(diagonal)), 1e-30)
     scale = np.sqrt(np.maximum(diagonal, floor))
     scaled = moments / np.outer(scale, scale)
-    scaled[np.diag_indices_from(scaled)] += RIDGE
+    scaled[np.diag_indices_from(scaled)] += ridge
     return np.asarray(np.linalg.inv(scaled) / np.outer(scale, scale))
 
 

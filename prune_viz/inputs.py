@@ -229,6 +229,42 @@ def _slope(power: np.ndarray, size: Sequence[int]) -> float | None:
     return float(np.clip(-slope, *EXPONENTS))
 
 
+def read_statistics(
+    input_shape: tuple[int, ...],
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    data: str | Path | None,
+    out: str | Path | None,
+) -> tuple[InputStatistics | None, list[str]]:
+    """What is known of an analysis's inputs, and a note on example inputs that could not be read.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        (C, *size).
+    mean, std : float or sequence of float, optional
+        The normalisation.
+    data : path, optional
+        A folder of example inputs.
+    out : path, optional
+        The run directory, which may not lie in `data`.
+
+    Raises
+    ------
+    UserError
+        If `out` lies in `data`, or what is given does not fit.
+    """
+    if data is None:
+        return describe_inputs(input_shape[0], mean, std), []
+    if out is not None and Path(out).resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(
+            f"--data: the run directory {out} lies in {data}, so its pictures would be read; move --out"
+        )
+    images, skipped = read_images(Path(data), input_shape)
+    notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
+    return describe_inputs(input_shape[0], mean, std, images), notes
+
+
 def read_images(folder: Path, input_shape: Sequence[int], limit: int = 512) -> tuple[Tensor, int]:
     """Read example inputs from a folder and the folders in it.
 

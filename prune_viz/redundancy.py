@@ -9,13 +9,14 @@ the readers less than the tolerance. Damage is a share of the readers' output va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from prune_viz.coupling import CouplingGroup
-from prune_viz.elimination import eliminate, invert, rebuild
-from prune_viz.responses import HELD_OUT, Moments
+from prune_viz.elimination import MERGE_RIDGE, eliminate, invert, rebuild
+from prune_viz.probes import HELD_OUT
+from prune_viz.responses import Moments
 
 TOLERANCE = 1e-3
 MIN_SCORE = 0.95
@@ -161,10 +162,30 @@ def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndar
     return np.asarray(fit), np.asarray(held_out), np.asarray(energy)
 
 
-def pool(moments: Sequence[Moments]) -> np.ndarray:
-    """One matrix of second moments over all probes, fitted and held out, and all readers."""
-    fit, held_out, _ = combine([reader for reader in moments if reader.output_variance > 0] or moments)
-    return (1 - HELD_OUT) * fit + HELD_OUT * held_out
+def rank(verdicts: GroupVerdicts, moments: Sequence[Moments]) -> tuple[GroupVerdicts, np.ndarray]:
+    """Order a judged group's channels by what removing them costs, on probes near the training data.
+
+    Parameters
+    ----------
+    verdicts : GroupVerdicts
+        What was found in the group; its order is replaced.
+    moments : sequence of Moments
+        One a reader.
+
+    Returns
+    -------
+    GroupVerdicts
+        With the new order and its damage.
+    ndarray, shape (channels + 1, channels + 1)
+        Second moments of the channels and a constant, over all probes and readers.
+    """
+    readers = [reader for reader in moments if reader.output_variance > 0]
+    fit, held_out, energy = combine(readers or moments)
+    pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
+    if not verdicts.order or not readers:
+        return verdicts, pooled
+    order, damage = eliminate(pooled, energy, MERGE_RIDGE)
+    return replace(verdicts, order=order, order_damage=damage), pooled
 
 
 def _confirm(

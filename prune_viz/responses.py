@@ -8,7 +8,7 @@ padded positions count as samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz.coupling import CouplingGroup, Places
 from prune_viz.filters import FilterNetwork
-from prune_viz.inputs import InputStatistics
-from prune_viz.priors import make_prior, tile
 
 BATCH = 32
-NOISE_PROBES = 256
 POSITIONS = 64  # of a map that are sampled, a probe
-HELD_OUT = 1 / 4  # share of the probes that no fit sees
 
 
 def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.ndarray:
@@ -89,37 +85,6 @@ class Moments:
     peak: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
-
-
-def natural_noise(
-    shape: Sequence[int], count: int, seed: int, statistics: InputStatistics | None = None
-) -> Tensor:
-    """Random inputs with the spectrum and colours of natural ones; of variance 1 where none are known.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        (C, *size).
-    count : int
-        How many.
-    seed : int
-        Of the generator.
-    statistics : InputStatistics, optional
-        What is known of the model's inputs.
-    """
-    prior = make_prior("natural", shape[0], tuple(shape[1:]), statistics=statistics)
-    generator = torch.Generator().manual_seed(seed)
-    return prior.colour(torch.randn(count, *shape, generator=generator))
-
-
-def probe_size(model: nn.Module, input_shape: Sequence[int], canvas: Sequence[int]) -> tuple[int, ...]:
-    """Spatial size of the probes: the largest canvas if the model runs on it, else its own input size."""
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, input_shape[0], *canvas, device=next(model.parameters()).device))
-        return tuple(canvas)
-    except Exception:  # a flatten, say, ties the network to one size
-        return tuple(input_shape[1:])
 
 
 class _Watch:
@@ -275,47 +240,3 @@ def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:
     """
     readers = [modules[places.module] for places in group.readers]
     return 0.0 if any(isinstance(m, _ConvTransposeNd) and max(m.stride) > 1 for m in readers) else 1.0
-
-
-def make_probes(
-    layers: Iterable[Tensor],
-    input_channels: int,
-    size: Sequence[int],
-    seed: int,
-    statistics: InputStatistics | None = None,
-) -> Iterator[tuple[Tensor, bool]]:
-    """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
-
-    Parameters
-    ----------
-    layers : iterable of Tensor, each shape (F, C, *canvas)
-        Stimuli, a layer at a time.
-    input_channels : int
-        C.
-    size : sequence of int
-        Spatial size of the probes.
-    seed : int
-        Seed of the noise.
-    statistics : InputStatistics, optional
-        What is known of the model's inputs, for the noise.
-
-    Yields
-    ------
-    batch : Tensor, shape (B, C, *size)
-    held_out : bool
-        Every fourth probe is held out.
-    """
-    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed, statistics)
-    yield from _split(noise, size)
-    for images in layers:
-        yield from _split(images.float(), size)
-
-
-def _split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
-    for start in range(0, len(images), 4 * BATCH):
-        chunk = images[start : start + 4 * BATCH]
-        places = torch.arange(len(chunk)) % 4
-        for held_out in (False, True):
-            chosen = chunk[(places == 3) == held_out]
-            for begin in range(0, len(chosen), BATCH):
-                yield tile(chosen[begin : begin + BATCH], size), held_out

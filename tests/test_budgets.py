@@ -15,7 +15,7 @@ from prune_viz.analysis import analyze
 from prune_viz.budgets import macs_left, read_rankings, removed_filters, write_masks
 from prune_viz.errors import UserError
 from prune_viz.masks import load_masks
-from prune_viz.responses import natural_noise
+from prune_viz.probes import natural_noise
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import count_cost, remove_filters
 

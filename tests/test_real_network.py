@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import prune_viz as pv
+from prune_viz.budgets import masks_for_counts, read_rankings
 from prune_viz.filters import FilterNetwork
 from prune_viz.priors import make_prior
 from prune_viz.runs import RunDirectory
@@ -90,6 +92,39 @@ def test_what_is_flagged_costs_next_to_nothing_on_photographs(run: RunDirectory,
     assert float(divergence.max()) < 1e-3
     assert torch.equal(before.argmax(dim=1), after.argmax(dim=1))
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def _divergence(model: torch.nn.Module, smaller: torch.nn.Module, photographs: torch.Tensor) -> float:
+    with torch.no_grad():
+        before, after = model(photographs).log_softmax(1), smaller(photographs).log_softmax(1)
+    return float(F.kl_div(after, before, log_target=True, reduction="batchmean"))
+
+
+def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
+    run: RunDirectory, weights: Path
+) -> None:
+    model = pv.load_model(weights, arch=ARCH, arch_kwargs=KWARGS)
+    decisions, photographs = run.read_decisions(), _photographs(24)
+    rankings = [
+        ranking for ranking in read_rankings(decisions) if "_expand_conv" in next(iter(ranking.filters))
+    ]
+    assert len(rankings) == 3  # blocks 1, 8 and 9
+    counts = {ranking.number: ranking.count(0.3) for ranking in rankings}
+    given = run.read_moments(), decisions["filters"], decisions["model_sha256"]
+    masks = masks_for_counts(rankings, counts, *given)
+    smallest = []
+    for ranking in rankings:
+        sizes = model.get_submodule(next(iter(ranking.filters))).weight.abs().flatten(1).sum(dim=1)
+        smallest.append(replace(ranking, order=sizes.argsort()[:-1].tolist()))
+    by_weight = masks_for_counts(smallest, counts, *given)
+    assert by_weight.removed == masks.removed > 0
+    ours = pv.remove_filters(model, masks, photographs[:1], compensate="merge")
+    raw = pv.remove_filters(model, by_weight, photographs[:1])
+    assert _divergence(model, ours, photographs) < 0.1 * _divergence(model, raw, photographs)
+    # Batch norms were fed nearly as in training.
+    calibration = run.read_provenance()["calibration"]
+    assert calibration["distance"] < 0.25 * calibration["before"]
+    assert calibration["distance"] < 0.15
 
 
 def test_default_stimuli_are_near_the_best_that_plain_long_ascents_reach(weights: Path) -> None:

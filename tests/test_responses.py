@@ -11,8 +11,9 @@ from prune_viz import responses
 from prune_viz.coupling import find_groups, group_of_layer
 from prune_viz.filters import FilterNetwork
 from prune_viz.priors import tile
+from prune_viz.probes import NOISE_PROBES, make_probes, natural_noise, probe_size
 from prune_viz.redundancy import judge
-from prune_viz.responses import gather_moments, make_probes, natural_noise, probe_size, response_matrix
+from prune_viz.responses import gather_moments, response_matrix
 
 
 def test_response_matrix_holds_the_norms_of_feature_maps() -> None:
@@ -146,10 +147,10 @@ def test_tiles_repeat_the_stimulus() -> None:
 def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> None:
     layers = [torch.randn(10, 3, 4, 4), torch.randn(7, 3, 8, 8)]
     batches = list(make_probes(layers, 3, (8, 8), seed=0))
-    assert sum(len(batch) for batch, _ in batches) == responses.NOISE_PROBES + 17
+    assert sum(len(batch) for batch, _ in batches) == NOISE_PROBES + 17
     assert all(batch.shape[1:] == (3, 8, 8) for batch, _ in batches)
     held_out = sum(len(batch) for batch, flag in batches if flag)
-    assert held_out == responses.NOISE_PROBES // 4 + 2 + 1
+    assert held_out == NOISE_PROBES // 4 + 2 + 1
     assert torch.equal(natural_noise((3, 8, 8), 4, 0), natural_noise((3, 8, 8), 4, 0))
 
 

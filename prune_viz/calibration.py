@@ -1,0 +1,252 @@
+"""Calibrated probes: inputs moved until every batch norm sees the mean and variance it saw in training.
+
+Noise and stimuli alone drive a network where its training never led it, and what is fitted on them does
+not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
+near the training data as far as the network can tell (Yin et al. 2020, DeepInversion). The statistics are
+those of all the probes together, which no batch could match: each batch is moved given what the others
+last gave. Steps are taken in the white coordinates of the natural prior, so that broad patterns move as
+easily as fine ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prune_viz.ascent import roll, unit
+from prune_viz.inputs import InputStatistics
+from prune_viz.priors import make_prior
+from prune_viz.progress import Progress
+
+PROBES = 192
+PASSES = 60  # over all probes, at most
+BATCH = 32
+RATE = 0.1  # of the first steps, in deviations of a white coordinate
+JITTER = 1 / 16  # of the size, each way
+CONTRAST = 0.4  # of the probes at the start, in deviations of a natural input
+VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
+ENLARGED = 1.25
+_PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
+_FALL = 0.01
+_FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Probes that feed the batch norms as training did, and how nearly.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, *size)
+        The probes, in the model's own input units, on the CPU.
+    before, distance : float
+        How far the batch norms' inputs were and are from their running statistics, over all channels and
+        layers: mean squared error of the mean plus that of the deviation, in running deviations.
+    passes : int
+        How often each probe was moved.
+    """
+
+    images: Tensor
+    before: float
+    distance: float
+    passes: int
+
+
+def calibrate(
+    model: nn.Module,
+    starts: Tensor,
+    *,
+    seed: int = 0,
+    statistics: InputStatistics | None = None,
+    passes: int = PASSES,
+    progress: Progress | None = None,
+) -> Calibrated | None:
+    """Move inputs until the batch norms of a network see their running statistics.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, not folded; left unchanged.
+    starts : Tensor, shape (N, C, *size)
+        Where the probes start; each is brought to `CONTRAST`.
+    seed : int
+        Seed of the jitter.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+    passes : int
+        How often each probe is moved, at most.
+    progress : Progress, optional
+        Advanced by every probe that is moved, and at the end by those that need not be.
+
+    Returns
+    -------
+    Calibrated or None
+        None where the network has no batch norm with running statistics, lets no gradient through or
+        meets values that are not finite.
+    """
+    progress = progress or Progress()
+    device = next(model.parameters()).device
+    canvas = tuple(starts.shape[2:])
+    prior = make_prior("natural", starts.shape[1], canvas, device, statistics)
+    white = unit(prior.whiten(starts.float().to(device)).flatten(1)) * math.sqrt(starts[0].numel())
+    parts = torch.split(white.view_as(starts), BATCH)
+    chunks = [part.clone().requires_grad_() for part in parts]
+    shares = [len(chunk) / len(starts) for chunk in chunks]
+    steppers = [torch.optim.Adam([chunk], lr=RATE, betas=(0.9, 0.99)) for chunk in chunks]
+    random = torch.Generator().manual_seed(seed)
+    photographs = _are_photographs(starts)
+
+    def images(chunk: Tensor) -> Tensor:
+        return CONTRAST * prior.colour(chunk)
+
+    with _Fed(model) as fed:
+        with torch.no_grad():
+            known = [fed.moments(images(chunk)) for chunk in chunks]
+        if not known[0]:
+            return None
+        distances = [_distance(_mean(known, shares))]
+        for number in range(passes):
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
+            for index, (chunk, stepper) in enumerate(zip(chunks, steppers, strict=True)):
+                moved = _shift(images(chunk), random, JITTER, photographs)
+                own = fed.moments(moved)
+                pooled = _mean([*known[:index], own, *known[index + 1 :]], shares)
+                if not own[0].requires_grad:  # a forward pass that lets no gradient through
+                    return None
+                (chunk.grad,) = torch.autograd.grad(_loss(pooled), chunk)
+                known[index] = [moment.detach() for moment in own]
+                stepper.param_groups[0]["lr"] = rate
+                stepper.step()
+                progress.advance(len(chunk))
+            distances.append(_distance(_mean(known, shares)))
+            if not math.isfinite(distances[-1]):
+                return None
+            if _settled(distances):
+                progress.advance(len(starts) * (passes - number - 1))
+                break
+    found = torch.cat([images(chunk).detach().cpu() for chunk in chunks])
+    return Calibrated(found, distances[0], distances[-1], len(distances) - 1)
+
+
+class _Fed:
+    """What the batch norms of a network are fed while inputs run through it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for module in self._model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                self._handles.append(module.register_forward_pre_hook(self._note))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, module: Any, arguments: tuple[Tensor, ...]) -> None:
+        variance = module.running_var
+        deviation = (variance.clamp_min(_FLOOR * float(variance.mean())) + module.eps).sqrt()
+        shape = [1, -1] + [1] * (arguments[0].ndim - 2)
+        normal = (arguments[0] - module.running_mean.view(shape)) / deviation.view(shape)
+        axes = [axis for axis in range(normal.ndim) if axis != 1]
+        self._seen.append(torch.stack([normal.mean(dim=axes), normal.square().mean(dim=axes)]))
+
+    def moments(self, images: Tensor) -> list[Tensor]:
+        """Mean and mean square, shape (2, channels), of what each batch norm is fed, in its own units."""
+        self._seen = []
+        self._model(as_batch(images))
+        return self._seen
+
+
+def _mean(known: Sequence[Sequence[Tensor]], shares: Sequence[float]) -> list[Tensor]:
+    """Each batch norm's moments over all probes, from those of the batches."""
+    return [
+        torch.stack([share * moment for share, moment in zip(shares, moments, strict=True)]).sum(dim=0)
+        for moments in zip(*known, strict=True)
+    ]
+
+
+def _loss(pooled: Sequence[Tensor]) -> Tensor:
+    """Squared errors of means and deviations, a mean over each layer's channels and over layers."""
+    errors = []
+    for mean, square in pooled:
+        deviation = (square - mean.square()).clamp_min(1e-6).sqrt()
+        errors.append((mean.square() + (deviation - 1).square()).mean())
+    return torch.stack(errors).mean()
+
+
+def _distance(pooled: Sequence[Tensor]) -> float:
+    return float(_loss(pooled))
+
+
+def _settled(distances: Sequence[float]) -> bool:
+    """Whether the distance has stopped falling."""
+    if len(distances) <= _PATIENCE:
+        return False
+    return min(distances[-_PATIENCE:]) > (1 - _FALL) * min(distances[:-_PATIENCE])
+
+
+def _are_photographs(images: Tensor) -> bool:
+    """Whether inputs are taken to be photographs, of which mirrored and enlarged ones are natural too."""
+    return images.ndim == 4 and images.shape[1] == 3
+
+
+def _shift(images: Tensor, random: torch.Generator, reach: float, mirror: bool) -> Tensor:
+    """Shift each image around its canvas by up to a share of it, and mirror half of them if asked to."""
+    size = images.shape[2:]
+    reaches = torch.tensor([max(1, int(extent * reach)) for extent in size])
+    chance = 2 * torch.rand((len(images), len(size)), generator=random) - 1
+    shifts = (chance * (reaches + 0.5)).round().long().clamp(-reaches, reaches)
+    moved = roll(images, shifts.to(images.device))
+    if mirror:
+        mirrored = torch.rand(len(images), generator=random) < 0.5
+        moved = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), moved.flip(-1), moved)
+    return moved
+
+
+def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
+    """Give `VARIANTS` copies of probes, each shifted at random; of photographs, mirrored and enlarged too.
+
+    Calibration shifts and mirrors as it goes, so that these feed the batch norms as well as the probes
+    themselves, and a deep layer, which sees few positions of each, gets samples enough for a regression.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, C, *size)
+        Probes.
+    enlarge : bool
+        Whether the network takes inputs `ENLARGED` times as large.
+    seed : int
+        Seed of the shifts.
+
+    Yields
+    ------
+    Tensor, shape (N, C, *size), or larger for some copies of photographs
+    """
+    random = torch.Generator().manual_seed(seed)
+    photographs = _are_photographs(images)
+    for number in range(VARIANTS):
+        moved = _shift(images, random, 1 / 2, photographs)
+        if enlarge and photographs and number % 2:
+            moved = F.interpolate(moved, size=enlarged(images.shape[2:]), mode="bicubic", antialias=True)
+        yield moved
+
+
+def enlarged(size: Sequence[int]) -> list[int]:
+    """The size of enlarged probes."""
+    return [round(ENLARGED * extent) for extent in size]
+
+
+def as_batch(images: Tensor) -> Tensor:
+    """Images laid out in memory as convolutions like them."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()

@@ -1,0 +1,141 @@
+"""The inputs on which filters are compared: natural noise, stimuli, and where calibrated probes start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_viz.inputs import InputStatistics
+from prune_viz.priors import make_prior, tile
+from prune_viz.responses import BATCH
+from prune_viz.runs import LayerTensors
+
+NOISE_PROBES = 256
+HELD_OUT = 1 / 4  # share of the probes that no fit sees
+
+
+def natural_noise(
+    shape: Sequence[int], count: int, seed: int, statistics: InputStatistics | None = None
+) -> Tensor:
+    """Random inputs with the spectrum and colours of natural ones; of variance 1 where none are known.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        (C, *size).
+    count : int
+        How many.
+    seed : int
+        Of the generator.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+    """
+    prior = make_prior("natural", shape[0], tuple(shape[1:]), statistics=statistics)
+    generator = torch.Generator().manual_seed(seed)
+    return prior.colour(torch.randn(count, *shape, generator=generator))
+
+
+def probe_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
+    """Spatial size of probes: what is wished for if the model runs on it, else its own input size."""
+    return tuple(wished) if runs_on(model, input_shape[0], wished) else tuple(input_shape[1:])
+
+
+def runs_on(model: nn.Module, channels: int, size: Sequence[int]) -> bool:
+    """Whether a network takes inputs of a size; a flatten, say, ties it to one."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
+    except Exception:  # whatever a stranger's forward pass raises
+        return False
+    return True
+
+
+def make_probes(
+    layers: Iterable[Tensor],
+    input_channels: int,
+    size: Sequence[int],
+    seed: int,
+    statistics: InputStatistics | None = None,
+) -> Iterator[tuple[Tensor, bool]]:
+    """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
+
+    Parameters
+    ----------
+    layers : iterable of Tensor, each shape (F, C, *canvas)
+        Stimuli, a layer at a time.
+    input_channels : int
+        C.
+    size : sequence of int
+        Spatial size of the probes.
+    seed : int
+        Seed of the noise.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs, for the noise.
+
+    Yields
+    ------
+    batch : Tensor, shape (B, C, *size)
+    held_out : bool
+        Every fourth probe is held out.
+    """
+    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed, statistics)
+    yield from split(noise, size)
+    for images in layers:
+        yield from split(images.float(), size)
+
+
+def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
+    """Give images batch by batch, filling `size`, every fourth held out, as `make_probes` does."""
+    for start in range(0, len(images), 4 * BATCH):
+        chunk = images[start : start + 4 * BATCH]
+        places = torch.arange(len(chunk)) % 4
+        for held_out in (False, True):
+            chosen = chunk[(places == 3) == held_out]
+            for begin in range(0, len(chosen), BATCH):
+                yield tile(chosen[begin : begin + BATCH], size), held_out
+
+
+def calibration_starts(
+    layers: Mapping[str, LayerTensors],
+    input_channels: int,
+    size: Sequence[int],
+    count: int,
+    seed: int,
+    statistics: InputStatistics | None = None,
+) -> Tensor:
+    """Where calibrated probes start: natural noise, and as many stimuli of the deeper half of the layers.
+
+    Parameters
+    ----------
+    layers : mapping of str to LayerTensors
+        The layers' stimuli, in order of depth.
+    input_channels : int
+        C.
+    size : sequence of int
+        Spatial size of the probes.
+    count : int
+        How many probes.
+    seed : int
+        Seed of the noise.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+
+    Returns
+    -------
+    Tensor, shape (count, C, *size)
+    """
+    deep = list(layers)[len(layers) // 2 :]
+    quotas = np.diff(np.linspace(0, count // 2, len(deep) + 1).astype(int))
+    chosen = []
+    for name, quota in zip(deep, quotas, strict=True):
+        if quota:
+            tensors = layers[name]
+            live = np.flatnonzero(tensors.activations > 0)
+            rows = live[np.unique(np.linspace(0, len(live) - 1, quota).astype(int))] if len(live) else live
+            chosen.append(tile(torch.from_numpy(tensors.images[rows]).float(), size))
+    stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
+    noise = natural_noise((input_channels, *size), count - len(stimuli), seed, statistics)
+    return torch.cat([noise, stimuli])
