@@ -18,8 +18,8 @@ import torch
 
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
-from prune_viz.masks import Masks, Merge, merges_beside, read_merges, save_masks, save_merges
-from prune_viz.runs import RunDirectory
+from prune_viz.masks import Masks, Merge, read_merges, save_masks, save_merges
+from prune_viz.runs import RunDirectory, merges_beside
 
 _SHARES = 1000  # how finely an even share is searched for
 

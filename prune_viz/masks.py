@@ -19,7 +19,7 @@ from prune_viz import tracing
 from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
 from prune_viz.errors import UserError
 from prune_viz.filters import bake_parametrizations, plain_copy
-from prune_viz.runs import FORMAT, write_json, written_aside
+from prune_viz.runs import FORMAT, merges_beside, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,6 @@ def load_masks(path: str | Path) -> Masks:
             merges, sha256 = read_merges(beside)
             return Masks(loaded, merges, sha256)
     return Masks(loaded)
-
-
-def merges_beside(path: Path) -> Path:
-    """Where the merges of masks stand that were made for a budget."""
-    return path.with_suffix(".merges.json")
 
 
 def save_merges(masks: Masks, path: Path) -> None:

@@ -64,7 +64,7 @@ def write_removed(
     checkpoint : Checkpoint
         The model, left unchanged.
     masks_file : Path
-        A run's ``masks.pt``; the merges are read from the ``decisions.json`` beside it.
+        A run's ``masks.pt``, or one made for a budget; the merges are read from beside it.
     input_shape : sequence of int
         Shape of one input, (C, *spatial).
     out : Path

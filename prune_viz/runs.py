@@ -137,6 +137,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def merges_beside(masks_file: Path) -> Path:
+    """Where the merges of masks stand that were made for a budget."""
+    return masks_file.with_suffix(".merges.json")
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
@@ -219,7 +224,8 @@ class RunDirectory:
             shutil.rmtree(self.path / "layers", ignore_errors=True)
         # While a run is under way, no verdicts of an earlier one stand beside its provenance.
         shutil.rmtree(self.path / "report", ignore_errors=True)
-        for file in (self.masks_file, self.decisions_file, self.filters_file, self.moments_file):
+        merges = merges_beside(self.masks_file)
+        for file in (self.masks_file, merges, self.decisions_file, self.filters_file, self.moments_file):
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(exist_ok=True)
 

@@ -205,7 +205,7 @@ def rebuild_smaller(
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
-    """Count the multiply-accumulates of each module that does any of its own, for one input.
+    """Count the multiply-accumulates that each module does itself, not its children, for one input.
 
     Parameters
     ----------
@@ -214,17 +214,27 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     input_shape : sequence of int
         Channels first, without the batch axis.
     """
-    leaves = {name for name, module in model.named_modules() if name and not list(module.children())}
     training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(blank_input(model, input_shape))
     model.train(training)
-    prefix = f"{type(model).__name__}."
-    counted = {
-        name.removeprefix(prefix): sum(flops.values()) for name, flops in counter.get_flop_counts().items()
-    }
-    return {name: flops // 2 for name, flops in counted.items() if name in leaves}
+    counted = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    root = type(model).__name__  # what the counter calls the model itself
+    own: dict[str, int] = {}
+
+    def total(name: str, module: nn.Module) -> int:
+        inner = sum(
+            total(f"{name}.{child}" if name else child, part) for child, part in module.named_children()
+        )
+        found: int | None = counted.get(f"{root}.{name}" if name else root)
+        if found is None:  # never called itself, as a list of modules is not
+            return inner
+        own[name] = found - inner
+        return found
+
+    total("", model)
+    return {name: macs for name, macs in own.items() if macs > 0}
 
 
 def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import prune_viz as pv
-from prune_viz.budgets import masks_for_counts, read_rankings
+from prune_viz.budgets import macs_left, masks_for_counts, read_rankings
 from prune_viz.filters import FilterNetwork
 from prune_viz.priors import make_prior
 from prune_viz.runs import RunDirectory
 from prune_viz.stimuli import ascend
+from prune_viz.surgery import count_cost
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +122,8 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     ours = pv.remove_filters(model, masks, photographs[:1], compensate="merge")
     raw = pv.remove_filters(model, by_weight, photographs[:1])
     assert _divergence(model, ours, photographs) < 0.1 * _divergence(model, raw, photographs)
+    predicted = macs_left(rankings, counts, decisions["macs"])
+    assert predicted == pytest.approx(count_cost(ours, (3, 224, 224))[1], rel=1e-6)
     # Batch norms were fed nearly as in training.
     calibration = run.read_provenance()["calibration"]
     assert calibration["distance"] < 0.25 * calibration["before"]

@@ -12,7 +12,7 @@ from torch import nn
 from prune_viz.coupling import find_groups
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, apply_masks, reconcile_masks
-from prune_viz.surgery import count_cost, merge_filters, rebuild_smaller, remove_filters
+from prune_viz.surgery import count_cost, count_macs, merge_filters, rebuild_smaller, remove_filters
 
 
 def _random_masks(model: nn.Module, share: float = 0.3, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -196,3 +196,30 @@ def test_bad_options_are_refused() -> None:
         remove_filters(Plain(), {}, torch.zeros(1, 3, 16, 16), compensate="magic")
     with pytest.raises(UserError, match="another model"):
         remove_filters(Plain(), {"nope": torch.ones(3, dtype=torch.bool)}, torch.zeros(1, 3, 16, 16))
+
+
+def test_each_modules_own_cost_is_counted() -> None:
+    class Padded(nn.Conv2d):
+        """A convolution that holds the module which pads its input."""
+
+        def __init__(self) -> None:
+            super().__init__(3, 4, 3)
+            self.pad = nn.ZeroPad2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.pad(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.ModuleList([Padded(), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1))])
+            self.mix = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.body:
+                x = part(x)
+            return x.mean(dim=(2, 3)) @ self.mix
+
+    costs = count_macs(Net(), (3, 8, 8))
+    assert costs == {"": 4, "body.0": 3 * 4 * 9 * 64, "body.1.1": 4 * 2 * 64}
+    assert sum(costs.values()) == count_cost(Net(), (3, 8, 8))[1]

@@ -265,6 +265,10 @@ def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[st
             ],
         ),
         (
+            "On the command line: masks for another budget, a share of the multiply-accumulates say",
+            [f"prune-viz masks {shlex.quote(str(run))} --macs 0.3 --out masks.pt"],
+        ),
+        (
             "In Python: hold the flagged filters at zero while you fine-tune",
             [
                 "import prune_viz as pv",
