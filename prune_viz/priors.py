@@ -166,7 +166,7 @@ def make_prior(
 
     In the last two cases three channels are taken to be red, green and blue, correlated as in
     photographs, whatever the number of axes; channels of any other number, a single grey one among
-    them, are independent. The spectrum is the measured one or ``1/f``.
+    them, are independent. The spectrum is the measured one or ``1/f^0.8``.
 
     A natural input's standard deviation is the root of its mean variance over the channels. In these
     units the radius of ``none`` is that of noise of standard deviation 1 a pixel. That of ``natural``
