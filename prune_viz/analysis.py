@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,25 +14,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prune_viz import __version__, coupling, probes, ranking, redundancy, responses, surgery
+from prune_viz import __version__, coupling, ranking, redundancy, responses, surgery
+from prune_viz.calibration import Calibrated, load_probes, save_probes
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
-from prune_viz.decisions import decisions_json, filter_rows, masks_of
+from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.devices import pick_device
-from prune_viz.embedding import embed
 from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, Layer, blank_input, plain_copy, select_layers
-from prune_viz.inputs import InputStatistics, read_statistics
+from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
+from prune_viz.inputs import InputStatistics, read_inputs
 from prune_viz.masks import Masks, save_masks
+from prune_viz.network_map import embed_network
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, hash_model, peak_mib, versions
-from prune_viz.ranking import rank_groups
-from prune_viz.redundancy import GroupVerdicts
+from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups
 from prune_viz.report import write_report
 from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug, write_json
 from prune_viz.stimuli import STEPS, as_stored, ascend, check_options
+from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def analyze(
         See `prune_viz.stimuli.maximize`.
     data : path, optional
         A folder of example inputs, read by `prune_viz.inputs.read_images`; what is natural is measured on
-        them, and so are mean and std unless given.
+        them, and so are mean and std unless given, and filters are compared on them too.
     fresh : bool
         Start over, whatever the run directory holds.
     progress : Progress, optional
@@ -125,7 +126,7 @@ def analyze(
             f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
         )
     chosen = select_layers(network.layers, layers)
-    statistics, unread = read_statistics(network.input_shape, mean, std, data, out)
+    statistics, examples, unread = read_inputs(network.input_shape, mean, std, data, out)
     source = {"sha256": hash_model(model), **(source or {})}
     options = {
         "prior": prior,
@@ -173,20 +174,25 @@ def analyze(
         found = LayerFiles(run, records)
         judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
         with stages.timed("probes"):
-            twin = _twin(model, network)
-            moments = _probe(twin, network, judged, found, seed, statistics, progress)
+            twin = probing_copy(model, network)
+            moments = probe_groups(twin, network, judged, found, examples, seed, statistics, progress)
         with stages.timed("verdicts"):
-            verdicts = _judge(groups, moments, progress)
-        with stages.timed("ranking"):
-            ranked = rank_groups(
-                twin, judged, verdicts, moments, found, network.input_shape, seed, statistics, progress
-            )
-            verdicts = ranked.verdicts
-        provenance["calibration"] = ranking.summary(ranked.calibrated)
+            verdicts = judge_groups(groups, moments, progress)
+        calibrated = None
         if judged:
-            notes.append(ranking.describe(ranked.calibrated))
+            with stages.timed("calibration"):
+                calibrated = _calibrate(twin, network, run, found, seed, statistics, progress, key)
+            notes.append(ranking.describe(calibrated, 0 if examples is None else len(examples)))
+        with stages.timed("ranking"):
+            near = None if calibrated is None else calibrated.images
+            measured = measure_groups(twin, judged, moments, near, examples, seed, progress)
+            ranked = rank_groups(verdicts, measured)
+            verdicts = ranked.verdicts
+        provenance["calibration"] = ranking.summary(calibrated)
+        provenance["damage_unit"] = "readers" if measured.ablations is None else "nats"
         with stages.timed("embedding"):
-            table = _describe_filters(chosen, found, tied, verdicts, seed, progress)
+            embeddings, places = embed_network(network, chosen, found, seed, progress)
+        table = filter_table(chosen, found, embeddings, places, tied, verdicts)
         counts_of_layers = {layer.name: layer.filters for layer in network.layers}
         masks = masks_of(table, groups, verdicts, counts_of_layers, str(source["sha256"]))
         run.write_filters(table)
@@ -302,78 +308,24 @@ def _find_stimuli(
     return notes
 
 
-def _twin(model: nn.Module, network: FilterNetwork) -> nn.Module:
-    """A copy of the model to run probes through, its batch norms unfolded."""
-    twin = plain_copy(model).float().to(network.device)
-    return twin.to(memory_format=torch.channels_last) if len(network.input_shape) == 3 else twin
-
-
-def _probe(
+def _calibrate(
     twin: nn.Module,
     network: FilterNetwork,
-    groups: Sequence[CouplingGroup],
-    found: Mapping[str, LayerTensors],
+    run: RunDirectory,
+    found: LayerFiles,
     seed: int,
     statistics: InputStatistics | None,
     progress: Progress,
-) -> dict[int, list[responses.Moments]]:
-    """Run all stimuli and natural noise through the network and sum moments where groups are read."""
-    if not groups:
-        return {}
-    largest = tuple(
-        max(layer.canvas[axis] for layer in network.layers) for axis in range(len(network.input_shape) - 1)
-    )
-    size = probes.probe_size(twin, network.input_shape, largest)
-    count = sum(layer.filters for layer in network.layers if layer.name in found)
-    progress.start("probes", count + probes.NOISE_PROBES)
-
-    def counted() -> Iterator[tuple[Tensor, bool]]:
-        images = (torch.from_numpy(found[name].images) for name in found)
-        given = probes.make_probes(images, network.input_shape[0], size, seed, statistics)
-        for batch, held_out in given:
-            yield batch, held_out
-            progress.advance(len(batch))
-
-    moments = responses.gather_moments(twin, groups, counted())
-    progress.finish()
-    return moments
-
-
-def _judge(
-    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[responses.Moments]], progress: Progress
-) -> dict[int, GroupVerdicts]:
-    """Verdicts of every group, by its number; one that was not probed is kept."""
-    progress.start("verdicts", len(groups))
-    verdicts = {}
-    for group in groups:
-        if group.number in moments:
-            verdicts[group.number] = redundancy.judge(group, moments[group.number])
-        else:
-            verdicts[group.number] = redundancy.judge_unjudged(group)
-        progress.advance()
-    progress.finish()
-    return verdicts
-
-
-def _describe_filters(
-    layers: Sequence[Layer],
-    found: Mapping[str, LayerTensors],
-    tied: Mapping[str, CouplingGroup],
-    verdicts: Mapping[int, GroupVerdicts],
-    seed: int,
-    progress: Progress,
-) -> pd.DataFrame:
-    """Embed and cluster every layer, and give the rows of `filters.csv`."""
-    progress.start("embedding", len(layers))
-    tables = []
-    for layer in layers:
-        progress.note(layer.name)
-        tensors = found[layer.name]
-        embedding = embed(tensors.images, tensors.responses, seed)
-        tables.append(filter_rows(layer, tensors, embedding, tied.get(layer.name), verdicts, set(found)))
-        progress.advance()
-    progress.finish()
-    return pd.concat(tables, ignore_index=True)
+    key: str,
+) -> Calibrated | None:
+    """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
+    key = hashlib.sha256(json.dumps([key, list(found)]).encode()).hexdigest()
+    calibrated = load_probes(run.probes_file, key)
+    if calibrated is None:
+        calibrated = calibrated_probes(twin, found, network.input_shape, seed, statistics, progress)
+        if calibrated is not None:
+            save_probes(calibrated, run.probes_file, key)
+    return calibrated
 
 
 def _cost_after(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -24,9 +25,10 @@ from prune_viz.ascent import roll, unit
 from prune_viz.inputs import InputStatistics
 from prune_viz.priors import make_prior
 from prune_viz.progress import Progress
+from prune_viz.runs import written_aside
 
-PROBES = 192
-PASSES = 60  # over all probes, at most
+PROBES = 96
+PASSES = 76  # over all probes, at most
 BATCH = 32
 RATE = 0.1  # of the first steps, in deviations of a white coordinate
 JITTER = 1 / 16  # of the size, each way
@@ -250,3 +252,27 @@ def enlarged(size: Sequence[int]) -> list[int]:
 def as_batch(images: Tensor) -> Tensor:
     """Images laid out in memory as convolutions like them."""
     return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()
+
+
+def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
+    """Write calibrated probes, and a digest of what they depend on."""
+    from safetensors.torch import save_file
+
+    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes")}
+    with written_aside(path) as aside:
+        save_file({"images": calibrated.images.contiguous()}, aside, {"key": key, **numbers})
+
+
+def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
+    """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            if key not in (None, told.get("key")):
+                return None
+            numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
+            return Calibrated(file.get_tensor("images"), *numbers)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None

@@ -21,6 +21,7 @@ def filter_rows(
     layer: Layer,
     tensors: LayerTensors,
     embedding: Embedding,
+    places: np.ndarray,
     group: CouplingGroup | None,
     verdicts: Mapping[int, GroupVerdicts],
     judged: set[str],
@@ -35,6 +36,8 @@ def filter_rows(
         Its stimuli and responses.
     embedding : Embedding
         Its map and clusters.
+    places : ndarray, shape (F, 2)
+        Its filters on the map of the network.
     group : CouplingGroup or None
         The group that ties its filters; None if groups could not be found.
     verdicts : mapping of int to GroupVerdicts
@@ -43,10 +46,10 @@ def filter_rows(
         Names of the layers that this run looked at.
     """
     rows = []
-    places = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None
+    written = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None
     channel_of: dict[int, int] = {}
-    if places is not None:
-        channel_of = dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
+    if written is not None:
+        channel_of = dict(zip(written.indices.tolist(), written.channels.tolist(), strict=True))
     filter_at = {channel: index for index, channel in channel_of.items()}
     for index in range(layer.filters):
         activation = float(tensors.activations[index])
@@ -64,14 +67,36 @@ def filter_rows(
             found = verdicts[group.number].channels[channel_of[index]]
             verdict, score, damage = found.verdict, found.score, found.damage
             representatives = [filter_at[channel] for channel in found.representatives]
-            reason = explain(found, representatives, group, layer.name, activation, judged)
+            unit = verdicts[group.number].unit
+            reason = explain(found, representatives, group, layer.name, activation, judged, unit)
         rows.append(
             (
                 layer.name, index, verdict, ";".join(map(str, representatives)), score,
                 int(embedding.clusters[index]), *embedding.positions[index], activation, damage, reason,
+                *places[index],
             )
         )  # fmt: skip
     return pd.DataFrame(rows, columns=FILTER_COLUMNS)
+
+
+def filter_table(
+    layers: Sequence[Layer],
+    found: Mapping[str, LayerTensors],
+    embeddings: Mapping[str, Embedding],
+    places: Mapping[str, np.ndarray],
+    tied: Mapping[str, CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+) -> pd.DataFrame:
+    """The whole of `filters.csv`: `filter_rows` of every layer, each layer's share looked up by its name."""
+    judged = set(found)
+    tables = [
+        filter_rows(
+            layer, found[layer.name], embeddings[layer.name], places[layer.name], tied.get(layer.name),
+            verdicts, judged,
+        )
+        for layer in layers
+    ]  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
 
 
 def explain(
@@ -81,11 +106,12 @@ def explain(
     layer: str,
     activation: float,
     judged: set[str],
+    unit: str,
 ) -> str:
     """Say in a sentence why a filter has its verdict."""
     tied = [name for name in group.layers if name != layer]
     channel = "It" if not tied else "The channel that ties it to " + " and ".join(tied)
-    cost = f"{_percent(verdict.damage)} of the output of the layers that read it"
+    cost = _cost(verdict.damage, unit)
     if verdict.kind == "silent":
         if activation > 0:
             return f"Silent: {channel} never fires where it is read, on its own stimulus or any other probe."
@@ -95,14 +121,14 @@ def explain(
     if verdict.kind == "constant":
         return (
             f"Constant: it gives the same whatever it is shown, so {verdict.constant:.3g} in the bias of "
-            f"what reads it takes its place; removing it costs {cost}."
+            f"what reads it takes its place; removing it {cost}."
         )
     if verdict.verdict == "redundant":
         pairs = zip(representatives, verdict.coefficients, strict=True)
         mix = " + ".join(f"{weight:.3g} x filter {index}" for index, weight in pairs)
         return (
             f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; "
-            f"removing it costs {cost}."
+            f"removing it {cost}."
         )
     if group.note:
         return f"Kept: {group.note}."
@@ -112,7 +138,19 @@ def explain(
             return f"Kept: it is tied to {', '.join(missing)}, which this run did not look at."
         return "Kept: the layers that read it give no output that varies."
     rebuilt = f"all others together rebuild {_percent(verdict.score)} of it"
-    return f"Kept: {rebuilt}; removing it would cost {cost}."
+    silent = "" if verdict.fires else " It gave nothing on any of the images of --data, which is no proof."
+    return f"Kept: {rebuilt}; removing it with nothing in its place {cost}.{silent}"
+
+
+def _cost(damage: float, unit: str) -> str:
+    """What removal does, after the word "it"."""
+    if unit == "nats":
+        return (
+            f"changes the network's output by {damage:.2g} nats"
+            if damage >= 1e-9
+            else ("does not change the network's output")
+        )
+    return f"costs {_percent(damage)} of the output of the layers that read it"
 
 
 def _percent(share: float) -> str:

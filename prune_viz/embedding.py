@@ -1,8 +1,8 @@
 """Where a layer's filters stand towards each other: joint features, clusters, a map.
 
-A filter's feature joins what its stimulus looks like, how all filters respond to it, and how the filter
-itself responds to all stimuli. UMAP draws the features in two dimensions; clusters
-are found in the features themselves, never in the drawing.
+A filter's feature joins what the stimuli that excite it look like and how it responds to all stimuli. UMAP
+draws the features in two dimensions; clusters are found in the features themselves, never in the drawing.
+Filters that respond to nothing have no feature: they are in no cluster, and set apart on the map.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COMPONENTS = 24
-BATCH = 128
+from prune_viz.features import pictures_of, responding, response_profiles, scaled_pictures
+
 NEIGHBOURS = 15
-# Shares of the joint variance: what the stimulus looks like, how all filters respond to it, and how the
-# filter responds to all stimuli. Only the last is the same for copies, whose stimuli grow from noise of
-# their own and may end differently.
-PICTURE_SHARE, AUDIENCE_SHARE, PROFILE_SHARE = 0.1, 0.1, 0.8
-CLUSTER_DIAMETER = 0.35  # of the median distance between filters
+EPOCHS = 200
+PICTURE_SHARE = 0.2  # of the squared distance between unrelated filters; their responses have the rest
+CLUSTER_DIAMETER = 0.35  # unrelated filters are about 1.4 apart
+_ROWS = 1024  # of distances at a time
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Embedding:
 
     Attributes
     ----------
-    features : ndarray of float64, shape (F, K)
-        Joint features: pictures, audiences and profiles side by side.
+    features : ndarray of float32, shape (F, K)
+        Joint features, pictures and profiles side by side; zero for a filter that responds to nothing.
     positions : ndarray of float64, shape (F, 2)
         The map.
     clusters : ndarray of int, shape (F,)
@@ -41,13 +40,13 @@ class Embedding:
     clusters: np.ndarray
 
 
-def embed(images: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding:
+def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding:
     """Embed and cluster a layer's filters.
 
     Parameters
     ----------
-    images : ndarray, shape (F, C, *canvas)
-        Stimuli.
+    descriptors : ndarray, shape (F, D)
+        Of the stimuli, from `features.describe_stimuli`.
     responses : ndarray, shape (F, F)
         ``[i, j]``: how strongly filter j fires on stimulus i, not negative. Where it is not finite it
         counts as none.
@@ -58,67 +57,21 @@ def embed(images: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding
     -------
     Embedding
     """
-    profiles, audiences = response_profiles(np.nan_to_num(responses, nan=0.0, posinf=0.0))
-    parts = [
-        (PICTURE_SHARE, describe_stimuli(images)),
-        (AUDIENCE_SHARE, audiences),
-        (PROFILE_SHARE, profiles),
-    ]
-    features = np.hstack([np.sqrt(share) * _scaled(part) for share, part in parts])
-    return Embedding(features, draw_map(features, seed), find_clusters(features))
+    responses = np.nan_to_num(responses, nan=0.0, posinf=0.0)
+    live = responding(responses)
+    pictures = scaled_pictures(pictures_of(descriptors, responses)[live])
+    joint = join(pictures, response_profiles(responses[:, live]), PICTURE_SHARE)
+    features = np.zeros((len(live), joint.shape[1]), dtype=np.float32)
+    features[live] = joint
+    clusters = np.full(len(live), -1)
+    clusters[live] = find_clusters(joint)
+    return Embedding(features, set_apart(draw_map(joint, seed), live), clusters)
 
 
-def describe_stimuli(images: np.ndarray) -> np.ndarray:
-    """Describe pictures so that shifting one around its canvas changes nothing.
-
-    Parameters
-    ----------
-    images : ndarray, shape (F, C, *canvas)
-
-    Returns
-    -------
-    ndarray of float64, shape (F, D)
-        The amplitude spectrum of every channel, coarse and on a log scale, and how channels vary
-        together. Each picture is scaled to root mean square 1 first.
-    """
-    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-    return np.vstack([_describe_batch(batch.astype(np.float32)) for batch in batches])
-
-
-def _describe_batch(pictures: np.ndarray) -> np.ndarray:
-    scale = np.sqrt((pictures**2).mean(axis=tuple(range(1, pictures.ndim)), keepdims=True))
-    pictures = pictures / np.maximum(scale, 1e-12)
-    axes = tuple(range(2, pictures.ndim))
-    spectrum = np.abs(np.fft.fftn(pictures, axes=axes)) / np.sqrt(np.prod(pictures.shape[2:]))
-    coarse = np.fft.fftshift(spectrum, axes=axes)
-    for axis in axes:
-        bins = np.array_split(np.arange(coarse.shape[axis]), min(12, coarse.shape[axis]))
-        coarse = np.stack([coarse.take(part, axis=axis).mean(axis=axis) for part in bins], axis=axis)
-    flat = pictures.reshape(*pictures.shape[:2], -1)
-    colour = np.einsum("fcp,fdp->fcd", flat, flat) / flat.shape[2]
-    count = len(pictures)
-    parts = [np.log1p(coarse).reshape(count, -1), colour.reshape(count, -1), flat.mean(axis=2)]
-    return np.hstack(parts).astype(np.float64)
-
-
-def response_profiles(responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Profiles and audiences, both of shape (F, F).
-
-    A filter's profile is how it responds to every stimulus, of unit length. Its audience is how all
-    filters, each relative to its own profile so that loud ones do not rule, respond to its stimulus.
-    """
-    profiles = responses.T / np.maximum(np.linalg.norm(responses.T, axis=1, keepdims=True), 1e-12)
-    audiences = profiles.T / np.maximum(np.linalg.norm(profiles.T, axis=1, keepdims=True), 1e-12)
-    return profiles.astype(np.float64), audiences.astype(np.float64)
-
-
-def _scaled(features: np.ndarray) -> np.ndarray:
-    """Leading principal components, total variance 1."""
-    centred = features - features.mean(axis=0)
-    left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    kept = left[:, :COMPONENTS] * values[:COMPONENTS]
-    total = np.sqrt((kept**2).sum() / max(len(kept), 1))
-    return np.asarray(kept / total if total > 1e-12 else kept)
+def join(pictures: np.ndarray, profiles: np.ndarray, picture_share: float) -> np.ndarray:
+    """Put the two parts of a feature, shapes (F, D) and (F, N), side by side with their shares."""
+    parts = [np.sqrt(picture_share) * pictures, np.sqrt(1 - picture_share) * profiles]
+    return np.asarray(np.hstack(parts), dtype=np.float32)
 
 
 def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
@@ -135,26 +88,113 @@ def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
         Positions, the same for the same features and seed.
     """
     count = len(features)
-    if count <= 5:
-        flat = np.zeros((count, 2))
-        flat[:, : min(2, features.shape[1])] = features[:, :2]
-        return flat
+    if count <= 5 or np.ptp(features, axis=0).max() < 1e-6:
+        return _flattened(features)
     import torch
     import umap
 
     threads = torch.get_num_threads()
+    neighbours = min(NEIGHBOURS, count - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mapper = umap.UMAP(
-            n_neighbors=min(NEIGHBOURS, count - 1), min_dist=0.3, init="pca", random_state=seed, n_jobs=1
+            n_neighbors=neighbours,
+            min_dist=0.3,
+            n_epochs=EPOCHS,
+            init="pca",
+            random_state=seed,
+            n_jobs=1,
+            # Exact, and sooner than UMAP's own search is compiled.
+            precomputed_knn=nearest(features, neighbours),
         )
         positions = np.asarray(mapper.fit_transform(features), dtype=np.float64)
     torch.set_num_threads(threads)  # numba shares the thread pool and resets its size
     return positions
 
 
+def _flattened(features: np.ndarray) -> np.ndarray:
+    """The two leading principal components, shape (F, 2), with signs that do not depend on the machine."""
+    flat = np.zeros((len(features), 2))
+    if len(features) > 1:
+        left, values, _ = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+        drawn = (left * values)[:, :2].astype(np.float64)
+        largest = drawn[np.abs(drawn).argmax(axis=0), np.arange(drawn.shape[1])]
+        flat[:, : drawn.shape[1]] = drawn * np.where(largest < 0, -1, 1)
+    return flat
+
+
+def nearest(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each filter's nearest neighbours, itself first.
+
+    Parameters
+    ----------
+    features : ndarray, shape (F, K)
+    count : int
+        How many, at most F.
+
+    Returns
+    -------
+    indices : ndarray of int32, shape (F, count)
+    distances : ndarray of float32, shape (F, count)
+    """
+    import torch
+
+    points = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+    squares = points.square().sum(dim=1)
+    found = []
+    for start in range(0, len(points), _ROWS):
+        rows = points[start : start + _ROWS]
+        distances = squares - 2 * rows @ points.T + squares[start : start + _ROWS, None]
+        own = torch.arange(len(rows))
+        distances[own, start + own] = -1.0  # whatever else coincides with it
+        found.append(distances.topk(count, largest=False))
+    indices = torch.cat([one.indices for one in found]).int().numpy()
+    return indices, torch.cat([one.values for one in found]).clamp(min=0).sqrt().numpy()
+
+
+def set_apart(positions: np.ndarray, placed: np.ndarray) -> np.ndarray:
+    """Give filters that a map leaves out a place on it, close together in its emptiest corner.
+
+    Parameters
+    ----------
+    positions : ndarray, shape (L, 2)
+        The map.
+    placed : ndarray of bool, shape (F,)
+        Which filters it shows, L of them.
+
+    Returns
+    -------
+    ndarray of float64, shape (F, 2)
+    """
+    everyone = np.zeros((len(placed), 2))
+    everyone[placed] = positions
+    rest = int((~placed).sum())
+    if not rest:
+        return everyone
+    low, high = np.zeros(2), np.zeros(2)
+    if len(positions):
+        low, high = positions.min(axis=0), positions.max(axis=0)
+    size = np.where(high > low, high - low, 1.0)
+    # A sunflower's disc, half as dense as the map is on average and at most a seventh of it across.
+    steps = np.arange(rest)
+    radius = 0.7 * min(np.sqrt(rest / len(placed)), 0.1) * np.sqrt((steps + 0.5) / rest)
+    angle = steps * np.pi * (3 - np.sqrt(5))
+    disc = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    reach = radius.max()
+    corners = np.array([[1 - reach, reach], [reach, reach], [1 - reach, 1 - reach], [reach, 1 - reach]])
+    unit = (positions - low) / size
+    room = [np.linalg.norm(unit - corner, axis=1).min(initial=2.0) for corner in corners]
+    best = int(np.argmax(room))
+    # Where no corner has room, outside: the map then is drawn a little smaller.
+    push = np.clip(1.6 * reach + 0.03 - room[best], 0, None) * np.sign(corners[best] - 0.5) / np.sqrt(2)
+    everyone[~placed] = low + (corners[best] + push + disc) * size
+    return everyone
+
+
 def find_clusters(features: np.ndarray) -> np.ndarray:
     """Cluster filters whose features are all close: complete linkage, cut at `CLUSTER_DIAMETER`.
+
+    HDBSCAN finds as many planted copies but chains unlike filters to them (`scripts/bench_embedding.py`).
 
     Parameters
     ----------
@@ -163,26 +203,23 @@ def find_clusters(features: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of int, shape (F,)
-        Clusters of two filters or more, numbered by size from 0; -1 elsewhere.
+        Clusters of two filters or more, numbered from 0 by size, then by their first filter; -1 elsewhere.
     """
     from sklearn.cluster import AgglomerativeClustering
-    from sklearn.metrics import pairwise_distances
 
     labels = np.full(len(features), -1)
     if len(features) < 2:
         return labels
-    distances = pairwise_distances(features)
-    median = float(np.median(distances[np.triu_indices(len(features), 1)]))
-    if median <= 0:
-        return np.zeros(len(features), dtype=int)
+    points = features.astype(np.float64)
+    squares = (points**2).sum(axis=1)
+    distances = squares[:, None] + squares - 2 * points @ points.T
+    np.sqrt(distances.clip(min=0, out=distances), out=distances)
+    np.fill_diagonal(distances, 0)
     found = AgglomerativeClustering(
-        n_clusters=None,
-        metric="precomputed",
-        linkage="complete",
-        distance_threshold=CLUSTER_DIAMETER * median,
+        n_clusters=None, metric="precomputed", linkage="complete", distance_threshold=CLUSTER_DIAMETER
     ).fit_predict(distances)
-    sizes = np.bincount(found)
-    order = [label for label in np.argsort(-sizes, kind="stable") if sizes[label] > 1]
-    for number, label in enumerate(order):
+    sizes, first = np.bincount(found), np.unique(found, return_index=True)[1]
+    ranked = sorted(range(len(sizes)), key=lambda label: (-sizes[label], first[label]))
+    for number, label in enumerate(label for label in ranked if sizes[label] > 1):
         labels[found == label] = number
     return labels

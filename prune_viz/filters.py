@@ -156,6 +156,45 @@ class FilterNetwork:
             return part
         return HookedMaps(self._model, name, self.device)
 
+    def takes(self, size: Sequence[int]) -> bool:
+        """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
+        try:
+            with torch.no_grad():
+                (self._graph or self._model)(torch.zeros(1, self.input_shape[0], *size, device=self.device))
+        except Exception:  # whatever a stranger's forward pass raises
+            return False
+        return True
+
+    def norms(self, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+        """How strongly filters of several layers respond to the same inputs.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The layers.
+        batches : sequence of Tensor, each shape (B, C, *size)
+            Inputs of a size that the network `takes`.
+
+        Returns
+        -------
+        dict of str to Tensor, shape (all inputs, F)
+            L2 norms of the feature maps.
+        """
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        untapped = [name for name in names if self._graph is None or name not in self._taps]
+        with torch.no_grad():
+            if self._graph is not None:
+                reader = tracing.NormReader(self._graph, [self._taps[n] for n in names if n in self._taps])
+                for batch in batches:
+                    for name, norms in reader.norms(batch.float().to(self.device)).items():
+                        rows[name].append(norms.cpu())
+            for name in untapped:
+                maps = self.maps(name)
+                for batch in batches:
+                    after = maps(batch.float().to(self.device))[1]
+                    rows[name].append(torch.linalg.vector_norm(after.flatten(2), dim=2).cpu())
+        return {name: torch.cat(found) for name, found in rows.items()}
+
     def is_first(self, name: str) -> bool:
         """Whether a layer's filters see the input through no other convolution."""
         if self._graph is None or name not in self._taps:

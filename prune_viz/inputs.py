@@ -229,14 +229,14 @@ def _slope(power: np.ndarray, size: Sequence[int]) -> float | None:
     return float(np.clip(-slope, *EXPONENTS))
 
 
-def read_statistics(
+def read_inputs(
     input_shape: tuple[int, ...],
     mean: float | Sequence[float] | None,
     std: float | Sequence[float] | None,
     data: str | Path | None,
     out: str | Path | None,
-) -> tuple[InputStatistics | None, list[str]]:
-    """What is known of an analysis's inputs, and a note on example inputs that could not be read.
+) -> tuple[InputStatistics | None, Tensor | None, list[str]]:
+    """What is known of an analysis's inputs, example inputs, and a note on those that could not be read.
 
     Parameters
     ----------
@@ -249,20 +249,37 @@ def read_statistics(
     out : path, optional
         The run directory, which may not lie in `data`.
 
+    Returns
+    -------
+    statistics : InputStatistics or None
+    examples : Tensor or None, shape (N, C, *size)
+        In the model's own input units; None without `data`.
+    notes : list of str
+
     Raises
     ------
     UserError
         If `out` lies in `data`, or what is given does not fit.
     """
     if data is None:
-        return describe_inputs(input_shape[0], mean, std), []
+        return describe_inputs(input_shape[0], mean, std), None, []
     if out is not None and Path(out).resolve().is_relative_to(Path(data).resolve()):
         raise UserError(
             f"--data: the run directory {out} lies in {data}, so its pictures would be read; move --out"
         )
     images, skipped = read_images(Path(data), input_shape)
     notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
-    return describe_inputs(input_shape[0], mean, std, images), notes
+    statistics = measure_statistics(images, mean, std)
+    return statistics, normalise(images, statistics), notes
+
+
+def normalise(images: Tensor, statistics: InputStatistics) -> Tensor:
+    """Bring pixels, uint8 of shape (N, C, *size), to the model's own input units."""
+    mean, std = (
+        torch.tensor(numbers).view(-1, *[1] * (images.ndim - 2))
+        for numbers in (statistics.mean, statistics.std)
+    )
+    return (images.float() / 255 - mean) / std
 
 
 def read_images(folder: Path, input_shape: Sequence[int], limit: int = 512) -> tuple[Tensor, int]:

@@ -1,4 +1,9 @@
-"""The removal order of every coupling group, measured on calibrated probes where there can be any."""
+"""The removal order of every coupling group, by what removal does to the network's output.
+
+It is measured on probes near the training data: calibrated ones where there can be any, and the user's
+own images where there are some. How much the output depends on what each reader gives
+(`prune_viz.sensitivity`) weighs what the readers would lose.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +12,77 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from prune_viz import calibration
-from prune_viz.calibration import Calibrated, calibrate, enlarged, variants
+from prune_viz.calibration import Calibrated, as_batch, calibrate, enlarged, variants
 from prune_viz.coupling import CouplingGroup
 from prune_viz.inputs import InputStatistics
 from prune_viz.probes import calibration_starts, probe_size, runs_on, split
 from prune_viz.progress import Progress
-from prune_viz.redundancy import GroupVerdicts, rank
-from prune_viz.responses import Moments, gather_moments
+from prune_viz.redundancy import GroupVerdicts, note_silent, rank
+from prune_viz.responses import BATCH, Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.runs import LayerTensors
+from prune_viz.sensitivity import gather_sensitivities
 
-WIDEST = {1: 4096, 2: 128, 3: 32}  # calibrated probes, by spatial axes
+WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
+SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments of groups on probes near the training data.
+
+    Attributes
+    ----------
+    moments : dict of int to list of Moments
+        By the group's number, one a reader.
+    seen : dict of int to list of Moments
+        The same on the user's own images alone; empty where there are none.
+    ablations : dict of int to ndarray, each shape (channels,), or None
+        What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
+        nothing is near the training data or the network lets no gradient through, and damage can only be
+        told as a share of what the readers give.
+    """
+
+    moments: dict[int, list[Moments]]
+    seen: dict[int, list[Moments]]
+    ablations: dict[int, np.ndarray] | None
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Every group's removal order, and what it was measured on.
+    """Every group's removal order.
 
     Attributes
     ----------
     verdicts : dict of int to GroupVerdicts
-        By the group's number, with the new orders.
+        By the group's number, with the new orders and damages.
     moments : dict of int to ndarray, each shape (channels + 1, channels + 1)
-        Second moments of the channels of each group that was probed, and a constant.
-    calibrated : Calibrated or None
-        The probes; None where they could not be calibrated, or nothing was to rank.
+        Second moments of the channels of each group that was measured, and a constant.
     """
 
     verdicts: dict[int, GroupVerdicts]
     moments: dict[int, np.ndarray]
-    calibrated: Calibrated | None
 
 
-def rank_groups(
+def calibrated_probes(
     model: nn.Module,
-    groups: Sequence[CouplingGroup],
-    verdicts: Mapping[int, GroupVerdicts],
-    known: Mapping[int, Sequence[Moments]],
     layers: Mapping[str, LayerTensors],
     input_shape: Sequence[int],
     seed: int,
     statistics: InputStatistics | None,
     progress: Progress,
-) -> Ranked:
-    """Calibrate probes, measure the groups' moments on them, and order every group's channels.
+) -> Calibrated | None:
+    """Calibrate probes that start from noise and from the stimuli of the deep layers.
 
     Parameters
     ----------
     model : nn.Module
         The network in eval mode, batch norms unfolded; left unchanged.
-    groups : sequence of CouplingGroup
-        Those that were probed.
-    verdicts : mapping of int to GroupVerdicts
-        Of all groups, by number.
-    known : mapping of int to sequence of Moments
-        Their moments on noise and stimuli, which count where nothing can be calibrated.
     layers : mapping of str to LayerTensors
-        The layers' stimuli, in order of depth; half of the probes start from the deep ones.
+        The layers' stimuli, in order of depth.
     input_shape : sequence of int
         (C, *size).
     seed : int
@@ -74,46 +91,162 @@ def rank_groups(
         What is known of the model's inputs.
     progress : Progress
         Told how the work goes.
+
+    Returns
+    -------
+    Calibrated or None
+        None where nothing can be calibrated (`prune_viz.calibration.calibrate`).
     """
-    found, moments = None, known
-    if groups:
-        channels, *size = input_shape
-        widest = WIDEST[len(size)]
-        size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
-        starts = calibration_starts(layers, channels, size, calibration.PROBES, seed, statistics)
-        progress.start("calibration", len(starts) * calibration.PASSES)
-        found = calibrate(model, starts, seed=seed, statistics=statistics, progress=progress)
-        progress.finish()
-    if found is not None:
-        progress.start("ranking", len(found.images) * calibration.VARIANTS)
-        moments = gather_moments(model, groups, _batches(model, found.images, seed, progress))
-        progress.finish()
-    pairs = {number: rank(verdicts[number], readers) for number, readers in moments.items()}
-    ranked = {**verdicts, **{number: pair[0] for number, pair in pairs.items()}}
-    return Ranked(ranked, {number: pair[1] for number, pair in pairs.items()}, found)
+    channels, *size = input_shape
+    widest = WIDEST[len(size)]
+    size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
+    starts = calibration_starts(layers, channels, size, calibration.PROBES, seed, statistics)
+    progress.start("calibration", len(starts) * calibration.PASSES)
+    found = calibrate(model, starts, seed=seed, statistics=statistics, progress=progress)
+    progress.finish()
+    return found
 
 
-def _batches(
-    model: nn.Module, images: Tensor, seed: int, progress: Progress
-) -> Iterator[tuple[Tensor, bool]]:
-    """Variants of the probes in batches, and which are held out."""
-    larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
-    for moved in variants(images, larger, seed):
-        for batch, held_out in split(moved, moved.shape[2:]):
-            yield calibration.as_batch(batch), held_out
+def measure_groups(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    known: Mapping[int, Sequence[Moments]],
+    calibrated: Tensor | None,
+    examples: Tensor | None,
+    seed: int,
+    progress: Progress,
+) -> Measured:
+    """Measure groups on probes near the training data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, batch norms unfolded; left unchanged.
+    groups : sequence of CouplingGroup
+        Those to measure.
+    known : mapping of int to sequence of Moments
+        Their moments on noise and stimuli, which count where there is nothing nearer.
+    calibrated : Tensor or None, shape (N, C, *size)
+        Calibrated probes.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images, in the model's own input units.
+    seed : int
+        Seed of all that is random.
+    progress : Progress
+        Told how the work goes.
+    """
+    if not groups:
+        return Measured({}, {}, None)
+    moments, seen = _gather(model, groups, calibrated, examples, seed, progress)
+    near = (
+        as_batch(batch)
+        for images in _near(model, calibrated, examples, seed)
+        for batch in torch.split(images, BATCH)
+    )
+    sensitivities = gather_sensitivities(model, groups, near, seed)
+    moments = moments or {number: list(readers) for number, readers in known.items()}
+    if not all(places.module in sensitivities.readers for group in groups for places in group.readers):
+        return Measured(moments, seen, None)
+    weighed = {
+        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers)
+        for group in groups
+    }
+    return Measured(weighed, seen, sensitivities.ablations)
+
+
+def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
+    """Order every measured group's channels.
+
+    Parameters
+    ----------
+    verdicts : mapping of int to GroupVerdicts
+        Of all groups, by number.
+    measured : Measured
+        Their moments.
+    """
+    ranked, pooled = dict(verdicts), {}
+    for number, readers in measured.moments.items():
+        ablations = None if measured.ablations is None else measured.ablations[number]
+        ranked[number], pooled[number] = rank(verdicts[number], readers, ablations)
+        if number in measured.seen:
+            ranked[number] = note_silent(ranked[number], measured.seen[number])
+    return Ranked(ranked, pooled)
+
+
+def _gather(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    calibrated: Tensor | None,
+    examples: Tensor | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[int, list[Moments]], dict[int, list[Moments]]]:
+    """The groups' moments over calibrated probes and examples, and over the examples alone."""
+    steps = 0 if calibrated is None else len(calibrated) * calibration.VARIANTS
+    progress.start("ranking", steps + (0 if examples is None else len(examples)))
+
+    def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
+        for batch, held_out in batches:
+            yield as_batch(batch), held_out
             progress.advance(len(batch))
 
+    parts, counts, seen = [], [], {}
+    if calibrated is not None:
+        moved = _variants(model, calibrated, seed)
+        parts.append(gather_moments(model, groups, counted(_split(moved))))
+        counts.append(len(calibrated))
+    if examples is not None:
+        seen = gather_moments(model, groups, counted(_split(iter([examples]))))
+        parts.append(seen)
+        counts.append(len(examples))
+    progress.finish()
+    if not parts:
+        return {}, {}
+    shares = [count / sum(counts) for count in counts]
+    pooled = {group.number: pool_moments([part[group.number] for part in parts], shares) for group in groups}
+    return pooled, seen
 
-def describe(calibrated: Calibrated | None) -> str:
-    """Say in a sentence what the removal order rests on."""
-    if calibrated is None:
+
+def _variants(model: nn.Module, images: Tensor, seed: int) -> Iterator[Tensor]:
+    larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
+    return variants(images, larger, seed)
+
+
+def _split(sets: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    for images in sets:
+        yield from split(images, images.shape[2:])
+
+
+def _near(
+    model: nn.Module, calibrated: Tensor | None, examples: Tensor | None, seed: int
+) -> Iterator[Tensor]:
+    """Inputs near the training data, on which the output's sensitivity is measured."""
+    if calibrated is not None:
+        for number, moved in enumerate(_variants(model, calibrated, seed)):
+            if number < SENSED:
+                yield moved
+    if examples is not None:
+        yield examples
+
+
+def describe(calibrated: Calibrated | None, examples: int) -> str:
+    """Say what the removal order rests on."""
+    images = f"the {examples:,} images of --data"
+    if calibrated is not None:
+        also = f" and {images}" if examples else ""
         return (
-            "No probes could be calibrated to what batch norms remember of the training data, so the removal "
-            "order rests on noise and stimuli: trust budgets beyond the verdicts only after fine-tuning."
+            f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
+            "the batch norms saw what they saw in training: the distance fell from "
+            f"{calibrated.before:.3g} to {calibrated.distance:.3g}."
         )
+    rests = (
+        f"{images} alone."
+        if examples
+        else "noise and stimuli: trust budgets beyond the verdicts only after fine-tuning."
+    )
     return (
-        f"The removal order rests on {len(calibrated.images)} probes, moved until the batch norms saw what "
-        f"they saw in training: the distance fell from {calibrated.before:.3g} to {calibrated.distance:.3g}."
+        "No probes could be calibrated to what batch norms remember of the training data, so the removal "
+        f"order rests on {rests}"
     )
 
 

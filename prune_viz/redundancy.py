@@ -3,7 +3,8 @@
 A channel is redundant when a few kept channels rebuild it. What backward elimination
 (`prune_viz.elimination`) proposes is confirmed sparsely and on probes that the fit did not see: each proposed
 channel must be rebuilt from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost
-the readers less than the tolerance. Damage is a share of the readers' output variance throughout.
+the readers less than the tolerance, a share of their output's variance. What removal does to the network's
+own output is told by `rank`, where its sensitivity is known.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prune_viz.coupling import CouplingGroup
-from prune_viz.elimination import MERGE_RIDGE, eliminate, invert, rebuild
+from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.probes import HELD_OUT
 from prune_viz.responses import Moments
 
 TOLERANCE = 1e-3
 MIN_SCORE = 0.95
+_SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
 _CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
 
 
@@ -44,7 +46,11 @@ class ChannelVerdict:
     score : float
         Share of the channel's variance that others rebuild, held out, 0 to 1; NaN if not judged.
     damage : float
-        Share of the readers' output variance lost by removing it; NaN if not judged.
+        What removing it costs, a flagged channel rebuilt from its representatives, a kept one with nothing
+        in its place: a share of the readers' output variance, or, once ranked by the output's sensitivity,
+        nats of divergence of the network's output; NaN if not judged.
+    fires : bool
+        False where it gave nothing on any of the user's own images.
     """
 
     channel: int
@@ -55,6 +61,7 @@ class ChannelVerdict:
     constant: float
     score: float
     damage: float
+    fires: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,11 @@ class GroupVerdicts:
     order_damage : list of float
         Predicted damage of having removed that channel and all before it.
     damage : float
-        Predicted damage of removing all flagged channels with merging, held out.
+        Predicted damage of removing all flagged channels with merging, held out; a share of the readers'
+        output variance.
+    unit : {"readers", "nats"}
+        Of all other damages: a share of the readers' output variance, or divergence of the network's
+        output.
     """
 
     group: int
@@ -80,6 +91,7 @@ class GroupVerdicts:
     order: list[int]
     order_damage: list[float]
     damage: float
+    unit: str = "readers"
 
 
 def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
@@ -114,7 +126,8 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     dead = _dead_kinds(readers)
     rebuilt = _confirm(proposed, dead, fit, held_out, readers, tolerance)
     kept = [channel for channel in range(group.channels) if channel not in rebuilt]
-    score, damage = _given_kept(kept, fit, held_out, energy, rebuilt)
+    score = _score_kept(kept, fit, held_out, RIDGE)
+    damage = np.diag(energy) * np.diag(fit)[:-1]
     channels = []
     for channel in range(group.channels):
         if channel in rebuilt:
@@ -152,40 +165,96 @@ def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndar
     fit, held_out : ndarray, shape (n + 1, n + 1)
         Second moments of the n channels and a constant.
     energy : ndarray, shape (n, n)
-        What the readers make of the channels, as a share of their output variance.
+        What the readers make of the channels, in units of damage.
     """
-    energy = sum(reader.energy / reader.output_variance for reader in readers)
-    weights = np.array([np.trace(reader.energy) / reader.output_variance for reader in readers])
+    energy = sum(reader.energy / reader.unit for reader in readers)
+    weights = np.array([np.trace(reader.energy) / reader.unit for reader in readers])
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
     fit = sum(weight * reader.fit for weight, reader in zip(weights, readers, strict=True))
     held_out = sum(weight * reader.held_out for weight, reader in zip(weights, readers, strict=True))
     return np.asarray(fit), np.asarray(held_out), np.asarray(energy)
 
 
-def rank(verdicts: GroupVerdicts, moments: Sequence[Moments]) -> tuple[GroupVerdicts, np.ndarray]:
-    """Order a judged group's channels by what removing them costs, on probes near the training data.
+def order_channels(moments: Sequence[Moments]) -> tuple[list[int], list[float], np.ndarray]:
+    """Order a group's channels by what removing them costs.
+
+    Parameters
+    ----------
+    moments : sequence of Moments
+        One a reader; one at least whose output varies.
+
+    Returns
+    -------
+    order : list of int
+        Channels, the least missed first; the last to stay is left out.
+    damage : list of float
+        Predicted damage of having removed that channel and all before it.
+    pooled : ndarray, shape (channels + 1, channels + 1)
+        Second moments of the channels and a constant, over all probes and readers.
+    """
+    fit, held_out, energy = combine([reader for reader in moments if reader.output_variance > 0])
+    pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
+    return *eliminate(pooled, energy, MERGE_RIDGE), pooled
+
+
+def rank(
+    verdicts: GroupVerdicts, moments: Sequence[Moments], ablations: np.ndarray | None
+) -> tuple[GroupVerdicts, np.ndarray]:
+    """Order a judged group's channels, and measure each one's damage, on probes near the training data.
 
     Parameters
     ----------
     verdicts : GroupVerdicts
-        What was found in the group; its order is replaced.
+        What was found in the group.
     moments : sequence of Moments
         One a reader.
+    ablations : ndarray or None, shape (channels,)
+        What silencing each channel costs the network's output, in nats, where that is known; the moments
+        then weigh outputs by it too (`prune_viz.responses.weigh_outputs`).
 
     Returns
     -------
     GroupVerdicts
-        With the new order and its damage.
+        With the order and its damage, and every channel's score and damage measured anew.
     ndarray, shape (channels + 1, channels + 1)
-        Second moments of the channels and a constant, over all probes and readers.
+        As `order_channels` gives them.
     """
     readers = [reader for reader in moments if reader.output_variance > 0]
-    fit, held_out, energy = combine(readers or moments)
-    pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
     if not verdicts.order or not readers:
-        return verdicts, pooled
-    order, damage = eliminate(pooled, energy, MERGE_RIDGE)
-    return replace(verdicts, order=order, order_damage=damage), pooled
+        return verdicts, combine(moments)[0]
+    order, order_damage, pooled = order_channels(readers)
+    fit, held_out, energy = combine(readers)
+    rebuilt = {one.channel: _weights(one, len(pooled)) for one in verdicts.channels if one.verdict != "keep"}
+    kept = [one.channel for one in verdicts.channels if one.verdict == "keep"]
+    score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
+    damage = np.diag(energy) * np.diag(pooled)[:-1] if ablations is None else ablations
+    channels = [
+        replace(one, damage=_damage({one.channel: rebuilt[one.channel]}, readers))
+        if one.channel in rebuilt
+        else replace(one, score=float(score[one.channel]), damage=float(damage[one.channel]))
+        for one in verdicts.channels
+    ]
+    unit = "readers" if ablations is None else "nats"
+    ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
+    return ranked, pooled
+
+
+def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:
+    """What rebuilds a flagged channel, as weights over the group's channels and a constant."""
+    weights = np.zeros(size)
+    weights[verdict.representatives] = verdict.coefficients
+    weights[-1] = verdict.constant
+    return weights
+
+
+def note_silent(verdicts: GroupVerdicts, moments: Sequence[Moments]) -> GroupVerdicts:
+    """Note the channels that give nothing on the user's own images, which their moments are of."""
+    peak = np.max([reader.peak for reader in moments], axis=0)
+    silent = peak <= _SILENT * max(float(np.median(peak)), 1e-30)
+    return replace(
+        verdicts,
+        channels=[replace(one, fires=not silent[one.channel]) for one in verdicts.channels],
+    )
 
 
 def _confirm(
@@ -230,7 +299,7 @@ def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
 
 
 def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float:
-    """Share of the readers' output variance that removing and merging channels costs.
+    """What removing and merging channels costs the readers, in units of their damage.
 
     Each reader is weighed alone. The worse of fit and held-out moments counts, and of what is lost being
     independent from tap to tap or the same at all of them.
@@ -244,7 +313,7 @@ def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float
         losses = [rows @ moments @ rows.T for moments in (reader.fit, reader.held_out)]
         energies = [matrix[np.ix_(removed, removed)] for matrix in (reader.energy, reader.smooth_energy)]
         worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
-        total += max(0.0, worst) / reader.output_variance
+        total += max(0.0, worst) / reader.unit
     return total
 
 
@@ -256,29 +325,17 @@ def _score(channel: int, weights: np.ndarray, moments: np.ndarray) -> float:
     return 1.0 if variance <= 1e-30 else float(np.clip(1 - lost / variance, 0, 1))
 
 
-def _given_kept(
-    kept: Sequence[int],
-    fit: np.ndarray,
-    held_out: np.ndarray,
-    energy: np.ndarray,
-    rebuilt: dict[int, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score (held out) and damage of each kept channel, given that the flagged ones are gone."""
-    count = len(energy)
-    score, damage = np.full(count, np.nan), np.full(count, np.nan)
-    basis = [*kept, count]
-    merged = np.eye(count, count + 1)
-    for channel, weights in rebuilt.items():
-        merged[channel] = weights
-    carried = merged[:, kept].T @ energy @ merged[:, kept]
-    inverse = invert(fit[np.ix_(basis, basis)])
+def _score_kept(kept: Sequence[int], fit: np.ndarray, held_out: np.ndarray, ridge: float) -> np.ndarray:
+    """Share of each kept channel's variance that all other kept ones rebuild, held out; NaN elsewhere."""
+    score = np.full(len(fit) - 1, np.nan)
+    basis = [*kept, len(fit) - 1]
+    inverse = invert(fit[np.ix_(basis, basis)], ridge)
     diagonal = np.maximum(np.diag(inverse), 1e-300)
     rows = inverse / diagonal[:, None]  # each row: one channel minus its regression on the others
     lost = np.einsum("ij,jk,ik->i", rows, held_out[np.ix_(basis, basis)], rows)[:-1].clip(min=0)
     variance = (np.diag(held_out)[kept] - held_out[kept, -1] ** 2).clip(min=1e-30)
     score[kept] = np.clip(1 - lost / variance, 0, 1)
-    damage[kept] = np.diag(carried).clip(min=0) * lost
-    return score, damage
+    return score
 
 
 def _dead_kinds(readers: Sequence[Moments]) -> list[str]:
@@ -290,7 +347,7 @@ def _dead_kinds(readers: Sequence[Moments]) -> list[str]:
     typical = float(np.median(deviation))
     kinds = []
     for channel in range(len(peak)):
-        if peak[channel] <= 1e-6 * max(float(np.median(peak)), 1e-30):
+        if peak[channel] <= _SILENT * max(float(np.median(peak)), 1e-30):
             kinds.append("silent")
         elif energy[channel] == 0:
             kinds.append("unread")

@@ -8,8 +8,8 @@ padded positions count as samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,9 @@ class Moments:
         The same if all taps (positions, behind a flatten) see the same: taps summed before squaring.
     output_variance : float
         Variance of the reader's output over samples, summed over its outputs.
+    unit : float
+        What energies times squared errors are divided by to be a damage: the output's variance, or 2
+        where outputs count by how much the network's own output depends on them (`weigh_outputs`).
     peak : ndarray of float64, shape (n,)
         Largest absolute value of each channel over all probes.
     mean, variance : ndarray of float64, shape (n,)
@@ -82,6 +85,7 @@ class Moments:
     energy: np.ndarray
     smooth_energy: np.ndarray
     output_variance: float
+    unit: float
     peak: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
@@ -95,10 +99,7 @@ class _Watch:
         self.constant = constant
         self.channels = channels
         self.module = module
-        # Behind a flatten a channel lies at several features; take them position by position.
-        order = np.argsort(places.channels, kind="stable")
-        spread = len(order) // channels
-        self.columns = torch.from_numpy(places.indices[order].reshape(channels, spread))
+        self.columns = _columns(places, channels)
         self.sums = np.zeros((2, channels + 1, channels + 1))
         self.counts = np.zeros(2)
         self.output = np.zeros((2, 0))
@@ -140,25 +141,101 @@ class _Watch:
     def moments(self) -> Moments:
         means = self.output / max(self.output_count, 1)
         mean = self.first / max(self.inner_count, 1)
+        output_variance = float((means[1] - means[0] ** 2).clip(min=0).sum())
         return Moments(
             self.places.module,
             self.sums[0] / max(self.counts[0], 1),
             self.sums[1] / max(self.counts[1], 1),
-            *self._energies(),
-            float((means[1] - means[0] ** 2).clip(min=0).sum()),
+            *_energies(self.module, self.columns),
+            output_variance,
+            output_variance,
             self.peak,
             mean,
             (self.second / max(self.inner_count, 1) - mean**2).clip(min=0),
         )
 
-    def _energies(self) -> tuple[np.ndarray, np.ndarray]:
-        weight: Tensor = self.module.weight.detach().double().cpu()
-        if isinstance(self.module, _ConvTransposeNd):
-            weight = weight.transpose(0, 1)
-        weight = weight.transpose(0, 1).flatten(2) if weight.ndim > 2 else weight.T[:, :, None]
-        taken = weight[self.columns]  # channels, spread, outputs, taps
-        flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
-        return (flat @ flat.T).numpy(), (summed @ summed.T).numpy()
+
+def _columns(places: Places, channels: int) -> Tensor:
+    """Where each channel lies in a reader, (channels, K): behind a flatten at several features."""
+    order = np.argsort(places.channels, kind="stable")
+    return torch.from_numpy(places.indices[order].reshape(channels, -1))
+
+
+def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """What a reader makes of each pair of channels, taps apart and together; outputs seen through `root`."""
+    weight: Tensor = module.weight.detach().double().cpu()
+    if isinstance(module, _ConvTransposeNd):
+        weight = weight.transpose(0, 1)
+    weight = weight.transpose(0, 1).flatten(2) if weight.ndim > 2 else weight.T[:, :, None]
+    if root is not None:
+        weight = torch.einsum("po,iot->ipt", root, weight)
+    taken = weight[columns]  # channels, spread, outputs, taps
+    flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
+    return (flat @ flat.T).numpy(), (summed @ summed.T).numpy()
+
+
+def weigh_outputs(
+    model: nn.Module,
+    group: CouplingGroup,
+    moments: Sequence[Moments],
+    sensitivities: Mapping[str, np.ndarray],
+) -> list[Moments]:
+    """Let the outputs of a group's readers count by how much the network's output depends on them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    group : CouplingGroup
+        The group.
+    moments : sequence of Moments
+        One a reader.
+    sensitivities : mapping of str to ndarray
+        From `prune_viz.sensitivity.gather_sensitivities`, for every reader.
+    """
+    modules = dict(model.named_modules())
+    weighed = []
+    for places, found in zip(group.readers, moments, strict=True):
+        values, vectors = np.linalg.eigh(sensitivities[places.module])
+        root = torch.from_numpy(np.sqrt(values.clip(min=0))[:, None] * vectors.T)
+        columns = _columns(places, group.channels)
+        energy, smooth = _energies(modules[places.module], columns, root)
+        weighed.append(replace(found, energy=energy, smooth_energy=smooth, unit=2.0))
+    return weighed
+
+
+def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) -> list[Moments]:
+    """Moments over several sets of probes together, of one group.
+
+    Parameters
+    ----------
+    parts : sequence of sequence of Moments
+        For each set, one a reader.
+    shares : sequence of float
+        What each set counts for; they add to 1.
+    """
+    pooled = []
+    for found in zip(*parts, strict=True):
+
+        def mean(values: Sequence[Any]) -> Any:
+            return sum(share * value for share, value in zip(shares, values, strict=True))
+
+        first = mean([one.mean for one in found])
+        second = mean([one.variance + one.mean**2 for one in found])
+        spread = mean([one.output_variance for one in found])
+        pooled.append(
+            replace(
+                found[0],
+                fit=mean([one.fit for one in found]),
+                held_out=mean([one.held_out for one in found]),
+                output_variance=spread,
+                unit=spread,
+                peak=np.max([one.peak for one in found], axis=0),
+                mean=first,
+                variance=(second - first**2).clip(min=0),
+            )
+        )
+    return pooled
 
 
 def _thin(maps: Tensor) -> Tensor:

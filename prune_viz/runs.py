@@ -7,6 +7,7 @@
     masks.pt              module name -> bool tensor (out_channels,), True = keep
     decisions.json        verdicts, coupling groups, removal order, merges
     moments.safetensors   second moments of every group's channels, for masks at any budget
+    probes.safetensors    calibrated probes
     layers/NNN-name.safetensors   images, activations, responses of a layer
     report/index.html     the report
 """
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 FILTER_COLUMNS = [
     "layer", "filter", "verdict", "representative", "score", "cluster", "x", "y", "activation", "damage",
-    "reason",
+    "reason", "network_x", "network_y",
 ]  # fmt: skip
+_FIGURES = ["score", "x", "y", "network_x", "network_y", "activation", "damage"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ class RunDirectory:
         return self.path / "moments.safetensors"
 
     @property
+    def probes_file(self) -> Path:
+        """Calibrated probes."""
+        return self.path / "probes.safetensors"
+
+    @property
     def filters_file(self) -> Path:
         """The table of filters."""
         return self.path / "filters.csv"
@@ -222,6 +229,7 @@ class RunDirectory:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); give another --out") from None
         if fresh:
             shutil.rmtree(self.path / "layers", ignore_errors=True)
+            self.probes_file.unlink(missing_ok=True)
         # While a run is under way, no verdicts of an earlier one stand beside its provenance.
         shutil.rmtree(self.path / "report", ignore_errors=True)
         merges = merges_beside(self.masks_file)
@@ -344,7 +352,7 @@ class RunDirectory:
             dtype={"layer": str, "representative": str, "reason": str},
             keep_default_na=False,
             lineterminator="\n",  # a carriage return may stand in a layer's name
-            na_values={name: [""] for name in ("score", "x", "y", "activation", "damage")},
+            na_values={name: [""] for name in _FIGURES},
         )
 
 

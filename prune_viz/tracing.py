@@ -251,6 +251,28 @@ def cut(traced: fx.GraphModule, tap: Tap) -> fx.GraphModule:
     return part
 
 
+class NormReader(fx.Interpreter):
+    """Runs a traced model, taking the L2 norms of feature maps at some taps as they pass."""
+
+    def __init__(self, traced: fx.GraphModule, taps: Sequence[Tap]) -> None:
+        super().__init__(traced)
+        self._convs = {tap.after: tap.conv for tap in taps}
+        self._norms: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; a map is read at once, since a later node may overwrite it."""
+        result = super().run_node(n)
+        if n in self._convs:
+            self._norms[self._convs[n]] = torch.linalg.vector_norm(result.flatten(2), dim=2)
+        return result
+
+    def norms(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Norms by convolution, each shape (B, F), of inputs of shape (B, C, *size)."""
+        self._norms = {}
+        self.run(inputs)
+        return self._norms
+
+
 def upper_bound(traced: fx.GraphModule, tap: Tap) -> float:
     """Largest absolute value that the activation behind a convolution gives; infinite if it has no bound."""
     node = tap.after

@@ -109,6 +109,8 @@ def _layer(
             "cluster": clusters,
             "x": places[:, 0],
             "y": places[:, 1],
+            "network_x": places[:, 0] + 9 * depth,
+            "network_y": places[:, 1],
             "activation": np.diag(responses),
             "damage": damage,
             "reason": reason,

@@ -49,6 +49,26 @@ def test_copies_share_a_cluster(run: Analysis, planted) -> None:
     assert np.mean(together) >= 0.8
 
 
+def test_clusters_agree_with_the_verdicts(run: Analysis, planted) -> None:
+    rows = run.filters.set_index(["layer", "filter"])
+    copies = run.filters[
+        (run.filters["verdict"] == "redundant") & run.filters["representative"].str.fullmatch(r"\d+")
+    ]
+    assert len(copies) >= 4
+    for layer, number, kin in zip(copies["layer"], copies["filter"], copies["representative"], strict=True):
+        assert rows.loc[(layer, number), "cluster"] == rows.loc[(layer, int(kin)), "cluster"] >= 0
+    for place in planted[1]:
+        for number, kind in place.dead:
+            if kind in ("silent", "constant"):
+                assert rows.loc[(place.layer, number), "cluster"] == -1
+
+
+def test_every_filter_has_a_place_on_the_map_of_the_network(run: Analysis) -> None:
+    places = run.filters[["network_x", "network_y"]].to_numpy()
+    assert np.isfinite(places).all()
+    assert len(np.unique(places.round(6), axis=0)) > 0.9 * len(places)
+
+
 def test_what_is_flagged_can_be_removed_at_next_to_no_cost(run: Analysis, planted, digits: Digits) -> None:
     model = planted[0]
     smaller = remove_filters(model, run.masks, digits.held_images[:1], compensate="merge")

@@ -71,9 +71,10 @@ def _group(
     outputs = samples @ weights.T
     places = Places("conv", np.arange(count), np.arange(count))
     reader = Places("reader", np.arange(count), np.arange(count))
+    variance = float(outputs.var(axis=0).sum())
     moments = Moments(
         "reader", _moments_of(samples), _moments_of(held_out), weights.T @ weights, weights.T @ weights,
-        float(outputs.var(axis=0).sum()),
+        variance, variance,
         np.abs(samples).max(axis=0), samples.mean(axis=0), samples.var(axis=0),
     )  # fmt: skip
     return CouplingGroup(0, count, [places], [reader]), [moments]

@@ -17,7 +17,7 @@ from report_fixture import HOSTILE, SMALL, Plan, write_run
 from prune_viz import pictures
 from prune_viz.errors import UserError
 from prune_viz.progress import Progress
-from prune_viz.report import layout, render, sprites, wording, write_report
+from prune_viz.report import layout, network_map, render, sprites, wording, write_report
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
 from prune_viz.report.pages import Counts, depth_rows, finding, layer_rows
 from prune_viz.runs import LayerTensors, RunDirectory
@@ -401,6 +401,61 @@ def test_map_with_one_place_for_all_or_none() -> None:
     none = layer_map([card(0)], np.full((1, 2), np.nan))
     assert not none.tiles
     assert [c.number for c in none.unplaced] == [0]
+
+
+def test_the_map_of_the_network_shows_every_filter_once(run: RunDirectory) -> None:
+    rows = layer_rows(run.layers(), filters := run.read_filters())
+    page = network_map.network_map(rows, filters)
+    assert page is not None
+    for dots in page.layers:
+        found = [dots.keep.count("h0"), dots.redundant.count("z"), dots.dead.count("m0-")]
+        assert found == [dots.row.counts.keep, dots.row.counts.redundant, dots.row.counts.dead]
+    places = [tuple(map(float, one)) for one in re.findall(r"M(\S+) (\S+?)h0", page.layers[0].keep)]
+    assert all(0 <= x <= page.width and 0 <= y <= page.height for x, y in places)
+    own = filters[(filters["layer"] == "features.0") & (filters["verdict"] == "keep")]
+    assert np.corrcoef([x for x, _ in places], own["network_x"])[0, 1] > 0.999
+    overview = pages(run)["index.html"]
+    for record in run.layers():
+        assert f'<a class="d{record.depth}" href="layers/{record.slug}.html"' in overview
+    css = (run.report_page.parent / "network.css").read_text()
+    assert len(page.stimuli) >= 5
+    assert all(f"#n{one.tile}{{left:" in css for one in page.stimuli)
+
+
+def test_stimuli_on_the_map_of_the_network_show_their_filters(tmp_path: Path) -> None:
+    wanted = colours(16)
+    images = np.broadcast_to(wanted[:, :, None, None], (16, 3, 32, 32)).copy()
+    images[:, :, :2], images[:, :, -2:] = 1.0, -1.0
+    page = write_report(write_run(tmp_path, [Plan("conv", 16, (32, 32))], images={"conv": images}))
+    css = page.with_name("network.css").read_text()
+    links = re.findall(r'class="t n(\d+) d0" href="layers/000-conv.html#f(\d+)"', page.read_text())
+    assert links
+    for tile, number in links:
+        pixel = _pixel(page.parent, css, f"n{tile}")
+        assert np.abs(pixel / 127.5 - 1 - wanted[int(number)]).max() < 0.15
+
+
+def test_stimuli_on_the_map_of_the_network_neither_touch_nor_hide_what_is_flagged() -> None:
+    random = np.random.default_rng(0)
+    centres = random.uniform(size=(4000, 2)) * np.array([1, network_map.HEIGHT])
+    kept = random.uniform(size=4000) > 0.005
+    chosen = network_map.spread(centres, kept)
+    assert 30 < len(chosen) == len(set(chosen))
+    assert kept[chosen].all()
+    apart = np.abs(centres[chosen][:, None] - centres[chosen][None]).max(-1) + np.eye(len(chosen))
+    assert apart.min() > network_map.SIDE
+    flagged = np.abs(centres[chosen][:, None] - centres[~kept][None]).max(-1)
+    assert flagged.min() > network_map.SIDE / 2
+    assert network_map.spread(centres, random.uniform(size=4000) > 0.9)  # even where most are flagged
+    assert network_map.spread(centres, np.zeros(4000, dtype=bool)) == []
+
+
+def test_a_run_without_the_map_of_the_network_is_shown_without_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path, SMALL[:1])
+    run.read_filters().drop(columns=["network_x", "network_y"]).to_csv(run.filters_file, index=False)
+    text = write_report(run).read_text()
+    assert 'id="network"' not in text
+    assert 'href="#network"' not in text
 
 
 def test_hull_holds_every_point() -> None:

@@ -189,6 +189,31 @@ def test_showing_one_verdict_hides_the_others(run: RunDirectory, watched: Watche
     assert page.locator(".show input[value=all]").is_checked()
 
 
+@pytest.mark.parametrize("script", [True, False])
+def test_the_map_of_the_network_leads_to_layers(run: RunDirectory, chromium: Any, script: bool) -> None:
+    one = Watched(chromium, java_script_enabled=script)
+    page = one.open(run.report_page)
+    layers = page.locator(".network svg a")
+    assert layers.count() == 3
+    assert page.locator(".network .t").first.is_visible()
+    opacity = "getComputedStyle(document.querySelectorAll('.network svg a')[1]).opacity"
+    layers.first.focus()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(300)
+    if script:
+        assert float(page.evaluate(opacity)) < 0.5  # the others fade, to show where the layer's filters lie
+    assert layers.first.locator("text").is_visible()
+    page.keyboard.press("Enter")
+    page.wait_for_url(layer_pages(run)[0].as_uri())
+    page = one.open(run.report_page)
+    page.locator(".network .t").first.click()
+    assert "/layers/" in page.url
+    assert "#f" in page.url
+    one.context.close()
+    assert one.wrong == []
+
+
 def test_columns_of_the_table_sort(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     page.get_by_role("button", name="Filters").click()

@@ -20,6 +20,29 @@ def thumbnail_side(filters: int, height: float) -> float:
     return float(np.clip(np.sqrt(0.32 * height / filters), 0.016, 0.068))
 
 
+def fit(points: np.ndarray, height: float, margin: float) -> np.ndarray:
+    """Scale each axis of embedding coordinates (F, 2) to fill the map but for a margin.
+
+    Parameters
+    ----------
+    points : ndarray, shape (F, 2)
+        Finite embedding coordinates.
+    height, margin : float
+        Of the map, in units of its width.
+
+    Returns
+    -------
+    ndarray of float64, shape (F, 2)
+        In units of the map's width: x in [0, 1], y in [0, height].
+    """
+    low = np.array([margin, margin])
+    high = np.array([1 - margin, height - margin])
+    span = np.ptp(points, axis=0)
+    unit = np.where(span > 0, (points - points.min(axis=0)) / np.where(span > 0, span, 1), 0.5)
+    unit[:, 1] = 1 - unit[:, 1]  # the embedding's y points up, the page's down
+    return np.asarray(low + unit * (high - low))
+
+
 def place(points: np.ndarray, height: float, side: float) -> np.ndarray:
     """Place thumbnails on the map near their embedding coordinates, with little overlap.
 
@@ -45,10 +68,7 @@ def place(points: np.ndarray, height: float, side: float) -> np.ndarray:
     margin = 0.6 * side
     low = np.array([margin, margin])
     high = np.array([1 - margin, height - margin])
-    span = np.ptp(points, axis=0)
-    unit = np.where(span > 0, (points - points.min(axis=0)) / np.where(span > 0, span, 1), 0.5)
-    unit[:, 1] = 1 - unit[:, 1]  # the embedding's y points up, the page's down
-    centres: np.ndarray = low + unit * (high - low)
+    centres = fit(points, height, margin)
     # Coinciding points need some direction to part in; a fixed one keeps the page reproducible.
     centres = centres + np.random.default_rng(0).normal(scale=1e-3 * side, size=centres.shape)
     gap = 1.12 * side

@@ -16,7 +16,7 @@ from prune_viz.errors import UserError
 from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
-from prune_viz.report import sprites, wording
+from prune_viz.report import network_map, sprites, wording
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
@@ -35,7 +35,7 @@ CONTENT_SECURITY_POLICY = (
 
 @dataclass
 class _Strip:
-    """The sheet of stimuli by depth, filled as the layers are read."""
+    """A sheet of chosen stimuli of several layers, filled as the layers are read."""
 
     places: dict[str, list[tuple[int, int]]]
     tiles: list[np.ndarray]
@@ -76,7 +76,8 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     _write_assets(folder / "assets")
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
-    strip = _strip(network, statistics)
+    overview = network_map.network_map(rows, filters)
+    strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
     progress.start("report", len(rows))
     for index, row in enumerate(rows):
@@ -85,8 +86,9 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
         _write_layer(folder / "layers", page, network, tensors, statistics, templates)
         strip.add(row.record, tensors.images)
+        shown.add(row.record, tensors.images)
         progress.advance()
-    _write_network(folder, network, strip, templates)
+    _write_network(folder, network, strip, overview, shown, templates)
     progress.finish()
 
 
@@ -103,7 +105,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prune_viz.report"),
         autoescape=True,
-        finalize=_shown,
+        finalize=_printed,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -121,7 +123,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _shown(value: Any) -> Any:
+def _printed(value: Any) -> Any:
     """Pass every value that a template prints; strings lose what cannot be seen."""
     return wording.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -159,11 +161,25 @@ def _write_layer(
     _write(folder / page.row.page, text)
 
 
-def _write_network(folder: Path, network: NetworkPage, strip: _Strip, templates: jinja2.Environment) -> None:
-    sheet = sprites.Sheet("depth.jpg", strip.layout, tuple(range(strip.layout.tiles)))
+def _write_network(
+    folder: Path,
+    network: NetworkPage,
+    strip: _Strip,
+    overview: network_map.NetworkMap | None,
+    shown: _Strip,
+    templates: jinja2.Environment,
+) -> None:
+    _write_strip(folder, "depth", "t", strip, [])
+    _write_strip(folder, "network", "n", shown, network_map.styles(overview) if overview else [])
+    text = templates.get_template("index.html.j2").render(network=network, map=overview, root="")
+    _write(folder / "index.html", text)
+
+
+def _write_strip(folder: Path, name: str, prefix: str, strip: _Strip, styles: Iterable[str]) -> None:
+    """Write a strip as a sheet and a style sheet of that name; `styles` go into it too."""
+    sheet = sprites.Sheet(f"{name}.jpg", strip.layout, tuple(range(strip.layout.tiles)))
     sprites.write_sheet(folder / sheet.file, strip.tiles, strip.layout)
-    _write(folder / "depth.css", "\n".join(_sheet_styles("t", [sheet])) + "\n")
-    _write(folder / "index.html", templates.get_template("index.html.j2").render(network=network, root=""))
+    _write(folder / f"{name}.css", "\n".join([*_sheet_styles(prefix, [sheet]), *styles]) + "\n")
 
 
 def _strip(network: NetworkPage, statistics: InputStatistics | None) -> _Strip:
@@ -171,6 +187,20 @@ def _strip(network: NetworkPage, statistics: InputStatistics | None) -> _Strip:
     places = {
         depth.row.record.name: [(tile.tile, tile.filter) for tile in depth.tiles] for depth in network.depths
     }
+    return _blank_strip(places, layout, statistics)
+
+
+def _shown_on_map(overview: network_map.NetworkMap | None, statistics: InputStatistics | None) -> _Strip:
+    places: dict[str, list[tuple[int, int]]] = {}
+    stimuli = overview.stimuli if overview else []
+    for one in stimuli:
+        places.setdefault(one.row.record.name, []).append((one.tile, one.filter))
+    return _blank_strip(places, sprites.grid(max(1, len(stimuli)), _STRIP_SIDE), statistics)
+
+
+def _blank_strip(
+    places: dict[str, list[tuple[int, int]]], layout: sprites.Grid, statistics: InputStatistics | None
+) -> _Strip:
     blank = np.full((layout.side, layout.side, 3), GREY, dtype=np.uint8)
     return _Strip(places, [blank] * layout.tiles, layout, statistics)
 

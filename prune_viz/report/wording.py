@@ -89,10 +89,12 @@ def r_squared(score: float) -> str:
     return f"{score:.4f}"
 
 
-def damage(share: float) -> str:
-    """Write a predicted damage, a share of variance, as a percentage to two figures."""
+def damage(share: float, unit: str = "readers") -> str:
+    """Write a predicted damage to two figures: nats, or a share of variance as a percentage."""
     if not math.isfinite(share):
         return _DASH
+    if unit == "nats":
+        return f"{share:.2g}{_NARROW}nats" if share >= 1e-9 else f"0{_NARROW}nats"
     value = 100 * share
     if value <= 0:
         return f"0{_NARROW}%"

@@ -1,0 +1,186 @@
+"""The map of the whole network on the report's first page: a dot a filter, a path a layer, some stimuli."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from prune_viz.report import layout
+from prune_viz.report.pages import LayerRow
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WIDTH = 1000  # of the drawing, in its own units
+HEIGHT = 0.62  # of its width
+SIDE = 0.046  # of a stimulus on it, as a share of its width
+_MARGIN = 0.03
+_GAP = 1.3  # sides between two stimuli
+_MOST = 110  # stimuli
+
+
+@dataclass(frozen=True)
+class LayerDots:
+    """A layer's filters on the map, as SVG path data by verdict.
+
+    Attributes
+    ----------
+    row : LayerRow
+        The layer.
+    keep : str
+        Points; a round cap makes them dots.
+    redundant : str
+        Diamonds.
+    dead : str
+        Crosses.
+    """
+
+    row: LayerRow
+    keep: str
+    redundant: str
+    dead: str
+
+
+@dataclass(frozen=True)
+class ShownStimulus:
+    """A stimulus drawn on the map; `left` and `top` in percent as in `layer_pages.MapTile`."""
+
+    tile: int
+    row: LayerRow
+    filter: int
+    left: float
+    top: float
+
+
+@dataclass(frozen=True)
+class NetworkMap:
+    """The map of the network.
+
+    Attributes
+    ----------
+    width, height : int
+        Of the drawing.
+    dot : float
+        Diameter of a dot in its units.
+    layers : list of LayerDots
+        In order of depth.
+    stimuli : list of ShownStimulus
+        Some filters' stimuli, spread over the map.
+    """
+
+    width: int
+    height: int
+    dot: float
+    layers: list[LayerDots]
+    stimuli: list[ShownStimulus]
+
+
+def network_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | None:
+    """Lay out the map of the network.
+
+    Parameters
+    ----------
+    rows : sequence of LayerRow
+        All layers in order of depth.
+    filters : DataFrame
+        `filters.csv`.
+
+    Returns
+    -------
+    NetworkMap or None
+        None if no filter has a place, as in runs of older versions.
+    """
+    if "network_x" not in filters:
+        return None
+    known = filters[np.isfinite(filters[["network_x", "network_y"]].to_numpy(dtype=float)).all(axis=1)]
+    if not len(known):
+        return None
+    centres = layout.fit(known[["network_x", "network_y"]].to_numpy(dtype=float), HEIGHT, _MARGIN)
+    dot = float(np.clip(WIDTH * np.sqrt(0.1 * HEIGHT / len(known)), 2.2, 8))
+    by_name = {row.record.name: row for row in rows}
+    layer_of, verdicts = known["layer"].to_numpy(), known["verdict"].to_numpy()
+    layers = []
+    for row in rows:
+        own = layer_of == row.record.name
+        points = [WIDTH * centres[own & (verdicts == verdict)] for verdict in ("keep", "redundant", "dead")]
+        r = round(max(0.85 * dot, 2.6), 1)
+        layers.append(
+            LayerDots(
+                row,
+                _marks(points[0], "h0"),
+                _marks(points[1], f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z"),
+                _marks(
+                    points[2], f"m-{r}-{r}l{2 * r:.1f} {2 * r:.1f}m0-{2 * r:.1f}l-{2 * r:.1f} {2 * r:.1f}"
+                ),
+            )
+        )
+    chosen = spread(centres, verdicts == "keep")
+    numbers = known["filter"].to_numpy()
+    stimuli = [
+        ShownStimulus(
+            tile,
+            by_name[layer_of[index]],
+            int(numbers[index]),
+            float(100 * (centres[index, 0] - SIDE / 2) / (1 - SIDE)),
+            float(100 * (centres[index, 1] - SIDE / 2) / (HEIGHT - SIDE)),
+        )
+        for tile, index in enumerate(chosen)
+    ]
+    return NetworkMap(WIDTH, round(WIDTH * HEIGHT), round(dot, 2), layers, stimuli)
+
+
+def _marks(points: np.ndarray, mark: str) -> str:
+    return "".join(f"M{x:.5g} {y:.5g}{mark}" for x, y in points)
+
+
+def spread(centres: np.ndarray, kept: np.ndarray) -> list[int]:
+    """Choose filters whose stimuli cover the map without touching, and hide few flagged filters.
+
+    Parameters
+    ----------
+    centres : ndarray, shape (F, 2)
+        Places, in units of the map's width.
+    kept : ndarray of bool, shape (F,)
+        Which filters are not flagged, and may be chosen.
+
+    Returns
+    -------
+    list of int
+        At most `_MOST`; first those near the middles of the cells of a grid.
+    """
+    from sklearn.neighbors import KDTree
+
+    gap = _GAP * SIDE
+    inside = ((centres >= SIDE / 2) & (centres <= np.array([1, HEIGHT]) - SIDE / 2)).all(axis=1)
+    candidates = np.flatnonzero(inside & kept)
+    if len(candidates) and not kept.all():
+        flagged = KDTree(centres[~kept], metric="chebyshev")
+        hidden = flagged.query_radius(centres[candidates], 0.6 * SIDE, count_only=True)
+        # None where few are flagged; where many are, some cannot but be hidden.
+        candidates = candidates[hidden <= np.quantile(hidden, 0.2)]
+    places = centres[candidates]
+    off = np.abs(places / gap - np.floor(places / gap) - 0.5).max(axis=1)
+    taken: list[int] = []
+    free = np.ones(len(candidates), dtype=bool)
+    for place in np.argsort(off, kind="stable"):
+        if free[place] and len(taken) < _MOST:
+            taken.append(int(candidates[place]))
+            free &= np.abs(places - places[place]).max(axis=1) >= gap
+    return taken
+
+
+def styles(page: NetworkMap) -> Iterable[str]:
+    """Rules of the map's own style sheet: a colour a layer, and where the stimuli lie."""
+    last = max(len(page.layers) - 1, 1)
+    yield f".network{{--shape:{page.width}/{page.height};--dot:{page.dot}px;--side:{100 * SIDE:.2f}%}}"
+    for depth in range(len(page.layers)):
+        way = 2 * depth / last
+        ends = ("--shallow", "--middle") if way <= 1 else ("--middle", "--deep")
+        share = 100 * (way if way <= 1 else way - 1)
+        yield f".d{depth}{{--tint:color-mix(in oklab,var({ends[0]}),var({ends[1]}) {share:.1f}%)}}"
+    for one in page.stimuli:
+        x, y = f"{one.left:.2f}%", f"{one.top:.2f}%"
+        yield f"#n{one.tile}{{left:{x};top:{y};translate:-{x} -{y}}}"

@@ -1,0 +1,99 @@
+"""From stimuli to verdicts: probes run through the whole network, and every group is judged on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prune_viz import probes, redundancy
+from prune_viz.calibration import as_batch
+from prune_viz.coupling import CouplingGroup
+from prune_viz.filters import FilterNetwork, plain_copy
+from prune_viz.inputs import InputStatistics
+from prune_viz.progress import Progress
+from prune_viz.redundancy import GroupVerdicts
+from prune_viz.responses import Moments, gather_moments, pool_moments
+from prune_viz.runs import LayerTensors
+
+
+def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
+    """A copy of the model to run probes through, its batch norms unfolded."""
+    twin = plain_copy(model).float().to(network.device)
+    return twin.to(memory_format=torch.channels_last) if len(network.input_shape) == 3 else twin
+
+
+def probe_groups(
+    model: nn.Module,
+    network: FilterNetwork,
+    groups: Sequence[CouplingGroup],
+    layers: Mapping[str, LayerTensors],
+    examples: Tensor | None,
+    seed: int,
+    statistics: InputStatistics | None,
+    progress: Progress,
+) -> dict[int, list[Moments]]:
+    """Run stimuli, natural noise and the user's images through a network, and sum groups' moments.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From `probing_copy`.
+    network : FilterNetwork
+        The network as stimuli saw it, for its canvases.
+    groups : sequence of CouplingGroup
+        Those to probe.
+    layers : mapping of str to LayerTensors
+        The layers' stimuli.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images in the model's own input units. They count for half, however many they are.
+    seed : int
+        Of the noise.
+    statistics : InputStatistics or None
+        What is known of the model's inputs.
+    progress : Progress
+        Told how the work goes.
+
+    Returns
+    -------
+    dict of int to list of Moments
+        By the group's number, one a reader.
+    """
+    if not groups:
+        return {}
+    axes = range(len(network.input_shape) - 1)
+    largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in axes)
+    size = probes.probe_size(model, network.input_shape, largest)
+    count = sum(layer.filters for layer in network.layers if layer.name in layers)
+    progress.start("probes", count + probes.NOISE_PROBES + (0 if examples is None else len(examples)))
+
+    def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
+        for batch, held_out in batches:
+            yield as_batch(batch), held_out
+            progress.advance(len(batch))
+
+    stimuli = (torch.from_numpy(layers[name].images) for name in layers)
+    made = probes.make_probes(stimuli, network.input_shape[0], size, seed, statistics)
+    moments = gather_moments(model, groups, counted(made))
+    if examples is not None:
+        given = gather_moments(model, groups, counted(probes.split(examples, examples.shape[2:])))
+        moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}
+    progress.finish()
+    return moments
+
+
+def judge_groups(
+    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]], progress: Progress
+) -> dict[int, GroupVerdicts]:
+    """Verdicts of every group, by its number; one that was not probed is kept."""
+    progress.start("verdicts", len(groups))
+    verdicts = {}
+    for group in groups:
+        if group.number in moments:
+            verdicts[group.number] = redundancy.judge(group, moments[group.number])
+        else:
+            verdicts[group.number] = redundancy.judge_unjudged(group)
+        progress.advance()
+    progress.finish()
+    return verdicts

@@ -1,0 +1,133 @@
+"""Sensitivities against closed forms and against what really happens to the output."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from networks import Flattening, Plain, Residual, randomise_norms
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from prune_viz.coupling import CouplingGroup, find_groups
+from prune_viz.sensitivity import gather_sensitivities
+
+SHAPES = {Plain: (3, 12, 12), Residual: (3, 12, 12), Flattening: (1, 8, 8)}
+
+
+def _case(kind: type[nn.Module]) -> tuple[nn.Module, list[CouplingGroup], Tensor]:
+    torch.manual_seed(1)
+    model = randomise_norms(kind())
+    for parameter in model.head.parameters():
+        parameter.data *= 3  # scores that differ enough to tell one input from another
+    shape = SHAPES[kind]
+    images = torch.randn(64, *shape)
+    return model, find_groups(model, torch.zeros(1, *shape)), images
+
+
+def _drawn_often(images: Tensor, times: int) -> list[Tensor]:
+    return [images] * times
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    before, after = before.double().log_softmax(1), after.double().log_softmax(1)
+    return float((before.exp() * (before - after)).sum(1).mean())
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: type[nn.Module]) -> None:
+    model, groups, images = _case(kind)
+    found = gather_sensitivities(model, groups, _drawn_often(images, 40), seed=0)
+    before = model(images).detach()
+    modules = dict(model.named_modules())
+    share = 0.02
+    for group in groups:
+        if not group.removable:
+            continue
+        expected = []
+        for channel in range(group.channels):
+            handles = []
+            for places in group.readers:
+                index = torch.from_numpy(places.indices[places.channels == channel])
+
+                def turn_down(module: nn.Module, arguments: tuple, index: Tensor = index) -> tuple:
+                    maps = arguments[0].clone()
+                    maps[:, index] *= 1 - share
+                    return (maps,)
+
+                handles.append(modules[places.module].register_forward_pre_hook(turn_down))
+            with torch.no_grad():
+                expected.append(_divergence(before, model(images)) / share**2)
+            for handle in handles:
+                handle.remove()
+        # 2,560 drawn labels: a few percent of noise.
+        assert np.array(expected) == pytest.approx(
+            found.ablations[group.number], rel=0.2, abs=0.02 * max(expected)
+        )
+
+
+def test_at_the_scores_themselves_it_is_the_fisher_information_of_the_softmax() -> None:
+    model, groups, images = _case(Plain)
+    found = gather_sensitivities(model, groups, _drawn_often(images, 60), seed=0)
+    p = model(images).detach().softmax(1).double()
+    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
+    torch.testing.assert_close(torch.from_numpy(found.readers["head"]), fisher, rtol=0.1, atol=0.01)
+
+
+def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Identity()).eval()
+    model.add_module("last", nn.Conv2d(3, 2, 1, bias=False))
+    images = torch.randn(32, 2, 6, 6)
+    groups = find_groups(model, images[:1])
+    group = next(group for group in groups if group.layers == ["2"])
+    found = gather_sensitivities(model, groups, _drawn_often(images, 200), seed=0)
+    with torch.no_grad():
+        maps = model[2](model[1](model[0](images)))
+        output = model(images)
+        for channel in range(3):
+            silenced = maps.clone()
+            silenced[:, channel] = 0
+            change = (model.last(silenced) - output).square().mean() / output.square().mean()
+            assert found.ablations[group.number][channel] == pytest.approx(float(change), rel=0.15)
+    # A change of the reader's outputs at every position apart: squares add.
+    expected = 2 * torch.eye(2, dtype=torch.float64) / (output.double().square().mean() * 2)
+    torch.testing.assert_close(
+        torch.from_numpy(found.readers["last"]), expected, rtol=0.1, atol=0.05 * float(expected.max())
+    )
+
+
+def test_the_same_seed_gives_the_same_and_the_model_is_left_alone() -> None:
+    model, groups, images = _case(Residual)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runs = [gather_sensitivities(model, groups, images.split(16), seed=3) for _ in range(2)]
+    for name, matrix in runs[0].readers.items():
+        assert np.array_equal(matrix, runs[1].readers[name])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_network_that_lets_no_gradient_through_has_no_sensitivities() -> None:
+    class Closed(Plain):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = randomise_norms(Closed())
+    groups = find_groups(Plain().eval(), torch.zeros(1, 3, 12, 12))
+    assert not gather_sensitivities(model, groups, [torch.randn(4, 3, 12, 12)], seed=0).readers
+
+
+def test_silencing_is_ranked_as_it_really_goes() -> None:
+    model, groups, images = _case(Plain)
+    found = gather_sensitivities(model, groups, _drawn_often(images, 20), seed=0)
+    before = model(images).detach()
+    group = next(group for group in groups if group.layers == ["conv2"])
+    real = []
+    for channel in range(group.channels):
+        weight = model.conv3.weight.data.clone()
+        model.conv3.weight.data[:, channel] = 0
+        real.append(_divergence(before, model(images).detach()))
+        model.conv3.weight.data.copy_(weight)
+    assert spearmanr(real, found.ablations[group.number])[0] > 0.8
