@@ -27,7 +27,9 @@ from prune_viz.priors import make_prior
 from prune_viz.progress import Progress
 from prune_viz.runs import written_aside
 
-PROBES = 96
+PROBES = 96  # of `POSITIONS` pixels; of smaller ones more
+POSITIONS = 160 * 160
+MOST_PROBES = 384
 PASSES = 76  # over all probes, at most
 BATCH = 32
 RATE = 0.1  # of the first steps, in deviations of a white coordinate
@@ -117,7 +119,7 @@ def calibrate(
         for number in range(passes):
             rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
             for index, (chunk, stepper) in enumerate(zip(chunks, steppers, strict=True)):
-                moved = _shift(images(chunk), random, JITTER, photographs)
+                moved = _shift(images(chunk), random, photographs)
                 own = fed.moments(moved)
                 pooled = _mean([*known[:index], own, *known[index + 1 :]], shares)
                 if not own[0].requires_grad:  # a forward pass that lets no gradient through
@@ -203,10 +205,10 @@ def _are_photographs(images: Tensor) -> bool:
     return images.ndim == 4 and images.shape[1] == 3
 
 
-def _shift(images: Tensor, random: torch.Generator, reach: float, mirror: bool) -> Tensor:
-    """Shift each image around its canvas by up to a share of it, and mirror half of them if asked to."""
+def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> Tensor:
+    """Shift each image around its canvas by up to `JITTER` of it, and mirror half of them if asked to."""
     size = images.shape[2:]
-    reaches = torch.tensor([max(1, int(extent * reach)) for extent in size])
+    reaches = torch.tensor([max(1, int(extent * JITTER)) for extent in size])
     chance = 2 * torch.rand((len(images), len(size)), generator=random) - 1
     shifts = (chance * (reaches + 0.5)).round().long().clamp(-reaches, reaches)
     moved = roll(images, shifts.to(images.device))
@@ -219,7 +221,7 @@ def _shift(images: Tensor, random: torch.Generator, reach: float, mirror: bool) 
 def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
     """Give `VARIANTS` copies of probes, each shifted at random; of photographs, mirrored and enlarged too.
 
-    Calibration shifts and mirrors as it goes, so that these feed the batch norms as well as the probes
+    Calibration shifts and mirrors alike as it goes, so that these feed the batch norms as well as the probes
     themselves, and a deep layer, which sees few positions of each, gets samples enough for a regression.
 
     Parameters
@@ -238,7 +240,7 @@ def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
     random = torch.Generator().manual_seed(seed)
     photographs = _are_photographs(images)
     for number in range(VARIANTS):
-        moved = _shift(images, random, 1 / 2, photographs)
+        moved = _shift(images, random, photographs)
         if enlarge and photographs and number % 2:
             moved = F.interpolate(moved, size=enlarged(images.shape[2:]), mode="bicubic", antialias=True)
         yield moved
@@ -247,6 +249,11 @@ def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
 def enlarged(size: Sequence[int]) -> list[int]:
     """The size of enlarged probes."""
     return [round(ENLARGED * extent) for extent in size]
+
+
+def probes_for(size: Sequence[int]) -> int:
+    """How many probes of a spatial size are calibrated: small ones cost less and give fewer samples."""
+    return int(min(max(PROBES * POSITIONS / math.prod(size), PROBES), MOST_PROBES))
 
 
 def as_batch(images: Tensor) -> Tensor:

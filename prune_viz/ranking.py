@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz import calibration
-from prune_viz.calibration import Calibrated, as_batch, calibrate, enlarged, variants
+from prune_viz.calibration import Calibrated, as_batch, calibrate, enlarged, probes_for, variants
 from prune_viz.coupling import CouplingGroup
 from prune_viz.inputs import InputStatistics
 from prune_viz.probes import calibration_starts, probe_size, runs_on, split
@@ -100,7 +100,7 @@ def calibrated_probes(
     channels, *size = input_shape
     widest = WIDEST[len(size)]
     size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
-    starts = calibration_starts(layers, channels, size, calibration.PROBES, seed, statistics)
+    starts = calibration_starts(layers, channels, size, probes_for(size), seed, statistics)
     progress.start("calibration", len(starts) * calibration.PASSES)
     found = calibrate(model, starts, seed=seed, statistics=statistics, progress=progress)
     progress.finish()

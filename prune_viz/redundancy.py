@@ -265,13 +265,17 @@ def _confirm(
     readers: Sequence[Moments],
     tolerance: float,
 ) -> dict[int, np.ndarray]:
-    """Which proposed channels hold up: channel -> weights over channels and constant that rebuild it."""
+    """Which proposed channels hold up: channel -> weights over channels and constant that rebuild it.
+
+    Of two copies elimination may propose both, the second rebuilt from many others. So those that no few
+    of the others rebuild come back, and are tried once more with all that came back at hand.
+    """
     kept = np.ones(len(fit) - 1, dtype=bool)
     kept[list(proposed)] = False
-    usable = np.flatnonzero(kept)
     rebuilt: dict[int, np.ndarray] = {}
     alone: dict[int, float] = {}
-    for channel in proposed:
+
+    def attempt(channel: int) -> bool:
         if dead[channel]:
             # A dead channel needs no representative, unless padding makes a constant visible at the border.
             weights = np.zeros(len(fit))
@@ -279,11 +283,25 @@ def _confirm(
             loss = _damage({channel: weights}, readers)
             if loss <= tolerance:
                 rebuilt[channel], alone[channel] = weights, loss
-                continue
-        weights = rebuild(channel, usable, fit)
+                return True
+        weights = rebuild(channel, np.flatnonzero(kept), fit)
         loss = _damage({channel: weights}, readers)
         if loss <= tolerance and _score(channel, weights, held_out) >= MIN_SCORE:
             rebuilt[channel], alone[channel] = weights, loss
+            return True
+        return False
+
+    back = [channel for channel in proposed if not attempt(channel)]
+    kept[back] = True
+    serving: set[int] = set()
+    for channel in back:
+        if channel in serving:
+            continue
+        kept[channel] = False
+        if attempt(channel):
+            serving.update(np.flatnonzero(rebuilt[channel][:-1]).tolist())
+        else:
+            kept[channel] = True
     while rebuilt and _damage(rebuilt, readers) > tolerance:
         del rebuilt[max(rebuilt, key=lambda channel: alone[channel])]
     return rebuilt

@@ -604,6 +604,11 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         return round(float(found.loc[found["method"] == method, column].mean()), 4)
 
     merged = correlations["merged"]
+    negated = planted[(planted["kind"] == "negated") & planted["found"]]
+    named = [
+        source in named.split(";")
+        for source, named in zip(negated["sources"], negated["representative"], strict=True)
+    ]
     others = flagged[(flagged["verdict"] == "redundant") & ~flagged["as_planted"]]
     return {
         "recall_copies": recall(*COPIES),
@@ -612,10 +617,12 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "precision_redundant": round(precision.get("redundant", 1.0), 4),
         "recall_dead": recall(*DEAD),
         "precision_dead": round(precision.get("dead", 1.0), 4),
-        "negated_flagged": int(planted.loc[planted["kind"] == "negated", "found"].sum()),
+        "negated_flagged": len(negated),
         "spearman_ablation": spearman("merged", "damage"),
         "recall_noisy_by_level": {f"{noise:.0%}": recall(f"noisy {noise:.0%}") for noise in NOISES},
         "recall_exact_scaled_rewired": [recall(kind) for kind in COPIES],
+        "negated_flagged_by_original": sum(named),  # the original is among those that rebuild it
+        "negated_flagged_removable": int(negated["removable"].eq(True).sum()),
         "negated_planted": int((planted["kind"] == "negated").sum()),
         "unplanted_flagged": len(others),
         "unplanted_removable": round(float(others["removable"].mean()), 4) if len(others) else None,

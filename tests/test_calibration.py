@@ -116,7 +116,7 @@ def test_it_ends_when_the_distance_no_longer_falls(monkeypatch: pytest.MonkeyPat
 
 
 def test_variants_are_the_probes_shifted_and_of_photographs_mirrored_and_enlarged() -> None:
-    signals = torch.randn(5, 2, 12)
+    signals = torch.randn(5, 2, 64)
     shifted = list(variants(signals, enlarge=True, seed=3))
     assert len(shifted) == VARIANTS
     for moved in shifted:

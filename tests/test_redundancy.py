@@ -115,6 +115,22 @@ def test_planted_truth_is_found_and_nothing_else() -> None:
     assert verdicts.damage < 1e-6
 
 
+def test_one_of_two_copies_goes_though_all_others_would_rebuild_both() -> None:
+    # Channel 24 mixes all of the first 24, so that elimination proposes it and its copy; no eight do.
+    random = np.random.default_rng(0)
+    base = random.normal(size=(20_000, 24))
+    mixed = base @ random.normal(size=24) / 5 + 0.1 * random.normal(size=20_000)
+    samples = np.column_stack([base, mixed, mixed])
+    weights = random.normal(size=(16, 26))
+    weights[:, 24:] *= 0.3
+    verdicts = judge(*_group(samples, samples, weights), tolerance=0.05)
+    assert set(verdicts.order[:2]) == {24, 25}
+    assert verdicts.order_damage[1] < 0.05
+    flagged = [verdict for verdict in verdicts.channels if verdict.verdict == "redundant"]
+    assert len(flagged) == 1
+    assert {flagged[0].channel, *flagged[0].representatives} == {24, 25}
+
+
 def test_opposite_signs_are_not_copies() -> None:
     raw = np.random.default_rng(0).normal(size=(4000, 4))
     samples = np.maximum(np.hstack([raw, -raw[:, :1]]), 0)  # behind a ReLU f and -f never fire together

@@ -573,6 +573,8 @@ def test_printable(text: str, shown: str) -> None:
         (wording.r_squared(float("nan")), "\u2013"),
         (wording.damage(0.0123), "1.2 %"),
         (wording.damage(1e-5), "0.0010 %"),
+        (wording.damage(0.0123, "nats"), "0.012 nats"),
+        (wording.damage(1e-12, "nats"), "0 nats"),
         (wording.damage(1e-9), "<0.0001 %"),
         (wording.activation(1234.5), "1,234"),
         (wording.activation(0.0123), "0.012"),

@@ -121,6 +121,7 @@ class NetworkPage:
     usage: list[tuple[str, list[str]]]
     provenance: list[tuple[str, str]]
     stages: list[Stage]
+    damage_unit: str
 
 
 def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[LayerRow]:
@@ -190,6 +191,7 @@ def network_page(
         usage=usage(str(model["path"]), run, model),
         provenance=provenance_table(provenance),
         stages=stages(provenance["stages"]),
+        damage_unit=str(provenance.get("damage_unit", "readers")),
     )
 
 
