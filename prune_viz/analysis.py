@@ -189,7 +189,8 @@ def analyze(
             ranked = rank_groups(verdicts, measured)
             verdicts = ranked.verdicts
         provenance["calibration"] = ranking.summary(calibrated)
-        provenance["damage_unit"] = "readers" if measured.ablations is None else "nats"
+        unit = "readers" if measured.ablations is None else "nats"
+        provenance["damage_unit"] = unit
         with stages.timed("embedding"):
             embeddings, places = embed_network(network, chosen, found, seed, progress)
         table = filter_table(chosen, found, embeddings, places, tied, verdicts)
@@ -198,7 +199,7 @@ def analyze(
         run.write_filters(table)
         macs = surgery.count_macs(model, network.input_shape)
         modules = dict(model.named_modules())
-        decisions = decisions_json(table, groups, verdicts, masks, modules, macs)
+        decisions = decisions_json(table, groups, verdicts, masks, modules, macs, unit)
         write_json(run.decisions_file, decisions)
         run.write_moments(ranked.moments)
         save_masks(masks, run.masks_file)

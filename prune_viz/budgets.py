@@ -121,10 +121,11 @@ def write_masks(
         lines.append(f"that saves {saved:.1%} of {total:,} multiply-accumulates")
         worst = max(rankings, key=lambda ranking: ranking.damage_of(counts), default=None)
         if worst is not None:
-            lines.append(
-                f"predicted damage: at most {worst.damage_of(counts):.2%} of what a group's readers give, "
-                f"at {next(iter(worst.filters))}"
-            )
+            most = worst.damage_of(counts)
+            cost = f"{most:.2%} of what a group's readers give"
+            if decisions["damage_unit"] == "nats":
+                cost = f"{most:.2g} nats of the network's output a group"
+            lines.append(f"predicted damage: at most {cost}, at {next(iter(worst.filters))}")
     return [*lines, f"written to {out}"]
 
 

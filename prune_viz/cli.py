@@ -222,7 +222,7 @@ def masks(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            metavar="T", help="Predicted damage allowed, as a share of what each group's readers give."
+            metavar="T", help="Predicted damage allowed to each group: nats of the network's output."
         ),
     ] = None,
     out: Annotated[

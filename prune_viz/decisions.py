@@ -199,6 +199,7 @@ def decisions_json(
     masks: Masks,
     modules: Mapping[str, Any],
     macs: Mapping[str, int],
+    unit: str,
 ) -> dict[str, Any]:
     """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges.
 
@@ -216,6 +217,8 @@ def decisions_json(
         The network's modules, for how much each reads.
     macs : mapping of str to int
         Multiply-accumulates of each module.
+    unit : {"nats", "readers"}
+        Of the damage: divergence of the network's output, or a share of what readers give.
     """
     in_group = {layer: group for group in groups for layer in group.layers}
     flagged = []
@@ -234,6 +237,7 @@ def decisions_json(
         "format": FORMAT,
         "model_sha256": masks.model_sha256,
         "tolerance": TOLERANCE,
+        "damage_unit": unit,
         "filters": {name: len(mask) for name, mask in masks.items()},
         "macs": dict(macs),
         "groups": [

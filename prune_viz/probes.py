@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,6 +63,8 @@ def make_probes(
 ) -> Iterator[tuple[Tensor, bool]]:
     """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
 
+    Where natural inputs were measured on examples, as much noise again is of the usual kind.
+
     Parameters
     ----------
     layers : iterable of Tensor, each shape (F, C, *canvas)
@@ -83,6 +86,10 @@ def make_probes(
     """
     noise = natural_noise((input_channels, *size), NOISE_PROBES, seed, statistics)
     yield from split(noise, size)
+    if statistics is not None and statistics.covariance is not None:
+        # What never varied in the example inputs may yet: no filter is dead for want of it.
+        usual = replace(statistics, covariance=None, exponent=None)
+        yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed, usual), size)
     for images in layers:
         yield from split(images.float(), size)
 

@@ -111,7 +111,7 @@ class _Watch:
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor, held_out: bool) -> None:
         samples, inner = self._samples(arguments[0].detach(), output)
-        self.peak = np.maximum(self.peak, inner.abs().amax(dim=0).double().cpu().numpy())
+        self.peak = np.maximum(self.peak, self._peak(arguments[0].detach()))
         wide = inner.double()
         self.first += wide.sum(dim=0).cpu().numpy()
         self.second += wide.square().sum(dim=0).cpu().numpy()
@@ -137,6 +137,12 @@ class _Watch:
         features = inputs.reshape(-1, inputs.shape[-1])
         rows = features[:, self.columns].transpose(1, 2).reshape(-1, self.channels)
         return rows, rows
+
+    def _peak(self, inputs: Tensor) -> np.ndarray:
+        """Each channel's largest absolute value, at all positions: one that fires rarely is not silent."""
+        axis = 1 if isinstance(self.module, _ConvNd) else -1
+        largest = inputs.abs().movedim(axis, 0).flatten(1).amax(dim=1)
+        return np.asarray(largest[self.columns].amax(dim=1).double().cpu().numpy())
 
     def moments(self) -> Moments:
         means = self.output / max(self.output_count, 1)

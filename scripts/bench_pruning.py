@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ import pruners
 import torch
 import trained
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from trained import Trained
 
@@ -232,9 +232,9 @@ def main() -> None:
     rows = []
     for network, seed in networks(options.quick, options.only):
         run = options.run if network.labels is None else None
-        rows += list(
-            track(rows_of(network, ratios, seed, run), f"{network.name}, seed {seed}", console=console)
-        )
+        for row in rows_of(network, ratios, seed, run):
+            rows.append(row)
+            print(*row.values(), sep=", ", file=sys.stderr, flush=True)
     print_tables(pd.DataFrame(rows), console)
     print(json.dumps({"quick": options.quick, "rows": rows}))
 

@@ -618,7 +618,7 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "recall_dead": recall(*DEAD),
         "precision_dead": round(precision.get("dead", 1.0), 4),
         "negated_flagged": len(negated),
-        "spearman_ablation": spearman("merged", "damage"),
+        "spearman_ablation": spearman("raw", "damage"),
         "recall_noisy_by_level": {f"{noise:.0%}": recall(f"noisy {noise:.0%}") for noise in NOISES},
         "recall_exact_scaled_rewired": [recall(kind) for kind in COPIES],
         "negated_flagged_by_original": sum(named),  # the original is among those that rebuild it
@@ -633,7 +633,7 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "spearman_by_network": merged[merged["method"] == "damage"].groupby("family", sort=False)["pooled"]
         .mean().round(4).to_dict(),
         "spearman_within_layers": spearman("merged", "damage", "within"),
-        "spearman_raw": spearman("raw", "damage"),
+        "spearman_merged": spearman("merged", "damage"),
         "spearman_of_others": {name: spearman("merged", name) for name in SMALL},
         "spearman_of_others_raw": {name: spearman("raw", name) for name in SMALL},
         "ablated": len(ablation),

@@ -243,6 +243,81 @@ def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
     assert not np.allclose(again.layers["conv1"].images, measured, atol=1e-2)
 
 
+def _folder_of_pictures(folder: Path, count: int, side: int = 16) -> Path:
+    """Pictures without any green."""
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    for index in range(count):
+        pixels = random.integers(0, 255, (side, side, 3), dtype=np.uint8)
+        pixels[..., 1] = 0
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def test_what_never_fires_on_the_users_images_is_told_and_not_called_dead(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = randomise_norms(Plain())
+    with torch.no_grad():  # filter 3 sees green alone, and only a lot of it
+        model.conv1.weight[3] = 0
+        model.conv1.weight[3, 1] = 1
+        model.bn1.running_mean[3], model.bn1.running_var[3] = 0, 1
+        model.bn1.weight[3], model.bn1.bias[3] = 1, -1
+    pictures = _folder_of_pictures(tmp_path / "pictures", 12)
+    options = {"input_shape": (3, 16, 16), "mean": 0.0, "std": 1.0, "steps": 24}
+    without = analyze(model, **options).filters.set_index(["layer", "filter"])
+    out = tmp_path / "run"
+    found = analyze(model, **options, data=pictures, out=out).filters.set_index(["layer", "filter"])
+    told = found["reason"].str.contains("on any of the images of --data")
+    assert found.loc[("conv1", 3), "verdict"] == "keep"
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) / 255 for path in pictures.iterdir()]
+    )
+    with torch.no_grad():
+        first = torch.relu(model.bn1(model.conv1(images)))
+        second = torch.relu(model.bn2(model.conv2(first)))
+        maps = {"conv1": first, "conv2": second, "conv3": torch.relu(model.conv3(second))}
+    for layer, filter_ in found.index[found["verdict"] == "keep"]:
+        assert told[(layer, filter_)] == (float(maps[layer][:, filter_].abs().max()) == 0)
+    assert told[("conv1", 3)]
+    assert not without["reason"].str.contains("--data").any()
+    assert any(
+        "the 12 images of --data" in note for note in json.loads((out / "run.json").read_text())["notes"]
+    )
+
+
+def test_the_users_images_join_the_probes(tmp_path: Path) -> None:
+    # Two filters alike on all that has no green, unlike on the rest: what the images show counts.
+    torch.manual_seed(3)
+    model = randomise_norms(Plain())
+    pictures = _folder_of_pictures(tmp_path / "pictures", 40)
+    options = {"input_shape": (3, 16, 16), "mean": 0.5, "std": 0.3, "steps": 4}
+    plain, seen = tmp_path / "plain", tmp_path / "seen"
+    analyze(model, **options, out=plain)
+    analyze(model, **options, out=seen, data=pictures)
+    before, after = (RunDirectory(path).read_moments() for path in (plain, seen))
+    assert before.keys() == after.keys()
+    assert any(not np.allclose(before[number], after[number], rtol=0.05) for number in before)
+
+
+def test_calibrated_probes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = randomise_norms(Plain()), tmp_path / "run"
+    options = {"input_shape": (3, 16, 16), "steps": 3, "out": out}
+    analyze(model, **options)
+    first, run = (out / "filters.csv").read_bytes(), json.loads((out / "run.json").read_text())
+    assert run["damage_unit"] == "nats"
+    assert json.loads((out / "decisions.json").read_text())["damage_unit"] == "nats"
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("calibrated again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prune_viz.analysis.calibrated_probes", never)
+        analyze(model, **options)
+        assert (out / "filters.csv").read_bytes() == first
+        with pytest.raises(AssertionError, match="calibrated again"):
+            analyze(model, **{**options, "seed": 1})
+
+
 def test_an_ascent_that_derails_is_told_in_the_notes(tmp_path: Path) -> None:
     class Cliff(nn.Conv2d):
         """Noise stays below its edge, what excites its filters does not."""
