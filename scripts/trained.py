@@ -7,6 +7,7 @@ trained on, are scikit-learn's two and scikit-image's.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,10 +182,11 @@ def _scikit_learn() -> list[Image.Image]:
 
 
 def _scikit_image(name: str) -> Image.Image:
-    """A photograph in scikit-image's wheel, read as a file so that its downloads are not asked."""
-    import skimage.data
-
-    folder = Path(skimage.data.__file__).parent
+    """A photograph in scikit-image's wheel, read as a file, so that the package needs none of its own."""
+    spec = importlib.util.find_spec("skimage")
+    if spec is None:
+        raise SystemExit("the photographs are scikit-image's: pip install --no-deps scikit-image")
+    folder = Path(spec.submodule_search_locations[0]) / "data"
     file = next(path for path in sorted(folder.glob(f"{name}.*")) if path.suffix in (".png", ".jpg"))
     return Image.open(file).convert("RGB")
 
