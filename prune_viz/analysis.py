@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prune_viz import __version__, coupling, ranking, redundancy, responses, surgery
-from prune_viz.calibration import Calibrated, load_probes, save_probes
+from prune_viz.calibration import SETTINGS, Calibrated, load_probes, save_probes
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_table, masks_of
@@ -182,15 +182,17 @@ def analyze(
         if judged:
             with stages.timed("calibration"):
                 calibrated = _calibrate(twin, network, run, found, seed, statistics, progress, key)
-            notes.append(ranking.describe(calibrated, 0 if examples is None else len(examples)))
         with stages.timed("ranking"):
             near = None if calibrated is None else calibrated.images
             measured = measure_groups(twin, judged, moments, near, examples, seed, progress)
             ranked = rank_groups(verdicts, measured)
             verdicts = ranked.verdicts
         provenance["calibration"] = ranking.summary(calibrated)
-        unit = "readers" if measured.ablations is None else "nats"
-        provenance["damage_unit"] = unit
+        if judged:
+            notes.append(
+                ranking.describe(calibrated, 0 if examples is None else len(examples), measured.unit)
+            )
+        provenance["damage_unit"] = measured.unit
         with stages.timed("embedding"):
             embeddings, places = embed_network(network, chosen, found, seed, progress)
         table = filter_table(chosen, found, embeddings, places, tied, verdicts)
@@ -199,7 +201,7 @@ def analyze(
         run.write_filters(table)
         macs = surgery.count_macs(model, network.input_shape)
         modules = dict(model.named_modules())
-        decisions = decisions_json(table, groups, verdicts, masks, modules, macs, unit)
+        decisions = decisions_json(table, groups, verdicts, masks, modules, macs, measured.unit)
         write_json(run.decisions_file, decisions)
         run.write_moments(ranked.moments)
         save_masks(masks, run.masks_file)
@@ -320,7 +322,7 @@ def _calibrate(
     key: str,
 ) -> Calibrated | None:
     """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
-    key = hashlib.sha256(json.dumps([key, list(found)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([key, list(found), SETTINGS]).encode()).hexdigest()
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:
         calibrated = calibrated_probes(twin, found, network.input_shape, seed, statistics, progress)

@@ -123,8 +123,10 @@ def write_masks(
         if worst is not None:
             most = worst.damage_of(counts)
             cost = f"{most:.2%} of what a group's readers give"
-            if decisions["damage_unit"] == "nats":
+            if decisions.get("damage_unit") == "nats":
                 cost = f"{most:.2g} nats of the network's output a group"
+            elif decisions.get("damage_unit") == "output":
+                cost = f"{most:.2%} of the network's output a group"
             lines.append(f"predicted damage: at most {cost}, at {next(iter(worst.filters))}")
     return [*lines, f"written to {out}"]
 
@@ -156,7 +158,7 @@ def read_rankings(decisions: Mapping[str, Any]) -> list[Ranking]:
 
 
 def counts_for_tolerance(rankings: Sequence[Ranking], tolerance: float) -> dict[int, int]:
-    """How many channels each group can lose before its predicted damage passes `tolerance`, 0 to 1."""
+    """How many channels each group can lose before its predicted damage passes `tolerance`, in its unit."""
     return {
         ranking.number: int(np.searchsorted(ranking.damage, tolerance, side="right")) for ranking in rankings
     }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.ascent import roll, unit
+from prune_viz.devices import is_out_of_memory
 from prune_viz.inputs import InputStatistics
 from prune_viz.priors import make_prior
 from prune_viz.progress import Progress
@@ -37,6 +38,7 @@ JITTER = 1 / 16  # of the size, each way
 CONTRAST = 0.4  # of the probes at the start, in deviations of a natural input
 VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
 ENLARGED = 1.25
+SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, JITTER, CONTRAST)  # probes depend on them
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
@@ -122,9 +124,9 @@ def calibrate(
                 moved = _shift(images(chunk), random, photographs)
                 own = fed.moments(moved)
                 pooled = _mean([*known[:index], own, *known[index + 1 :]], shares)
-                if not own[0].requires_grad:  # a forward pass that lets no gradient through
+                chunk.grad = _gradient(_loss(pooled), chunk)
+                if chunk.grad is None:
                     return None
-                (chunk.grad,) = torch.autograd.grad(_loss(pooled), chunk)
                 known[index] = [moment.detach() for moment in own]
                 stepper.param_groups[0]["lr"] = rate
                 stepper.step()
@@ -137,6 +139,16 @@ def calibrate(
                 break
     found = torch.cat([images(chunk).detach().cpu() for chunk in chunks])
     return Calibrated(found, distances[0], distances[-1], len(distances) - 1)
+
+
+def _gradient(loss: Tensor, chunk: Tensor) -> Tensor | None:
+    """The gradient, or None where the forward pass lets none through."""
+    try:
+        return torch.autograd.grad(loss, chunk)[0]
+    except RuntimeError as error:  # nothing to differentiate, or changed in place what a gradient needs
+        if is_out_of_memory(error):
+            raise
+        return None
 
 
 class _Fed:

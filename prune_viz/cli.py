@@ -222,7 +222,7 @@ def masks(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            metavar="T", help="Predicted damage allowed to each group: nats of the network's output."
+            metavar="T", help="Damage allowed to each group, in the run's own unit: nats for classifiers."
         ),
     ] = None,
     out: Annotated[
@@ -235,7 +235,9 @@ def masks(
     if len(budget) > 1:
         raise UserError(f"give one of --{' and --'.join(budget)}, not both")
     for name, value in budget.items():
-        if not 0 <= value < 1:
+        if not value >= 0:
+            raise UserError(f"--{name} must be at least 0, not {value:g}")
+        if name != "tolerance" and value >= 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a directory; name a file")

@@ -144,13 +144,14 @@ def explain(
 
 def _cost(damage: float, unit: str) -> str:
     """What removal does, after the word "it"."""
+    if np.isnan(damage):
+        return "has a cost that could not be measured"
     if unit == "nats":
-        return (
-            f"changes the network's output by {damage:.2g} nats"
-            if damage >= 1e-9
-            else ("does not change the network's output")
-        )
-    return f"costs {_percent(damage)} of the output of the layers that read it"
+        size = f"{damage:.2g}" if damage >= 1e-9 else "less than 1e-9"
+        return f"changes the network's output by {size} nats"
+    what = "changes the network's output by" if unit == "output" else "costs"
+    whose = "" if unit == "output" else " of the output of the layers that read it"
+    return f"{what} {_percent(damage)}{whose}"
 
 
 def _percent(share: float) -> str:
@@ -217,8 +218,8 @@ def decisions_json(
         The network's modules, for how much each reads.
     macs : mapping of str to int
         Multiply-accumulates of each module.
-    unit : {"nats", "readers"}
-        Of the damage: divergence of the network's output, or a share of what readers give.
+    unit : {"nats", "output", "readers"}
+        Of the damage, but for that of merging all that is flagged in a group (`GroupVerdicts`).
     """
     in_group = {layer: group for group in groups for layer in group.layers}
     flagged = []
@@ -263,7 +264,7 @@ def decisions_json(
                 "channels": group.channels,
                 "removable": group.removable,
                 "note": group.note,
-                "damage": verdicts[group.number].damage,
+                "readers_damage": verdicts[group.number].damage,
             }
             for group in groups
         ],

@@ -26,7 +26,7 @@ def eliminate(moments: np.ndarray, energy: np.ndarray, ridge: float = RIDGE) -> 
     moments : ndarray, shape (n + 1, n + 1)
         Second moments of n channels and a constant, the constant last; it is never removed.
     energy : ndarray, shape (n, n)
-        What the readers make of the channels, as a share of their output variance.
+        What the readers make of the channels, in units of damage.
     ridge : float
         What is added to the moments, as a share of each channel's own mean square.
 

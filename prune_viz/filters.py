@@ -160,7 +160,9 @@ class FilterNetwork:
         """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
         try:
             with torch.no_grad():
-                (self._graph or self._model)(torch.zeros(1, self.input_shape[0], *size, device=self.device))
+                whole = self._graph or self._model
+                device = next(whole.parameters()).device
+                whole(torch.zeros(1, self.input_shape[0], *size, device=device))
         except Exception:  # whatever a stranger's forward pass raises
             return False
         return True

@@ -89,7 +89,7 @@ def make_probes(
     if statistics is not None and statistics.covariance is not None:
         # What never varied in the example inputs may yet: no filter is dead for want of it.
         usual = replace(statistics, covariance=None, exponent=None)
-        yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed, usual), size)
+        yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed + 1, usual), size)
     for images in layers:
         yield from split(images.float(), size)
 

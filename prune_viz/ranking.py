@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,15 @@ class Measured:
         The same on the user's own images alone; empty where there are none.
     ablations : dict of int to ndarray, each shape (channels,), or None
         What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
-        nothing is near the training data or the network lets no gradient through, and damage can only be
-        told as a share of what the readers give.
+        nothing is near the training data or that cannot be told.
+    unit : {"nats", "output", "readers"}
+        Of damage: that of `Sensitivities`, or a share of what the readers give.
     """
 
     moments: dict[int, list[Moments]]
     seen: dict[int, list[Moments]]
     ablations: dict[int, np.ndarray] | None
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -136,22 +139,23 @@ def measure_groups(
         Told how the work goes.
     """
     if not groups:
-        return Measured({}, {}, None)
+        return Measured({}, {}, None, "readers")
     moments, seen = _gather(model, groups, calibrated, examples, seed, progress)
-    near = (
-        as_batch(batch)
-        for images in _near(model, calibrated, examples, seed)
-        for batch in torch.split(images, BATCH)
-    )
-    sensitivities = gather_sensitivities(model, groups, near, seed)
     moments = moments or {number: list(readers) for number, readers in known.items()}
-    if not all(places.module in sensitivities.readers for group in groups for places in group.readers):
-        return Measured(moments, seen, None)
+    sensitivities = None
+    if calibrated is not None or examples is not None:
+        steps = 0 if calibrated is None else SENSED * len(calibrated)
+        progress.start("sensitivity", steps + (0 if examples is None else len(examples)))
+        near = _near(model, calibrated, examples, seed, progress)
+        sensitivities = gather_sensitivities(model, groups, near, seed)
+        progress.finish()
+    if sensitivities is None:
+        return Measured(moments, seen, None, "readers")
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers)
         for group in groups
     }
-    return Measured(weighed, seen, sensitivities.ablations)
+    return Measured(weighed, seen, sensitivities.ablations, sensitivities.unit)
 
 
 def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
@@ -167,7 +171,7 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
     ranked, pooled = dict(verdicts), {}
     for number, readers in measured.moments.items():
         ablations = None if measured.ablations is None else measured.ablations[number]
-        ranked[number], pooled[number] = rank(verdicts[number], readers, ablations)
+        ranked[number], pooled[number] = rank(verdicts[number], readers, ablations, measured.unit)
         if number in measured.seen:
             ranked[number] = note_silent(ranked[number], measured.seen[number])
     return Ranked(ranked, pooled)
@@ -218,26 +222,30 @@ def _split(sets: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
 
 
 def _near(
-    model: nn.Module, calibrated: Tensor | None, examples: Tensor | None, seed: int
+    model: nn.Module, calibrated: Tensor | None, examples: Tensor | None, seed: int, progress: Progress
 ) -> Iterator[Tensor]:
-    """Inputs near the training data, on which the output's sensitivity is measured."""
-    if calibrated is not None:
-        for number, moved in enumerate(_variants(model, calibrated, seed)):
-            if number < SENSED:
-                yield moved
-    if examples is not None:
-        yield examples
+    """Batches near the training data, on which the output's sensitivity is measured."""
+    sets = [] if calibrated is None else islice(_variants(model, calibrated, seed), SENSED)
+    for images in chain(sets, [] if examples is None else [examples]):
+        for batch in torch.split(images, BATCH):
+            yield as_batch(batch)
+            progress.advance(len(batch))
 
 
-def describe(calibrated: Calibrated | None, examples: int) -> str:
-    """Say what the removal order rests on."""
+def describe(calibrated: Calibrated | None, examples: int, unit: str) -> str:
+    """Say what the removal order rests on, and what damage is where it is not what one expects."""
+    told = {
+        "readers": " How the network's output depends on its filters could not be measured there; damage is "
+        "a share of what the layers give that read them.",
+        "output": " Damage is the squared change of the network's outputs as a share of their square.",
+    }
     images = f"the {examples:,} images of --data"
     if calibrated is not None:
         also = f" and {images}" if examples else ""
         return (
             f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
             "the batch norms saw what they saw in training: the distance fell from "
-            f"{calibrated.before:.3g} to {calibrated.distance:.3g}."
+            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{told.get(unit, '')}"
         )
     rests = (
         f"{images} alone."
@@ -246,7 +254,7 @@ def describe(calibrated: Calibrated | None, examples: int) -> str:
     )
     return (
         "No probes could be calibrated to what batch norms remember of the training data, so the removal "
-        f"order rests on {rests}"
+        f"order rests on {rests}{told.get(unit, '') if examples else ''}"
     )
 
 

@@ -81,9 +81,9 @@ class GroupVerdicts:
     damage : float
         Predicted damage of removing all flagged channels with merging, held out; a share of the readers'
         output variance.
-    unit : {"readers", "nats"}
-        Of all other damages: a share of the readers' output variance, or divergence of the network's
-        output.
+    unit : {"readers", "nats", "output"}
+        Of all other damages: a share of the readers' output variance, divergence of the network's output,
+        or its squared change as a share of its square.
     """
 
     group: int
@@ -198,7 +198,7 @@ def order_channels(moments: Sequence[Moments]) -> tuple[list[int], list[float], 
 
 
 def rank(
-    verdicts: GroupVerdicts, moments: Sequence[Moments], ablations: np.ndarray | None
+    verdicts: GroupVerdicts, moments: Sequence[Moments], ablations: np.ndarray | None, unit: str
 ) -> tuple[GroupVerdicts, np.ndarray]:
     """Order a judged group's channels, and measure each one's damage, on probes near the training data.
 
@@ -209,19 +209,24 @@ def rank(
     moments : sequence of Moments
         One a reader.
     ablations : ndarray or None, shape (channels,)
-        What silencing each channel costs the network's output, in nats, where that is known; the moments
+        What silencing each channel costs the network's output, where that is known; the moments
         then weigh outputs by it too (`prune_viz.responses.weigh_outputs`).
+    unit : {"nats", "output", "readers"}
+        Of the damage that these give.
 
     Returns
     -------
     GroupVerdicts
-        With the order and its damage, and every channel's score and damage measured anew.
+        With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
+        Where nothing that reads the group varies, the order is empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
         As `order_channels` gives them.
     """
     readers = [reader for reader in moments if reader.output_variance > 0]
     if not verdicts.order or not readers:
-        return verdicts, combine(moments)[0]
+        unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
+        unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
+        return unranked, moments[0].fit
     order, order_damage, pooled = order_channels(readers)
     fit, held_out, energy = combine(readers)
     rebuilt = {one.channel: _weights(one, len(pooled)) for one in verdicts.channels if one.verdict != "keep"}
@@ -234,7 +239,6 @@ def rank(
         else replace(one, score=float(score[one.channel]), damage=float(damage[one.channel]))
         for one in verdicts.channels
     ]
-    unit = "readers" if ablations is None else "nats"
     ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
     return ranked, pooled
 
@@ -346,6 +350,8 @@ def _score(channel: int, weights: np.ndarray, moments: np.ndarray) -> float:
 def _score_kept(kept: Sequence[int], fit: np.ndarray, held_out: np.ndarray, ridge: float) -> np.ndarray:
     """Share of each kept channel's variance that all other kept ones rebuild, held out; NaN elsewhere."""
     score = np.full(len(fit) - 1, np.nan)
+    if not held_out.any():
+        return score
     basis = [*kept, len(fit) - 1]
     inverse = invert(fit[np.ix_(basis, basis)], ridge)
     diagonal = np.maximum(np.diag(inverse), 1e-300)

@@ -8,6 +8,7 @@ padded positions count as samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,7 +178,9 @@ def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple
         weight = torch.einsum("po,iot->ipt", root, weight)
     taken = weight[columns]  # channels, spread, outputs, taps
     flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
-    return (flat @ flat.T).numpy(), (summed @ summed.T).numpy()
+    # A transposed convolution's output sees one tap of every stride's worth.
+    seen = math.prod(module.stride) if isinstance(module, _ConvTransposeNd) else 1
+    return (flat @ flat.T).numpy() / seen, (summed @ summed.T).numpy() / seen
 
 
 def weigh_outputs(
@@ -232,8 +235,8 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
         pooled.append(
             replace(
                 found[0],
-                fit=mean([one.fit for one in found]),
-                held_out=mean([one.held_out for one in found]),
+                fit=_mean_of_sampled([one.fit for one in found], shares),
+                held_out=_mean_of_sampled([one.held_out for one in found], shares),
                 output_variance=spread,
                 unit=spread,
                 peak=np.max([one.peak for one in found], axis=0),
@@ -242,6 +245,13 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
             )
         )
     return pooled
+
+
+def _mean_of_sampled(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
+    """A mean over the sets that have samples of this half at all."""
+    there = [(share, one) for share, one in zip(shares, matrices, strict=True) if one.any()]
+    total = sum(share for share, _ in there)
+    return sum((share / total * one for share, one in there), np.zeros_like(matrices[0]))
 
 
 def _thin(maps: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """How much a network's output depends on what the readers of coupling groups give.
 
-The second moments of the output's gradients at a place are, for class scores and labels drawn from the
-network's own probabilities, the Fisher information there: half of what a small change makes of it is the
-Kullback-Leibler divergence of the changed output from the old one.
+For class scores it is the Fisher information of the network's own probabilities, carried back to a place:
+half of what a small change makes of it is the Kullback-Leibler divergence of the changed output from the old.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.coupling import CouplingGroup
+from prune_viz.devices import is_out_of_memory
 from prune_viz.tracing import tensors_of
 
 
@@ -24,27 +24,28 @@ from prune_viz.tracing import tensors_of
 class Sensitivities:
     """What changes of a network's maps do to its output.
 
-    They are told in nats of divergence where the network gives one row of class scores for an input, else
-    as the squared change of its outputs, a share of their square.
-
     Attributes
     ----------
     readers : dict of str to ndarray of float64, each shape (outputs, outputs)
         For each reader S such that a change of its outputs with second moments D at every position, apart
-        from place to place, costs ``trace(S D) / 2``. Readers that no gradient reaches are left out.
+        from place to place, costs ``trace(S D) / 2``.
     ablations : dict of int to ndarray of float64, each shape (channels,)
         By the group's number, what silencing one channel costs with nothing in its place: half the mean
         square, over inputs, of the channel's maps times the gradients with which they are read, summed
         over positions and readers (Theis et al. 2018).
+    unit : {"nats", "output"}
+        Of the cost: divergence of the output, where the network gives one row of class scores or
+        probabilities for an input, else the squared change of its outputs as a share of their square.
     """
 
     readers: dict[str, np.ndarray]
     ablations: dict[int, np.ndarray]
+    unit: str
 
 
 def gather_sensitivities(
     model: nn.Module, groups: Sequence[CouplingGroup], inputs: Iterable[Tensor], seed: int
-) -> Sensitivities:
+) -> Sensitivities | None:
     """Sum the gradients of a network's output over inputs, where the readers of groups take and give.
 
     Parameters
@@ -56,40 +57,58 @@ def gather_sensitivities(
     inputs : iterable of Tensor, each shape (B, C, *size)
         Batches.
     seed : int
-        Of the drawn labels.
+        Of the drawn signs.
+
+    Returns
+    -------
+    Sensitivities or None
+        None where gradients do not reach every reader, are not finite or vanish, or cannot be told apart
+        by input.
     """
     modules = dict(model.named_modules())
-    watches = {
-        name: _Watch(modules[name])
-        for name in sorted({places.module for group in groups for places in group.readers})
-    }
+    names = sorted({places.module for group in groups for places in group.readers})
+    watches = {name: _Watch(modules[name]) for name in names}
     ablations = {group.number: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
-    count = 0
+    count, unit = 0, ""
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     try:
         for batch in inputs:
-            images = batch.to(device).requires_grad_()
+            images = batch.detach().to(device).requires_grad_()
             # Cloned, as a first operation in place may not touch a leaf.
-            outputs = [tensor for tensor in tensors_of(model(images.clone())) if tensor.requires_grad]
-            if outputs:
-                torch.autograd.grad(_drawn_change(outputs, random), images)
+            outputs = [
+                tensor
+                for tensor in tensors_of(model(images.clone()))
+                if tensor.requires_grad and tensor.is_floating_point() and len(batch) in tensor.shape[:1]
+            ]
+            if not outputs:
+                return None
+            change, unit = _drawn_change(outputs, random)
+            torch.autograd.grad(change, images, allow_unused=True)
             for group in groups:
-                ablations[group.number] += _silenced(group, watches, len(batch)).square().sum(dim=0) / 2
+                silenced = _silenced(group, watches, len(batch))
+                if silenced is None:
+                    return None
+                ablations[group.number] += silenced.square().sum(dim=0) / 2
             for watch in watches.values():
                 watch.read = None
             count += len(batch)
+    except Exception as error:  # whatever a stranger's forward or backward pass raises
+        if is_out_of_memory(error):
+            raise
+        return None
     finally:
         for watch in watches.values():
             watch.remove()
-    count = max(count, 1)
+    readers = {name: watch.given / count for name, watch in watches.items() if watch.given is not None}
+    whole = torch.cat([*ablations.values(), torch.zeros(1)])
+    finite = all(bool(matrix.isfinite().all()) for matrix in [*readers.values(), whole])
+    if len(readers) < len(names) or not finite or not bool(whole.any()):
+        return None
     return Sensitivities(
-        {
-            name: (watch.given / count).cpu().numpy()
-            for name, watch in watches.items()
-            if watch.given is not None
-        },
+        {name: matrix.numpy() for name, matrix in readers.items()},
         {number: (total / count).numpy() for number, total in ablations.items()},
+        unit,
     )
 
 
@@ -113,15 +132,15 @@ class _Watch:
             read = own.detach() * gradient
             if read.ndim > 2:
                 read = read.movedim(self.axis, 1).flatten(2).sum(dim=2)
-            self.read = read.double().cpu() + (0 if self.read is None else self.read)
+            self.read = read.cpu().double() + (0 if self.read is None else self.read)
 
         own.register_hook(add)
         return (own, *arguments[1:])
 
     def _after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            rows = gradient.movedim(self.axis, -1).flatten(0, -2).double()
-            self.given = rows.T @ rows + (0 if self.given is None else self.given)
+            rows = gradient.movedim(self.axis, -1).flatten(0, -2)
+            self.given = (rows.T @ rows).cpu().double() + (0 if self.given is None else self.given)
 
         if output.requires_grad:
             output.register_hook(add)  # type: ignore[no-untyped-call]
@@ -131,27 +150,43 @@ class _Watch:
             handle.remove()
 
 
-def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -> Tensor:
-    """First-order change of the drawn scalar if a channel is silenced, shape (count, channels)."""
+def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -> Tensor | None:
+    """First-order change of the drawn scalar if a channel is silenced, shape (count, channels).
+
+    None where a reader was not called on the batch's inputs, one row each, and so cannot tell them apart.
+    """
     total = torch.zeros(count, group.channels, dtype=torch.float64)
     for places in group.readers:
         read = watches[places.module].read
-        if read is not None and len(read) == count:
-            total.index_add_(1, torch.from_numpy(places.channels), read[:, torch.from_numpy(places.indices)])
+        if read is None or len(read) != count:
+            return None
+        total.index_add_(1, torch.from_numpy(places.channels), read[:, torch.from_numpy(places.indices)])
     return total
 
 
-def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> Tensor:
-    """A scalar whose gradients' second moments are the output's sensitivity, summed over the batch."""
+def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> tuple[Tensor, str]:
+    """A scalar whose gradients' second moments are the output's sensitivity, and its unit.
+
+    Random signs draw one vector of the sensitivity's root for every input. For class scores that root is
+    of the softmax's Fisher information, ``diag(p) - p p'``: with v the square roots of p with random signs,
+    ``v - p sum(v)`` has just these second moments.
+    """
     scores = outputs[0]
     if len(outputs) == 1 and scores.ndim == 2 and scores.shape[1] > 1:
-        logs = scores.log_softmax(dim=1)
-        labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=random)
-        return logs.gather(1, labels.to(logs.device)).sum()
+        given = scores.detach()
+        if bool((given >= 0).all()) and bool(((given.sum(dim=1) - 1).abs() < 1e-4).all()):
+            scores = scores.clamp_min(1e-12).log()  # probabilities already
+        p = scores.detach().softmax(dim=1)
+        root = p.sqrt() * _signs(p, random)
+        drawn = root - p * root.sum(dim=1, keepdim=True)
+        return (drawn * scores).sum(), "nats"
     total = scores.new_zeros(())
     for output in outputs:
-        signs = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
         size = output.detach().square().mean().clamp_min(1e-24)
         share = 2 / (size * output[0].numel() * len(outputs))
-        total = total + share.sqrt() * (signs * output).sum()
-    return total
+        total = total + share.sqrt() * (_signs(output, random) * output).sum()
+    return total, "output"
+
+
+def _signs(like: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=random).to(like) * 2 - 1

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from prune_viz import analysis as module
 from prune_viz.analysis import Analysis, analyze, hash_model
+from prune_viz.coupling import find_groups
 from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.errors import UserError
 from prune_viz.masks import load_masks
+from prune_viz.progress import Progress
+from prune_viz.ranking import measure_groups
 from prune_viz.runs import FILTER_COLUMNS, RunDirectory
 from prune_viz.surgery import remove_filters
 
@@ -285,18 +288,24 @@ def test_what_never_fires_on_the_users_images_is_told_and_not_called_dead(tmp_pa
     )
 
 
-def test_the_users_images_join_the_probes(tmp_path: Path) -> None:
-    # Two filters alike on all that has no green, unlike on the rest: what the images show counts.
-    torch.manual_seed(3)
-    model = randomise_norms(Plain())
-    pictures = _folder_of_pictures(tmp_path / "pictures", 40)
-    options = {"input_shape": (3, 16, 16), "mean": 0.5, "std": 0.3, "steps": 4}
-    plain, seen = tmp_path / "plain", tmp_path / "seen"
-    analyze(model, **options, out=plain)
-    analyze(model, **options, out=seen, data=pictures)
-    before, after = (RunDirectory(path).read_moments() for path in (plain, seen))
-    assert before.keys() == after.keys()
-    assert any(not np.allclose(before[number], after[number], rtol=0.05) for number in before)
+def test_the_users_images_join_the_probes() -> None:
+    model = randomise_norms(Plain()).requires_grad_(False)
+    groups = find_groups(model, torch.zeros(1, 3, 16, 16))
+    probes, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
+    alone, both, seen = (
+        measure_groups(model, groups, {}, calibrated, examples, 0, Progress()).moments
+        for calibrated, examples in ((probes, None), (probes, images), (None, images))
+    )
+    for number, readers in both.items():
+        for one, mixed, other in zip(alone[number], readers, seen[number], strict=True):
+            np.testing.assert_allclose(mixed.fit, (one.fit + other.fit) / 2, rtol=1e-6)
+            np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
+    # Two images leave none to hold out; those that there are count whole.
+    few = measure_groups(model, groups, {}, probes, images[:2], 0, Progress()).moments
+    for number, readers in few.items():
+        for one, mixed in zip(alone[number], readers, strict=True):
+            np.testing.assert_allclose(mixed.held_out, one.held_out, rtol=1e-9)
+            assert mixed.held_out[-1, -1] == pytest.approx(1)
 
 
 def test_calibrated_probes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

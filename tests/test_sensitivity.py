@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,70 @@ def test_a_network_that_lets_no_gradient_through_has_no_sensitivities() -> None:
 
     model = randomise_norms(Closed())
     groups = find_groups(Plain().eval(), torch.zeros(1, 3, 12, 12))
-    assert not gather_sensitivities(model, groups, [torch.randn(4, 3, 12, 12)], seed=0).readers
+    assert gather_sensitivities(model, groups, [torch.randn(4, 3, 12, 12)], seed=0) is None
+
+
+class _Odd(Plain):
+    """`Plain` whose output is made strange by a function of its scores."""
+
+    def __init__(self, ending: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.ending = ending
+
+    def forward(self, x: Tensor) -> object:
+        return self.ending(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("ending", "unit"),
+    [
+        (lambda y: y, "nats"),
+        (lambda y: y.softmax(1), "nats"),
+        (lambda y: {"scores": y, "penalty": y.square().mean()}, "nats"),
+        (lambda y: [y, y], "output"),
+        (lambda y: (y, y.argmax(1)), "nats"),
+        (lambda y: y[:, :1], "output"),
+        (lambda y: y[:, :, None], "output"),
+        (lambda y: torch.fft.fft(y), None),
+        (lambda y: y.square().sum(), None),
+        (lambda y: 1e6 * y, None),
+        (lambda y: y * float("nan"), None),
+        (lambda y: torch.cat([y, y]), None),
+    ],
+)
+def test_any_output_is_told_in_its_unit_or_not_at_all(
+    ending: Callable[[Tensor], object], unit: str | None
+) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(_Odd(ending))
+    groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
+    found = gather_sensitivities(model, groups, [torch.randn(8, 3, 12, 12)], seed=0)
+    assert (None if found is None else found.unit) == unit
+
+
+def test_probabilities_count_as_the_scores_that_they_come_from() -> None:
+    torch.manual_seed(0)
+    scores, probabilities = Plain(), _Odd(lambda y: y.softmax(1))
+    probabilities.load_state_dict(randomise_norms(scores).state_dict())
+    groups = find_groups(scores, torch.zeros(1, 3, 12, 12))
+    images = [torch.randn(32, 3, 12, 12)]
+    one, other = (
+        gather_sensitivities(model.eval(), groups, images, seed=0) for model in (scores, probabilities)
+    )
+    for number, ablations in one.ablations.items():
+        np.testing.assert_allclose(ablations, other.ablations[number], rtol=1e-3)
+
+
+def test_readers_that_see_other_rows_than_the_inputs_are_not_taken_for_silent() -> None:
+    class Halves(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv3(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))))
+            rows = torch.cat([x[..., :3].mean((2, 3)), x[..., 3:].mean((2, 3))])
+            return self.head(rows).view(2, -1, 5).mean(0)
+
+    model = randomise_norms(Halves())
+    groups = find_groups(model, torch.zeros(1, 3, 12, 12))
+    assert gather_sensitivities(model, groups, [torch.randn(8, 3, 12, 12)], seed=0) is None
 
 
 def test_silencing_is_ranked_as_it_really_goes() -> None:

@@ -49,6 +49,7 @@ class ShownStimulus:
     """A stimulus drawn on the map; `left` and `top` in percent as in `layer_pages.MapTile`."""
 
     tile: int
+    place: int  # of its layer among those on the map
     row: LayerRow
     filter: int
     left: float
@@ -101,6 +102,7 @@ def network_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap |
     centres = layout.fit(known[["network_x", "network_y"]].to_numpy(dtype=float), HEIGHT, _MARGIN)
     dot = float(np.clip(WIDTH * np.sqrt(0.1 * HEIGHT / len(known)), 2.2, 8))
     by_name = {row.record.name: row for row in rows}
+    place_of = {row.record.name: place for place, row in enumerate(rows)}
     layer_of, verdicts = known["layer"].to_numpy(), known["verdict"].to_numpy()
     layers = []
     for row in rows:
@@ -122,6 +124,7 @@ def network_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap |
     stimuli = [
         ShownStimulus(
             tile,
+            place_of[layer_of[index]],
             by_name[layer_of[index]],
             int(numbers[index]),
             float(100 * (centres[index, 0] - SIDE / 2) / (1 - SIDE)),
