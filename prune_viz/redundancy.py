@@ -218,12 +218,13 @@ def rank(
     -------
     GroupVerdicts
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
-        Where nothing that reads the group varies, the order is empty and the damage unknown.
+        Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
+        empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
         As `order_channels` gives them.
     """
     readers = [reader for reader in moments if reader.output_variance > 0]
-    if not verdicts.order or not readers:
+    if not readers or np.isnan(verdicts.channels[0].damage):
         unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
         unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
         return unranked, moments[0].fit

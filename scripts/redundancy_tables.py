@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from ablation import SMALL, rank_correlations
 from planting import COPIES, DEAD, NOISES
+from tables import print_table
 
 from prune_viz.redundancy import TOLERANCE
 
@@ -136,13 +136,3 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "spearman_of_others_merged": {name: spearman("merged", name) for name in SMALL},
         "ablated": len(ablation),
     }  # fmt: skip
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    cells = [header, *[[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    print(f"\n{title}")
-    for first, *others in cells:
-        numbers = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
-        print("  ".join([first.ljust(widths[0]), *numbers]))
-    sys.stdout.flush()

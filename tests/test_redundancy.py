@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from prune_viz import redundancy
 from prune_viz.coupling import CouplingGroup, Places, find_groups, group_of_layer
 from prune_viz.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
-from prune_viz.redundancy import judge
+from prune_viz.redundancy import judge, rank
 from prune_viz.responses import Moments, gather_moments
 
 
@@ -129,6 +130,24 @@ def test_one_of_two_copies_goes_though_all_others_would_rebuild_both() -> None:
     flagged = [verdict for verdict in verdicts.channels if verdict.verdict == "redundant"]
     assert len(flagged) == 1
     assert {flagged[0].channel, *flagged[0].representatives} == {24, 25}
+
+
+def test_a_groups_only_channel_has_its_damage() -> None:
+    samples = _relu_samples(0, 2000, 1)
+    group, moments = _group(samples, samples, np.ones((3, 1)))
+    ranked, _ = rank(judge(group, moments), moments, np.array([0.25]), "nats")
+    assert ranked.order == []
+    assert ranked.channels[0].verdict == "keep"
+    assert ranked.channels[0].damage == 0.25
+
+
+def test_where_no_reader_varies_the_damage_is_unknown() -> None:
+    samples = _relu_samples(0, 2000, 4)
+    group, moments = _group(samples, samples, np.random.default_rng(0).normal(size=(3, 4)))
+    still = [replace(moments[0], output_variance=0.0, unit=0.0)]
+    ranked, _ = rank(judge(group, moments), still, None, "readers")
+    assert ranked.order == []
+    assert all(np.isnan(one.damage) for one in ranked.channels)
 
 
 def test_opposite_signs_are_not_copies() -> None:
