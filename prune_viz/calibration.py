@@ -11,7 +11,7 @@ easily as fine ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,10 +35,10 @@ PASSES = 76  # over all probes, at most
 BATCH = 32
 RATE = 0.1  # of the first steps, in deviations of a white coordinate
 JITTER = 1 / 16  # of the size, each way
-CONTRAST = 0.4  # of the probes at the start, in deviations of a natural input
+CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
 VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
 ENLARGED = 1.25
-SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, JITTER, CONTRAST)  # probes depend on them
+SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, JITTER, CONTRASTS)  # probes depend on them
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
@@ -67,7 +67,7 @@ class Calibrated:
 
 def calibrate(
     model: nn.Module,
-    starts: Tensor,
+    starts: Sequence[Tensor],
     *,
     seed: int = 0,
     statistics: InputStatistics | None = None,
@@ -80,8 +80,9 @@ def calibrate(
     ----------
     model : nn.Module
         The network in eval mode, not folded; left unchanged.
-    starts : Tensor, shape (N, C, *size)
-        Where the probes start; each is brought to `CONTRAST`.
+    starts : sequence of Tensor, each shape (n, C, *size)
+        Where the probes start, kind by kind. Every kind is brought to that of `CONTRASTS` at which the batch
+        norms see what is nearest to their statistics.
     seed : int
         Seed of the jitter.
     statistics : InputStatistics, optional
@@ -99,29 +100,33 @@ def calibrate(
     """
     progress = progress or Progress()
     device = next(model.parameters()).device
-    canvas = tuple(starts.shape[2:])
-    prior = make_prior("natural", starts.shape[1], canvas, device, statistics)
-    white = unit(prior.whiten(starts.float().to(device)).flatten(1)) * math.sqrt(starts[0].numel())
-    parts = torch.split(white.view_as(starts), BATCH)
-    chunks = [part.clone().requires_grad_() for part in parts]
-    shares = [len(chunk) / len(starts) for chunk in chunks]
-    steppers = [torch.optim.Adam([chunk], lr=RATE, betas=(0.9, 0.99)) for chunk in chunks]
+    kinds = [kind for kind in starts if len(kind)]
+    count, shape = sum(len(kind) for kind in kinds), kinds[0].shape[1:]
+    prior = make_prior("natural", shape[0], tuple(shape[1:]), device, statistics)
     random = torch.Generator().manual_seed(seed)
-    photographs = _are_photographs(starts)
+    photographs = _are_photographs(kinds[0])
 
-    def images(chunk: Tensor) -> Tensor:
-        return CONTRAST * prior.colour(chunk)
+    def images(chunk: Tensor, contrast: float) -> Tensor:
+        return contrast * prior.colour(chunk)
 
     with _Fed(model) as fed:
-        with torch.no_grad():
-            known = [fed.moments(images(chunk)) for chunk in chunks]
-        if not known[0]:
-            return None
+        chunks, contrasts, known = [], [], []
+        for kind in kinds:
+            white = unit(prior.whiten(kind.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
+            parts = torch.split(white.view_as(kind), BATCH)
+            contrast, moments = _nearest(fed, parts, images)
+            if not moments[0]:
+                return None
+            chunks += [part.clone().requires_grad_() for part in parts]
+            contrasts += [contrast] * len(parts)
+            known += moments
+        shares = [len(chunk) / count for chunk in chunks]
+        steppers = [torch.optim.Adam([chunk], lr=RATE, betas=(0.9, 0.99)) for chunk in chunks]
         distances = [_distance(_mean(known, shares))]
         for number in range(passes):
             rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
             for index, (chunk, stepper) in enumerate(zip(chunks, steppers, strict=True)):
-                moved = _shift(images(chunk), random, photographs)
+                moved = _shift(images(chunk, contrasts[index]), random, photographs)
                 own = fed.moments(moved)
                 pooled = _mean([*known[:index], own, *known[index + 1 :]], shares)
                 chunk.grad = _gradient(_loss(pooled), chunk)
@@ -135,10 +140,28 @@ def calibrate(
             if not math.isfinite(distances[-1]):
                 return None
             if _settled(distances):
-                progress.advance(len(starts) * (passes - number - 1))
+                progress.advance(count * (passes - number - 1))
                 break
-    found = torch.cat([images(chunk).detach().cpu() for chunk in chunks])
+    found = torch.cat(
+        [images(chunk, own).detach().cpu() for chunk, own in zip(chunks, contrasts, strict=True)]
+    )
     return Calibrated(found, distances[0], distances[-1], len(distances) - 1)
+
+
+def _nearest(
+    fed: _Fed, parts: Sequence[Tensor], images: Callable[[Tensor, float], Tensor]
+) -> tuple[float, list[list[Tensor]]]:
+    """The contrast at which probes feed the batch norms most nearly as training did, and their moments."""
+    shares = [len(part) / sum(map(len, parts)) for part in parts]
+    found = []
+    with torch.no_grad():
+        for contrast in CONTRASTS:
+            known = [fed.moments(images(part, contrast)) for part in parts]
+            if not known[0]:
+                return contrast, known
+            found.append((_distance(_mean(known, shares)), contrast, known))
+    _, contrast, known = min(found, key=lambda one: one[0] if math.isfinite(one[0]) else math.inf)
+    return contrast, known
 
 
 def _gradient(loss: Tensor, chunk: Tensor) -> Tensor | None:

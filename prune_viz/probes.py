@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.inputs import InputStatistics
+from prune_viz.leaves import dead_leaves
 from prune_viz.priors import make_prior, tile
 from prune_viz.responses import BATCH
 from prune_viz.runs import LayerTensors
@@ -112,8 +113,8 @@ def calibration_starts(
     count: int,
     seed: int,
     statistics: InputStatistics | None = None,
-) -> Tensor:
-    """Where calibrated probes start: natural noise, and as many stimuli of the deeper half of the layers.
+) -> tuple[Tensor, Tensor]:
+    """Where calibrated probes start: dead leaves, and as many stimuli of the deeper half of the layers.
 
     Parameters
     ----------
@@ -126,13 +127,13 @@ def calibration_starts(
     count : int
         How many probes.
     seed : int
-        Seed of the noise.
+        Seed of the leaves.
     statistics : InputStatistics, optional
         What is known of the model's inputs.
 
     Returns
     -------
-    Tensor, shape (count, C, *size)
+    leaves, stimuli : Tensor, shapes (count - n, C, *size) and (n, C, *size)
     """
     deep = list(layers)[len(layers) // 2 :]
     quotas = np.diff(np.linspace(0, count // 2, len(deep) + 1).astype(int))
@@ -144,5 +145,5 @@ def calibration_starts(
             rows = live[np.unique(np.linspace(0, len(live) - 1, quota).astype(int))] if len(live) else live
             chosen.append(tile(torch.from_numpy(tensors.images[rows]).float(), size))
     stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
-    noise = natural_noise((input_channels, *size), count - len(stimuli), seed, statistics)
-    return torch.cat([noise, stimuli])
+    leaves = dead_leaves((input_channels, *size), count - len(stimuli), seed, statistics)
+    return leaves, stimuli

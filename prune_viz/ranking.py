@@ -78,7 +78,7 @@ def calibrated_probes(
     statistics: InputStatistics | None,
     progress: Progress,
 ) -> Calibrated | None:
-    """Calibrate probes that start from noise and from the stimuli of the deep layers.
+    """Calibrate probes that start from dead leaves and from the stimuli of the deep layers.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def calibrated_probes(
     widest = WIDEST[len(size)]
     size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
     starts = calibration_starts(layers, channels, size, probes_for(size), seed, statistics)
-    progress.start("calibration", len(starts) * calibration.PASSES)
+    progress.start("calibration", sum(map(len, starts)) * calibration.PASSES)
     found = calibrate(model, starts, seed=seed, statistics=statistics, progress=progress)
     progress.finish()
     return found
