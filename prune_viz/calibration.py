@@ -1,7 +1,7 @@
 """Calibrated probes: inputs moved until every batch norm sees the mean and variance it saw in training.
 
-Noise and stimuli alone drive a network where its training never led it, and what is fitted on them does
-not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
+Drawn pictures and stimuli alone drive a network where its training never led it, and what is fitted on them
+does not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
 near the training data as far as the network can tell (Yin et al. 2020, DeepInversion). The statistics are
 those of all the probes together, which no batch could match: each batch is moved given what the others
 last gave. Steps are taken in the white coordinates of the natural prior, so that broad patterns move as
