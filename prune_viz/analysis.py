@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from prune_viz import __version__, coupling, ranking, redundancy, responses, surgery
-from prune_viz.calibration import SETTINGS, Calibrated, load_probes, save_probes
+from prune_viz import __version__, calibration, coupling, leaves, ranking, redundancy, responses, surgery
+from prune_viz.calibration import Calibrated, load_probes, save_probes
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_table, masks_of
@@ -322,7 +322,8 @@ def _calibrate(
     key: str,
 ) -> Calibrated | None:
     """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
-    key = hashlib.sha256(json.dumps([key, list(found), SETTINGS]).encode()).hexdigest()
+    settings = [calibration.SETTINGS, leaves.SETTINGS]
+    key = hashlib.sha256(json.dumps([key, list(found), settings]).encode()).hexdigest()
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:
         calibrated = calibrated_probes(twin, found, network.input_shape, seed, statistics, progress)

@@ -21,6 +21,7 @@ FEWEST, MOST = 4, 64  # leaves of a picture
 SMALLEST, LARGEST = 0.05, 0.6  # a leaf's radius, of the picture's longest side; scarce as 1/r^3
 STRETCH = 3.0  # the most that a leaf is longer or shorter than wide
 TEXTURE = 0.6  # deviation of the noise on the roughest leaf, of a natural input's
+SETTINGS = (FEWEST, MOST, SMALLEST, LARGEST, STRETCH, TEXTURE)  # probes depend on them
 
 
 def dead_leaves(
@@ -46,7 +47,7 @@ def dead_leaves(
     Returns
     -------
     Tensor, shape (count, C, *size)
-        In the model's own input units, as varied as natural inputs or somewhat less.
+        In the model's own input units, as varied as natural inputs or, by the texture, somewhat more.
     """
     channels, *size = shape
     if not count:
@@ -58,8 +59,8 @@ def dead_leaves(
     # A constant picture is white noise of one frequency: coloured, it shows the channels' covariance alone.
     flat = make_prior("natural", channels, (1,) * axes, statistics=statistics)
 
-    def drawn(*extents: int) -> Tensor:
-        return torch.rand(count, *extents, generator=random)
+    def drawn() -> Tensor:
+        return torch.rand(count, generator=random)
 
     def colours() -> Tensor:
         return flat.colour(torch.randn(count, channels, *(1,) * axes, generator=random))
