@@ -187,11 +187,11 @@ def analyze(
             measured = measure_groups(twin, judged, moments, near, examples, seed, progress)
             ranked = rank_groups(verdicts, measured)
             verdicts = ranked.verdicts
-        provenance["calibration"] = ranking.summary(calibrated)
+        taken = ranking.taken_for(twin, calibrated)
+        provenance["calibration"] = ranking.summary(calibrated, taken)
         if judged:
-            notes.append(
-                ranking.describe(calibrated, 0 if examples is None else len(examples), measured.unit)
-            )
+            count = 0 if examples is None else len(examples)
+            notes.append(ranking.describe(calibrated, taken, count, measured.unit))
         provenance["damage_unit"] = measured.unit
         with stages.timed("embedding"):
             embeddings, places = embed_network(network, chosen, found, seed, progress)

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prune_viz.ascent import roll, unit
 from prune_viz.devices import is_out_of_memory
 from prune_viz.inputs import InputStatistics
-from prune_viz.priors import make_prior
+from prune_viz.priors import are_photographs, make_prior, scene_exponent
 from prune_viz.progress import Progress
 from prune_viz.runs import written_aside
 
@@ -33,12 +33,13 @@ POSITIONS = 160 * 160
 MOST_PROBES = 384
 PASSES = 76  # over all probes, at most
 BATCH = 32
-RATE = 0.1  # of the first steps, in deviations of a white coordinate
+RATE = 0.05  # of the first steps, in deviations of a white coordinate
+BETAS = 0.9, 0.99  # of the running means of gradients and of their squares
 JITTER = 1 / 16  # of the size, each way
 CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
 VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
 ENLARGED = 1.25
-SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, JITTER, CONTRASTS)  # probes depend on them
+SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS)  # of probes
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
@@ -102,9 +103,9 @@ def calibrate(
     device = next(model.parameters()).device
     kinds = [kind for kind in starts if len(kind)]
     count, shape = sum(len(kind) for kind in kinds), kinds[0].shape[1:]
-    prior = make_prior("natural", shape[0], tuple(shape[1:]), device, statistics)
+    prior = make_prior("natural", shape[0], tuple(shape[1:]), device, statistics, scene_exponent(shape))
     random = torch.Generator().manual_seed(seed)
-    photographs = _are_photographs(kinds[0])
+    photographs = are_photographs(shape)
 
     def images(chunk: Tensor, contrast: float) -> Tensor:
         return contrast * prior.colour(chunk)
@@ -117,24 +118,23 @@ def calibrate(
             contrast, moments = _nearest(fed, parts, images)
             if not moments[0]:
                 return None
-            chunks += [part.clone().requires_grad_() for part in parts]
+            chunks += [part.clone() for part in parts]
             contrasts += [contrast] * len(parts)
             known += moments
         shares = [len(chunk) / count for chunk in chunks]
-        steppers = [torch.optim.Adam([chunk], lr=RATE, betas=(0.9, 0.99)) for chunk in chunks]
+        steppers = [_Stepper(chunk) for chunk in chunks]
         distances = [_distance(_mean(known, shares))]
         for number in range(passes):
             rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
             for index, (chunk, stepper) in enumerate(zip(chunks, steppers, strict=True)):
-                moved = _shift(images(chunk, contrasts[index]), random, photographs)
-                own = fed.moments(moved)
+                free = chunk.detach().requires_grad_()
+                own = fed.moments(_shift(images(free, contrasts[index]), random, photographs))
                 pooled = _mean([*known[:index], own, *known[index + 1 :]], shares)
-                chunk.grad = _gradient(_loss(pooled), chunk)
-                if chunk.grad is None:
+                gradient = _gradient(_loss(pooled), free)
+                if gradient is None:
                     return None
                 known[index] = [moment.detach() for moment in own]
-                stepper.param_groups[0]["lr"] = rate
-                stepper.step()
+                stepper.step(gradient, rate)
                 progress.advance(len(chunk))
             distances.append(_distance(_mean(known, shares)))
             if not math.isfinite(distances[-1]):
@@ -142,9 +142,7 @@ def calibrate(
             if _settled(distances):
                 progress.advance(count * (passes - number - 1))
                 break
-    found = torch.cat(
-        [images(chunk, own).detach().cpu() for chunk, own in zip(chunks, contrasts, strict=True)]
-    )
+    found = torch.cat([images(chunk, own).cpu() for chunk, own in zip(chunks, contrasts, strict=True)])
     return Calibrated(found, distances[0], distances[-1], len(distances) - 1)
 
 
@@ -172,6 +170,30 @@ def _gradient(loss: Tensor, chunk: Tensor) -> Tensor | None:
         if is_out_of_memory(error):
             raise
         return None
+
+
+class _Stepper:
+    """Adam (Kingma and Ba 2015) with one second moment an image instead of one a coordinate.
+
+    With its own second moment every coordinate moves at first by the whole rate, as noise does, whether the
+    loss asks for it or not. So the steps go where the gradient points, and leave the rest of a picture clean.
+    """
+
+    def __init__(self, chunk: Tensor) -> None:
+        self._chunk = chunk
+        self._mean = torch.zeros_like(chunk)
+        self._square = torch.zeros(len(chunk), *(1,) * (chunk.ndim - 1), device=chunk.device)
+        self._steps = 0
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Move the chunk in place, shape (B, C, *size)."""
+        self._steps += 1
+        axes = tuple(range(1, gradient.ndim))
+        self._mean.lerp_(gradient, 1 - BETAS[0])
+        self._square.lerp_(gradient.square().mean(dim=axes, keepdim=True), 1 - BETAS[1])
+        mean = self._mean / (1 - BETAS[0] ** self._steps)
+        deviation = (self._square / (1 - BETAS[1] ** self._steps)).sqrt()
+        self._chunk -= rate * mean / deviation.clamp_min(1e-12)
 
 
 class _Fed:
@@ -235,11 +257,6 @@ def _settled(distances: Sequence[float]) -> bool:
     return min(distances[-_PATIENCE:]) > (1 - _FALL) * min(distances[:-_PATIENCE])
 
 
-def _are_photographs(images: Tensor) -> bool:
-    """Whether inputs are taken to be photographs, of which mirrored and enlarged ones are natural too."""
-    return images.ndim == 4 and images.shape[1] == 3
-
-
 def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> Tensor:
     """Shift each image around its canvas by up to `JITTER` of it, and mirror half of them if asked to."""
     size = images.shape[2:]
@@ -273,7 +290,7 @@ def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
     Tensor, shape (N, C, *size), or larger for some copies of photographs
     """
     random = torch.Generator().manual_seed(seed)
-    photographs = _are_photographs(images)
+    photographs = are_photographs(images.shape[1:])
     for number in range(VARIANTS):
         moved = _shift(images, random, photographs)
         if enlarge and photographs and number % 2:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_viz.inputs import InputStatistics
-from prune_viz.priors import make_prior
+from prune_viz.priors import make_prior, scene_exponent
 
 FEWEST, MOST = 4, 64  # leaves of a picture
 SMALLEST, LARGEST = 0.05, 0.6  # a leaf's radius, of the picture's longest side; scarce as 1/r^3
@@ -54,7 +54,8 @@ def dead_leaves(
         return torch.zeros(0, *shape)
     axes = len(size)
     random = torch.Generator().manual_seed(seed)
-    prior = make_prior("natural", channels, tuple(size), statistics=statistics)
+    exponent = scene_exponent(shape)
+    prior = make_prior("natural", channels, tuple(size), statistics=statistics, exponent=exponent)
     noise = prior.colour(torch.randn(count, *shape, generator=random))
     # A constant picture is white noise of one frequency: coloured, it shows the channels' covariance alone.
     flat = make_prior("natural", channels, (1,) * axes, statistics=statistics)

@@ -21,7 +21,8 @@ from prune_viz.inputs import InputStatistics
 # Correlation of red, green and blue over natural photographs: grey varies most, hue little.
 _RGB_CORRELATION = ((1.00, 0.91, 0.79), (0.91, 1.00, 0.91), (0.79, 0.91, 1.00))
 PIXEL_DEVIATION = 0.25  # of the pixels of natural photographs, in [0, 1]
-SPECTRUM_EXPONENT = 0.8
+SPECTRUM_EXPONENT = 0.8  # of natural inputs
+SCENE_EXPONENT = 1.2  # of photographs of whole scenes, with more of the slow patterns than their details have
 RADIUS = 0.5  # in standard deviations of a natural input
 FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker one is raised to
 
@@ -135,6 +136,7 @@ def make_prior(
     canvas: tuple[int, ...],
     device: torch.device | str = "cpu",
     statistics: InputStatistics | None = None,
+    exponent: float = SPECTRUM_EXPONENT,
 ) -> Prior:
     """Build a prior over inputs of a shape.
 
@@ -150,6 +152,8 @@ def make_prior(
         Where its tensors live.
     statistics : InputStatistics, optional
         What is known of the model's inputs.
+    exponent : float
+        Slope of the spectrum where none was measured.
 
     Raises
     ------
@@ -166,7 +170,7 @@ def make_prior(
 
     In the last two cases three channels are taken to be red, green and blue, correlated as in
     photographs, whatever the number of axes; channels of any other number, a single grey one among
-    them, are independent. The spectrum is the measured one or ``1/f^0.8``.
+    them, are independent. The spectrum is the measured one or ``1/f^exponent``.
 
     A natural input's standard deviation is the root of its mean variance over the channels. In these
     units the radius of ``none`` is that of noise of standard deviation 1 a pixel. That of ``natural``
@@ -179,7 +183,6 @@ def make_prior(
     variance = float(covariance.diagonal().mean())
     if name == "none":
         return NoPrior(radius=math.sqrt(pixels * variance))
-    exponent = SPECTRUM_EXPONENT
     if statistics is not None and statistics.exponent is not None:
         exponent = statistics.exponent
     amplitude = natural_amplitude(canvas, exponent).to(device)
@@ -191,6 +194,16 @@ def make_prior(
         mix = ((vectors * values.sqrt()) @ vectors.T).float().to(device)
         strongest *= float(values.max())
     return NaturalPrior(amplitude, mix, radius=RADIUS * math.sqrt(pixels * variance / strongest))
+
+
+def are_photographs(shape: Sequence[int]) -> bool:
+    """Whether inputs of a shape (C, *size) are taken to be photographs."""
+    return len(shape) == 3 and shape[0] == 3
+
+
+def scene_exponent(shape: Sequence[int]) -> float:
+    """Slope of the spectrum of whole inputs of a shape (C, *size), as far as it is known."""
+    return SCENE_EXPONENT if are_photographs(shape) else SPECTRUM_EXPONENT
 
 
 def _channel_covariance(channels: int, statistics: InputStatistics | None) -> Tensor:

@@ -8,7 +8,7 @@ own images where there are some. How much the output depends on what each reader
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -25,7 +25,8 @@ from prune_viz.progress import Progress
 from prune_viz.redundancy import GroupVerdicts, note_silent, rank
 from prune_viz.responses import BATCH, Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.runs import LayerTensors
-from prune_viz.sensitivity import gather_sensitivities
+from prune_viz.sensitivity import class_probabilities, gather_sensitivities
+from prune_viz.tracing import tensors_of
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
 SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
@@ -232,7 +233,39 @@ def _near(
             progress.advance(len(batch))
 
 
-def describe(calibrated: Calibrated | None, examples: int, unit: str) -> str:
+@dataclass(frozen=True)
+class Taken:
+    """What a classifier takes probes for.
+
+    Attributes
+    ----------
+    confidence : float
+        Mean largest probability.
+    classes : int
+        How many classes are the likeliest of some probe.
+    """
+
+    confidence: float
+    classes: int
+
+
+def taken_for(model: nn.Module, calibrated: Calibrated | None) -> Taken | None:
+    """What the network takes calibrated probes for; None without any, or where it gives no class scores."""
+    if calibrated is None:
+        return None
+    device = next(model.parameters()).device
+    tops = []
+    with torch.no_grad():
+        for batch in torch.split(calibrated.images, BATCH):
+            shares = class_probabilities(tensors_of(model(as_batch(batch.to(device)))))
+            if shares is None:
+                return None
+            tops.append(torch.stack(shares.max(dim=1)).cpu())
+    confidence, classes = torch.cat(tops, dim=1)
+    return Taken(float(confidence.mean()), len(classes.unique()))
+
+
+def describe(calibrated: Calibrated | None, taken: Taken | None, examples: int, unit: str) -> str:
     """Say what the removal order rests on, and what damage is where it is not what one expects."""
     told = {
         "readers": " How the network's output depends on its filters could not be measured there; damage is "
@@ -242,10 +275,16 @@ def describe(calibrated: Calibrated | None, examples: int, unit: str) -> str:
     images = f"the {examples:,} images of --data"
     if calibrated is not None:
         also = f" and {images}" if examples else ""
+        looks = ""
+        if taken is not None:
+            looks = (
+                f" The network takes them for {taken.classes} classes, at a mean probability of "
+                f"{taken.confidence:.2f}."
+            )
         return (
             f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
             "the batch norms saw what they saw in training: the distance fell from "
-            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{told.get(unit, '')}"
+            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{told.get(unit, '')}"
         )
     rests = (
         f"{images} alone."
@@ -258,7 +297,7 @@ def describe(calibrated: Calibrated | None, examples: int, unit: str) -> str:
     )
 
 
-def summary(calibrated: Calibrated | None) -> dict[str, Any] | None:
+def summary(calibrated: Calibrated | None, taken: Taken | None) -> dict[str, Any] | None:
     """What `run.json` says of the calibration."""
     if calibrated is None:
         return None
@@ -268,4 +307,5 @@ def summary(calibrated: Calibrated | None) -> dict[str, Any] | None:
         "passes": calibrated.passes,
         "before": calibrated.before,
         "distance": calibrated.distance,
+        **({} if taken is None else asdict(taken)),
     }

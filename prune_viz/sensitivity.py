@@ -171,21 +171,35 @@ def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> tuple[T
     of the softmax's Fisher information, ``diag(p) - p p'``: with v the square roots of p with random signs,
     ``v - p sum(v)`` has just these second moments.
     """
-    scores = outputs[0]
-    if len(outputs) == 1 and scores.ndim == 2 and scores.shape[1] > 1:
-        given = scores.detach()
-        if bool((given >= 0).all()) and bool(((given.sum(dim=1) - 1).abs() < 1e-4).all()):
-            scores = scores.clamp_min(1e-12).log()  # probabilities already
-        p = scores.detach().softmax(dim=1)
+    p = class_probabilities([output.detach() for output in outputs])
+    if p is not None:
+        scores = outputs[0]
+        if _are_probabilities(scores.detach()):
+            scores = scores.clamp_min(1e-12).log()
         root = p.sqrt() * _signs(p, random)
         drawn = root - p * root.sum(dim=1, keepdim=True)
         return (drawn * scores).sum(), "nats"
-    total = scores.new_zeros(())
+    total = outputs[0].new_zeros(())
     for output in outputs:
         size = output.detach().square().mean().clamp_min(1e-24)
         share = 2 / (size * output[0].numel() * len(outputs))
         total = total + share.sqrt() * (_signs(output, random) * output).sum()
     return total, "output"
+
+
+def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:
+    """Probabilities of classes, shape (B, classes), of a network that gives one row of scores for an input.
+
+    Outputs that are probabilities already are given back; None where there is no such row.
+    """
+    if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
+        return None
+    (scores,) = outputs
+    return scores if _are_probabilities(scores) else scores.softmax(dim=1)
+
+
+def _are_probabilities(scores: Tensor) -> bool:
+    return bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < 1e-4).all())
 
 
 def _signs(like: Tensor, random: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prune_viz import analysis as module
 from prune_viz.analysis import Analysis, analyze, hash_model
+from prune_viz.calibration import load_probes
 from prune_viz.coupling import find_groups
 from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.errors import UserError
@@ -110,6 +111,14 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
         "report",
     }
     assert all(stage["seconds"] >= 0 and stage["peak_mib"] > 0 for stage in provenance["stages"])
+    calibration = provenance["calibration"]
+    probes = load_probes(files.probes_file).images
+    with torch.no_grad():
+        shares = planted[0](probes).softmax(dim=1)
+    assert calibration["confidence"] == pytest.approx(float(shares.amax(dim=1).mean()), rel=1e-4)
+    assert calibration["classes"] == len(shares.argmax(dim=1).unique())
+    (told,) = [note for note in provenance["notes"] if note.startswith("The removal order")]
+    assert f"for {calibration['classes']} classes" in told
     decisions = files.read_decisions()
     assert len(decisions["verdicts"]) == (table["verdict"] != "keep").sum()
     for order in decisions["removal_order"]:

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from prune_viz.coupling import CouplingGroup, find_groups
-from prune_viz.sensitivity import gather_sensitivities
+from prune_viz.sensitivity import class_probabilities, gather_sensitivities
 
 SHAPES = {Plain: (3, 12, 12), Residual: (3, 12, 12), Flattening: (1, 8, 8)}
 
@@ -196,3 +196,12 @@ def test_silencing_is_ranked_as_it_really_goes() -> None:
         real.append(_divergence(before, model(images).detach()))
         model.conv3.weight.data.copy_(weight)
     assert spearmanr(real, found.ablations[group.number])[0] > 0.8
+
+
+def test_class_probabilities_are_of_one_row_of_scores_an_input() -> None:
+    scores = torch.randn(6, 4)
+    shares = scores.softmax(dim=1)
+    torch.testing.assert_close(class_probabilities([scores]), shares)
+    assert class_probabilities([shares]) is shares
+    for other in ([scores, scores], [scores[:, :1]], [torch.randn(6, 4, 2, 2)], []):
+        assert class_probabilities(other) is None
