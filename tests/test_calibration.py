@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prune_viz import calibration
 from prune_viz.calibration import VARIANTS, calibrate, variants
-from prune_viz.priors import make_prior
+from prune_viz.priors import make_prior, scene_exponent
 from prune_viz.probes import calibration_starts, natural_noise
 from prune_viz.runs import LayerTensors
 
@@ -116,6 +116,17 @@ def test_it_ends_when_the_distance_no_longer_falls(monkeypatch: pytest.MonkeyPat
     assert found.passes < 60
 
 
+def test_a_step_goes_where_the_gradient_points_and_is_as_long_for_every_image() -> None:
+    gradient = torch.randn(3, 2, 5, 5) * torch.tensor([1e-6, 1.0, 1e3]).view(3, 1, 1, 1)
+    chunk = torch.zeros(3, 2, 5, 5)
+    stepper = calibration._Stepper(chunk)
+    for _ in range(4):
+        stepper.step(gradient, 0.1)
+    for moved, pointed in zip(chunk, gradient, strict=True):
+        expected = -0.4 * pointed / pointed.square().mean().sqrt()
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_variants_are_the_probes_shifted_and_of_photographs_mirrored_and_enlarged() -> None:
     signals = torch.randn(5, 2, 64)
     shifted = list(variants(signals, enlarge=True, seed=3))
@@ -145,11 +156,12 @@ def test_half_of_the_starts_are_live_stimuli_of_the_deeper_layers() -> None:
 
 
 def test_each_kind_of_start_takes_the_contrast_that_suits_the_batch_norms() -> None:
-    varied = natural_noise((3, 16, 16), 64, seed=1)
-    flat = torch.randn(64, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(-1, -1, 16, 16)
-    prior = make_prior("natural", 3, (16, 16))
+    prior = make_prior("natural", 3, (16, 16), exponent=scene_exponent((3, 16, 16)))
+    random = torch.Generator().manual_seed(1)
+    varied, seen = (prior.colour(torch.randn(n, 3, 16, 16, generator=random)) for n in (64, 256))
+    flat = torch.randn(64, 3, 1, 1, generator=random).expand(-1, -1, 16, 16)
     for contrast in (0.2, 0.75):
-        model = _fed_with(Plain(), contrast * natural_noise((3, 16, 16), 256, seed=2))
+        model = _fed_with(Plain(), contrast * seen)
         found = calibrate(model, [varied, flat, flat[:0]], passes=1).images
         assert found.shape == (128, 3, 16, 16)
         own, other = (float(prior.whiten(kind).square().mean().sqrt()) for kind in (found[:64], found[64:]))

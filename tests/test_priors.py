@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prune_viz.errors import UserError
 from prune_viz.inputs import InputStatistics
-from prune_viz.priors import FLATTEST, RADIUS, NaturalPrior, make_prior, natural_amplitude
+from prune_viz.priors import FLATTEST, RADIUS, NaturalPrior, make_prior, natural_amplitude, scene_exponent
 
 IMAGENET = InputStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CANVASES = [(9,), (8, 6), (5, 7), (4, 3, 5)]
@@ -136,3 +136,11 @@ def test_the_radius_is_in_natural_standard_deviations(canvas: tuple[int, ...], s
 def test_statistics_of_other_inputs_are_refused() -> None:
     with pytest.raises(UserError, match="the input has 4 channels"):
         make_prior("natural", 4, (8, 8), statistics=IMAGENET)
+
+
+def test_scenes_of_photographs_have_the_steeper_spectrum() -> None:
+    assert scene_exponent((3, 32, 32)) > scene_exponent((1, 32, 32)) == scene_exponent((3, 64))
+    steep = make_prior("natural", 1, (32, 32), exponent=1.2)
+    torch.testing.assert_close(steep.amplitude, natural_amplitude((32, 32), 1.2))
+    measured = make_prior("natural", 1, (32, 32), statistics=_known(1, 0, 1.4), exponent=1.2)
+    torch.testing.assert_close(measured.amplitude, natural_amplitude((32, 32), 1.4))
