@@ -22,7 +22,7 @@ from prune_viz.inputs import InputStatistics
 _RGB_CORRELATION = ((1.00, 0.91, 0.79), (0.91, 1.00, 0.91), (0.79, 0.91, 1.00))
 PIXEL_DEVIATION = 0.25  # of the pixels of natural photographs, in [0, 1]
 SPECTRUM_EXPONENT = 0.8  # of natural inputs
-SCENE_EXPONENT = 1.2  # of photographs of whole scenes, with more of the slow patterns than their details have
+SCENE_EXPONENT = 1.2  # of whole photographs; nearer than 0.8 to what batch norms saw of them
 RADIUS = 0.5  # in standard deviations of a natural input
 FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker one is raised to
 
