@@ -254,15 +254,16 @@ def taken_for(model: nn.Module, calibrated: Calibrated | None) -> Taken | None:
     if calibrated is None:
         return None
     device = next(model.parameters()).device
-    tops = []
+    confidences, classes = [], []
     with torch.no_grad():
         for batch in torch.split(calibrated.images, BATCH):
             shares = class_probabilities(tensors_of(model(as_batch(batch.to(device)))))
             if shares is None:
                 return None
-            tops.append(torch.stack(shares.max(dim=1)).cpu())
-    confidence, classes = torch.cat(tops, dim=1)
-    return Taken(float(confidence.mean()), len(classes.unique()))
+            most = shares.max(dim=1)
+            confidences.append(most.values.float())
+            classes += most.indices.tolist()
+    return Taken(float(torch.cat(confidences).mean()), len(set(classes)))
 
 
 def describe(calibrated: Calibrated | None, taken: Taken | None, examples: int, unit: str) -> str:
@@ -278,8 +279,8 @@ def describe(calibrated: Calibrated | None, taken: Taken | None, examples: int, 
         looks = ""
         if taken is not None:
             looks = (
-                f" The network takes them for {taken.classes} classes, at a mean probability of "
-                f"{taken.confidence:.2f}."
+                f" The network takes them for {taken.classes} class{'es' * (taken.classes > 1)}, at a mean "
+                f"probability of {taken.confidence:.2f}."
             )
         return (
             f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
