@@ -187,11 +187,11 @@ def analyze(
             measured = measure_groups(twin, judged, moments, near, examples, seed, progress)
             ranked = rank_groups(verdicts, measured)
             verdicts = ranked.verdicts
-        taken = ranking.taken_for(twin, calibrated)
-        provenance["calibration"] = ranking.summary(calibrated, taken)
+        predicted = ranking.predictions_on(twin, calibrated)
+        provenance["calibration"] = ranking.summary(calibrated, predicted)
         if judged:
             count = 0 if examples is None else len(examples)
-            notes.append(ranking.describe(calibrated, taken, count, measured.unit))
+            notes.append(ranking.describe(calibrated, predicted, count, measured.unit))
         provenance["damage_unit"] = measured.unit
         with stages.timed("embedding"):
             embeddings, places = embed_network(network, chosen, found, seed, progress)

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prune_viz.ascent import roll, unit
 from prune_viz.devices import is_out_of_memory
 from prune_viz.inputs import InputStatistics
-from prune_viz.priors import are_photographs, make_prior, scene_exponent
+from prune_viz.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
 from prune_viz.progress import Progress
 from prune_viz.runs import written_aside
 
@@ -39,7 +39,8 @@ JITTER = 1 / 16  # of the size, each way
 CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
 VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
 ENLARGED = 1.25
-SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS)  # of probes
+# What probes depend on.
+SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, SCENE_EXPONENT)
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least

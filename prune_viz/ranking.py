@@ -234,7 +234,7 @@ def _near(
 
 
 @dataclass(frozen=True)
-class Taken:
+class Predictions:
     """What a classifier takes probes for.
 
     Attributes
@@ -249,7 +249,7 @@ class Taken:
     classes: int
 
 
-def taken_for(model: nn.Module, calibrated: Calibrated | None) -> Taken | None:
+def predictions_on(model: nn.Module, calibrated: Calibrated | None) -> Predictions | None:
     """What the network takes calibrated probes for; None without any, or where it gives no class scores."""
     if calibrated is None:
         return None
@@ -263,10 +263,10 @@ def taken_for(model: nn.Module, calibrated: Calibrated | None) -> Taken | None:
             most = shares.max(dim=1)
             confidences.append(most.values.float())
             classes += most.indices.tolist()
-    return Taken(float(torch.cat(confidences).mean()), len(set(classes)))
+    return Predictions(float(torch.cat(confidences).mean()), len(set(classes)))
 
 
-def describe(calibrated: Calibrated | None, taken: Taken | None, examples: int, unit: str) -> str:
+def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: str) -> str:
     """Say what the removal order rests on, and what damage is where it is not what one expects."""
     told = {
         "readers": " How the network's output depends on its filters could not be measured there; damage is "
@@ -277,10 +277,11 @@ def describe(calibrated: Calibrated | None, taken: Taken | None, examples: int, 
     if calibrated is not None:
         also = f" and {images}" if examples else ""
         looks = ""
-        if taken is not None:
+        if predicted is not None:
+            plural = "es" if predicted.classes > 1 else ""
             looks = (
-                f" The network takes them for {taken.classes} class{'es' * (taken.classes > 1)}, at a mean "
-                f"probability of {taken.confidence:.2f}."
+                f" The network takes them for {predicted.classes} class{plural}, at a mean probability of "
+                f"{predicted.confidence:.2f}."
             )
         return (
             f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
@@ -298,7 +299,7 @@ def describe(calibrated: Calibrated | None, taken: Taken | None, examples: int, 
     )
 
 
-def summary(calibrated: Calibrated | None, taken: Taken | None) -> dict[str, Any] | None:
+def summary(calibrated: Calibrated | None, predicted: Predictions | None) -> dict[str, Any] | None:
     """What `run.json` says of the calibration."""
     if calibrated is None:
         return None
@@ -308,5 +309,5 @@ def summary(calibrated: Calibrated | None, taken: Taken | None) -> dict[str, Any
         "passes": calibrated.passes,
         "before": calibrated.before,
         "distance": calibrated.distance,
-        **({} if taken is None else asdict(taken)),
+        **({} if predicted is None else asdict(predicted)),
     }

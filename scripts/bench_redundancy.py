@@ -314,7 +314,7 @@ def planted_rows(
             own = table.loc[(layer, plant.channel)]
             if plant.kind in DEAD:
                 hit = own["verdict"] == "dead"
-            elif plant.kind in ("negated", "echoed", "shifted", "blend"):
+            elif plant.kind in ("negated", "shifted", "blend"):
                 hit = own["verdict"] != "keep"
             else:
                 hit = any(table.loc[(layer, channel), "verdict"] == "redundant" for channel in plant.set)

@@ -14,8 +14,7 @@ each is:
   residual stream), since ``relu(a y1 + b y2)`` is no mix of ``relu(y1)`` and ``relu(y2)``. Where a ReLU does
   follow, such a filter is planted as ``blend``: not linearly redundant, counted neither way.
 - ``negated``: weights of the opposite sign, before an activation; not redundant. It is read with minus half
-  of the original's weights, as one leaky unit would be. Where the channels beside it happen to rebuild its
-  map on images, it is planted as ``echoed`` and counted neither way.
+  of the original's weights, as one leaky unit would be.
 - ``shifted``: the kernel moved by a column inside a wider one; the same feature elsewhere. Not redundant
   without moving its readers' kernels too; counted neither way.
 - ``silent``, ``constant``, ``unread``: dead. Constants only where readers have no padding, which would make
@@ -45,7 +44,6 @@ SCALES = (2.0, 0.5)
 NOISES = (0.05, 0.1, 0.25)
 COPIES, DEAD = ("exact", "scaled", "rewired"), ("silent", "constant", "unread")
 PARTS = ("weight", "bias", "running_mean", "running_var")
-ECHO = 0.9  # of a negated filter's variance: what the channels beside it may rebuild at most
 CAP, HEADROOM_STEPS, CANDIDATES = 6.0, 12, 24
 
 
@@ -212,7 +210,6 @@ class _Planter:
         for found in plants:
             self._read(found)
         self._restore(means)
-        plants = [self._named(found) for found in plants]
         order = torch.randperm(self.own + len(plants), generator=self.random)
         self._gather(order)
         place = order.argsort().tolist()
@@ -369,23 +366,6 @@ class _Planter:
                 scale = found.amount if found.kind == "scaled" else 1.0
                 weight[:, sources[0]] /= 2
                 weight[:, new] = weight[:, sources[0]] / scale
-
-    def _named(self, found: Plant) -> Plant:
-        """A negated channel is an echo if the others rebuild its map on images; all else is as planted."""
-        if found.kind != "negated":
-            return found
-        with self._seen(self.site.readers[0]) as seen:
-            self.model(self.images)
-        maps = seen[0][0].transpose(0, 1).flatten(1).double()
-        centred = (maps - maps.mean(dim=1, keepdim=True)).T
-        own = centred[:, [found.channel]]
-        others = centred[:, [index for index in range(centred.shape[1]) if index != found.channel]]
-        basis, sizes, _ = torch.linalg.svd(others, full_matrices=False)
-        basis = basis[:, sizes > 1e-6 * sizes[0]]
-        leverage = basis.square().sum(dim=1, keepdim=True).clamp_max(1 - 1e-6)
-        left = (own - basis @ (basis.T @ own)) / (1 - leverage)  # each sample from all others
-        rebuilt = 1 - float(left.square().sum() / own.square().sum())
-        return replace(found, kind="echoed") if rebuilt > ECHO else found
 
     # How it is done
 

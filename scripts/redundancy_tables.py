@@ -43,9 +43,9 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
     families = list(dict.fromkeys(planted["family"]))
     counts = planted.groupby(["kind", "family"])["found"].agg(["sum", "count"])
     noisy = [f"noisy {noise:.0%}" for noise in NOISES]
-    kinds = [*COPIES, *noisy, "mix", *DEAD, "negated", "echoed", "shifted", "blend"]
+    kinds = [*COPIES, *noisy, "mix", *DEAD, "negated", "shifted", "blend"]
     print_table(
-        "Planted filters found, of how many (negated, echoed and shifted ones, blends: flagged)",
+        "Planted filters found, of how many (negated and shifted ones, blends: flagged)",
         ["kind", *families, "all", "share"],
         [[kind]
          + ["{} of {}".format(*counts.loc[(kind, f)]) if (kind, f) in counts.index else "" for f in families]
