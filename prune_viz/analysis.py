@@ -198,6 +198,7 @@ def analyze(
         table = filter_table(chosen, found, embeddings, places, tied, verdicts)
         counts_of_layers = {layer.name: layer.filters for layer in network.layers}
         masks = masks_of(table, groups, verdicts, counts_of_layers, str(source["sha256"]))
+        masks.probes = near
         run.write_filters(table)
         macs = surgery.count_macs(model, network.input_shape)
         modules = dict(model.named_modules())

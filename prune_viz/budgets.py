@@ -8,6 +8,7 @@ rebuilt from all that its group keeps, by least squares on the second moments ov
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, read_merges, save_masks, save_merges
-from prune_viz.runs import RunDirectory, merges_beside
+from prune_viz.runs import RunDirectory, merges_beside, probes_beside, written_aside
 
 _SHARES = 1000  # how finely an even share is searched for
 
@@ -76,7 +77,8 @@ def write_masks(
     run : Path
         A run directory.
     out : Path, optional
-        Where to write; the run's own ``masks.pt`` by default. The merges are written beside it.
+        Where to write; the run's own ``masks.pt`` by default. What makes up for the filters is written
+        beside it: the merges, and outside the run its calibrated probes.
     ratio, macs, tolerance : float, optional
         At most one of them: share of the filters, share of the multiply-accumulates, predicted damage.
 
@@ -114,6 +116,8 @@ def write_masks(
         )
         save_merges(masks, beside)
     save_masks(masks, out)
+    if out.absolute().parent != directory.path.absolute():
+        _copy_probes(directory, probes_beside(out))
     lines = [f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})"]
     if counts is not None:
         total = sum(costs.values())
@@ -129,6 +133,15 @@ def write_masks(
                 cost = f"{most:.2%} of the network's output a group"
             lines.append(f"predicted damage: at most {cost}, at {next(iter(worst.filters))}")
     return [*lines, f"written to {out}"]
+
+
+def _copy_probes(run: RunDirectory, to: Path) -> None:
+    """Put a run's calibrated probes beside masks that lie elsewhere."""
+    if run.probes_file.exists():
+        with written_aside(to) as aside:
+            shutil.copyfile(run.probes_file, aside)
+    else:
+        to.unlink(missing_ok=True)
 
 
 def _masks_of_verdicts(decisions: Mapping[str, Any], file: Path) -> Masks:

@@ -16,10 +16,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from prune_viz import tracing
+from prune_viz.calibration import load_probes
 from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
 from prune_viz.errors import UserError
 from prune_viz.filters import bake_parametrizations, plain_copy
-from prune_viz.runs import FORMAT, merges_beside, write_json, written_aside
+from prune_viz.runs import FORMAT, merges_beside, probes_beside, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,14 @@ class Masks(dict[str, Tensor]):
         How the removed filters can be rebuilt; empty where nothing is known.
     model_sha256 : str, optional
         Digest of the model file that was analysed.
+    probes : Tensor, optional, shape (N, C, *size)
+        Calibrated probes, on which batch norms are set anew after merging.
 
     Attributes
     ----------
     merges : tuple of Merge
     model_sha256 : str or None
+    probes : Tensor or None
     notes : list of str
         What `reconcile_masks` kept, and why.
     """
@@ -72,10 +76,12 @@ class Masks(dict[str, Tensor]):
         masks: Mapping[str, Tensor] | None = None,
         merges: tuple[Merge, ...] = (),
         model_sha256: str | None = None,
+        probes: Tensor | None = None,
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
         self.model_sha256 = model_sha256
+        self.probes = probes
         self.notes: list[str] = []
 
     @property
@@ -100,7 +106,9 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def load_masks(path: str | Path) -> Masks:
-    """Read masks, and the merges that stand beside them: of a budget's masks, or a run's `decisions.json`.
+    """Read masks, and what stands beside them to make up for what they remove.
+
+    That is the merges, of a budget's masks or of a run's `decisions.json`, and calibrated probes.
 
     Raises
     ------
@@ -123,9 +131,17 @@ def load_masks(path: str | Path) -> Masks:
         raise UserError(f"{path} is not a masks file: it should hold a bool tensor a convolution")
     for beside in (merges_beside(path), path.with_name("decisions.json")):
         if beside.exists():
-            merges, sha256 = read_merges(beside)
-            return Masks(loaded, merges, sha256)
+            return Masks(loaded, *read_merges(beside), _read_probes(path))
     return Masks(loaded)
+
+
+def _read_probes(path: Path) -> Tensor | None:
+    """The calibrated probes of the run that masks were made from, where they stand beside them."""
+    for beside in (probes_beside(path), path.with_name("probes.safetensors")):
+        found = load_probes(beside)
+        if found is not None:
+            return found.images
+    return None
 
 
 def save_merges(masks: Masks, path: Path) -> None:
@@ -246,12 +262,12 @@ def reconcile_with_groups(
     model: nn.Module, masks: Mapping[str, Tensor], groups: Sequence[CouplingGroup]
 ) -> Masks:
     """Make masks consistent over groups that are known already; see `reconcile_masks`."""
-    reconciled = Masks(merges=getattr(masks, "merges", ()))
+    reconciled = Masks(merges=getattr(masks, "merges", ()), probes=getattr(masks, "probes", None))
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     for name, module in convolutions.items():
         reconciled[name] = torch.ones(module.out_channels, dtype=torch.bool)
     for group in groups:
-        gone = _channels_gone(group, masks)
+        gone = channels_gone(group, masks)
         if len(gone) == group.channels:
             raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
         for places in group.writers:
@@ -267,7 +283,7 @@ def reconcile_with_groups(
     return reconciled
 
 
-def _channels_gone(group: CouplingGroup, masks: Mapping[str, Tensor]) -> set[int]:
+def channels_gone(group: CouplingGroup, masks: Mapping[str, Tensor]) -> set[int]:
     """Channels of a group that every filter tied to them gives up."""
     if not group.removable:
         return set()

@@ -144,6 +144,11 @@ def merges_beside(masks_file: Path) -> Path:
     return masks_file.with_suffix(".merges.json")
 
 
+def probes_beside(masks_file: Path) -> Path:
+    """Where the calibrated probes stand of masks that lie outside their run."""
+    return masks_file.with_suffix(".probes.safetensors")
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

@@ -187,6 +187,32 @@ def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> tuple[T
     return total, "output"
 
 
+def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """What a change of a network did to its outputs on the same inputs.
+
+    Parameters
+    ----------
+    before, after : sequence of Tensor
+        All the network's outputs, in the same order and shapes.
+
+    Returns
+    -------
+    float
+        As `Sensitivities.unit` says: mean divergence in nats of the classes' probabilities after from those
+        before, or the squared change as a share of the square, a mean over outputs.
+    """
+    shares, others = class_probabilities(before), class_probabilities(after)
+    if shares is not None and others is not None:
+        shares, others = shares.double(), others.double()
+        ratio = shares.clamp_min(1e-30).log() - others.clamp_min(1e-30).log()
+        return float((shares * ratio).sum(dim=1).mean())
+    changes = [
+        float((old.double() - new.double()).square().mean() / old.double().square().mean().clamp_min(1e-24))
+        for old, new in zip(before, after, strict=True)
+    ]
+    return sum(changes) / max(len(changes), 1)
+
+
 def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:
     """Probabilities of classes, shape (B, classes), of a network that gives one row of scores for an input.
 

@@ -1,4 +1,4 @@
-"""Merging and removal: what a filter contributed goes into its representatives, then it goes."""
+"""Removal: what filters gave is merged into others, batch norms are set anew, and then the filters go."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from prune_viz.coupling import CouplingGroup, Places, build_graph, group_of_layer
 from prune_viz.errors import UserError
 from prune_viz.filters import blank_input, plain_copy
-from prune_viz.masks import Masks, Merge, check_masks, groups_for_removal, reconcile_with_groups
+from prune_viz.masks import (
+    Masks,
+    Merge,
+    channels_gone,
+    check_masks,
+    groups_for_removal,
+    reconcile_with_groups,
+)
+from prune_viz.recalibration import recalibrate_norms
 from prune_viz.tracing import norms_behind
 
 
@@ -35,8 +43,7 @@ def remove_filters(
     example_inputs : Tensor, shape (B, C, *size)
         An input the model runs on.
     compensate : {"none", "merge"}
-        Whether to fold what the removed filters contributed into the weights that read their
-        representatives, where the masks carry merges (`Masks.merges`).
+        Whether to make up for what goes by what the masks carry (`compensate_filters`).
 
     Returns
     -------
@@ -57,7 +64,7 @@ def remove_filters(
         warnings.warn("; ".join(consistent.notes), stacklevel=2)
     smaller = plain_copy(model)
     if compensate == "merge":
-        merge_filters(smaller, consistent, groups)
+        compensate_filters(smaller, consistent, groups)
     frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]
     example = blank_input(smaller, example_inputs.shape[1:])
     modules = dict(smaller.named_modules())
@@ -83,10 +90,38 @@ def remove_filters(
     return smaller
 
 
+def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> bool:
+    """Make up for what masks remove: merge it, then set batch norms anew where that helps.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole network in eval mode; changed in place.
+    masks : Masks
+        Consistent masks, with merges and, for the batch norms, probes (`Masks.probes`).
+    groups : sequence of CouplingGroup
+        The model's groups.
+
+    Returns
+    -------
+    bool
+        Whether batch norms were set anew (`prune_viz.recalibration.recalibrate_norms`).
+    """
+    if masks.probes is None or not masks.removed:
+        merge_filters(model, masks, groups)
+        return False
+    whole = plain_copy(model).float()
+    merged = plain_copy(merge_filters(model, masks, groups)).float()
+    if not recalibrate_norms(merged, whole, masks.probes):
+        return False
+    model.load_state_dict(merged.state_dict())
+    return True
+
+
 def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> nn.Module:
     """Fold what removed filters contributed into the weights that read their representatives.
 
-    Only filters that `masks` remove are merged. Their columns in the readers become zero, so that
+    The columns in the readers of all filters that `masks` remove become zero, merged or not, so that
     masking or removing them afterwards changes nothing more.
 
     Parameters
@@ -104,44 +139,47 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
     nn.Module
         `model`.
     """
-    by_layer = group_of_layer(groups)
     norms = norms_behind(model)
     modules = dict(model.named_modules())
-    merges: dict[int, list[tuple[CouplingGroup, Merge]]] = {}
+    by_layer = group_of_layer(groups)
+    merges: dict[int, list[Merge]] = {}
     for merge in masks.merges:
-        group = by_layer.get(merge.layer)
-        mask = masks.get(merge.layer)
-        if group is None or mask is None:
+        if merge.layer in by_layer and merge.layer in masks:
+            mask = masks[merge.layer]
+            if max(merge.filter, *merge.representatives, -1) >= len(mask):
+                raise UserError(f"the merges are for another model: {merge.layer} has {len(mask)} filters")
+            if not mask[merge.filter] and bool(mask[list(merge.representatives)].all()):
+                merges.setdefault(by_layer[merge.layer].number, []).append(merge)
+    for group in groups:
+        gone = sorted(channels_gone(group, masks))
+        if not gone:
             continue
-        if max(merge.filter, *merge.representatives, -1) >= len(mask):
-            raise UserError(f"the merges are for another model: {merge.layer} has {len(mask)} filters")
-        if not mask[merge.filter] and bool(mask[list(merge.representatives)].all()):
-            merges.setdefault(group.number, []).append((group, merge))
-    for entries in merges.values():
-        group = entries[0][0]
-        gone, weights = _as_channels(group, [merge for _, merge in entries])
+        weights = _as_channels(group, gone, merges.get(group.number, ()))
         for reader in group.readers:
             norm = norms.get(reader.module)
             _merge_into(modules[reader.module], reader, gone, weights, modules[norm] if norm else None)
     return model
 
 
-def _as_channels(group: CouplingGroup, merges: Sequence[Merge]) -> tuple[Tensor, Tensor]:
-    """Merges in a group's channels instead of a layer's filters: which go, and weights over all and 1."""
+def _as_channels(group: CouplingGroup, gone: Sequence[int], merges: Sequence[Merge]) -> Tensor:
+    """Merges in a group's channels instead of a layer's filters: a row each of `gone`, over all and 1."""
     channel_of = {
         places.module: dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
         for places in group.writers
     }
-    gone = torch.tensor([channel_of[merge.layer][merge.filter] for merge in merges])
-    weights = torch.zeros(len(merges), group.channels + 1, dtype=torch.float64)
-    for row, merge in enumerate(merges):
+    row_of = {channel: row for row, channel in enumerate(gone)}
+    weights = torch.zeros(len(gone), group.channels + 1, dtype=torch.float64)
+    for merge in merges:
+        row = row_of[channel_of[merge.layer][merge.filter]]
         named = [channel_of[merge.layer][index] for index in merge.representatives]
         weights[row, named] = torch.tensor(merge.coefficients, dtype=torch.float64)
         weights[row, -1] = merge.constant
-    return gone, weights
+    return weights
 
 
-def _merge_into(reader: Any, places: Places, gone: Tensor, weights: Tensor, norm: nn.Module | None) -> None:
+def _merge_into(
+    reader: Any, places: Places, gone: Sequence[int], weights: Tensor, norm: nn.Module | None
+) -> None:
     """Fold merges into one reader's weight, and their constants into its bias or the norm behind it."""
     order = np.argsort(places.channels, kind="stable")
     # A row a channel; behind a flatten a channel lies at several columns.
@@ -149,11 +187,11 @@ def _merge_into(reader: Any, places: Places, gone: Tensor, weights: Tensor, norm
     with torch.no_grad():
         weight: Tensor = reader.weight.data
         inputs_first = weight if isinstance(reader, _ConvTransposeNd) else weight.transpose(0, 1)
-        lost = inputs_first[columns[gone]].double()  # removed, columns, outputs, *taps
+        lost = inputs_first[columns[list(gone)]].double()  # removed, columns, outputs, *taps
         share = weights.to(lost.device)
         taken = torch.einsum("rk,r...->k...", share[:, :-1], lost)
         inputs_first[columns] += taken.to(weight)
-        inputs_first[columns[gone]] = 0.0
+        inputs_first[columns[list(gone)]] = 0.0
         sums = lost.movedim(2, 1).flatten(2).sum(dim=2)  # removed, outputs
         shift = share[:, -1] @ sums
         if bool(shift.abs().max() > 0):

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Plain, Residual, randomise_norms
+from torch import Tensor, nn
+
+from prune_viz.analysis import analyze
+from prune_viz.budgets import write_masks
+from prune_viz.coupling import find_groups
+from prune_viz.masks import Masks, apply_masks, load_masks, reconcile_masks
+from prune_viz.probes import natural_noise
+from prune_viz.recalibration import outputs_on, recalibrate_norms
+from prune_viz.runs import RunDirectory
+from prune_viz.sensitivity import output_change
+from prune_viz.surgery import compensate_filters, merge_filters, remove_filters
+
+SHAPE = (3, 16, 16)
+
+
+def _whole(make: type[nn.Module] = Residual) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_norms(make()).eval()
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+
+
+def _given(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation, shape (2, channels), of what every norm gives, plainly."""
+    found = {}
+
+    def hook(name: str) -> None:
+        def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            values = output.transpose(0, 1).flatten(1)
+            found[name] = torch.stack([values.mean(dim=1), values.std(dim=1, correction=0)])
+
+        handles.append(modules[name].register_forward_hook(note))
+
+    handles: list = []
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, nn.BatchNorm2d):
+            hook(name)
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_what_was_scaled_and_shifted_before_a_norm_comes_out_as_before() -> None:
+    whole = _whole(Plain)
+    pruned = copy.deepcopy(whole)
+    with torch.no_grad():
+        pruned.conv2.weight *= 0.4
+        pruned.bn2.running_mean -= 0.3  # as a merge's constant is carried
+    probes = natural_noise(SHAPE, 24, seed=0)
+    fresh = natural_noise(SHAPE, 24, seed=1)
+    off = output_change(outputs_on(whole, fresh), outputs_on(pruned, fresh))
+    assert recalibrate_norms(pruned, whole, probes)
+    assert output_change(outputs_on(whole, fresh), outputs_on(pruned, fresh)) < 1e-4 * off
+
+
+def test_every_norm_gives_what_it_gave_with_those_before_it_set_already() -> None:
+    whole = _whole()
+    probes = natural_noise(SHAPE, 32, seed=0)
+    pruned = copy.deepcopy(whole)
+    with torch.no_grad():
+        for module in pruned.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight[:, : module.weight.shape[1] // 3] = 0.0
+    assert recalibrate_norms(pruned, whole, probes)
+    aims, found = _given(whole, probes), _given(pruned, probes)
+    assert len(aims) > 2
+    for name, aim in aims.items():
+        torch.testing.assert_close(found[name], aim, rtol=0.02, atol=0.02)
+
+
+def test_where_nothing_is_to_be_gained_nothing_is_changed() -> None:
+    whole = _whole()
+    pruned = copy.deepcopy(whole)
+    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0))
+    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 1, seed=0))
+    for name, value in _statistics(pruned).items():
+        assert torch.equal(value, _statistics(whole)[name])
+
+
+def test_what_does_not_hold_on_other_probes_is_not_kept() -> None:
+    """What goes matters in one half of the probes and not in the other."""
+    whole = _whole(Plain)
+    pruned = copy.deepcopy(whole)
+    with torch.no_grad():
+        pruned.conv1.weight[:, 0] = 0.0
+    probes = 0.3 * natural_noise(SHAPE, 32, seed=0)
+    probes[:16, 0] = 30 * probes[:16, 0]
+    probes[16:, 0] = 0
+    before = _statistics(pruned)
+    assert not recalibrate_norms(pruned, whole, probes)
+    for name, value in _statistics(pruned).items():
+        assert torch.equal(value, before[name])
+
+
+class _Twice(nn.Module):
+    """One norm behind two convolutions: no statistics could serve both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.one(x)).relu()
+        return self.head(self.last(self.norm(self.other(x))).mean(dim=(2, 3)))
+
+
+def test_a_norm_that_runs_twice_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    whole = randomise_norms(_Twice()).eval()
+    pruned = copy.deepcopy(whole)
+    with torch.no_grad():
+        pruned.other.weight *= 0.3
+    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0))
+    assert torch.equal(pruned.norm.running_mean, whole.norm.running_mean)
+    assert not torch.equal(pruned.last.running_mean, whole.last.running_mean)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    analyze(_whole(), input_shape=SHAPE, out=out, steps=8)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_smaller_network_is_the_merged_one_with_its_norms_set_anew(
+    run: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    write_masks(run, tmp_path / "masks.pt", ratio=0.4)
+    masks = load_masks(tmp_path / "masks.pt")
+    whole, example = _whole().to(dtype), torch.zeros(1, *SHAPE)
+    consistent = reconcile_masks(whole, masks, example)
+    groups = find_groups(_whole(), example)
+    merged = merge_filters(copy.deepcopy(whole), consistent, groups)
+    changed = copy.deepcopy(whole)
+    assert compensate_filters(changed, consistent, groups)
+    images = masks.probes
+    assert images is not None
+    smaller = remove_filters(whole, masks, example.to(dtype), compensate="merge")
+    masked = apply_masks(copy.deepcopy(changed), consistent)
+    aim = outputs_on(_whole(), images)
+    given = {
+        name: outputs_on(model.float(), images)
+        for name, model in (("smaller", smaller), ("masked", masked), ("merged", merged))
+    }
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(given["smaller"][0], given["masked"][0], rtol=0, atol=tolerance)
+    assert output_change(aim, given["smaller"]) < output_change(aim, given["merged"])
+
+
+def test_probes_go_with_the_masks(run: Path, tmp_path: Path) -> None:
+    own = load_masks(run / "masks.pt").probes
+    write_masks(run, run / "half.pt", ratio=0.4)
+    write_masks(run, tmp_path / "half.pt", ratio=0.4)
+    assert own is not None
+    for file in (run / "half.pt", tmp_path / "half.pt"):
+        probes = load_masks(file).probes
+        assert probes is not None
+        assert torch.equal(probes, own)
+    assert not (run / "half.probes.safetensors").exists()
+    RunDirectory(run).probes_file.rename(tmp_path / "away")
+    write_masks(run, tmp_path / "half.pt", ratio=0.4)
+    assert load_masks(tmp_path / "half.pt").probes is None
+    (tmp_path / "away").rename(RunDirectory(run).probes_file)
+
+
+def test_columns_of_what_goes_are_zero_whether_merged_or_not() -> None:
+    whole = _whole(Plain)
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[3] = False
+    merged = merge_filters(
+        copy.deepcopy(whole), Masks({"conv2": mask}), find_groups(whole, torch.zeros(1, *SHAPE))
+    )
+    assert not merged.conv3.weight[:, 3].any()
+    assert torch.equal(merged.conv3.weight[:, :3], whole.conv3.weight[:, :3])
