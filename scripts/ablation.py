@@ -13,7 +13,7 @@ from planting import Truth
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prune_viz.coupling import CouplingGroup
+from prune_viz.coupling import CouplingGroup, group_of_layer
 from prune_viz.elimination import rebuild_all
 from prune_viz.masks import Masks, Merge
 from prune_viz.surgery import merge_filters
@@ -39,9 +39,14 @@ def change(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 def without(model: nn.Module, groups: Sequence[CouplingGroup], merge: Merge) -> nn.Module:
     """The model with one channel gone and what it gave rebuilt as the merge says."""
-    mask = torch.ones(model.get_submodule(merge.layer).out_channels, dtype=torch.bool)
-    mask[merge.filter] = False
-    return merge_filters(copy.deepcopy(model), Masks({merge.layer: mask}, (merge,)), groups)
+    group = group_of_layer(groups)[merge.layer]
+    told = next(places for places in group.writers if places.module == merge.layer)
+    channel = told.channels[told.indices == merge.filter]
+    masks = Masks(merges=(merge,))
+    for places in group.writers:
+        masks[places.module] = torch.ones(model.get_submodule(places.module).out_channels, dtype=torch.bool)
+        masks[places.module][places.indices[np.isin(places.channels, channel)]] = False
+    return merge_filters(copy.deepcopy(model), masks, groups)
 
 
 def ablate(

@@ -48,20 +48,22 @@ from prune_viz.progress import Progress
 from prune_viz.ranking import measure_groups
 from prune_viz.redundancy import order_channels
 from prune_viz.runs import RunDirectory
-from prune_viz.surgery import merge_filters
+from prune_viz.surgery import compensate_filters
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
 STEPS = 48  # of the stimuli, instead of 176
 OURS = "prune-viz"
+MERGE, WHOLE = "merge", "merge and norms"  # prune-viz's compensators; the second is what `apply` does
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """prune-viz's removal order and moments of each group, by number, and what probes they rest on."""
+    """prune-viz's removal order and moments of each group, by number, and its calibrated probes."""
 
     order: Mapping[int, Sequence[int]]
     moments: Mapping[int, np.ndarray]
+    probes: Tensor | None
 
 
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
@@ -82,8 +84,9 @@ class Judge:
 
     def measure(self, masks: Masks) -> tuple[float, float]:
         """Top-1 (agreement, where there are no labels), and divergence in nats."""
-        # What is merged leaves nothing of the removed filters in what reads them.
-        pruned = merge_filters(plain_copy(self.network.model), masks, self.groups)
+        pruned = plain_copy(self.network.model)
+        # Leaves nothing of the removed filters in what reads them.
+        compensate_filters(pruned, masks, self.groups)
         found = outputs(pruned, self.network.images)
         divergence = (self.whole.exp() * (self.whole - found)).sum(dim=1).mean()
         return float((found.argmax(dim=1) == self.labels).double().mean()), float(divergence)
@@ -97,13 +100,13 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
             # Only where calibration starts rests on the stimuli: their last percents do not matter here.
             pv.analyze(network.model, input_shape=network.input_shape, out=directory.path, steps=STEPS)
         order = {entry["group"]: entry["channels"] for entry in directory.read_decisions()["removal_order"]}
-        free = Ranked(order, directory.read_moments())
         calibrated = load_probes(directory.probes_file)
-    probes = None if calibrated is None else calibrated.images
+        probes = None if calibrated is None else calibrated.images
+        free = Ranked(order, directory.read_moments(), probes)
     measured = measure_groups(network.model, groups, {}, probes, network.unlabelled, 0, Progress())
     found = {number: order_channels(readers) for number, readers in measured.moments.items()}
-    seen = Ranked({number: one[0] for number, one in found.items()}, {n: one[2] for n, one in found.items()})
-    return free, seen
+    orders, moments = ({number: one[part] for number, one in found.items()} for part in (0, 2))
+    return free, Ranked(orders, moments, probes)
 
 
 def find_groups(network: Trained) -> list[CouplingGroup]:
@@ -148,10 +151,10 @@ def rows_of(
     for ratio in ratios:
         counts = {group.number: round(ratio * group.channels) for group in groups}
         for selector in (*pruners.SELECTORS, OURS):
-            for compensator in (*pruners.COMPENSATORS, OURS):
+            for compensator in (*pruners.COMPENSATORS, MERGE, WHOLE):
                 for probes in ("data-free", "images"):
-                    mine = OURS in (selector, compensator)
-                    if probes == "images" and not mine:
+                    mine = selector == OURS or compensator in (MERGE, WHOLE)
+                    if (probes == "images" and not mine) or (compensator == WHOLE and selector != OURS):
                         continue
                     ranked = free if probes == "data-free" else seen
                     gone, weights = {}, {}
@@ -163,13 +166,15 @@ def rows_of(
                             score = pruners.scores(network.model, group, selector, seed)
                             removed = pruners.removed_first(score, count)
                         gone[group.number] = removed
-                        if compensator == OURS:
+                        if compensator in (MERGE, WHOLE):
                             weights[group.number] = _dense(removed, ranked.moments[group.number])
                         else:
                             weights[group.number] = pruners.rebuilt(
                                 network.model, group, removed, compensator
                             )
-                    top1, kl = judge.measure(pruners.masks_from(groups, gone, weights, filters))
+                    masks = pruners.masks_from(groups, gone, weights, filters)
+                    masks.probes = ranked.probes if compensator == WHOLE else None
+                    top1, kl = judge.measure(masks)
                     yield {
                         **common, "ratio": ratio, "selector": selector, "compensator": compensator,
                         "probes": probes, "top1": round(top1, 4), "kl": round(kl, 4),
