@@ -16,7 +16,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from prune_viz import __version__, calibration, coupling, leaves, ranking, redundancy, responses, surgery
+from prune_viz import (
+    __version__,
+    calibration,
+    coupling,
+    leaves,
+    objectives,
+    ranking,
+    redundancy,
+    responses,
+    surgery,
+)
 from prune_viz.calibration import Calibrated, load_probes, save_probes
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
@@ -323,7 +333,7 @@ def _calibrate(
     key: str,
 ) -> Calibrated | None:
     """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
-    settings = [calibration.SETTINGS, leaves.SETTINGS]
+    settings = [calibration.SETTINGS, objectives.SETTINGS, leaves.SETTINGS]
     key = hashlib.sha256(json.dumps([key, list(found), settings]).encode()).hexdigest()
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:

@@ -14,17 +14,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.ascent import roll, unit
 from prune_viz.devices import is_out_of_memory
 from prune_viz.inputs import InputStatistics
+from prune_viz.objectives import Seen, Watched, norms_error, own_shares, pool, total_error
 from prune_viz.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
+from prune_viz.probes import Owner, Start
 from prune_viz.progress import Progress
 from prune_viz.runs import written_aside
 
@@ -43,7 +43,6 @@ ENLARGED = 1.25
 SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, SCENE_EXPONENT)
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
-_FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,21 @@ class Calibrated:
         layers: mean squared error of the mean plus that of the deviation, in running deviations.
     passes : int
         How often each probe was moved.
+    held : float or None
+        What the filters whose stimuli probes started from give on them, as a share of what they gave at
+        the start, the median; None where no probe started from a stimulus.
     """
 
     images: Tensor
     before: float
     distance: float
     passes: int
+    held: float | None = None
 
 
 def calibrate(
     model: nn.Module,
-    starts: Sequence[Tensor],
+    starts: Sequence[Start],
     *,
     seed: int = 0,
     statistics: InputStatistics | None = None,
@@ -82,7 +85,7 @@ def calibrate(
     ----------
     model : nn.Module
         The network in eval mode, not folded; left unchanged.
-    starts : sequence of Tensor, each shape (n, C, *size)
+    starts : sequence of Start
         Where the probes start, kind by kind. Every kind is brought to that of `CONTRASTS` at which the batch
         norms see what is nearest to their statistics.
     seed : int
@@ -102,8 +105,8 @@ def calibrate(
     """
     progress = progress or Progress()
     device = next(model.parameters()).device
-    kinds = [kind for kind in starts if len(kind)]
-    count, shape = sum(len(kind) for kind in kinds), kinds[0].shape[1:]
+    kinds = [kind for kind in starts if len(kind.images)]
+    count, shape = sum(len(kind.images) for kind in kinds), kinds[0].images.shape[1:]
     prior = make_prior("natural", shape[0], tuple(shape[1:]), device, statistics, scene_exponent(shape))
     random = torch.Generator().manual_seed(seed)
     photographs = are_photographs(shape)
@@ -111,56 +114,103 @@ def calibrate(
     def images(chunk: Tensor, contrast: float) -> Tensor:
         return contrast * prior.colour(chunk)
 
-    with _Fed(model) as fed:
-        chunks, contrasts, known = [], [], []
+    with Watched(model) as watched:
+        parts: list[_Part] = []
         for kind in kinds:
-            white = unit(prior.whiten(kind.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
-            parts = torch.split(white.view_as(kind), BATCH)
-            contrast, moments = _nearest(fed, parts, images)
-            if not moments[0]:
+            white = unit(prior.whiten(kind.images.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
+            parts += _nearest(watched, white.view_as(kind.images), kind.owners, images)
+            if not parts[-1].seen.norms:
                 return None
-            chunks += [part.clone() for part in parts]
-            contrasts += [contrast] * len(parts)
-            known += moments
-        shares = [len(chunk) / count for chunk in chunks]
-        steppers = [_Stepper(chunk) for chunk in chunks]
-        distances = [_distance(_mean(known, shares))]
+        shares = [len(part.white) / count for part in parts]
+        known = [part.seen for part in parts]
+        steppers = [_Stepper(part.white) for part in parts]
+        distances = [_distance(known, shares)]
         for number in range(passes):
             rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
-            for index, (chunk, stepper) in enumerate(zip(chunks, steppers, strict=True)):
-                free = chunk.detach().requires_grad_()
-                own = fed.moments(_shift(images(free, contrasts[index]), random, photographs))
-                pooled = _mean([*known[:index], own, *known[index + 1 :]], shares)
-                gradient = _gradient(_loss(pooled), free)
+            for index, (part, stepper) in enumerate(zip(parts, steppers, strict=True)):
+                free = part.white.detach().requires_grad_()
+                moved, mirrored = _shift(images(free, part.contrast), random, photographs)
+                seen = watched.see(as_batch(moved), part.owners)
+                pooled = pool([*known[:index], seen, *known[index + 1 :]], shares)
+                gradient = _gradient(total_error(pooled, seen.own, part.asked(mirrored)), free)
                 if gradient is None:
                     return None
-                known[index] = [moment.detach() for moment in own]
+                known[index] = seen.detach()
                 stepper.step(gradient, rate)
-                progress.advance(len(chunk))
-            distances.append(_distance(_mean(known, shares)))
+                progress.advance(len(part.white))
+            distances.append(_distance(known, shares))
             if not math.isfinite(distances[-1]):
                 return None
             if _settled(distances):
                 progress.advance(count * (passes - number - 1))
                 break
-    found = torch.cat([images(chunk, own).cpu() for chunk, own in zip(chunks, contrasts, strict=True)])
-    return Calibrated(found, distances[0], distances[-1], len(distances) - 1)
+        ends = [images(part.white, part.contrast) for part in parts]
+        held = _held(watched, parts, ends)
+    found = torch.cat([end.cpu() for end in ends])
+    return Calibrated(found, distances[0], distances[-1], len(distances) - 1, held)
+
+
+@dataclass
+class _Part:
+    """A batch of probes of one kind that moves together.
+
+    Attributes
+    ----------
+    white : Tensor, shape (B, C, *size)
+        In white coordinates; moved in place.
+    contrast : float
+        Of its kind.
+    owners : sequence of (str, int)
+        Whose stimuli they were.
+    seen : Seen
+        What it gave at the start.
+    """
+
+    white: Tensor
+    contrast: float
+    owners: Sequence[Owner]
+    seen: Seen
+
+    def asked(self, mirrored: Tensor) -> Tensor | None:
+        """What own filters gave at the start, of mirrored stimuli nothing: they need not excite them."""
+        if self.seen.own is None:
+            return None
+        return torch.where(mirrored[:, None].to(self.seen.own.device), 0.0, self.seen.own)
 
 
 def _nearest(
-    fed: _Fed, parts: Sequence[Tensor], images: Callable[[Tensor, float], Tensor]
-) -> tuple[float, list[list[Tensor]]]:
-    """The contrast at which probes feed the batch norms most nearly as training did, and their moments."""
-    shares = [len(part) / sum(map(len, parts)) for part in parts]
+    watched: Watched, white: Tensor, owners: Sequence[Owner], images: Callable[[Tensor, float], Tensor]
+) -> list[_Part]:
+    """A kind's probes in batches, at the contrast at which batch norms see what is nearest to training."""
+    chunks = torch.split(white, BATCH)
+    whose = [owners[start : start + BATCH] for start in range(0, len(white), BATCH)]
+    shares = [len(chunk) / len(white) for chunk in chunks]
     found = []
     with torch.no_grad():
         for contrast in CONTRASTS:
-            known = [fed.moments(images(part, contrast)) for part in parts]
-            if not known[0]:
-                return contrast, known
-            found.append((_distance(_mean(known, shares)), contrast, known))
-    _, contrast, known = min(found, key=lambda one: one[0] if math.isfinite(one[0]) else math.inf)
-    return contrast, known
+            parts = [
+                _Part(chunk.clone(), contrast, own, watched.see(as_batch(images(chunk, contrast)), own))
+                for chunk, own in zip(chunks, whose, strict=True)
+            ]
+            if not parts[0].seen.norms:
+                return parts
+            found.append((_distance([part.seen for part in parts], shares), parts))
+    return min(found, key=lambda one: one[0] if math.isfinite(one[0]) else math.inf)[1]
+
+
+def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor]) -> float | None:
+    """Median over stimuli of what their own filters give, as a share of that at the start."""
+    shares = []
+    with torch.no_grad():
+        for part, end in zip(parts, ends, strict=True):
+            own = watched.see(as_batch(end), part.owners).own if part.owners else None
+            if own is not None and part.seen.own is not None:
+                shares.append(own_shares(own, part.seen.own))
+    return float(torch.cat(shares).median()) if shares else None
+
+
+def _distance(known: Sequence[Seen], shares: Sequence[float]) -> float:
+    return float(norms_error(pool(known, shares)))
 
 
 def _gradient(loss: Tensor, chunk: Tensor) -> Tensor | None:
@@ -197,60 +247,6 @@ class _Stepper:
         self._chunk -= rate * mean / deviation.clamp_min(1e-12)
 
 
-class _Fed:
-    """What the batch norms of a network are fed while inputs run through it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._seen: list[Tensor] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Self:
-        for module in self._model.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
-                self._handles.append(module.register_forward_pre_hook(self._note))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _note(self, module: Any, arguments: tuple[Tensor, ...]) -> None:
-        variance = module.running_var
-        deviation = (variance.clamp_min(_FLOOR * float(variance.mean())) + module.eps).sqrt()
-        shape = [1, -1] + [1] * (arguments[0].ndim - 2)
-        normal = (arguments[0] - module.running_mean.view(shape)) / deviation.view(shape)
-        axes = [axis for axis in range(normal.ndim) if axis != 1]
-        self._seen.append(torch.stack([normal.mean(dim=axes), normal.square().mean(dim=axes)]))
-
-    def moments(self, images: Tensor) -> list[Tensor]:
-        """Mean and mean square, shape (2, channels), of what each batch norm is fed, in its own units."""
-        self._seen = []
-        self._model(as_batch(images))
-        return self._seen
-
-
-def _mean(known: Sequence[Sequence[Tensor]], shares: Sequence[float]) -> list[Tensor]:
-    """Each batch norm's moments over all probes, from those of the batches."""
-    return [
-        torch.stack([share * moment for share, moment in zip(shares, moments, strict=True)]).sum(dim=0)
-        for moments in zip(*known, strict=True)
-    ]
-
-
-def _loss(pooled: Sequence[Tensor]) -> Tensor:
-    """Squared errors of means and deviations, a mean over each layer's channels and over layers."""
-    errors = []
-    for mean, square in pooled:
-        deviation = (square - mean.square()).clamp_min(1e-6).sqrt()
-        errors.append((mean.square() + (deviation - 1).square()).mean())
-    return torch.stack(errors).mean()
-
-
-def _distance(pooled: Sequence[Tensor]) -> float:
-    return float(_loss(pooled))
-
-
 def _settled(distances: Sequence[float]) -> bool:
     """Whether the distance has stopped falling."""
     if len(distances) <= _PATIENCE:
@@ -258,17 +254,21 @@ def _settled(distances: Sequence[float]) -> bool:
     return min(distances[-_PATIENCE:]) > (1 - _FALL) * min(distances[:-_PATIENCE])
 
 
-def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> Tensor:
-    """Shift each image around its canvas by up to `JITTER` of it, and mirror half of them if asked to."""
+def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> tuple[Tensor, Tensor]:
+    """Shift each image around its canvas by up to `JITTER` of it, and mirror half of them if asked to.
+
+    Returns the images, and which of them are mirrored.
+    """
     size = images.shape[2:]
     reaches = torch.tensor([max(1, int(extent * JITTER)) for extent in size])
     chance = 2 * torch.rand((len(images), len(size)), generator=random) - 1
     shifts = (chance * (reaches + 0.5)).round().long().clamp(-reaches, reaches)
     moved = roll(images, shifts.to(images.device))
+    mirrored = torch.zeros(len(images), dtype=torch.bool)
     if mirror:
         mirrored = torch.rand(len(images), generator=random) < 0.5
         moved = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), moved.flip(-1), moved)
-    return moved
+    return moved, mirrored
 
 
 def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
@@ -293,7 +293,7 @@ def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
     random = torch.Generator().manual_seed(seed)
     photographs = are_photographs(images.shape[1:])
     for number in range(VARIANTS):
-        moved = _shift(images, random, photographs)
+        moved, _ = _shift(images, random, photographs)
         if enlarge and photographs and number % 2:
             moved = F.interpolate(moved, size=enlarged(images.shape[2:]), mode="bicubic", antialias=True)
         yield moved
@@ -318,7 +318,7 @@ def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
     """Write calibrated probes, and a digest of what they depend on."""
     from safetensors.torch import save_file
 
-    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes")}
+    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
     with written_aside(path) as aside:
         save_file({"images": calibrated.images.contiguous()}, aside, {"key": key, **numbers})
 
@@ -333,6 +333,7 @@ def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
             if key not in (None, told.get("key")):
                 return None
             numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
-            return Calibrated(file.get_tensor("images"), *numbers)
+            held = None if told["held"] == "None" else float(told["held"])
+            return Calibrated(file.get_tensor("images"), *numbers, held)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None

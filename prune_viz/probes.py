@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -106,6 +106,25 @@ def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
                 yield tile(chosen[begin : begin + BATCH], size), held_out
 
 
+Owner = tuple[str, int]  # a layer and a filter of it
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures of one kind that calibration starts from.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, *size)
+        In the model's own input units.
+    owners : tuple of (str, int)
+        The layer and filter whose stimulus each is; empty where they are none.
+    """
+
+    images: Tensor
+    owners: tuple[Owner, ...] = ()
+
+
 def calibration_starts(
     layers: Mapping[str, LayerTensors],
     input_channels: int,
@@ -113,7 +132,7 @@ def calibration_starts(
     count: int,
     seed: int,
     statistics: InputStatistics | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Start, Start]:
     """Where calibrated probes start: dead leaves, and as many stimuli of the deeper half of the layers.
 
     Parameters
@@ -133,17 +152,20 @@ def calibration_starts(
 
     Returns
     -------
-    leaves, stimuli : Tensor, shapes (count - n, C, *size) and (n, C, *size)
+    leaves, stimuli : Start
+        With ``count - n`` and n pictures, and the stimuli's owners.
     """
     deep = list(layers)[len(layers) // 2 :]
     quotas = np.diff(np.linspace(0, count // 2, len(deep) + 1).astype(int))
     chosen = []
+    owners: list[Owner] = []
     for name, quota in zip(deep, quotas, strict=True):
         if quota:
             tensors = layers[name]
             live = np.flatnonzero(tensors.activations > 0)
             rows = live[np.unique(np.linspace(0, len(live) - 1, quota).astype(int))] if len(live) else live
             chosen.append(tile(torch.from_numpy(tensors.images[rows]).float(), size))
+            owners += [(name, int(row)) for row in rows]
     stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
     leaves = dead_leaves((input_channels, *size), count - len(stimuli), seed, statistics)
-    return leaves, stimuli
+    return Start(leaves), Start(stimuli, tuple(owners))

@@ -105,7 +105,7 @@ def calibrated_probes(
     widest = WIDEST[len(size)]
     size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
     starts = calibration_starts(layers, channels, size, probes_for(size), seed, statistics)
-    progress.start("calibration", sum(map(len, starts)) * calibration.PASSES)
+    progress.start("calibration", sum(len(kind.images) for kind in starts) * calibration.PASSES)
     found = calibrate(model, starts, seed=seed, statistics=statistics, progress=progress)
     progress.finish()
     return found
@@ -283,6 +283,10 @@ def describe(calibrated: Calibrated | None, predicted: Predictions | None, examp
                 f" The network takes them for {predicted.classes} class{plural}, at a mean probability of "
                 f"{predicted.confidence:.2f}."
             )
+        if calibrated.held is not None:
+            looks += (
+                f" Those that were stimuli give their own filters {calibrated.held:.2f} of what they did."
+            )
         return (
             f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
             "the batch norms saw what they saw in training: the distance fell from "
@@ -309,5 +313,6 @@ def summary(calibrated: Calibrated | None, predicted: Predictions | None) -> dic
         "passes": calibrated.passes,
         "before": calibrated.before,
         "distance": calibrated.distance,
+        "held": calibrated.held,
         **({} if predicted is None else asdict(predicted)),
     }

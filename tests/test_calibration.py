@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prune_viz import calibration
 from prune_viz.calibration import VARIANTS, calibrate, variants
 from prune_viz.priors import make_prior, scene_exponent
-from prune_viz.probes import calibration_starts, natural_noise
+from prune_viz.probes import Start, calibration_starts, natural_noise
 from prune_viz.runs import LayerTensors
 
 
@@ -56,7 +56,7 @@ def _truth(seed: int = 0) -> tuple[nn.Module, Tensor]:
 def test_the_batch_norms_come_to_see_what_they_saw(seed: int) -> None:
     model, images = _truth(seed)
     starts = natural_noise((3, 16, 16), 96, seed=1)
-    found = calibrate(model, [starts], seed=seed)
+    found = calibrate(model, [Start(starts)], seed=seed)
     assert found is not None
     assert found.images.shape == starts.shape
     assert found.distance < 0.1 * found.before
@@ -70,7 +70,7 @@ def test_calibration_repeats_and_leaves_the_model_alone() -> None:
     model, _ = _truth()
     before = copy.deepcopy(model.state_dict())
     starts = natural_noise((3, 16, 16), 40, seed=1)
-    first, again, other = (calibrate(model, [starts], seed=seed, passes=4) for seed in (0, 0, 1))
+    first, again, other = (calibrate(model, [Start(starts)], seed=seed, passes=4) for seed in (0, 0, 1))
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -81,7 +81,7 @@ def test_calibration_repeats_and_leaves_the_model_alone() -> None:
 @pytest.mark.parametrize("model", [Concatenating(), Flattening()])
 def test_without_batch_norm_there_is_nothing_to_calibrate_by(model: nn.Module) -> None:
     channels = next(model.parameters()).shape[1]
-    assert calibrate(model.eval(), [torch.randn(8, channels, 8, 8)]) is None
+    assert calibrate(model.eval(), [Start(torch.randn(8, channels, 8, 8))]) is None
 
 
 class _Overflowing(nn.Module):
@@ -106,13 +106,13 @@ class _Closed(Plain):
 
 @pytest.mark.parametrize("model", [_Overflowing(), _Closed()])
 def test_where_nothing_can_be_moved_it_says_so(model: nn.Module) -> None:
-    assert calibrate(model.eval(), [torch.randn(8, 3, 8, 8)], passes=3) is None
+    assert calibrate(model.eval(), [Start(torch.randn(8, 3, 8, 8))], passes=3) is None
 
 
 def test_it_ends_when_the_distance_no_longer_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _truth()
     monkeypatch.setattr(calibration, "RATE", 0.0)
-    found = calibrate(model, [natural_noise((3, 16, 16), 32, seed=1)], passes=200)
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=1))], passes=200)
     assert found.passes < 60
 
 
@@ -149,10 +149,13 @@ def test_half_of_the_starts_are_live_stimuli_of_the_deeper_layers() -> None:
         images[0] = -1
         layers[str(depth)] = LayerTensors(images, activations, torch.zeros(6, 6).numpy())
     leaves, stimuli = calibration_starts(layers, 3, (12, 12), 16, seed=0)
-    assert leaves.shape == stimuli.shape == (8, 3, 12, 12)
-    assert all(float(image.std()) > 0 for image in leaves)
-    assert [float(image[0, 0, 0]) for image in stimuli] == [3.0] * 4 + [4.0] * 4
-    assert all(float(image.std()) == 0 for image in stimuli)
+    assert leaves.images.shape == stimuli.images.shape == (8, 3, 12, 12)
+    assert all(float(image.std()) > 0 for image in leaves.images)
+    assert [float(image[0, 0, 0]) for image in stimuli.images] == [3.0] * 4 + [4.0] * 4
+    assert all(float(image.std()) == 0 for image in stimuli.images)
+    assert not leaves.owners
+    assert [layer for layer, _ in stimuli.owners] == ["2"] * 4 + ["3"] * 4
+    assert all(row > 0 for _, row in stimuli.owners)
 
 
 def test_each_kind_of_start_takes_the_contrast_that_suits_the_batch_norms() -> None:
@@ -162,7 +165,7 @@ def test_each_kind_of_start_takes_the_contrast_that_suits_the_batch_norms() -> N
     flat = torch.randn(64, 3, 1, 1, generator=random).expand(-1, -1, 16, 16)
     for contrast in (0.2, 0.75):
         model = _fed_with(Plain(), contrast * seen)
-        found = calibrate(model, [varied, flat, flat[:0]], passes=1).images
+        found = calibrate(model, [Start(varied), Start(flat), Start(flat[:0])], passes=1).images
         assert found.shape == (128, 3, 16, 16)
         own, other = (float(prior.whiten(kind).square().mean().sqrt()) for kind in (found[:64], found[64:]))
         assert own == pytest.approx(contrast, rel=0.1)
@@ -172,7 +175,7 @@ def test_each_kind_of_start_takes_the_contrast_that_suits_the_batch_norms() -> N
 def test_a_channel_that_never_varied_does_not_rule_the_rest() -> None:
     model, _ = _truth()
     model.bn1.running_var[0] = 0.0
-    found = calibrate(model, [natural_noise((3, 16, 16), 64, seed=1)])
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 64, seed=1))])
     assert found.images.isfinite().all()
     assert found.distance < found.before
 
@@ -181,12 +184,12 @@ def test_a_network_in_one_dimension_is_calibrated_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 6, 5, padding=2), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 2, 1))
     _fed_with(model, 0.3 * natural_noise((2, 64), 256, seed=5) + torch.tensor([[0.5], [-0.5]]))
-    found = calibrate(model, [natural_noise((2, 64), 64, seed=0)])
+    found = calibrate(model, [Start(natural_noise((2, 64), 64, seed=0))])
     assert found.distance < 0.1 * found.before
 
 
 def test_networks_fed_with_noise_are_near_from_the_start() -> None:
     images = 0.4 * natural_noise((3, 16, 16), 192, seed=2)
     model = _fed_with(Plain(), images)
-    found = calibrate(model, [natural_noise((3, 16, 16), 192, seed=3)], passes=2)
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 192, seed=3))], passes=2)
     assert found.before < 0.05
