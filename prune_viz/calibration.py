@@ -4,8 +4,8 @@ Drawn pictures and stimuli alone drive a network where its training never led it
 does not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
 near the training data as far as the network can tell (Yin et al. 2020, DeepInversion). The statistics are
 those of all the probes together, which no batch could match: each batch is moved given what the others
-last gave. Steps are taken in the white coordinates of the natural prior, so that broad patterns move as
-easily as fine ones.
+last gave. What else is asked of probes stands in `prune_viz.objectives`. Steps are taken in the white
+coordinates of the natural prior, so that broad patterns move as easily as fine ones.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibrated | None:
     """Move inputs until the batch norms of a network see their running statistics.
+
+    Meanwhile the network stays half sure of each and takes them for many classes, and those that start
+    from stimuli go on exciting the filters whose they are.
 
     Parameters
     ----------

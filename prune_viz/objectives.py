@@ -42,7 +42,8 @@ class Seen:
         Mean probability of each class, and how far the logarithm of a probe's largest one is below that of
         `SURE`, a mean over probes; None where the network gives no class scores.
     own : Tensor or None, shape (B, 2)
-        Norm of what each probe's own filter gave: of what is above zero, and of what is below.
+        Norm of what each probe's own filter gave behind its batch norm: of what is above zero, and of what
+        is below. None where the probes are no stimuli, or cannot be told apart at their layers.
     """
 
     norms: list[Tensor]
@@ -104,9 +105,10 @@ class Watched:
 
         def keep(layer: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-                # Rows apart and cloned, since an activation in place would overwrite them.
-                rows = [row for row, owner in enumerate(owners) if owner[0] == layer]
-                maps.update({row: output[row, owners[row][1]].clone() for row in rows})
+                if len(output) == len(owners):
+                    # Cloned, since an activation in place would overwrite them.
+                    rows = [row for row, owner in enumerate(owners) if owner[0] == layer]
+                    maps.update({row: output[row, owners[row][1]].clone() for row in rows})
 
             return hook
 
@@ -125,7 +127,7 @@ class Watched:
             short = (math.log(SURE) - surest).clamp_min(0).mean()
             classes = torch.cat([shares.mean(dim=0), short[None]])
         own = None
-        if owners:
+        if owners and len(maps) == len(owners):
             own = torch.stack([_sides(maps[row]) for row in range(len(owners))])
         return Seen(self._seen, classes, own)
 

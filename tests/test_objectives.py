@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from networks import Concatenating, Plain, Residual, randomise_norms
+from torch import Tensor, nn
+
+from prune_viz import calibration, objectives
+from prune_viz.analysis import analyze
+from prune_viz.calibration import calibrate
+from prune_viz.digits import DigitsNet
+from prune_viz.objectives import Seen, Watched, classes_error, norms_error, own_shares, pool, total_error
+from prune_viz.probes import Start, calibration_starts, natural_noise
+from prune_viz.tracing import norms_behind
+
+
+def _seen(shares: Tensor) -> Seen:
+    """What probes with these probabilities give."""
+    short = (math.log(0.5) - shares.amax(dim=1).log()).clamp_min(0).mean()
+    return Seen([torch.zeros(2, 1)], torch.cat([shares.mean(dim=0), short[None]]))
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        (torch.full((3, 4), 0.25), math.log(2)),  # unsure, of all alike
+        (torch.eye(4)[[2, 2, 2]], math.log(4)),  # sure, of one
+        (torch.eye(4), 0.0),
+        (0.5 * torch.eye(4) + 0.5 * torch.eye(4).roll(1, 0), 0.0),  # half sure is enough
+    ],
+)
+def test_probes_should_be_taken_for_all_classes_at_least_half_surely(shares: Tensor, expected: float) -> None:
+    seen = _seen(shares)
+    assert float(classes_error(seen)) == pytest.approx(expected, abs=1e-6)
+    # Unsureness is counted probe by probe, evenness over all probes.
+    parts = [_seen(row[None]) for row in shares]
+    assert float(classes_error(pool(parts, [1 / len(parts)] * len(parts)))) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("make", [Plain, Residual])
+def test_what_is_seen_is_what_norms_are_fed_and_what_own_filters_give(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(make()).eval()
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    images = natural_noise((3, 16, 16), 6, seed=0)
+    owners = [(convs[row % 3], row) for row in range(6)]
+    norm = norms_behind(model)
+    fed: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: Tensor, output: Tensor) -> None:
+        if isinstance(model.get_submodule(name), nn.BatchNorm2d):
+            fed[name] = inputs.clone()
+        given[name] = output.clone()
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.register_forward_hook(lambda _, taken, out, name=name: note(name, taken[0], out))
+    with Watched(model) as watched, torch.no_grad():
+        seen = watched.see(images, owners)
+    with torch.no_grad():
+        shares = model(images).softmax(dim=1)
+    for (name, inputs), moments in zip(fed.items(), seen.norms, strict=True):
+        module = model.get_submodule(name)
+        values = inputs.transpose(0, 1).flatten(1) - module.running_mean[:, None]
+        values = values / module.running_var.sqrt()[:, None]
+        torch.testing.assert_close(moments[0], values.mean(dim=1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(moments[1], values.square().mean(dim=1), rtol=1e-3, atol=1e-3)
+    for row, (conv, channel) in enumerate(owners):
+        own = given[norm.get(conv, conv)][row, channel]
+        sides = torch.stack([own.clamp_min(0).norm(), own.clamp_max(0).norm()])
+        torch.testing.assert_close(seen.own[row], sides, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.classes[:-1], shares.mean(dim=0))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_side_that_gave_more_at_the_start_counts() -> None:
+    asked = torch.tensor([[4.0, 1.0], [1.0, 5.0], [0.0, 0.0]])
+    own = torch.tensor([[1.0, 9.0], [9.0, 10.0], [7.0, 7.0]])
+    assert own_shares(own, asked).tolist() == [0.25, 2.0, 1.0]
+    seen = Seen([torch.stack([torch.zeros(1), torch.ones(1)])], None)
+    # Of the first alone something is missing: half of what is asked, a third of the probes.
+    assert float(total_error(seen, own, asked)) == pytest.approx(objectives.OWN * 0.5 / 3)
+    assert float(total_error(seen, None, None)) == float(norms_error(seen)) == 0
+
+
+def test_where_no_classes_come_out_none_are_asked_for() -> None:
+    class Maps(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn1(self.conv1(x))
+
+    with Watched(Maps().eval()) as watched:
+        seen = watched.see(natural_noise((3, 16, 16), 2, seed=0))
+    assert seen.classes is None
+    assert float(classes_error(seen)) == 0
+
+
+def test_stimuli_cannot_be_held_where_a_layer_does_not_see_them_one_by_one() -> None:
+    class Folded(nn.Module):
+        """Both halves of every picture pass as pictures of their own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(torch.cat(x.chunk(2, dim=2))))
+
+    with Watched(Folded().eval()) as watched:
+        assert watched.see(natural_noise((3, 16, 16), 2, seed=0), [("conv", 0), ("conv", 1)]).own is None
+
+
+def test_calibrated_probes_are_sure_and_diverse_and_hold_their_filters(
+    trained: DigitsNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = analyze(trained, input_shape=(1, 8, 8), steps=16)
+    starts = calibration_starts(found.layers, 1, (8, 8), 96, seed=0)
+
+    def moved() -> tuple[float, float, float, float]:
+        probes = calibrate(trained.eval(), starts)
+        with torch.no_grad():
+            shares = trained(probes.images).softmax(dim=1)
+        mean = shares.mean(dim=0)
+        evenness = float(-(mean * mean.log()).sum())
+        return float(shares.amax(dim=1).clamp_max(0.5).mean()), evenness, probes.held, probes.distance
+
+    sure, even, held, distance = moved()
+    monkeypatch.setattr(objectives, "CLASSES", 0.0)
+    monkeypatch.setattr(objectives, "OWN", 0.0)
+    before = moved()
+    assert sure >= before[0]
+    assert sure > 0.45
+    assert even > 0.95 * math.log(10)
+    assert held > before[2]
+    assert held > 0.45
+    assert distance < 1.5 * before[3] + 0.01
+
+
+def test_networks_without_norms_or_classes_are_no_trouble() -> None:
+    with Watched(Concatenating().eval()) as watched:
+        assert watched.see(natural_noise((3, 12, 12), 2, seed=0)).norms == []
+    assert calibrate(Concatenating().eval(), [Start(natural_noise((3, 12, 12), 4, seed=0))]) is None
+    assert calibration.probes_for((8, 8)) == calibration.MOST_PROBES
