@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -269,16 +270,7 @@ def decisions_json(
             for group in groups
         ],
         "verdicts": flagged,
-        "merges": [
-            {
-                "layer": merge.layer,
-                "filter": merge.filter,
-                "representatives": list(merge.representatives),
-                "coefficients": list(merge.coefficients),
-                "constant": merge.constant,
-            }
-            for merge in masks.merges
-        ],
+        "merges": [asdict(merge) for merge in masks.merges],
         "removal_order": [
             {
                 "group": group.number,

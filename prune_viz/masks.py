@@ -6,7 +6,7 @@ import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +146,7 @@ def _read_probes(path: Path) -> Tensor | None:
 
 def save_merges(masks: Masks, path: Path) -> None:
     """Write the merges of masks to a JSON file."""
-    listed = [
-        {
-            "layer": merge.layer,
-            "filter": merge.filter,
-            "representatives": list(merge.representatives),
-            "coefficients": list(merge.coefficients),
-            "constant": merge.constant,
-        }
-        for merge in masks.merges
-    ]
+    listed = [asdict(merge) for merge in masks.merges]
     write_json(path, {"format": FORMAT, "model_sha256": masks.model_sha256, "merges": listed})
 
 

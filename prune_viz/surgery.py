@@ -252,11 +252,7 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     input_shape : sequence of int
         Channels first, without the batch axis.
     """
-    training = model.training
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(blank_input(model, input_shape))
-    model.train(training)
+    counter = _counted(model, input_shape)
     counted = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     root = type(model).__name__  # what the counter calls the model itself
     own: dict[str, int] = {}
@@ -290,9 +286,16 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
     parameters, macs : int
         MACs of convolutions and matrix products, as PyTorch's own counter sees them.
     """
+    macs = _counted(model, input_shape).get_total_flops() // 2
+    return sum(parameter.numel() for parameter in model.parameters()), macs
+
+
+def _counted(model: nn.Module, input_shape: Sequence[int]) -> FlopCounterMode:
+    """PyTorch's counter after one input has passed in eval mode."""
     training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
         model(blank_input(model, input_shape))
     model.train(training)
-    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+    return counter

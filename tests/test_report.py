@@ -17,7 +17,7 @@ from report_fixture import HOSTILE, SMALL, Plan, write_run
 from prune_viz import pictures
 from prune_viz.errors import UserError
 from prune_viz.progress import Progress
-from prune_viz.report import layout, network_map, render, sprites, wording, write_report
+from prune_viz.report import layout, map_drawing, render, sprites, wording, write_report
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
 from prune_viz.report.pages import Counts, depth_rows, finding, layer_rows
 from prune_viz.runs import LayerTensors, RunDirectory
@@ -405,7 +405,7 @@ def test_map_with_one_place_for_all_or_none() -> None:
 
 def test_the_map_of_the_network_shows_every_filter_once(run: RunDirectory) -> None:
     rows = layer_rows(run.layers(), filters := run.read_filters())
-    page = network_map.network_map(rows, filters)
+    page = map_drawing.draw_map(rows, filters)
     assert page is not None
     for dots in page.layers:
         found = [dots.keep.count("h0"), dots.redundant.count("z"), dots.dead.count("m0-")]
@@ -437,17 +437,17 @@ def test_stimuli_on_the_map_of_the_network_show_their_filters(tmp_path: Path) ->
 
 def test_stimuli_on_the_map_of_the_network_neither_touch_nor_hide_what_is_flagged() -> None:
     random = np.random.default_rng(0)
-    centres = random.uniform(size=(4000, 2)) * np.array([1, network_map.HEIGHT])
+    centres = random.uniform(size=(4000, 2)) * np.array([1, map_drawing.HEIGHT])
     kept = random.uniform(size=4000) > 0.005
-    chosen = network_map.spread(centres, kept)
+    chosen = map_drawing.spread(centres, kept)
     assert 30 < len(chosen) == len(set(chosen))
     assert kept[chosen].all()
     apart = np.abs(centres[chosen][:, None] - centres[chosen][None]).max(-1) + np.eye(len(chosen))
-    assert apart.min() > network_map.SIDE
+    assert apart.min() > map_drawing.SIDE
     flagged = np.abs(centres[chosen][:, None] - centres[~kept][None]).max(-1)
-    assert flagged.min() > network_map.SIDE / 2
-    assert network_map.spread(centres, random.uniform(size=4000) > 0.9)  # even where most are flagged
-    assert network_map.spread(centres, np.zeros(4000, dtype=bool)) == []
+    assert flagged.min() > map_drawing.SIDE / 2
+    assert map_drawing.spread(centres, random.uniform(size=4000) > 0.9)  # even where most are flagged
+    assert map_drawing.spread(centres, np.zeros(4000, dtype=bool)) == []
 
 
 def test_a_run_without_the_map_of_the_network_is_shown_without_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from prune_viz.errors import UserError
 from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
-from prune_viz.report import network_map, sprites, wording
+from prune_viz.report import map_drawing, sprites, wording
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
@@ -76,7 +76,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     _write_assets(folder / "assets")
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
-    overview = network_map.network_map(rows, filters)
+    overview = map_drawing.draw_map(rows, filters)
     strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
     progress.start("report", len(rows))
@@ -165,12 +165,12 @@ def _write_network(
     folder: Path,
     network: NetworkPage,
     strip: _Strip,
-    overview: network_map.NetworkMap | None,
+    overview: map_drawing.NetworkMap | None,
     shown: _Strip,
     templates: jinja2.Environment,
 ) -> None:
     _write_strip(folder, "depth", "t", strip, [])
-    _write_strip(folder, "network", "n", shown, network_map.styles(overview) if overview else [])
+    _write_strip(folder, "network", "n", shown, map_drawing.styles(overview) if overview else [])
     text = templates.get_template("index.html.j2").render(network=network, map=overview, root="")
     _write(folder / "index.html", text)
 
@@ -190,7 +190,7 @@ def _strip(network: NetworkPage, statistics: InputStatistics | None) -> _Strip:
     return _blank_strip(places, layout, statistics)
 
 
-def _shown_on_map(overview: network_map.NetworkMap | None, statistics: InputStatistics | None) -> _Strip:
+def _shown_on_map(overview: map_drawing.NetworkMap | None, statistics: InputStatistics | None) -> _Strip:
     places: dict[str, list[tuple[int, int]]] = {}
     stimuli = overview.stimuli if overview else []
     for one in stimuli:

@@ -79,7 +79,7 @@ class NetworkMap:
     stimuli: list[ShownStimulus]
 
 
-def network_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | None:
+def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | None:
     """Lay out the map of the network.
 
     Parameters
