@@ -192,6 +192,8 @@ def analyze(
         if judged:
             with stages.timed("calibration"):
                 calibrated = _calibrate(twin, network, run, found, seed, statistics, progress, key)
+        if calibrated is None:
+            run.probes_file.unlink(missing_ok=True)  # an earlier run's
         with stages.timed("ranking"):
             near = None if calibrated is None else calibrated.images
             measured = measure_groups(twin, judged, moments, near, examples, seed, progress)

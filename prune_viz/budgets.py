@@ -108,7 +108,7 @@ def write_masks(
     if counts is None:
         masks = _masks_of_verdicts(decisions, directory.decisions_file)
         beside.unlink(missing_ok=True)
-        if out.absolute().parent != directory.path.absolute():
+        if out.resolve().parent != directory.path.resolve():
             save_merges(masks, beside)
     else:
         masks = masks_for_counts(
@@ -116,8 +116,7 @@ def write_masks(
         )
         save_merges(masks, beside)
     save_masks(masks, out)
-    if out.absolute().parent != directory.path.absolute():
-        _copy_probes(directory, probes_beside(out))
+    _put_probes(directory, out)
     lines = [f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})"]
     if counts is not None:
         total = sum(costs.values())
@@ -135,9 +134,10 @@ def write_masks(
     return [*lines, f"written to {out}"]
 
 
-def _copy_probes(run: RunDirectory, to: Path) -> None:
-    """Put a run's calibrated probes beside masks that lie elsewhere."""
-    if run.probes_file.exists():
+def _put_probes(run: RunDirectory, masks_file: Path) -> None:
+    """Put a run's calibrated probes beside masks that lie elsewhere, and clear away any of earlier masks."""
+    to = probes_beside(masks_file)
+    if run.probes_file.exists() and masks_file.resolve().parent != run.path.resolve():
         with written_aside(to) as aside:
             shutil.copyfile(run.probes_file, aside)
     else:

@@ -106,7 +106,20 @@ def calibrate(
         None where the network has no batch norm with running statistics, lets no gradient through or
         meets values that are not finite.
     """
-    progress = progress or Progress()
+    settings = starts, seed, statistics, passes, progress or Progress()
+    # A head may let no gradient through where the batch norms before it do.
+    return _calibrate(model, *settings, classes=True) or _calibrate(model, *settings, classes=False)
+
+
+def _calibrate(
+    model: nn.Module,
+    starts: Sequence[Start],
+    seed: int,
+    statistics: InputStatistics | None,
+    passes: int,
+    progress: Progress,
+    classes: bool,
+) -> Calibrated | None:
     device = next(model.parameters()).device
     kinds = [kind for kind in starts if len(kind.images)]
     count, shape = sum(len(kind.images) for kind in kinds), kinds[0].images.shape[1:]
@@ -117,7 +130,7 @@ def calibrate(
     def images(chunk: Tensor, contrast: float) -> Tensor:
         return contrast * prior.colour(chunk)
 
-    with Watched(model) as watched:
+    with Watched(model, classes) as watched:
         parts: list[_Part] = []
         for kind in kinds:
             white = unit(prior.whiten(kind.images.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
@@ -192,7 +205,7 @@ def _nearest(
     with torch.no_grad():
         for contrast in CONTRASTS:
             parts = [
-                _Part(chunk.clone(), contrast, own, watched.see(as_batch(images(chunk, contrast)), own))
+                _Part(chunk, contrast, own, watched.see(as_batch(images(chunk, contrast)), own))
                 for chunk, own in zip(chunks, whose, strict=True)
             ]
             if not parts[0].seen.norms:
@@ -336,7 +349,7 @@ def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
             if key not in (None, told.get("key")):
                 return None
             numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
-            held = None if told["held"] == "None" else float(told["held"])
-            return Calibrated(file.get_tensor("images"), *numbers, held)
+            held = told.get("held", "None")  # not told by earlier versions
+            return Calibrated(file.get_tensor("images"), *numbers, None if held == "None" else float(held))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None

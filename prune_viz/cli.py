@@ -262,7 +262,8 @@ def apply(
         Mode, typer.Option(help="Set the filters to zero, or take them out of the network.")
     ] = Mode.zero,
     compensate: Annotated[
-        Compensate, typer.Option(help="With --mode remove: fold what they contributed into the weights left.")
+        Compensate,
+        typer.Option(help="With --mode remove: make up for them in the weights and batch norms left."),
     ] = Compensate.none,
     arch: Arch = None,
     arch_kwargs: ArchKwargs = None,

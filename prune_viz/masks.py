@@ -129,19 +129,15 @@ def load_masks(path: str | Path) -> Masks:
         for name, mask in loaded.items()
     ):
         raise UserError(f"{path} is not a masks file: it should hold a bool tensor a convolution")
-    for beside in (merges_beside(path), path.with_name("decisions.json")):
-        if beside.exists():
-            return Masks(loaded, *read_merges(beside), _read_probes(path))
-    return Masks(loaded)
-
-
-def _read_probes(path: Path) -> Tensor | None:
-    """The calibrated probes of the run that masks were made from, where they stand beside them."""
-    for beside in (probes_beside(path), path.with_name("probes.safetensors")):
-        found = load_probes(beside)
-        if found is not None:
-            return found.images
-    return None
+    own, run = merges_beside(path), path.with_name("decisions.json")
+    beside = own if own.exists() else run
+    if not beside.exists():
+        return Masks(loaded)
+    merges, sha256 = read_merges(beside)
+    probes = load_probes(probes_beside(path))
+    if probes is None and run.exists() and (beside == run or read_merges(run)[1] == sha256):
+        probes = load_probes(path.with_name("probes.safetensors"))
+    return Masks(loaded, merges, sha256, None if probes is None else probes.images)
 
 
 def save_merges(masks: Masks, path: Path) -> None:

@@ -10,6 +10,7 @@ measured on them. A probe that started as the stimulus of a filter should still 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,6 +28,7 @@ HELD = 0.5  # of what a stimulus's own filter gave at the start, at which it is 
 CLASSES = 0.005  # weight of the classes' terms, in nats, beside the norms'
 OWN = 0.02  # weight of what stimuli are short of, as a share
 SETTINGS = (SURE, HELD, CLASSES, OWN)  # probes depend on them
+_SILENT = 1e-6  # norm of a map
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
 
 
@@ -63,12 +65,18 @@ class Watched:
     ----------
     model : nn.Module
         The network in eval mode, batch norms unfolded.
+    classes : bool
+        Whether to look at class scores.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, classes: bool = True) -> None:
         self._model = model
         self._modules: Mapping[str, Any] = dict(model.named_modules())
-        self._behind = norms_behind(model)
+        self._classes = classes
+        behind = norms_behind(model)
+        served = Counter(behind.values())
+        # A norm that serves several convolutions does not tell whose map it gives.
+        self._behind = {conv: norm for conv, norm in behind.items() if served[norm] == 1}
         self._seen: list[Tensor] = []
         self._handles: list[Any] = []
 
@@ -117,11 +125,12 @@ class Watched:
             for layer in {layer for layer, _ in owners}
         ]
         try:
-            shares = class_probabilities(tensors_of(self._model(images)))
+            outputs = tensors_of(self._model(images))
         finally:
             for handle in handles:
                 handle.remove()
         classes = None
+        shares = class_probabilities(outputs) if self._classes else None
         if shares is not None:
             surest = shares.amax(dim=1).clamp_min(1e-12).log()
             short = (math.log(SURE) - surest).clamp_min(0).mean()
@@ -168,7 +177,7 @@ def classes_error(pooled: Seen) -> Tensor:
 
 
 def own_shares(own: Tensor, asked: Tensor) -> Tensor:
-    """What own filters give as a share of what they gave at the start, shape (B,); 1 where that was nothing.
+    """What own filters give as a share of what they gave at the start, shape (B,); 1 if that was nothing.
 
     Parameters
     ----------
@@ -177,7 +186,7 @@ def own_shares(own: Tensor, asked: Tensor) -> Tensor:
     """
     most, side = asked.max(dim=1)
     kept = own.gather(1, side[:, None])[:, 0]
-    return torch.where(most > 0, kept / most.clamp_min(1e-12), 1.0)
+    return torch.where(most > _SILENT, kept / most.clamp_min(_SILENT), 1.0)
 
 
 def total_error(pooled: Seen, own: Tensor | None, asked: Tensor | None) -> Tensor:

@@ -15,9 +15,8 @@ from prune_viz.errors import UserError
 from prune_viz.filters import plain_copy
 from prune_viz.masks import apply_masks, load_masks, make_permanent, reconcile_masks
 from prune_viz.provenance import hash_model
-from prune_viz.recalibration import outputs_on
+from prune_viz.recalibration import change_on
 from prune_viz.runs import written_aside
-from prune_viz.sensitivity import class_probabilities, output_change
 from prune_viz.surgery import count_cost, remove_filters
 
 
@@ -73,7 +72,8 @@ def write_removed(
     out : Path
         Where to write.
     compensate : {"none", "merge"}
-        Whether what the filters contributed is folded into the weights that are left.
+        Whether what the filters contributed is folded into the weights that are left, and batch norms
+        are set anew where that helps.
 
     Returns
     -------
@@ -108,19 +108,14 @@ def write_removed(
     before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
     for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
         lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
-    if masks.probes is not None:
-        lines.append(_change_on(masks.probes, checkpoint.model, smaller))
+    networks = (plain_copy(network).float() for network in (checkpoint.model, smaller))
+    change = None if masks.probes is None else change_on(masks.probes, *networks)
+    if masks.probes is not None and change is not None:
+        size = f"{change[0]:.2g} nats" if change[1] == "nats" else f"{change[0]:.2%} of its square"
+        lines.append(f"on the run's {len(masks.probes)} probes the output changes by {size}")
     if checkpoint.arch is None:
         lines.append("note: the model was pickled whole; loading the new file needs --arch")
     return lines
-
-
-def _change_on(probes: torch.Tensor, model: nn.Module, smaller: nn.Module) -> str:
-    """Say how far the smaller network's output is from the whole one's."""
-    before, after = (outputs_on(plain_copy(network).float(), probes) for network in (model, smaller))
-    change = output_change(before, after)
-    size = f"{change:.2%} of its square" if class_probabilities(before) is None else f"{change:.2g} nats"
-    return f"on the {len(probes)} probes of the run the output changes by {size}"
 
 
 def _content(

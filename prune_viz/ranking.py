@@ -285,7 +285,7 @@ def describe(calibrated: Calibrated | None, predicted: Predictions | None, examp
             )
         if calibrated.held is not None:
             looks += (
-                f" Those that were stimuli give their own filters {calibrated.held:.2f} of what they did."
+                f" Stimuli among them give their own filters {calibrated.held:.2f} of what they did (median)."
             )
         return (
             f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "

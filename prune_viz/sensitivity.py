@@ -187,7 +187,7 @@ def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> tuple[T
     return total, "output"
 
 
-def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, str]:
     """What a change of a network did to its outputs on the same inputs.
 
     Parameters
@@ -197,20 +197,23 @@ def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
     Returns
     -------
-    float
-        As `Sensitivities.unit` says: mean divergence in nats of the classes' probabilities after from those
-        before, or the squared change as a share of the square, a mean over outputs.
+    change : float
+        Mean divergence of the classes' probabilities after from those before, or the squared change as a
+        share of the square, a mean over outputs.
+    unit : {"nats", "output"}
+        Which of them (`Sensitivities.unit`).
     """
     shares, others = class_probabilities(before), class_probabilities(after)
     if shares is not None and others is not None:
         shares, others = shares.double(), others.double()
         ratio = shares.clamp_min(1e-30).log() - others.clamp_min(1e-30).log()
-        return float((shares * ratio).sum(dim=1).mean())
+        return float((shares * ratio).sum(dim=1).mean()), "nats"
     changes = [
         float((old.double() - new.double()).square().mean() / old.double().square().mean().clamp_min(1e-24))
         for old, new in zip(before, after, strict=True)
+        if old.is_floating_point() and old.numel()
     ]
-    return sum(changes) / max(len(changes), 1)
+    return sum(changes) / max(len(changes), 1), "output"
 
 
 def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:
@@ -221,6 +224,8 @@ def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:
     if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
         return None
     (scores,) = outputs
+    if not scores.is_floating_point():
+        return None
     return scores if _are_probabilities(scores) else scores.softmax(dim=1)
 
 

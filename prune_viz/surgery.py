@@ -25,7 +25,7 @@ from prune_viz.masks import (
     groups_for_removal,
     reconcile_with_groups,
 )
-from prune_viz.recalibration import recalibrate_norms
+from prune_viz.recalibration import copy_statistics, recalibrate_norms
 from prune_viz.tracing import norms_behind
 
 
@@ -114,7 +114,7 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
     merged = plain_copy(merge_filters(model, masks, groups)).float()
     if not recalibrate_norms(merged, whole, masks.probes):
         return False
-    model.load_state_dict(merged.state_dict())
+    copy_statistics(merged, model)
     return True
 
 

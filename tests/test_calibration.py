@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prune_viz import calibration
-from prune_viz.calibration import VARIANTS, calibrate, variants
+from prune_viz.calibration import VARIANTS, Calibrated, calibrate, load_probes, save_probes, variants
 from prune_viz.priors import make_prior, scene_exponent
 from prune_viz.probes import Start, calibration_starts, natural_noise
 from prune_viz.runs import LayerTensors
@@ -193,3 +195,19 @@ def test_networks_fed_with_noise_are_near_from_the_start() -> None:
     model = _fed_with(Plain(), images)
     found = calibrate(model, [Start(natural_noise((3, 16, 16), 192, seed=3))], passes=2)
     assert found.before < 0.05
+
+
+def test_probes_are_read_back_and_those_of_earlier_versions_too(tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 8, 8)
+    for held in (None, 0.5):
+        save_probes(Calibrated(images, 0.5, 0.125, 7, held), tmp_path / "probes", "key")
+        found = load_probes(tmp_path / "probes", "key")
+        assert found is not None
+        assert (found.before, found.distance, found.passes, found.held) == (0.5, 0.125, 7, held)
+        assert torch.equal(found.images, images)
+        assert load_probes(tmp_path / "probes", "other key") is None
+    told = {"key": "key", "before": "0.5", "distance": "0.125", "passes": "7"}
+    save_file({"images": images}, tmp_path / "earlier", told)
+    earlier = load_probes(tmp_path / "earlier")
+    assert earlier is not None
+    assert earlier.held is None

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from networks import Concatenating, Plain, Residual, randomise_norms
+from networks import Plain, Residual, randomise_norms
 from torch import Tensor, nn
 
-from prune_viz import calibration, objectives
+from prune_viz import objectives
 from prune_viz.analysis import analyze
 from prune_viz.calibration import calibrate
 from prune_viz.digits import DigitsNet
@@ -76,6 +76,7 @@ def test_what_is_seen_is_what_norms_are_fed_and_what_own_filters_give(make: type
         torch.testing.assert_close(seen.own[row], sides, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen.classes[:-1], shares.mean(dim=0))
     assert not any(m._forward_pre_hooks for m in model.modules())
+    assert sum(len(m._forward_hooks) for m in model.modules()) == len(given)  # this test's own
 
 
 def test_the_side_that_gave_more_at_the_start_counts() -> None:
@@ -140,8 +141,38 @@ def test_calibrated_probes_are_sure_and_diverse_and_hold_their_filters(
     assert distance < 1.5 * before[3] + 0.01
 
 
-def test_networks_without_norms_or_classes_are_no_trouble() -> None:
-    with Watched(Concatenating().eval()) as watched:
-        assert watched.see(natural_noise((3, 12, 12), 2, seed=0)).norms == []
-    assert calibrate(Concatenating().eval(), [Start(natural_noise((3, 12, 12), 4, seed=0))]) is None
-    assert calibration.probes_for((8, 8)) == calibration.MOST_PROBES
+class _Closed(Plain):
+    """A head that changes in place what its gradient needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x).exp()
+        scores += 1
+        return scores
+
+
+def test_where_the_head_lets_no_gradient_through_the_norms_alone_count() -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(_Closed()).eval()
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=0))], passes=20)
+    assert found is not None
+    assert found.distance < found.before
+
+
+def test_a_norm_that_serves_two_convolutions_does_not_tell_whose_map_it_gives() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.other(self.norm(self.one(x)).relu()))
+
+    model = Shared().eval()
+    images = natural_noise((3, 16, 16), 2, seed=0)
+    with Watched(model) as watched, torch.no_grad():
+        own = watched.see(images, [("one", 1), ("other", 2)]).own
+        expected = model.one(images)[0, 1]
+    torch.testing.assert_close(
+        own[0], torch.stack([expected.clamp_min(0).norm(), expected.clamp_max(0).norm()])
+    )
