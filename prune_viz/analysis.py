@@ -27,7 +27,6 @@ from prune_viz import (
     responses,
     surgery,
 )
-from prune_viz.calibration import Calibrated, load_probes, save_probes
 from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup, UntraceableError
 from prune_viz.decisions import decisions_json, filter_table, masks_of
@@ -37,6 +36,7 @@ from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
 from prune_viz.inputs import InputStatistics, read_inputs
 from prune_viz.masks import Masks, save_masks
 from prune_viz.network_map import embed_network
+from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, hash_model, peak_mib, versions
 from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups

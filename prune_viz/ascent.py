@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prune_viz.devices import as_batch
 from prune_viz.filters import MapFunction
 from prune_viz.priors import Prior
 
@@ -152,7 +153,7 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
     map before the activation instead: a silent one where it is nearest to firing, a saturated one
     further on.
     """
-    images = as_input(images).requires_grad_()
+    images = as_batch(images.detach()).requires_grad_()
     rows = torch.arange(len(images), device=images.device)
     before, after = maps(images)
     reached = norms(after[rows, filters]).sum()
@@ -170,12 +171,6 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
         slope = torch.zeros_like(slope)
         slope[rows, filters] = own.view(len(rows), *slope.shape[2:])
     return torch.autograd.grad(before, images, slope)[0]
-
-
-def as_input(images: Tensor) -> Tensor:
-    """Images cut off from any gradient, laid out in memory as convolutions like them."""
-    images = images.detach()
-    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()
 
 
 def roll(images: Tensor, shifts: Tensor) -> Tensor:

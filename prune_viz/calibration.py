@@ -13,20 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_viz.ascent import roll, unit
-from prune_viz.devices import is_out_of_memory
+from prune_viz.devices import as_batch, is_out_of_memory
 from prune_viz.inputs import InputStatistics
 from prune_viz.objectives import Seen, Watched, norms_error, own_shares, pool, total_error
 from prune_viz.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
-from prune_viz.probes import Owner, Start
+from prune_viz.probes import Calibrated, Owner, Start
 from prune_viz.progress import Progress
-from prune_viz.runs import written_aside
 
 PROBES = 96  # of `POSITIONS` pixels; of smaller ones more
 POSITIONS = 160 * 160
@@ -43,31 +41,6 @@ ENLARGED = 1.25
 SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, SCENE_EXPONENT)
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Probes that feed the batch norms as training did, and how nearly.
-
-    Attributes
-    ----------
-    images : Tensor, shape (N, C, *size)
-        The probes, in the model's own input units, on the CPU.
-    before, distance : float
-        How far the batch norms' inputs were and are from their running statistics, over all channels and
-        layers: mean squared error of the mean plus that of the deviation, in running deviations.
-    passes : int
-        How often each probe was moved.
-    held : float or None
-        What the filters whose stimuli probes started from give on them, as a share of what they gave at
-        the start, the median; None where no probe started from a stimulus.
-    """
-
-    images: Tensor
-    before: float
-    distance: float
-    passes: int
-    held: float | None = None
 
 
 def calibrate(
@@ -323,33 +296,3 @@ def enlarged(size: Sequence[int]) -> list[int]:
 def probes_for(size: Sequence[int]) -> int:
     """How many probes of a spatial size are calibrated: small ones cost less and give fewer samples."""
     return int(min(max(PROBES * POSITIONS / math.prod(size), PROBES), MOST_PROBES))
-
-
-def as_batch(images: Tensor) -> Tensor:
-    """Images laid out in memory as convolutions like them."""
-    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()
-
-
-def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
-    """Write calibrated probes, and a digest of what they depend on."""
-    from safetensors.torch import save_file
-
-    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
-    with written_aside(path) as aside:
-        save_file({"images": calibrated.images.contiguous()}, aside, {"key": key, **numbers})
-
-
-def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
-    """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            if key not in (None, told.get("key")):
-                return None
-            numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
-            held = told.get("held", "None")  # not told by earlier versions
-            return Calibrated(file.get_tensor("images"), *numbers, None if held == "None" else float(held))
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None

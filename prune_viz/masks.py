@@ -16,10 +16,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from prune_viz import tracing
-from prune_viz.calibration import load_probes
 from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
 from prune_viz.errors import UserError
 from prune_viz.filters import bake_parametrizations, plain_copy
+from prune_viz.probes import load_probes
 from prune_viz.runs import FORMAT, merges_beside, probes_beside, write_json, written_aside
 
 

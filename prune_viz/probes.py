@@ -1,9 +1,10 @@
-"""The inputs on which filters are compared: natural noise, stimuli, and where calibrated probes start."""
+"""The inputs on which filters are compared: natural noise, stimuli, calibrated probes and their starts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from prune_viz.inputs import InputStatistics
 from prune_viz.leaves import dead_leaves
 from prune_viz.priors import make_prior, tile
 from prune_viz.responses import BATCH
-from prune_viz.runs import LayerTensors
+from prune_viz.runs import LayerTensors, written_aside
 
 NOISE_PROBES = 256
 HELD_OUT = 1 / 4  # share of the probes that no fit sees
@@ -125,6 +126,31 @@ class Start:
     owners: tuple[Owner, ...] = ()
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """Probes that feed the batch norms as training did, and how nearly.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, *size)
+        The probes, in the model's own input units, on the CPU.
+    before, distance : float
+        How far the batch norms' inputs were and are from their running statistics, over all channels and
+        layers: mean squared error of the mean plus that of the deviation, in running deviations.
+    passes : int
+        How often each probe was moved.
+    held : float or None
+        What the filters whose stimuli probes started from give on them, as a share of what they gave at
+        the start, the median; None where no probe started from a stimulus.
+    """
+
+    images: Tensor
+    before: float
+    distance: float
+    passes: int
+    held: float | None = None
+
+
 def calibration_starts(
     layers: Mapping[str, LayerTensors],
     input_channels: int,
@@ -169,3 +195,28 @@ def calibration_starts(
     stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
     leaves = dead_leaves((input_channels, *size), count - len(stimuli), seed, statistics)
     return Start(leaves), Start(stimuli, tuple(owners))
+
+
+def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
+    """Write calibrated probes, and a digest of what they depend on."""
+    from safetensors.torch import save_file
+
+    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
+    with written_aside(path) as aside:
+        save_file({"images": calibrated.images.contiguous()}, aside, {"key": key, **numbers})
+
+
+def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
+    """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            if key not in (None, told.get("key")):
+                return None
+            numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
+            held = told.get("held", "None")  # not told by earlier versions
+            return Calibrated(file.get_tensor("images"), *numbers, None if held == "None" else float(held))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz import calibration
-from prune_viz.calibration import Calibrated, as_batch, calibrate, enlarged, probes_for, variants
+from prune_viz.calibration import calibrate, enlarged, probes_for, variants
 from prune_viz.coupling import CouplingGroup
+from prune_viz.devices import as_batch
 from prune_viz.inputs import InputStatistics
-from prune_viz.probes import calibration_starts, probe_size, runs_on, split
+from prune_viz.probes import Calibrated, calibration_starts, probe_size, runs_on, split
 from prune_viz.progress import Progress
 from prune_viz.redundancy import GroupVerdicts, note_silent, rank
 from prune_viz.responses import BATCH, Moments, gather_moments, pool_moments, weigh_outputs

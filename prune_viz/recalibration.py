@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune_viz.calibration import as_batch
-from prune_viz.devices import is_out_of_memory
+from prune_viz.devices import as_batch, is_out_of_memory
 from prune_viz.sensitivity import output_change
 from prune_viz.tracing import tensors_of
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz import probes, redundancy
-from prune_viz.calibration import as_batch
 from prune_viz.coupling import CouplingGroup
+from prune_viz.devices import as_batch
 from prune_viz.filters import FilterNetwork, plain_copy
 from prune_viz.inputs import InputStatistics
 from prune_viz.progress import Progress

@@ -39,11 +39,11 @@ from trained import Trained
 
 import prune_viz as pv
 from prune_viz import coupling
-from prune_viz.calibration import load_probes
 from prune_viz.coupling import CouplingGroup
 from prune_viz.elimination import rebuild_all
 from prune_viz.filters import plain_copy
 from prune_viz.masks import Masks
+from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
 from prune_viz.ranking import measure_groups
 from prune_viz.redundancy import order_channels

@@ -10,9 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prune_viz import calibration
-from prune_viz.calibration import VARIANTS, Calibrated, calibrate, load_probes, save_probes, variants
+from prune_viz.calibration import VARIANTS, calibrate, variants
 from prune_viz.priors import make_prior, scene_exponent
-from prune_viz.probes import Start, calibration_starts, natural_noise
+from prune_viz.probes import (
+    Calibrated,
+    Start,
+    calibration_starts,
+    load_probes,
+    natural_noise,
+    save_probes,
+)
 from prune_viz.runs import LayerTensors
 
 
