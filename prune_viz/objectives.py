@@ -129,16 +129,19 @@ class Watched:
         finally:
             for handle in handles:
                 handle.remove()
-        classes = None
         shares = class_probabilities(outputs) if self._classes else None
-        if shares is not None:
-            surest = shares.amax(dim=1).clamp_min(1e-12).log()
-            short = (math.log(SURE) - surest).clamp_min(0).mean()
-            classes = torch.cat([shares.mean(dim=0), short[None]])
+        classes = None if shares is None else _classes(shares)
         own = None
         if owners and len(maps) == len(owners):
             own = torch.stack([_sides(maps[row]) for row in range(len(owners))])
         return Seen(self._seen, classes, own)
+
+
+def _classes(shares: Tensor) -> Tensor:
+    """`Seen.classes` of some probes, from the probabilities, shape (B, classes), that each is given."""
+    surest = shares.amax(dim=1).clamp_min(1e-12).log()
+    short = (math.log(SURE) - surest).clamp_min(0).mean()
+    return torch.cat([shares.mean(dim=0), short[None]])
 
 
 def _sides(own: Tensor) -> Tensor:
