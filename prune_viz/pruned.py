@@ -108,11 +108,12 @@ def write_removed(
     before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
     for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
         lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
-    networks = (plain_copy(network).float() for network in (checkpoint.model, smaller))
-    change = None if masks.probes is None else change_on(masks.probes, *networks)
-    if masks.probes is not None and change is not None:
-        size = f"{change[0]:.2g} nats" if change[1] == "nats" else f"{change[0]:.2%} of its square"
-        lines.append(f"on the run's {len(masks.probes)} probes the output changes by {size}")
+    if masks.probes is not None:
+        networks = [plain_copy(network).float() for network in (checkpoint.model, smaller)]
+        change = change_on(masks.probes, *networks)
+        if change is not None:
+            size = f"{change[0]:.2g} nats" if change[1] == "nats" else f"{change[0]:.2%} of its square"
+            lines.append(f"on the run's {len(masks.probes)} probes the output changes by {size}")
     if checkpoint.arch is None:
         lines.append("note: the model was pickled whole; loading the new file needs --arch")
     return lines

@@ -54,7 +54,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
 STEPS = 48  # of the stimuli, instead of 176
 OURS = "prune-viz"
-MERGE, WHOLE = "merge", "merge and norms"  # prune-viz's compensators; the second is what `apply` does
+MERGE, WITH_NORMS = "merge", "merge and norms"  # prune-viz's compensators; the second is what `apply` does
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ def rows_of(
     for ratio in ratios:
         counts = {group.number: round(ratio * group.channels) for group in groups}
         for selector in (*pruners.SELECTORS, OURS):
-            for compensator in (*pruners.COMPENSATORS, MERGE, WHOLE):
+            for compensator in (*pruners.COMPENSATORS, MERGE, WITH_NORMS):
                 for probes in ("data-free", "images"):
-                    mine = selector == OURS or compensator in (MERGE, WHOLE)
-                    if (probes == "images" and not mine) or (compensator == WHOLE and selector != OURS):
+                    mine = selector == OURS or compensator in (MERGE, WITH_NORMS)
+                    if (probes == "images" and not mine) or (compensator == WITH_NORMS and selector != OURS):
                         continue
                     ranked = free if probes == "data-free" else seen
                     gone, weights = {}, {}
@@ -166,14 +166,14 @@ def rows_of(
                             score = pruners.scores(network.model, group, selector, seed)
                             removed = pruners.removed_first(score, count)
                         gone[group.number] = removed
-                        if compensator in (MERGE, WHOLE):
+                        if compensator in (MERGE, WITH_NORMS):
                             weights[group.number] = _dense(removed, ranked.moments[group.number])
                         else:
                             weights[group.number] = pruners.rebuilt(
                                 network.model, group, removed, compensator
                             )
                     masks = pruners.masks_from(groups, gone, weights, filters)
-                    masks.probes = ranked.probes if compensator == WHOLE else None
+                    masks.probes = ranked.probes if compensator == WITH_NORMS else None
                     top1, kl = judge.measure(masks)
                     yield {
                         **common, "ratio": ratio, "selector": selector, "compensator": compensator,
