@@ -25,7 +25,7 @@ from prune_viz.tracing import norms_behind, tensors_of
 
 SURE = 0.5  # probability of its likeliest class at which a probe is let be
 HELD = 0.5  # of what a stimulus's own filter gave at the start, at which it is let be
-CLASSES = 0.005  # weight of the classes' terms, in nats, beside the norms'
+CLASSES = 0.002  # weight of the classes' terms, in nats, beside the norms'
 OWN = 0.02  # weight of what stimuli are short of, as a share
 SETTINGS = (SURE, HELD, CLASSES, OWN)  # probes depend on them
 _SILENT = 1e-6  # norm of a map

@@ -131,15 +131,20 @@ def test_calibrated_probes_are_sure_and_diverse_and_hold_their_filters(
         return float(shares.amax(dim=1).clamp_max(0.5).mean()), evenness, probes.held, probes.distance
 
     sure, even, held, distance = moved()
-    monkeypatch.setattr(objectives, "CLASSES", 0.0)
-    monkeypatch.setattr(objectives, "OWN", 0.0)
-    before = moved()
-    assert sure >= before[0]
     assert sure > 0.45
     assert even > 0.95 * math.log(10)
-    assert held > before[2]
     assert held > 0.45
-    assert distance < 1.5 * before[3] + 0.01
+    # Each term on its own: it does what it is there for.
+    with monkeypatch.context() as patched:
+        patched.setattr(objectives, "CLASSES", 0.0)
+        unasked = moved()
+    assert sure > unasked[0]
+    assert even > unasked[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(objectives, "OWN", 0.0)
+        let_go = moved()
+    assert held > 1.2 * let_go[2]
+    assert distance < 1.5 * min(unasked[3], let_go[3]) + 0.01
 
 
 class _Closed(Plain):

@@ -126,7 +126,7 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     assert predicted == pytest.approx(count_cost(ours, (3, 224, 224))[1], rel=1e-6)
     # Batch norms were fed nearly as in training.
     calibration = run.read_provenance()["calibration"]
-    assert calibration["distance"] < 0.4 * calibration["before"]
+    assert calibration["distance"] < 0.25 * calibration["before"]
     assert calibration["distance"] < 0.06
     # Many classes, none of them a certainty; and stimuli excite their own filters still.
     assert calibration["classes"] > 0.8 * calibration["probes"]
