@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from prune_viz.analysis import analyze
     from prune_viz.checkpoints import load_model
     from prune_viz.errors import UserError
-    from prune_viz.masks import apply_masks, load_masks, make_permanent, reconcile_masks, save_masks
+    from prune_viz.exporters import prune_with_torch, to_indices, to_nni
+    from prune_viz.masking import apply_masks, make_permanent
+    from prune_viz.masks import Masks, load_masks, save_masks
+    from prune_viz.reconciliation import reconcile_masks
     from prune_viz.stimuli import maximize
     from prune_viz.surgery import remove_filters
 
@@ -23,6 +26,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __version__ = "0.1.0"
 
 __all__ = [
+    "Masks",
     "UserError",
     "analyze",
     "apply_masks",
@@ -30,22 +34,29 @@ __all__ = [
     "load_model",
     "make_permanent",
     "maximize",
+    "prune_with_torch",
     "reconcile_masks",
     "remove_filters",
     "save_masks",
+    "to_indices",
+    "to_nni",
 ]
 
 _HOMES = {
+    "Masks": "masks",
     "UserError": "errors",
     "analyze": "analysis",
-    "apply_masks": "masks",
+    "apply_masks": "masking",
     "load_masks": "masks",
     "load_model": "checkpoints",
-    "make_permanent": "masks",
+    "make_permanent": "masking",
     "maximize": "stimuli",
-    "reconcile_masks": "masks",
+    "prune_with_torch": "exporters",
+    "reconcile_masks": "reconciliation",
     "remove_filters": "surgery",
     "save_masks": "masks",
+    "to_indices": "exporters",
+    "to_nni": "exporters",
 }
 
 

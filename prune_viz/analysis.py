@@ -34,7 +34,7 @@ from prune_viz.devices import pick_device
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
 from prune_viz.inputs import InputStatistics, read_inputs
-from prune_viz.masks import Masks, save_masks
+from prune_viz.masks import Masks, Origin, write_plain_masks
 from prune_viz.network_map import embed_network
 from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
@@ -137,7 +137,8 @@ def analyze(
         )
     chosen = select_layers(network.layers, layers)
     statistics, examples, unread = read_inputs(network.input_shape, mean, std, data, out)
-    source = {"sha256": hash_model(model), **(source or {})}
+    weights_sha256 = hash_model(model)
+    source = {"sha256": weights_sha256, **(source or {})}
     options = {
         "prior": prior,
         "steps": steps,
@@ -209,7 +210,8 @@ def analyze(
             embeddings, places = embed_network(network, chosen, found, seed, progress)
         table = filter_table(chosen, found, embeddings, places, tied, verdicts)
         counts_of_layers = {layer.name: layer.filters for layer in network.layers}
-        masks = masks_of(table, groups, verdicts, counts_of_layers, str(source["sha256"]))
+        origin = Origin(str(source["sha256"]), weights_sha256)
+        masks = masks_of(table, groups, verdicts, counts_of_layers, origin, measured.unit)
         masks.probes = near
         run.write_filters(table)
         macs = surgery.count_macs(model, network.input_shape)
@@ -217,7 +219,7 @@ def analyze(
         decisions = decisions_json(table, groups, verdicts, masks, modules, macs, measured.unit)
         write_json(run.decisions_file, decisions)
         run.write_moments(ranked.moments)
-        save_masks(masks, run.masks_file)
+        write_plain_masks(masks, run.masks_file)
         with stages.timed("removal"):
             after = _cost_after(model, masks, network.input_shape, cost, notes)
         counts = {

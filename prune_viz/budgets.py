@@ -8,7 +8,6 @@ rebuilt from all that its group keeps, by least squares on the second moments ov
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
-from prune_viz.masks import Masks, Merge, read_merges, save_masks, save_merges
-from prune_viz.runs import RunDirectory, merges_beside, probes_beside, written_aside
+from prune_viz.masks import Masks, Merge, Origin, Predicted, read_merges, save_masks
+from prune_viz.probes import read_images
+from prune_viz.runs import RunDirectory, merges_beside
 
 _SHARES = 1000  # how finely an even share is searched for
 
@@ -104,19 +104,18 @@ def write_masks(
     elif tolerance is not None:
         counts = counts_for_tolerance(rankings, tolerance)
     out = out or directory.masks_file
-    beside = merges_beside(out)
+    inside = out.resolve().parent == directory.path.resolve()
+    masks = read_merges(directory.decisions_file)
     if counts is None:
-        masks = _masks_of_verdicts(decisions, directory.decisions_file)
-        beside.unlink(missing_ok=True)
-        if out.resolve().parent != directory.path.resolve():
-            save_merges(masks, beside)
+        masks.update(_masks_of_verdicts(decisions))
     else:
-        masks = masks_for_counts(
-            rankings, counts, directory.read_moments(), filters, decisions["model_sha256"]
-        )
-        save_merges(masks, beside)
+        unit = decisions.get("damage_unit", "readers")
+        masks = masks_for_counts(rankings, counts, directory.read_moments(), filters, masks.origin, unit)
+    if not inside:
+        masks.probes = read_images(directory.probes_file)
     save_masks(masks, out)
-    _put_probes(directory, out)
+    if inside and counts is None:
+        merges_beside(out).unlink(missing_ok=True)  # decisions.json says the same
     lines = [f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})"]
     if counts is not None:
         total = sum(costs.values())
@@ -134,21 +133,11 @@ def write_masks(
     return [*lines, f"written to {out}"]
 
 
-def _put_probes(run: RunDirectory, masks_file: Path) -> None:
-    """Put a run's calibrated probes beside masks that lie elsewhere, and clear away any of earlier masks."""
-    to = probes_beside(masks_file)
-    if run.probes_file.exists() and masks_file.resolve().parent != run.path.resolve():
-        with written_aside(to) as aside:
-            shutil.copyfile(run.probes_file, aside)
-    else:
-        to.unlink(missing_ok=True)
-
-
-def _masks_of_verdicts(decisions: Mapping[str, Any], file: Path) -> Masks:
+def _masks_of_verdicts(decisions: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in decisions["filters"].items()}
     for verdict in decisions["verdicts"]:
         masks[verdict["layer"]][verdict["filter"]] = False
-    return Masks(masks, *read_merges(file))
+    return masks
 
 
 def read_rankings(decisions: Mapping[str, Any]) -> list[Ranking]:
@@ -253,7 +242,8 @@ def masks_for_counts(
     counts: Mapping[int, int],
     moments: Mapping[int, np.ndarray],
     filters: Mapping[str, int],
-    model_sha256: str,
+    origin: Origin,
+    unit: str,
 ) -> Masks:
     """Masks that remove so many channels of each group, with the merges that make up for them.
 
@@ -267,8 +257,10 @@ def masks_for_counts(
         Second moments of each group's channels and a constant.
     filters : mapping of str to int
         How many filters each layer of the network has.
-    model_sha256 : str
-        Digest of the model that was analysed.
+    origin : Origin
+        The model that was analysed.
+    unit : {"nats", "output", "readers"}
+        Of the groups' damage.
     """
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
     merges: list[Merge] = []
@@ -279,7 +271,8 @@ def masks_for_counts(
         for layer, placed in ranking.filters.items():
             masks[layer][placed[gone][placed[gone] >= 0]] = False
         merges += _merges(ranking, gone, moments[ranking.number])
-    return Masks(masks, tuple(merges), model_sha256)
+    damage = sum(ranking.damage_of(counts) for ranking in rankings)
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit))
 
 
 def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:

@@ -262,9 +262,12 @@ def apply(
         Mode, typer.Option(help="Set the filters to zero, or take them out of the network.")
     ] = Mode.zero,
     compensate: Annotated[
-        Compensate,
-        typer.Option(help="With --mode remove: make up for them in the weights and batch norms left."),
-    ] = Compensate.none,
+        Compensate | None,
+        typer.Option(
+            help="With --mode remove: make up for them in the weights and batch norms left, or not.",
+            show_default="merge, where the masks carry merges fitted to MODEL",
+        ),
+    ] = None,
     arch: Arch = None,
     arch_kwargs: ArchKwargs = None,
     trust_pickle: TrustPickle = False,
@@ -286,7 +289,8 @@ def apply(
     if mode is Mode.zero:
         lines = write_zeroed(checkpoint, masks, out)
     else:
-        lines = write_removed(checkpoint, masks, shape or _input_shape(checkpoint), out, compensate.value)
+        how = None if compensate is None else compensate.value
+        lines = write_removed(checkpoint, masks, shape or _input_shape(checkpoint), out, how)
     console = _console()
     for line in lines:
         console.print(one_line(line), soft_wrap=True)

@@ -13,7 +13,7 @@ import torch
 from prune_viz.coupling import CouplingGroup
 from prune_viz.embedding import Embedding
 from prune_viz.filters import Layer
-from prune_viz.masks import Masks, Merge
+from prune_viz.masks import Masks, Merge, Origin, Predicted, identity_json
 from prune_viz.redundancy import TOLERANCE, ChannelVerdict, GroupVerdicts
 from prune_viz.runs import FILTER_COLUMNS, FORMAT, LayerTensors
 
@@ -169,17 +169,19 @@ def masks_of(
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     filters: Mapping[str, int],
-    model_sha256: str,
+    origin: Origin,
+    unit: str,
 ) -> Masks:
     """Masks of every layer from the rows' verdicts, with the merges that make up for them."""
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
     flagged = table[table["verdict"] != "keep"]
     for name, rows in flagged.groupby("layer", sort=False):
         masks[str(name)][torch.from_numpy(rows["filter"].to_numpy().copy())] = False
-    merges = []
+    merges, damage = [], 0.0
     for group in groups:
         for found in verdicts[group.number].channels:
             if found.verdict != "keep":
+                damage += 0.0 if np.isnan(found.damage) else found.damage
                 root = group.writers[0]
                 filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
                 merges.append(
@@ -191,7 +193,7 @@ def masks_of(
                         found.constant,
                     )
                 )
-    return Masks(masks, tuple(merges), model_sha256)
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit))
 
 
 def decisions_json(
@@ -237,7 +239,7 @@ def decisions_json(
         flagged.append(entry)
     return {
         "format": FORMAT,
-        "model_sha256": masks.model_sha256,
+        **identity_json(masks),
         "tolerance": TOLERANCE,
         "damage_unit": unit,
         "filters": {name: len(mask) for name, mask in masks.items()},

@@ -77,7 +77,8 @@ def run_demo(
 
     from prune_viz.analysis import analyze
     from prune_viz.checkpoints import load_checkpoint
-    from prune_viz.masks import apply_masks, load_masks
+    from prune_viz.masking import apply_masks
+    from prune_viz.masks import load_masks
     from prune_viz.surgery import count_cost, remove_filters
 
     console = console or Console(markup=False, highlight=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from prune_viz import tracing
 from prune_viz.errors import UserError
@@ -276,13 +276,17 @@ def _ordinary_input(input_shape: Sequence[int]) -> Tensor:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode, with every parametrisation (masks, weight norm) turned into values.
+    """A copy of `model` in eval mode, with everything laid over its parameters (`bake_parameters`) in them.
 
     Raises
     ------
     UserError
         If the model cannot be copied, as with the older hooks of weight and spectral norm.
     """
+    for module in model.modules():
+        for name in pruned_by_torch(module):
+            # Made anew at each call; the last call's product, with its history, could not be copied.
+            setattr(module, name, getattr(module, name).detach())
     try:
         twin = copy.deepcopy(model).eval()
     except RuntimeError as error:
@@ -290,13 +294,18 @@ def plain_copy(model: nn.Module) -> nn.Module:
         raise UserError(
             f"the model cannot be copied ({text}); remove hooks such as weight_norm first"
         ) from None
-    bake_parametrizations(twin)
+    bake_parameters(twin)
     return twin
 
 
-def bake_parametrizations(model: nn.Module) -> None:
-    """Turn every parametrised tensor of `model` into a plain parameter of the same value."""
+def bake_parameters(model: nn.Module) -> None:
+    """Turn what is laid over parameters of `model` (masks, weight norm) into plain values.
+
+    That is every parametrisation, and the masks of `torch.nn.utils.prune`.
+    """
     for module in list(model.modules()):
+        for name in pruned_by_torch(module):
+            prune.remove(module, name)  # type: ignore[no-untyped-call]
         if not parametrize.is_parametrized(module):
             continue
         # Deep copies share the class that parametrising made, and would lose the tensor with this one.
@@ -304,6 +313,12 @@ def bake_parametrizations(model: nn.Module) -> None:
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def pruned_by_torch(module: nn.Module) -> set[str]:
+    """Names of the parameters that `torch.nn.utils.prune` has put masks over."""
+    hooks = module._forward_pre_hooks.values()
+    return {hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)}
 
 
 def choose_canvas(

@@ -1,25 +1,22 @@
-"""Prune masks: one boolean a filter, True = keep; loading, saving, applying them to a model in training."""
+"""Prune masks: one boolean a filter, True = keep; how they are combined, summed up, saved and loaded."""
 
 from __future__ import annotations
 
 import io
 import json
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
+from torch.nn.modules.conv import _ConvNd
 
-from prune_viz import tracing
-from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
 from prune_viz.errors import UserError
-from prune_viz.filters import bake_parametrizations, plain_copy
-from prune_viz.probes import load_probes
+from prune_viz.probes import read_images, write_images
+from prune_viz.provenance import hash_model
 from prune_viz.runs import FORMAT, merges_beside, probes_beside, write_json, written_aside
 
 
@@ -48,8 +45,57 @@ class Merge:
     constant: float
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What removing all that masks remove, merged, is predicted to cost.
+
+    Attributes
+    ----------
+    damage : float
+        Summed over coupling groups.
+    unit : {"nats", "output", "readers"}
+        Divergence of the network's output, its squared change as a share of its square, or a share of
+        what the layers give that read the filters.
+    """
+
+    damage: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that masks were made for.
+
+    Attributes
+    ----------
+    file : str or None
+        SHA-256 of its file; of its weights, if it was analysed in Python.
+    weights : str or None
+        SHA-256 of its weights (`prune_viz.provenance.hash_model`).
+    """
+
+    file: str | None = None
+    weights: str | None = None
+
+    def is_of(self, model: nn.Module, file: str | None = None) -> bool:
+        """Whether that is `model`, loaded from a file with this digest; True where nothing is known."""
+        known = {self.file, self.weights} - {None}
+        return not known or file in known or hash_model(model) in known
+
+    def has_weights_of(self, model: nn.Module) -> bool:
+        """Whether that model's weights are still those of `model`, as far as can be told.
+
+        They cannot be told where nothing is known, or `model` is of another precision now.
+        """
+        if self.weights is None or hash_model(model) == self.weights:
+            return True
+        return any(parameter.dtype != torch.float32 for parameter in model.parameters())
+
+
 class Masks(dict[str, Tensor]):
     """Module name -> bool tensor, shape (out_channels,), True = keep.
+
+    Two are equal if they keep the same filters of the same layers, whatever makes up for the others.
 
     Parameters
     ----------
@@ -57,16 +103,19 @@ class Masks(dict[str, Tensor]):
         The masks.
     merges : sequence of Merge
         How the removed filters can be rebuilt; empty where nothing is known.
-    model_sha256 : str, optional
-        Digest of the model file that was analysed.
+    origin : Origin, optional
+        The model that they were made for.
     probes : Tensor, optional, shape (N, C, *size)
         Calibrated probes, on which batch norms are set anew after merging.
+    predicted : Predicted, optional
+        What they are predicted to cost.
 
     Attributes
     ----------
     merges : tuple of Merge
-    model_sha256 : str or None
+    origin : Origin
     probes : Tensor or None
+    predicted : Predicted or None
     notes : list of str
         What `reconcile_masks` kept, and why.
     """
@@ -75,14 +124,25 @@ class Masks(dict[str, Tensor]):
         self,
         masks: Mapping[str, Tensor] | None = None,
         merges: tuple[Merge, ...] = (),
-        model_sha256: str | None = None,
+        origin: Origin | None = None,
         probes: Tensor | None = None,
+        predicted: Predicted | None = None,
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
-        self.model_sha256 = model_sha256
+        self.origin = origin or Origin()
         self.probes = probes
+        self.predicted = predicted
         self.notes: list[str] = []
+
+    @classmethod
+    def load(cls, path: str | Path) -> Masks:
+        """`load_masks`."""
+        return load_masks(path)
+
+    def save(self, path: str | Path) -> None:
+        """`save_masks`."""
+        save_masks(self, path)
 
     @property
     def removed(self) -> int:
@@ -94,15 +154,111 @@ class Masks(dict[str, Tensor]):
         """How many filters the masks speak of."""
         return int(sum(mask.numel() for mask in self.values()))
 
+    def __repr__(self) -> str:
+        touched = sum(not bool(mask.all()) for mask in self.values())
+        return f"Masks({self.removed:,} of {self.filters:,} filters go, in {touched} of {len(self)} layers)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            isinstance(other[name], Tensor) and torch.equal(mask.cpu(), other[name].cpu())
+            for name, mask in self.items()
+        )
+
+    def __ne__(self, other: object) -> bool:  # a dict has one of its own
+        return not self == other
+
+    def combine(self, other: Mapping[str, Tensor], remove: Literal["any", "both"] = "any") -> Masks:
+        """Masks that remove what any of the two removes, or what both do.
+
+        Merges stay as far as they still hold: their filter goes, and all that rebuild it stay. Where both
+        rebuild a filter, these masks' own merge is taken. A new analysis or a new budget makes better ones.
+
+        Parameters
+        ----------
+        other : mapping of str to bool Tensor
+            Masks of the same model; a layer that only one of the two names is whole in the other.
+        remove : {"any", "both"}
+            Which filters go.
+
+        Raises
+        ------
+        UserError
+            If the two are known to be of different models, or differ in how many filters a layer has.
+        """
+        theirs = other if isinstance(other, Masks) else Masks(other)
+        origins = {masks.origin for masks in (self, theirs)} - {Origin()}
+        if len(origins) > 1:
+            raise UserError("masks of two different models cannot be combined")
+        combined = Masks(origin=next(iter(origins), None))
+        combined.probes = theirs.probes if self.probes is None else self.probes
+        for name in {**self, **theirs}:
+            pair = [masks[name].cpu() for masks in (self, theirs) if name in masks]
+            if pair[0].shape != pair[-1].shape:
+                raise UserError(
+                    f"masks of two different models cannot be combined: {name} has {len(pair[0])} filters "
+                    f"in one, {len(pair[-1])} in the other"
+                )
+            if len(pair) == 1:
+                pair.append(torch.ones_like(pair[0]))
+            combined[name] = pair[0] & pair[1] if remove == "any" else pair[0] | pair[1]
+        merges = {(merge.layer, merge.filter): merge for merge in (*theirs.merges, *self.merges)}
+        combined.merges = tuple(merge for merge in merges.values() if combined.carries_out(merge))
+        return combined
+
+    def carries_out(self, merge: Merge) -> bool:
+        """Whether these masks remove a merge's filter and keep all that rebuild it."""
+        mask = self.get(merge.layer)
+        if mask is None or bool(mask[merge.filter]):
+            return False
+        return bool(mask[list(merge.representatives)].all())
+
+    def summary(self) -> pd.DataFrame:
+        """A row a layer: ``filters``, ``removed``, and ``share``, the removed ones' share, 0 to 1."""
+        rows = [(name, mask.numel(), int((~mask).sum())) for name, mask in self.items()]
+        table = pd.DataFrame(rows, columns=["layer", "filters", "removed"]).set_index("layer")
+        return table.assign(share=table["removed"] / table["filters"].clip(lower=1))
+
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write masks as a plain dict that ``torch.load(path, weights_only=True)`` reads."""
+    """Write masks, and beside them what `Masks` hold to make up for what they remove.
+
+    The file itself is a plain dict that ``torch.load(path, weights_only=True)`` reads. Merges go to
+    ``NAME.merges.json``, calibrated probes to ``NAME.probes.safetensors``.
+    """
+    path = Path(path)
+    held = masks if isinstance(masks, Masks) else Masks(masks)
+    merges, probes = merges_beside(path), probes_beside(path)
+    if held.merges or held.origin != Origin() or held.predicted is not None:
+        listed = [asdict(merge) for merge in held.merges]
+        write_json(merges, {"format": FORMAT, **identity_json(held), "merges": listed})
+    else:
+        merges.unlink(missing_ok=True)
+    if held.probes is not None:
+        write_images(held.probes, probes)
+    else:
+        probes.unlink(missing_ok=True)
+    write_plain_masks(masks, path)
+
+
+def write_plain_masks(masks: Mapping[str, Tensor], path: Path) -> None:
+    """Write masks alone, as a plain dict."""
     plain = {name: mask.detach().cpu().bool() for name, mask in masks.items()}
     # Through a stream, since torch writes the name of a file into it and equal masks should be equal files.
     stream = io.BytesIO()
     torch.save(plain, stream)
-    with written_aside(Path(path)) as aside:
+    with written_aside(path) as aside:
         aside.write_bytes(stream.getvalue())
+
+
+def identity_json(masks: Masks) -> dict[str, Any]:
+    """What JSON files say of the model that masks were made for, and of what they are predicted to cost."""
+    return {
+        "model_sha256": masks.origin.file,
+        "weights_sha256": masks.origin.weights,
+        "predicted": None if masks.predicted is None else asdict(masks.predicted),
+    }
 
 
 def load_masks(path: str | Path) -> Masks:
@@ -133,21 +289,16 @@ def load_masks(path: str | Path) -> Masks:
     beside = own if own.exists() else run
     if not beside.exists():
         return Masks(loaded)
-    merges, sha256 = read_merges(beside)
-    probes = load_probes(probes_beside(path))
-    if probes is None and run.exists() and (beside == run or read_merges(run)[1] == sha256):
-        probes = load_probes(path.with_name("probes.safetensors"))
-    return Masks(loaded, merges, sha256, None if probes is None else probes.images)
+    masks = read_merges(beside)
+    masks.update(loaded)
+    masks.probes = read_images(probes_beside(path))
+    if masks.probes is None and run.exists() and (beside == run or read_merges(run).origin == masks.origin):
+        masks.probes = read_images(path.with_name("probes.safetensors"))
+    return masks
 
 
-def save_merges(masks: Masks, path: Path) -> None:
-    """Write the merges of masks to a JSON file."""
-    listed = [asdict(merge) for merge in masks.merges]
-    write_json(path, {"format": FORMAT, "model_sha256": masks.model_sha256, "merges": listed})
-
-
-def read_merges(path: Path) -> tuple[tuple[Merge, ...], str | None]:
-    """Read merges, and the digest of the model they were fitted to, from `path`.
+def read_merges(path: Path) -> Masks:
+    """Read all but the masks themselves and the probes from a JSON file: merges, origin, prediction.
 
     Raises
     ------
@@ -166,7 +317,12 @@ def read_merges(path: Path) -> tuple[tuple[Merge, ...], str | None]:
             )
             for entry in content["merges"]
         )
-        return merges, content["model_sha256"]
+        predicted = content.get("predicted")
+        return Masks(
+            merges=merges,
+            origin=Origin(content["model_sha256"], content.get("weights_sha256")),
+            predicted=None if predicted is None else Predicted(predicted["damage"], predicted["unit"]),
+        )
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} beside the masks is damaged; make it again") from None
 
@@ -194,176 +350,3 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             )
         if not bool(mask.any()):
             raise UserError(f"the mask of {name} removes every filter; keep at least one")
-
-
-def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_inputs: Tensor) -> Masks:
-    """Make masks consistent over coupling groups, so that what they remove can be removed.
-
-    A coupled channel goes only where every filter tied to it is masked out; the rest is kept.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network; not changed.
-    masks : mapping of str to bool Tensor
-        True = keep; layers not named are kept whole.
-    example_inputs : Tensor, shape (B, C, *size)
-        An input the model runs on.
-
-    Returns
-    -------
-    Masks
-        A mask for every convolution that runs. `notes` says what was kept and why; a warning does too.
-
-    Raises
-    ------
-    UserError
-        If the masks are for another model or keep nothing of a layer.
-    """
-    check_masks(model, masks)
-    groups = groups_for_removal(model, example_inputs)
-    reconciled = reconcile_with_groups(model, masks, groups)
-    if reconciled.notes:
-        warnings.warn("; ".join(reconciled.notes), stacklevel=2)
-    return reconciled
-
-
-def groups_for_removal(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]:
-    """Coupling groups, or a `UserError` that says whether the input or the architecture is at fault."""
-    try:
-        with torch.no_grad():
-            plain_copy(model).float()(example_inputs.float())
-    except Exception as error:  # whatever a stranger's forward pass raises
-        text = " ".join(str(error).split())[:160]
-        shape = ",".join(str(size) for size in example_inputs.shape[1:])
-        raise UserError(f"the model does not run on an input of shape {shape} ({text})") from None
-    try:
-        return find_groups(model, example_inputs)
-    except UntraceableError as error:
-        raise UserError(
-            f"this architecture cannot be traced, so its filters can be masked but not removed: {error}"
-        ) from None
-
-
-def reconcile_with_groups(
-    model: nn.Module, masks: Mapping[str, Tensor], groups: Sequence[CouplingGroup]
-) -> Masks:
-    """Make masks consistent over groups that are known already; see `reconcile_masks`."""
-    reconciled = Masks(merges=getattr(masks, "merges", ()), probes=getattr(masks, "probes", None))
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
-    for name, module in convolutions.items():
-        reconciled[name] = torch.ones(module.out_channels, dtype=torch.bool)
-    for group in groups:
-        gone = channels_gone(group, masks)
-        if len(gone) == group.channels:
-            raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
-        for places in group.writers:
-            removed = places.indices[[channel in gone for channel in places.channels]]
-            reconciled[places.module][torch.from_numpy(removed)] = False
-            wished = int((~masks[places.module]).sum()) if places.module in masks else 0
-            if wished > len(removed):
-                why = group.note or "filters tied to them are kept in " + ", ".join(
-                    layer for layer in group.layers if layer != places.module
-                )
-                kept = wished - len(removed)
-                reconciled.notes.append(f"{places.module}: {kept} masked filters are kept, {why}")
-    return reconciled
-
-
-def channels_gone(group: CouplingGroup, masks: Mapping[str, Tensor]) -> set[int]:
-    """Channels of a group that every filter tied to them gives up."""
-    if not group.removable:
-        return set()
-    gone = set(range(group.channels))
-    for places in group.writers:
-        mask = masks.get(places.module)
-        kept = places.channels if mask is None else places.channels[mask.cpu().numpy()[places.indices]]
-        gone -= set(kept.tolist())
-    return gone
-
-
-class FilterMask(nn.Module):
-    """Parametrisation that multiplies a parameter by a mask, so that no optimiser can revive a filter."""
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, parameter: Tensor) -> Tensor:
-        """Zero what the mask removes."""
-        return parameter * self.mask
-
-
-def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Zero the masked filters now and keep them at zero through any optimiser's steps.
-
-    The weights and biases of masked filters, and the scale and shift of the batch norm behind them, are
-    parametrised (`torch.nn.utils.parametrize`): the values read are always the masked ones. Parameters
-    stay the same objects, so an optimiser made before goes on working.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network; changed in place.
-    masks : mapping of str to bool Tensor
-        True = keep.
-
-    Returns
-    -------
-    nn.Module
-        `model`.
-
-    Raises
-    ------
-    UserError
-        If the masks are for another model.
-    """
-    check_masks(model, masks)
-    norms = tracing.norms_behind(model)
-    modules = dict(model.named_modules())
-    for name, mask in masks.items():
-        if bool(mask.all()):
-            continue
-        conv = modules[name]
-        _mask_parameter(conv, "weight", _over_weight(conv, mask))
-        _mask_parameter(conv, "bias", mask)
-        if name in norms:
-            _mask_parameter(modules[norms[name]], "weight", mask)
-            _mask_parameter(modules[norms[name]], "bias", mask)
-    return model
-
-
-def make_permanent(model: nn.Module) -> nn.Module:
-    """Turn masks that `apply_masks` set into plain zeros, with the state dict's own keys again.
-
-    Other parametrisations of the model, weight norm say, become plain values with them.
-    """
-    bake_parametrizations(model)
-    return model
-
-
-def _over_weight(conv: Any, mask: Tensor) -> Tensor:
-    """The mask in the shape that multiplies the weight: filters lie on axis 0, or 1 if transposed."""
-    tail = [1] * (conv.weight.ndim - 2)
-    if not isinstance(conv, _ConvTransposeNd):
-        return mask.view(-1, 1, *tail)
-    per_group = mask.view(conv.groups, -1)
-    return per_group.repeat_interleave(conv.in_channels // conv.groups, dim=0).view(
-        conv.in_channels, -1, *tail
-    )
-
-
-def _mask_parameter(module: nn.Module, name: str, mask: Tensor) -> None:
-    parameter = getattr(module, name, None)
-    if parameter is None:
-        return
-    if parametrize.is_parametrized(module, name):
-        for step in module.parametrizations[name]:  # type: ignore[index]
-            if isinstance(step, FilterMask):
-                step.mask.mul_(mask.to(step.mask.device))
-                return
-    with torch.no_grad():
-        parameter.mul_(mask.to(parameter.device))
-    parametrize.register_parametrization(module, name, FilterMask(mask.to(parameter.device)))

@@ -199,24 +199,43 @@ def calibration_starts(
 
 def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
     """Write calibrated probes, and a digest of what they depend on."""
+    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
+    write_images(calibrated.images, path, {"key": key, **numbers})
+
+
+def write_images(images: Tensor, path: Path, told: Mapping[str, str] | None = None) -> None:
+    """Write probes alone, shape (N, C, *size), and what is told of them."""
     from safetensors.torch import save_file
 
-    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
     with written_aside(path) as aside:
-        save_file({"images": calibrated.images.contiguous()}, aside, {"key": key, **numbers})
+        save_file({"images": images.contiguous().cpu()}, aside, dict(told or {}))
 
 
 def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
     """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
+    read = _read(path)
+    if read is None or key not in (None, read[1].get("key")):
+        return None
+    images, told = read
+    try:
+        numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
+        held = told.get("held", "None")  # not told by earlier versions
+        return Calibrated(images, *numbers, None if held == "None" else float(held))
+    except (KeyError, ValueError):
+        return None
+
+
+def read_images(path: Path) -> Tensor | None:
+    """Read probes alone, shape (N, C, *size); None where there are none."""
+    read = _read(path)
+    return None if read is None else read[0]
+
+
+def _read(path: Path) -> tuple[Tensor, dict[str, str]] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            if key not in (None, told.get("key")):
-                return None
-            numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
-            held = told.get("held", "None")  # not told by earlier versions
-            return Calibrated(file.get_tensor("images"), *numbers, None if held == "None" else float(held))
-    except (OSError, SafetensorError, KeyError, ValueError):
+            return file.get_tensor("images"), file.metadata() or {}
+    except (OSError, SafetensorError):
         return None

@@ -13,9 +13,10 @@ from torch import nn
 from prune_viz.checkpoints import Checkpoint
 from prune_viz.errors import UserError
 from prune_viz.filters import plain_copy
-from prune_viz.masks import apply_masks, load_masks, make_permanent, reconcile_masks
-from prune_viz.provenance import hash_model
+from prune_viz.masking import apply_masks, are_zero, make_permanent
+from prune_viz.masks import Masks, check_masks, load_masks
 from prune_viz.recalibration import change_on
+from prune_viz.reconciliation import reconcile_masks
 from prune_viz.runs import written_aside
 from prune_viz.surgery import count_cost, remove_filters
 
@@ -44,6 +45,7 @@ def write_zeroed(checkpoint: Checkpoint, masks_file: Path, out: Path) -> list[st
         If the masks cannot be read or are for another model.
     """
     masks = load_masks(masks_file)
+    _check_origin(checkpoint, masks, masks_file)
     model = make_permanent(apply_masks(checkpoint.model, masks))
     if checkpoint.pruning:
         _save(_content(checkpoint, model, checkpoint.pruning, checkpoint.input_shape or ()), out)
@@ -53,7 +55,11 @@ def write_zeroed(checkpoint: Checkpoint, masks_file: Path, out: Path) -> list[st
 
 
 def write_removed(
-    checkpoint: Checkpoint, masks_file: Path, input_shape: Sequence[int], out: Path, compensate: str
+    checkpoint: Checkpoint,
+    masks_file: Path,
+    input_shape: Sequence[int],
+    out: Path,
+    compensate: str | None = None,
 ) -> list[str]:
     """Write a checkpoint of a model without its masked filters.
 
@@ -71,9 +77,9 @@ def write_removed(
         Shape of one input, (C, *spatial).
     out : Path
         Where to write.
-    compensate : {"none", "merge"}
+    compensate : {"none", "merge"}, optional
         Whether what the filters contributed is folded into the weights that are left, and batch norms
-        are set anew where that helps.
+        are set anew where that helps; by default where the masks carry merges fitted to this model.
 
     Returns
     -------
@@ -87,14 +93,12 @@ def write_removed(
         or the input shape does not fit.
     """
     masks = load_masks(masks_file)
+    if compensate is None:
+        fitted = masks.merges and masks.origin.is_of(checkpoint.model, checkpoint.sha256)
+        compensate = "merge" if fitted else "none"
     if compensate == "merge" and masks.removed and not masks.merges:
         raise UserError(f"there is no decisions.json with merges beside {masks_file}; use --compensate none")
-    own = (checkpoint.sha256, hash_model(checkpoint.model))  # of the file, or of a model analysed in Python
-    if compensate == "merge" and masks.model_sha256 not in own:
-        raise UserError(
-            f"the merges beside {masks_file} were fitted to another model file; analyze this one, or use "
-            "--compensate none"
-        )
+    _check_origin(checkpoint, masks, masks_file, merge=compensate == "merge")
     example = torch.zeros(1, *input_shape)
     _check_input(checkpoint.model, example)
     with warnings.catch_warnings():
@@ -104,19 +108,49 @@ def write_removed(
     steps = [*checkpoint.pruning, {name: mask.cpu() for name, mask in consistent.items()}]
     _save(_content(checkpoint, smaller, steps, input_shape), out)
     lines = [f"note: {note}" for note in consistent.notes]
-    lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed")
+    how = {"merge": "what they gave merged into the rest", "none": "nothing in their place"}[compensate]
+    lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed, {how}")
     before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
     for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
         lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
-    if masks.probes is not None:
-        networks = [plain_copy(network).float() for network in (checkpoint.model, smaller)]
-        change = change_on(masks.probes, *networks)
-        if change is not None:
-            size = f"{change[0]:.2g} nats" if change[1] == "nats" else f"{change[0]:.2%} of its square"
-            lines.append(f"on the run's {len(masks.probes)} probes the output changes by {size}")
+    lines += _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
     if checkpoint.arch is None:
         lines.append("note: the model was pickled whole; loading the new file needs --arch")
     return lines
+
+
+def _check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge: bool = False) -> None:
+    """Refuse masks of another model, save where that model has their filters at zero already."""
+    check_masks(checkpoint.model, masks)
+    if masks.origin.is_of(checkpoint.model, checkpoint.sha256):
+        return
+    if merge:
+        raise UserError(
+            f"the merges beside {masks_file} were fitted to another model file; analyze this one, or use "
+            "--compensate none"
+        )
+    if not are_zero(checkpoint.model, masks):
+        raise UserError(
+            f"{masks_file} was made for another model file (its SHA-256 differs, and the filters that go "
+            "are not at zero in this one); analyze this one"
+        )
+
+
+def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -> list[str]:
+    """Lines on how far the output moves: as was predicted, where filters are merged, and on the probes."""
+    lines = []
+    if merged and masks.predicted is not None and masks.predicted.unit != "readers":
+        size = _size(masks.predicted.damage, masks.predicted.unit)
+        lines.append(f"predicted: the output changes by {size}")
+    if masks.probes is not None:
+        change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
+        if change is not None:
+            lines.append(f"on the run's {len(masks.probes)} probes the output changes by {_size(*change)}")
+    return lines
+
+
+def _size(change: float, unit: str) -> str:
+    return f"{change:.2g} nats" if unit == "nats" else f"{change:.2%} of its square"
 
 
 def _content(

@@ -17,15 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from prune_viz.coupling import CouplingGroup, Places, build_graph, group_of_layer
 from prune_viz.errors import UserError
 from prune_viz.filters import blank_input, plain_copy
-from prune_viz.masks import (
-    Masks,
-    Merge,
-    channels_gone,
-    check_masks,
-    groups_for_removal,
-    reconcile_with_groups,
-)
+from prune_viz.masks import Masks, Merge, check_masks
 from prune_viz.recalibration import copy_statistics, recalibrate_norms
+from prune_viz.reconciliation import channels_gone, groups_for_removal, reconcile_with_groups
 from prune_viz.tracing import norms_behind
 
 
@@ -53,11 +47,18 @@ def remove_filters(
     Raises
     ------
     UserError
-        If the masks are for another model, or the architecture cannot be traced.
+        If the masks are for another model, merges were fitted to other weights than `model` has, or the
+        architecture cannot be traced.
     """
     if compensate not in ("none", "merge"):
         raise UserError(f"--compensate is none or merge, not {compensate!r}")
     check_masks(model, masks)
+    if compensate == "merge" and isinstance(masks, Masks) and not masks.origin.has_weights_of(model):
+        # Trained since, perhaps: with filters masked, nothing has kept what reads them in shape.
+        raise UserError(
+            "the merges were fitted to other weights than this model has; analyze it as it is now, or do not "
+            "compensate"
+        )
     groups = groups_for_removal(model, example_inputs)
     consistent = reconcile_with_groups(model, masks, groups)
     if consistent.notes:
@@ -148,7 +149,7 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
             mask = masks[merge.layer]
             if max(merge.filter, *merge.representatives, -1) >= len(mask):
                 raise UserError(f"the merges are for another model: {merge.layer} has {len(mask)} filters")
-            if not mask[merge.filter] and bool(mask[list(merge.representatives)].all()):
+            if masks.carries_out(merge):
                 merges.setdefault(by_layer[merge.layer].number, []).append(merge)
     for group in groups:
         gone = sorted(channels_gone(group, masks))

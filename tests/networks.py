@@ -19,6 +19,13 @@ def randomise_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def mask_without(count: int, *gone: int) -> Tensor:
+    """A mask of `count` filters that removes some."""
+    mask = torch.ones(count, dtype=torch.bool)
+    mask[list(gone)] = False
+    return mask
+
+
 class Plain(nn.Module):
     """Two 3x3 convolutions with batch norm and ReLU in place, then a 1x1 convolution and a head."""
 

@@ -311,6 +311,7 @@ def planted(here: Path, trained: DigitsNet, digits: Digits) -> DigitsNet:
     decisions = {
         "format": 1,
         "model_sha256": sha256(Path("model.pt")),
+        "predicted": {"damage": 0.25, "unit": "nats"},
         "merges": [dict(zip(keys, merge, strict=True)) for merge in merges],
     }
     Path("decisions.json").write_text(json.dumps(decisions))
@@ -343,12 +344,11 @@ def test_apply_zero_writes_a_plain_state_dict(here: Path, planted: DigitsNet, di
 def test_apply_remove_writes_a_smaller_model_that_loads(
     here: Path, planted: DigitsNet, digits: Digits
 ) -> None:
-    merged = run(
-        "apply", "model.pt", "masks.pt", "--out", "small.pt", "--mode", "remove", "--compensate", "merge"
-    )
+    merged = run("apply", "model.pt", "masks.pt", "--out", "small.pt", "--mode", "remove")
     assert merged.exit_code == 0, merged.output
     assert merged.stderr == ""
-    assert "10 of 94 filters removed" in merged.stdout
+    assert "10 of 94 filters removed, what they gave merged into the rest" in merged.stdout
+    assert "predicted: the output changes by 0.25 nats" in merged.stdout
     assert "parameters: 15,472 -> 12,702 (-17.9%)" in merged.stdout
     small = load("small.pt")
     assert small.conv2.weight.shape == (16, 12, 3, 3)
@@ -359,8 +359,11 @@ def test_apply_remove_writes_a_smaller_model_that_loads(
         )
     assert accuracy(small, digits) == accuracy(planted, digits)
 
-    plain = run("apply", "model.pt", "masks.pt", "--out", "plain.pt", "--mode", "remove")
+    bare = ["--mode", "remove", "--compensate", "none"]
+    plain = run("apply", "model.pt", "masks.pt", "--out", "plain.pt", *bare)
     assert plain.exit_code == 0
+    assert "nothing in their place" in plain.stdout
+    assert "predicted" not in plain.stdout
     with torch.no_grad():
         difference = load("plain.pt")(digits.held_images) - planted(digits.held_images)
     assert difference.abs().max() > 0.1
@@ -400,8 +403,28 @@ def test_apply_at_fault(here: Path, planted: DigitsNet) -> None:
     merge = ["--mode", "remove", "--compensate", "merge"]
     apply_merging = ["apply", "model.pt", "masks.pt", "--out", "x.pt", *merge]
     assert_refused(run(*apply_merging), "another model file")
+    for mode in ("zero", "remove"):
+        foreign = run("apply", "model.pt", "masks.pt", "--out", "x.pt", "--mode", mode)
+        assert_refused(foreign, "masks.pt was made for another model file")
     Path("decisions.json").unlink()
     assert_refused(run(*apply_merging), "no decisions.json with merges")
     torch.save({"conv2": torch.ones(3, dtype=torch.bool)}, "other.pt")
     assert_refused(run("apply", "model.pt", "other.pt", "--out", "x.pt"), "masks are for another model")
     assert written(here) == (before | {"other.pt"}) - {"decisions.json"}
+
+
+def test_a_fine_tuned_masked_model_is_made_smaller_by_the_masks_it_was_trained_with(
+    here: Path, planted: DigitsNet, digits: Digits
+) -> None:
+    assert run("apply", "model.pt", "masks.pt", "--out", "tuned.pt").exit_code == 0
+    content = torch.load("model.pt", weights_only=True)  # which says how wide the planted network is
+    content["state_dict"] = torch.load("tuned.pt", weights_only=True)
+    content["state_dict"]["head.weight"] *= 1.1
+    torch.save(content, "tuned.pt")
+    made = run("apply", "tuned.pt", "masks.pt", "--out", "small.pt", "--mode", "remove")
+    assert made.exit_code == 0, made.output
+    assert "nothing in their place" in made.stdout
+    tuned = load("tuned.pt")
+    with torch.no_grad():
+        expected = tuned(digits.held_images)
+        torch.testing.assert_close(load("small.pt")(digits.held_images), expected, atol=1e-4, rtol=1e-4)

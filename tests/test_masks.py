@@ -1,113 +1,21 @@
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
-from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Plain, mask_without
 
 from prune_viz.errors import UserError
-from prune_viz.masks import (
-    Masks,
-    apply_masks,
-    load_masks,
-    make_permanent,
-    reconcile_masks,
-    save_masks,
-)
-from prune_viz.tracing import norms_behind
-
-IMAGE = torch.zeros(1, 3, 16, 16)
-
-
-def _mask(count: int, *gone: int) -> torch.Tensor:
-    mask = torch.ones(count, dtype=torch.bool)
-    mask[list(gone)] = False
-    return mask
-
-
-@pytest.mark.parametrize("optimiser", [
-    lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
-    lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
-    lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.1),
-    lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1),
-    lambda parameters: torch.optim.RMSprop(parameters, lr=0.1, momentum=0.5),
-], ids=["sgd", "nesterov", "adam", "adamw", "rmsprop"])  # fmt: skip
-@pytest.mark.parametrize("masked_first", [True, False])
-def test_masked_filters_stay_at_zero_through_training(optimiser, masked_first: bool) -> None:
-    torch.manual_seed(0)
-    model = randomise_norms(Plain())
-    masks = {"conv1": _mask(8, 0, 3), "conv3": _mask(8, 7)}
-    if masked_first:
-        apply_masks(model, masks)
-    steps = optimiser(model.parameters())
-    x, y = torch.randn(16, 3, 16, 16), torch.randint(0, 5, (16,))
-    model.train()
-    if not masked_first:  # momentum from before the masks must not move them either
-        nn.functional.cross_entropy(model(x), y).backward()
-        steps.step()
-        apply_masks(model, masks)
-    kept = model.conv1.weight[1].detach().clone()
-    for _ in range(5):
-        steps.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        steps.step()
-    assert not torch.equal(model.conv1.weight[1], kept)
-    for tensor in (model.conv1.weight, model.bn1.weight, model.bn1.bias):
-        assert (tensor[[0, 3]] == 0).all()
-        assert (tensor[[1, 2]] != 0).any()
-    assert (model.conv3.weight[7] == 0).all()
-    assert model.conv3.bias[7] == 0
-    make_permanent(model)
-    assert (model.conv1.weight[[0, 3]] == 0).all()
-    assert set(model.state_dict()) == set(Plain().state_dict())
-    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
-
-
-def test_the_masked_feature_map_is_zero_and_the_model_copies_and_saves(tmp_path: Path) -> None:
-    model = apply_masks(randomise_norms(Plain()), {"conv1": _mask(8, 2)})
-    twin = copy.deepcopy(model)
-    x = torch.randn(2, 3, 16, 16)
-    maps = twin.bn1(twin.conv1(x))
-    assert (maps[:, 2] == 0).all()
-    assert (maps[:, 3] != 0).any()
-    torch.save(make_permanent(twin).state_dict(), tmp_path / "zeroed.pt")
-    fresh = Plain().eval()
-    fresh.load_state_dict(torch.load(tmp_path / "zeroed.pt", weights_only=True))
-    torch.testing.assert_close(fresh(x), model(x))
-
-
-def test_masks_can_be_applied_twice() -> None:
-    model = apply_masks(randomise_norms(Plain()), {"conv1": _mask(8, 2)})
-    apply_masks(model, {"conv1": _mask(8, 5)})
-    assert (model.conv1.weight[[2, 5]] == 0).all()
-    assert (model.conv1.weight[[0, 1]] != 0).any()
-
-
-@pytest.mark.parametrize("conv", [
-    nn.ConvTranspose2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 6, 3, groups=2),
-    nn.Conv3d(4, 6, 3),
-])  # fmt: skip
-def test_every_kind_of_convolution_is_masked_on_its_filters(conv: nn.Module) -> None:
-    model = apply_masks(nn.Sequential(conv), {"0": _mask(6, 1, 4)})
-    axes = conv.weight.ndim - 2
-    out = model(torch.randn(2, 4, *[5] * axes))
-    silent = [bool((out[:, index] == 0).all()) for index in range(6)]
-    assert silent == [False, True, False, False, True, False]
-
-
-def test_norms_are_found_by_tracing_and_by_order_where_that_fails() -> None:
-    expected = {"conv1": "bn1", "conv2": "bn2"}
-    assert norms_behind(Plain()) == expected
-    assert norms_behind(Untraceable()) == expected
+from prune_viz.masks import Masks, Merge, Origin, Predicted, load_masks, save_masks
+from prune_viz.provenance import hash_model
 
 
 def test_masks_survive_the_disk_and_load_without_pickle(tmp_path: Path) -> None:
-    masks = {"conv1": _mask(8, 1), "conv2": _mask(8)}
+    masks = {"conv1": mask_without(8, 1), "conv2": mask_without(8)}
     save_masks(masks, tmp_path / "masks.pt")
     plain = torch.load(tmp_path / "masks.pt", weights_only=True)
     assert type(plain) is dict
@@ -117,7 +25,7 @@ def test_masks_survive_the_disk_and_load_without_pickle(tmp_path: Path) -> None:
 
 
 def test_merges_come_from_the_decisions_beside_the_masks(tmp_path: Path) -> None:
-    save_masks({"conv1": _mask(8, 1)}, tmp_path / "masks.pt")
+    save_masks({"conv1": mask_without(8, 1)}, tmp_path / "masks.pt")
     merge = {"layer": "conv1", "filter": 1, "representatives": [0], "coefficients": [2.0], "constant": 0.5}
     (tmp_path / "decisions.json").write_text(json.dumps({"merges": [merge], "model_sha256": "5a"}))
     (loaded,) = load_masks(tmp_path / "masks.pt").merges
@@ -143,50 +51,92 @@ def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
         load_masks(tmp_path / "floats.pt")
 
 
-def test_masks_of_another_model_are_refused() -> None:
-    for masks, message in [
-        ({"conv9": _mask(8)}, "no convolution"),
-        ({"conv1": _mask(8).byte()}, "bool"),
-        ({"conv1": _mask(7)}, "has 8 filters, its mask 7"),
-        ({"conv1": torch.zeros(8, dtype=torch.bool)}, "every filter"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            apply_masks(Plain(), masks)
-
-
-def test_a_coupled_channel_goes_only_where_every_filter_tied_to_it_goes() -> None:
-    masks = {
-        "stem": _mask(8, 0, 1), "outer": _mask(8, 1, 2), "project": _mask(8, 1),
-        "expand": _mask(16, 3, 4), "depthwise": _mask(16, 4),
-    }  # fmt: skip
-    with pytest.warns(UserWarning, match="tied"):
-        reconciled = reconcile_masks(Residual(), masks, IMAGE)
-    for layer in ("stem", "outer", "project"):
-        assert (~reconciled[layer]).nonzero().ravel().tolist() == [1]
-    for layer in ("expand", "depthwise"):
-        assert (~reconciled[layer]).nonzero().ravel().tolist() == [4]
-    assert reconciled["inner"].all()
-    assert any("stem: 1 masked filters are kept" in note for note in reconciled.notes)
-    again = reconcile_masks(Residual(), reconciled, IMAGE)
-    assert all(torch.equal(again[name], reconciled[name]) for name in reconciled)
-    assert again.notes == []
-
-
-def test_filters_of_the_output_are_kept_and_the_note_says_why() -> None:
-    with pytest.warns(UserWarning, match="output"):
-        reconciled = reconcile_masks(Concatenating(), {"out": _mask(2, 0)}, IMAGE)
-    assert reconciled["out"].all()
-
-
-def test_what_cannot_be_reconciled_is_said_rightly() -> None:
-    shuffling = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
-    with pytest.raises(UserError, match="cannot be traced"):
-        reconcile_masks(shuffling, {}, torch.zeros(1, 3, 64, 64))
-    with pytest.raises(UserError, match="does not run on an input of shape 9,16,16"):
-        reconcile_masks(Plain(), Masks({"conv1": _mask(8, 0)}), torch.zeros(1, 9, 16, 16))
-
-
 def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
     for name in ("one.pt", "other.pt"):
-        save_masks({"conv1": _mask(8, 1)}, tmp_path / name)
+        save_masks({"conv1": mask_without(8, 1)}, tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
+
+
+def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Path) -> None:
+    masks = Masks(
+        {"conv1": mask_without(8, 1), "conv2": mask_without(8)},
+        (Merge("conv1", 1, (0, 2), (0.5, -1.25), 0.1),),
+        Origin("5a" * 32, "6b" * 32),
+        torch.randn(3, 3, 16, 16),
+        Predicted(0.25, "nats"),
+    )
+    masks.save(tmp_path / "mine.pt")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "mine.merges.json", "mine.probes.safetensors", "mine.pt"
+    ]  # fmt: skip
+    again = Masks.load(tmp_path / "mine.pt")
+    assert again == masks
+    assert (again.merges, again.origin, again.predicted) == (masks.merges, masks.origin, masks.predicted)
+    assert torch.equal(again.probes, masks.probes)
+    Masks({"conv1": mask_without(8, 3)}).save(tmp_path / "mine.pt")  # nothing of the earlier ones stays
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.pt"]
+
+
+def test_masks_are_equal_if_they_keep_the_same_filters() -> None:
+    masks = Masks({"conv1": mask_without(8, 1)})
+    assert masks == Masks({"conv1": mask_without(8, 1)}, (Merge("conv1", 1, (), (), 0.0),))
+    assert masks == {"conv1": mask_without(8, 1)}
+    assert masks != Masks({"conv1": mask_without(8, 2)})
+    assert masks != Masks({"conv1": mask_without(7, 1)})
+    assert masks != Masks({"conv2": mask_without(8, 1)})
+    assert masks != 3
+    assert repr(masks) == "Masks(1 of 8 filters go, in 1 of 1 layers)"
+
+
+def test_a_summary_counts_what_goes() -> None:
+    table = Masks({"conv1": mask_without(8, 1, 5), "conv2": mask_without(4)}).summary()
+    assert table.loc["conv1"].tolist() == [8, 2, 0.25]
+    assert table.loc["conv2"].tolist() == [4, 0, 0.0]
+
+
+def _drawn(seed: int) -> Masks:
+    generator = torch.Generator().manual_seed(seed)
+    return Masks({name: torch.rand(6, generator=generator) > 0.4 for name in ("conv1", "conv2")})
+
+
+@given(st.integers(0, 999), st.integers(0, 999), st.integers(0, 999))
+def test_combining_is_a_lattice(one: int, two: int, three: int) -> None:
+    a, b, c = map(_drawn, (one, two, three))
+    for remove in ("any", "both"):
+        assert a.combine(a, remove) == a
+        assert a.combine(b, remove) == b.combine(a, remove)
+        assert a.combine(b, remove).combine(c, remove) == a.combine(b.combine(c, remove), remove)
+    assert a.combine(a.combine(b, "any"), "both") == a
+    assert a.removed + b.removed == a.combine(b, "any").removed + a.combine(b, "both").removed
+
+
+def test_combined_masks_keep_the_merges_that_still_hold() -> None:
+    own, lost, theirs = (Merge("conv1", *rest, (1.0,), 0.0) for rest in ((1, (0,)), (3, (5,)), (5, (2,))))
+    one = Masks({"conv1": mask_without(8, 1, 3)}, (own, lost), Origin("a"))
+    other = Masks({"conv1": mask_without(8, 5), "conv2": mask_without(4, 0)}, (theirs,))
+    combined = one.combine(other)
+    assert combined == {"conv1": mask_without(8, 1, 3, 5), "conv2": mask_without(4, 0)}
+    assert set(combined.merges) == {own, theirs}  # what rebuilt filter 3 has gone itself
+    assert combined.origin == Origin("a")
+    assert one.combine(other, "both").removed == 0
+
+
+def test_masks_of_different_models_are_not_combined() -> None:
+    one = Masks({"conv1": mask_without(8, 1)}, origin=Origin("a"))
+    with pytest.raises(UserError, match="different models"):
+        one.combine(Masks({"conv1": mask_without(8, 1)}, origin=Origin("b")))
+    with pytest.raises(UserError, match="conv1 has 8 filters in one, 7 in the other"):
+        one.combine({"conv1": mask_without(7, 1)})
+
+
+def test_an_origin_knows_its_model_by_file_or_by_weights() -> None:
+    model, other = Plain(), Plain()
+    for origin in (Origin("file", hash_model(model)), Origin(hash_model(model))):
+        assert origin.is_of(model)
+        assert not origin.is_of(other)
+    assert Origin("file").is_of(other, "file")
+    assert Origin().is_of(other)
+    assert Origin("file", hash_model(model)).has_weights_of(model)
+    assert not Origin("file", hash_model(model)).has_weights_of(other)
+    assert Origin("file").has_weights_of(other)  # written before weights had digests of their own
+    assert Origin("file", hash_model(model)).has_weights_of(other.half())  # cannot be told

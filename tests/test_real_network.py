@@ -16,6 +16,7 @@ from PIL import Image
 import prune_viz as pv
 from prune_viz.budgets import macs_left, masks_for_counts, read_rankings
 from prune_viz.filters import FilterNetwork
+from prune_viz.masks import Origin
 from prune_viz.priors import make_prior
 from prune_viz.runs import RunDirectory
 from prune_viz.stimuli import ascend
@@ -111,7 +112,7 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     ]
     assert len(rankings) == 3  # blocks 1, 8 and 9
     counts = {ranking.number: ranking.count(0.3) for ranking in rankings}
-    given = run.read_moments(), decisions["filters"], decisions["model_sha256"]
+    given = run.read_moments(), decisions["filters"], Origin(decisions["model_sha256"]), "nats"
     masks = masks_for_counts(rankings, counts, *given)
     smallest = []
     for ranking in rankings:

@@ -12,9 +12,11 @@ from prune_viz import recalibration
 from prune_viz.analysis import analyze
 from prune_viz.budgets import write_masks
 from prune_viz.coupling import find_groups
-from prune_viz.masks import Masks, apply_masks, load_masks, reconcile_masks
+from prune_viz.masking import apply_masks
+from prune_viz.masks import Masks, load_masks
 from prune_viz.probes import natural_noise
 from prune_viz.recalibration import change_on, recalibrate_norms
+from prune_viz.reconciliation import reconcile_masks
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import compensate_filters, merge_filters, remove_filters
 

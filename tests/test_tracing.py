@@ -214,3 +214,9 @@ def test_first_layers_see_the_input_through_no_other_convolution() -> None:
     assert [layer.name for layer in network.layers if network.is_first(layer.name)] == ["left", "right"]
     hooked = FilterNetwork(Untraceable(), (3, 16, 16))
     assert [layer.name for layer in hooked.layers if hooked.is_first(layer.name)] == ["conv1"]
+
+
+def test_norms_are_found_by_tracing_and_by_order_where_that_fails() -> None:
+    expected = {"conv1": "bn1", "conv2": "bn2"}
+    assert tracing.norms_behind(Plain()) == expected
+    assert tracing.norms_behind(Untraceable()) == expected

@@ -1,0 +1,139 @@
+"""Masks carried out on a model: filters at zero, and still at zero after any optimiser's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import parametrize, prune
+
+from prune_viz import tracing
+from prune_viz.filters import bake_parameters, pruned_by_torch
+from prune_viz.masks import check_masks
+
+
+class FilterMask(nn.Module):
+    """Parametrisation that multiplies a parameter by a mask, so that no optimiser can revive a filter."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """Zero what the mask removes."""
+        return parameter * self.mask
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Zero the masked filters now and keep them at zero through any optimiser's steps.
+
+    The weights and biases of masked filters, and the scale and shift of the batch norm behind them, are
+    parametrised (`torch.nn.utils.parametrize`): the values read are always the masked ones. Parameters
+    stay the same objects, so an optimiser made before goes on working.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; changed in place.
+    masks : mapping of str to bool Tensor
+        True = keep.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    UserError
+        If the masks are for another model.
+    """
+    for module, name, mask in masked_tensors(model, masks):
+        mask_tensor(module, name, mask)
+    return model
+
+
+def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Give all that must be zero for masked filters to give nothing: a module, its tensor's name, the mask.
+
+    That is their weights and biases and the scale and shift of the batch norm behind them; where that has
+    none, its running mean, as it would give the old one, negated (fed zeros, it stays at zero). Masks have
+    as many axes as the tensor and broadcast over it.
+
+    Raises
+    ------
+    UserError
+        If the masks are for another model.
+    """
+    check_masks(model, masks)
+    norms = tracing.norms_behind(model)
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, mask in masks.items():
+        if bool(mask.all()):
+            continue
+        conv = modules[name]
+        norm = modules[norms[name]] if name in norms else None
+        yield conv, "weight", _over_weight(conv, mask)
+        own = [(norm, "running_mean")] if norm is not None and norm.weight is None else []
+        for module, tensor in ((conv, "bias"), (norm, "weight"), (norm, "bias"), *own):
+            if getattr(module, tensor, None) is not None:
+                yield module, tensor, mask
+
+
+def make_permanent(model: nn.Module) -> nn.Module:
+    """Turn masks that `apply_masks` or `prune_with_torch` set into zeros, under the state dict's own keys.
+
+    Other parametrisations of the model, weight norm say, become plain values with them.
+    """
+    bake_parameters(model)
+    return model
+
+
+def are_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
+    """Whether all that `apply_masks` would set to zero in `model` is at zero already."""
+    for module, name, mask in masked_tensors(model, masks):
+        tensor = getattr(module, name)
+        if bool((tensor * ~mask.to(tensor.device)).any()):
+            return False
+    return True
+
+
+def _over_weight(conv: Any, mask: Tensor) -> Tensor:
+    """The mask in the shape that multiplies the weight: filters lie on axis 0, or 1 if transposed."""
+    tail = [1] * (conv.weight.ndim - 2)
+    if not isinstance(conv, _ConvTransposeNd):
+        return mask.view(-1, 1, *tail)
+    per_group = mask.view(conv.groups, -1)
+    return per_group.repeat_interleave(conv.in_channels // conv.groups, dim=0).view(
+        conv.in_channels, -1, *tail
+    )
+
+
+def mask_tensor(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Zero what a mask removes of a module's tensor, now and whenever it is read."""
+    tensor = getattr(module, name)
+    mask = mask.to(tensor.device)
+    if name in pruned_by_torch(module):
+        prune_tensor(module, name, mask)
+        return
+    if parametrize.is_parametrized(module, name):
+        for step in module.parametrizations[name]:  # type: ignore[index]
+            if isinstance(step, FilterMask):
+                step.mask.mul_(mask)
+                return
+    with torch.no_grad():
+        tensor.mul_(mask)
+    if isinstance(tensor, nn.Parameter) or parametrize.is_parametrized(module, name):
+        parametrize.register_parametrization(module, name, FilterMask(mask))
+
+
+def prune_tensor(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Lay a mask over a module's parameter by `torch.nn.utils.prune`."""
+    tensor = getattr(module, name)
+    whole = mask.to(tensor).expand_as(tensor).clone()
+    prune.custom_from_mask(module, name, whole)  # type: ignore[no-untyped-call]
