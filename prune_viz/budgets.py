@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from prune_viz.coupling import Places, norms_passed
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
-from prune_viz.masks import Masks, Merge, Origin, Predicted, read_merges, save_masks
+from prune_viz.masks import Masks, Merge, Origin, Predicted, read_beside, save_masks
 from prune_viz.probes import read_images
 from prune_viz.runs import RunDirectory, merges_beside
 
@@ -43,6 +44,8 @@ class Ranking:
         For each layer tied to the group, the filter at each channel; -1 where the layer has none.
     reads : dict of str to float
         For each module that reads the group, the share of its inputs that are the group's.
+    norms : list of Places
+        Norms that the channels pass.
     """
 
     number: int
@@ -51,6 +54,7 @@ class Ranking:
     damage: list[float]
     filters: dict[str, np.ndarray]
     reads: dict[str, float]
+    norms: list[Places]
 
     def count(self, share: float) -> int:
         """How many channels a share of them is, at least one staying."""
@@ -105,7 +109,7 @@ def write_masks(
         counts = counts_for_tolerance(rankings, tolerance)
     out = out or directory.masks_file
     inside = out.resolve().parent == directory.path.resolve()
-    masks = read_merges(directory.decisions_file)
+    masks = read_beside(directory.decisions_file)
     if counts is None:
         masks.update(_masks_of_verdicts(decisions))
     else:
@@ -153,8 +157,12 @@ def read_rankings(decisions: Mapping[str, Any]) -> list[Ranking]:
             filters[writer["layer"]][writer["channels"]] = writer["filters"]
         entry = orders[group["id"]]
         reads = {reader["module"]: reader["share"] for reader in group["reads"]}
+        norms = [
+            Places(norm["module"], np.array(norm["indices"]), np.array(norm["channels"]))
+            for norm in group.get("norms", [])  # not told by earlier versions
+        ]
         rankings.append(
-            Ranking(group["id"], group["channels"], entry["channels"], entry["damage"], filters, reads)
+            Ranking(group["id"], group["channels"], entry["channels"], entry["damage"], filters, reads, norms)
         )
     return rankings
 
@@ -264,15 +272,18 @@ def masks_for_counts(
     """
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
     merges: list[Merge] = []
+    all_gone: dict[int, set[int]] = {}
     for ranking in rankings:
         gone = ranking.order[: counts[ranking.number]]
         if not gone:
             continue
+        all_gone[ranking.number] = set(gone)
         for layer, placed in ranking.filters.items():
             masks[layer][placed[gone][placed[gone] >= 0]] = False
         merges += _merges(ranking, gone, moments[ranking.number])
     damage = sum(ranking.damage_of(counts) for ranking in rankings)
-    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit))
+    norms = norms_passed({ranking.number: ranking.norms for ranking in rankings}, all_gone)
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), norms=norms)
 
 
 def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:

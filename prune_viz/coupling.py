@@ -8,7 +8,7 @@ several; a channel between an expansion and a projection passes a depthwise conv
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,9 @@ class CouplingGroup:
         Whether the network can be made smaller by a channel of this group.
     note : str
         Why not, where `removable` is False.
+    norms : list of Places
+        Norms that the channels pass on their way to the readers, those behind a concatenation included.
+        A silent channel stays silent only where their scales and shifts are zero too.
     """
 
     number: int
@@ -69,6 +72,7 @@ class CouplingGroup:
     readers: list[Places]
     removable: bool = True
     note: str = ""
+    norms: list[Places] = field(default_factory=list)
     layers: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +80,7 @@ class CouplingGroup:
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
+Reads = dict[str, list[torch.Tensor]]
 
 
 class UntraceableError(Exception):
@@ -162,21 +167,22 @@ def _experiment(
 
     The library takes any operation without parameters for one that leaves channels apart. Here a channel
     is jolted where it is written: behind that, nothing but the same channel at the readers may move, and
-    nothing the network returns. Then it is silenced: it must arrive silent.
+    nothing the network returns. Then all channels are silenced: they must arrive silent.
     """
     modules = dict(model.named_modules())
-    channel = group.channels // 2
+    jolted_channel = group.channels // 2
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(example.shape, generator=generator).to(example)
     held: dict[str, list[torch.Tensor]] = {}
 
-    def run(change: Change | None) -> tuple[dict[str, list[torch.Tensor]], Any]:
-        taken: dict[str, list[torch.Tensor]] = {places.module: [] for places in group.readers}
+    def run(changes: Sequence[tuple[str, list[int]]], change: Change) -> tuple[Reads, Any]:
+        taken: Reads = {places.module: [] for places in group.readers}
+        holding = bool(held)
 
         def read(name: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
                 taken[name].append(arguments[0].clone())
-                if change is None:
+                if not holding:
                     held.setdefault(name, []).append(output.clone())
                     return output
                 return held[name][len(taken[name]) - 1]
@@ -186,8 +192,7 @@ def _experiment(
         def write(indices: list[int]) -> Any:
             def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
                 changed = output.clone()
-                for index in indices if change is not None else []:
-                    changed[:, index] = change(output[:, index])  # type: ignore[misc]
+                changed[:, indices] = change(output[:, indices])
                 return changed
 
             return hook
@@ -195,10 +200,7 @@ def _experiment(
         hooks = [
             modules[places.module].register_forward_hook(read(places.module)) for places in group.readers
         ]
-        for places in group.writers:
-            indices = places.indices[places.channels == channel].tolist()
-            target = modules[norms.get(places.module, places.module)]
-            hooks.append(target.register_forward_hook(write(indices)))
+        hooks += [modules[name].register_forward_hook(write(indices)) for name, indices in changes]
         try:
             with torch.no_grad():
                 return taken, model(noise)
@@ -206,15 +208,21 @@ def _experiment(
             for handle in hooks:
                 handle.remove()
 
-    before, output = run(None)
-    jolted, jolted_output = run(lambda maps: maps + 1 + maps.abs().amax())
+    before, output = run([], torch.zeros_like)
+    written = [
+        (norms.get(places.module, places.module), places.indices[places.channels == jolted_channel].tolist())
+        for places in group.writers
+    ]
+    jolted, jolted_output = run(written, lambda maps: maps + 1 + maps.abs().amax())
     pairs = zip(tensors_of(output), tensors_of(jolted_output), strict=True)
     if any(_moved(one, other) for one, other in pairs):
         return "its maps are part of what the network returns"
-    silenced, _ = run(torch.zeros_like)
+    passed = [(places.module, places.indices.tolist()) for places in (*group.writers, *group.norms)]
+    silenced, _ = run(passed, torch.zeros_like)
     for places in group.readers:
-        own = torch.from_numpy(places.indices[places.channels == channel])
         axis = 1 if isinstance(modules[places.module], _ConvNd) else -1
+        all_own = torch.from_numpy(places.indices)
+        own = torch.from_numpy(places.indices[places.channels == jolted_channel])
         for one, other, silent in zip(
             before[places.module], jolted[places.module], silenced[places.module], strict=True
         ):
@@ -223,7 +231,7 @@ def _experiment(
             kept = rest.nonzero().ravel()
             if _moved(one.index_select(axis, kept), other.index_select(axis, kept)):
                 return f"something on the way to {places.module} mixes its channels"
-            if bool(silent.index_select(axis, own).abs().max() > 1e-6 * float(one.abs().max())):
+            if bool(silent.index_select(axis, all_own).abs().max() > 1e-6 * float(one.abs().max())):
                 return f"something on the way to {places.module} turns a silent channel into another value"
     return ""
 
@@ -239,6 +247,7 @@ def _read_group(
 ) -> tuple[CouplingGroup, list[nn.Module]]:
     """Turn one of the library's groups into plain data, and list its writers."""
     writers: dict[nn.Module, Places] = {}
+    norms: list[Places] = []
     readers: dict[nn.Module, Places] = {}
     notes: list[str] = []
     for item in items.items:
@@ -265,7 +274,9 @@ def _read_group(
                 notes.append(f"something on the way to {names[module]} rearranges its channels")
         elif isinstance(module, _ConvNd):
             writers[module] = places
-        elif not isinstance(module, (_BatchNorm, _InstanceNorm, nn.PReLU, nn.Linear)):
+        elif isinstance(module, (_BatchNorm, _InstanceNorm)):
+            norms.append(places)
+        elif not isinstance(module, (nn.PReLU, nn.Linear)):
             notes.append(f"{names[module]} ({type(module).__name__}) mixes or fixes the channels")
     if not readers:
         notes.append("nothing in the network that can be adjusted reads it")
@@ -277,6 +288,7 @@ def _read_group(
         list(readers.values()),
         removable=not notes,
         note=next(iter(notes), ""),
+        norms=norms,
     )
     return group, list(writers)
 
@@ -284,6 +296,25 @@ def _read_group(
 def _inputs_of(module: Any) -> int:
     """How many channels or features a reader takes."""
     return int(module.in_channels if isinstance(module, _ConvNd) else module.in_features)
+
+
+def norms_passed(norms: Mapping[int, Sequence[Places]], gone: Mapping[int, Set[int]]) -> dict[str, list[int]]:
+    """Which channels of which norms those pass that go.
+
+    Parameters
+    ----------
+    norms : mapping of int to sequence of Places
+        `CouplingGroup.norms` by the group's number.
+    gone : mapping of int to set of int
+        The group's channels that go, by number.
+    """
+    passed: dict[str, set[int]] = {}
+    for number, channels in gone.items():
+        for places in norms[number]:
+            hit = np.isin(places.channels, list(channels))
+            if hit.any():
+                passed.setdefault(places.module, set()).update(places.indices[hit].tolist())
+    return {name: sorted(indices) for name, indices in passed.items()}
 
 
 def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:

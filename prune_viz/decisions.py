@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from prune_viz.coupling import CouplingGroup
+from prune_viz.coupling import CouplingGroup, norms_passed
 from prune_viz.embedding import Embedding
 from prune_viz.filters import Layer
-from prune_viz.masks import Masks, Merge, Origin, Predicted, identity_json
+from prune_viz.masks import Masks, Merge, Origin, Predicted, beside_json
 from prune_viz.redundancy import TOLERANCE, ChannelVerdict, GroupVerdicts
 from prune_viz.runs import FILTER_COLUMNS, FORMAT, LayerTensors
 
@@ -178,9 +177,11 @@ def masks_of(
     for name, rows in flagged.groupby("layer", sort=False):
         masks[str(name)][torch.from_numpy(rows["filter"].to_numpy().copy())] = False
     merges, damage = [], 0.0
+    gone: dict[int, set[int]] = {}
     for group in groups:
         for found in verdicts[group.number].channels:
             if found.verdict != "keep":
+                gone.setdefault(group.number, set()).add(found.channel)
                 damage += 0.0 if np.isnan(found.damage) else found.damage
                 root = group.writers[0]
                 filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
@@ -193,7 +194,8 @@ def masks_of(
                         found.constant,
                     )
                 )
-    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit))
+    norms = norms_passed({group.number: group.norms for group in groups}, gone)
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), norms=norms)
 
 
 def decisions_json(
@@ -237,9 +239,11 @@ def decisions_json(
             entry.update(kind=found.kind, coefficients=found.coefficients, constant=found.constant)
         entry.update({name: row[name] for name in ("score", "damage", "reason")})
         flagged.append(entry)
+    beside = beside_json(masks)
+    merges = beside.pop("merges")
     return {
         "format": FORMAT,
-        **identity_json(masks),
+        **beside,
         "tolerance": TOLERANCE,
         "damage_unit": unit,
         "filters": {name: len(mask) for name, mask in masks.items()},
@@ -257,6 +261,14 @@ def decisions_json(
                     }
                     for places in group.writers
                 ],
+                "norms": [
+                    {
+                        "module": places.module,
+                        "indices": places.indices.tolist(),
+                        "channels": places.channels.tolist(),
+                    }
+                    for places in group.norms
+                ],
                 "reads": [
                     {
                         "module": places.module,
@@ -272,7 +284,7 @@ def decisions_json(
             for group in groups
         ],
         "verdicts": flagged,
-        "merges": [asdict(merge) for merge in masks.merges],
+        "merges": merges,
         "removal_order": [
             {
                 "group": group.number,

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from prune_viz import tracing
+from prune_viz.errors import UserError
 from prune_viz.filters import bake_parameters, pruned_by_torch
 from prune_viz.masks import check_masks
 
@@ -32,9 +35,11 @@ class FilterMask(nn.Module):
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Zero the masked filters now and keep them at zero through any optimiser's steps.
 
-    The weights and biases of masked filters, and the scale and shift of the batch norm behind them, are
+    The weights and biases of masked filters, and the scale and shift of the norms they pass, are
     parametrised (`torch.nn.utils.parametrize`): the values read are always the masked ones. Parameters
-    stay the same objects, so an optimiser made before goes on working.
+    stay the same objects, so an optimiser made before goes on working. Of a plain dict only the batch norm
+    right behind a filter is known; `Masks` from a run or `reconcile_masks` know those behind
+    concatenations too, as DenseNet has them.
 
     Parameters
     ----------
@@ -61,9 +66,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Give all that must be zero for masked filters to give nothing: a module, its tensor's name, the mask.
 
-    That is their weights and biases and the scale and shift of the batch norm behind them; where that has
-    none, its running mean, as it would give the old one, negated (fed zeros, it stays at zero). Masks have
-    as many axes as the tensor and broadcast over it.
+    That is their weights and biases and the scale and shift of the norms that they pass: of those that
+    `Masks.norms` names, and of the batch norm behind each. Where a norm has none, its running mean, as it
+    would give the old one, negated (fed zeros, it stays at zero). Masks broadcast over the tensor.
 
     Raises
     ------
@@ -71,18 +76,26 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
         If the masks are for another model.
     """
     check_masks(model, masks)
-    norms = tracing.norms_behind(model)
     modules: dict[str, Any] = dict(model.named_modules())
+    behind = tracing.norms_behind(model)
+    passed = {name: list(channels) for name, channels in getattr(masks, "norms", {}).items()}
     for name, mask in masks.items():
         if bool(mask.all()):
             continue
-        conv = modules[name]
-        norm = modules[norms[name]] if name in norms else None
-        yield conv, "weight", _over_weight(conv, mask)
-        own = [(norm, "running_mean")] if norm is not None and norm.weight is None else []
-        for module, tensor in ((conv, "bias"), (norm, "weight"), (norm, "bias"), *own):
-            if getattr(module, tensor, None) is not None:
-                yield module, tensor, mask
+        yield modules[name], "weight", _over_weight(modules[name], mask)
+        if modules[name].bias is not None:
+            yield modules[name], "bias", mask
+        if name in behind:
+            passed.setdefault(behind[name], []).extend((~mask).nonzero().ravel().tolist())
+    for name, channels in passed.items():
+        norm = modules.get(name)
+        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or max(channels) >= norm.num_features:
+            raise UserError(f"these masks are for another model: it has no such norm {name!r}")
+        mask = torch.ones(norm.num_features, dtype=torch.bool)
+        mask[channels] = False
+        for tensor in ("running_mean",) if norm.weight is None else ("weight", "bias"):
+            if getattr(norm, tensor) is not None:
+                yield norm, tensor, mask
 
 
 def make_permanent(model: nn.Module) -> nn.Module:

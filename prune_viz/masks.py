@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,9 @@ class Masks(dict[str, Tensor]):
         Calibrated probes, on which batch norms are set anew after merging.
     predicted : Predicted, optional
         What they are predicted to cost.
+    norms : mapping of str to sequence of int, optional
+        Norms that removed channels pass on their way to what reads them, and which of their channels; to
+        be silenced with the filters.
 
     Attributes
     ----------
@@ -116,6 +119,7 @@ class Masks(dict[str, Tensor]):
     origin : Origin
     probes : Tensor or None
     predicted : Predicted or None
+    norms : dict of str to list of int
     notes : list of str
         What `reconcile_masks` kept, and why.
     """
@@ -127,12 +131,14 @@ class Masks(dict[str, Tensor]):
         origin: Origin | None = None,
         probes: Tensor | None = None,
         predicted: Predicted | None = None,
+        norms: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
         self.origin = origin or Origin()
         self.probes = probes
         self.predicted = predicted
+        self.norms = {name: list(channels) for name, channels in (norms or {}).items()}
         self.notes: list[str] = []
 
     @classmethod
@@ -203,6 +209,11 @@ class Masks(dict[str, Tensor]):
             if len(pair) == 1:
                 pair.append(torch.ones_like(pair[0]))
             combined[name] = pair[0] & pair[1] if remove == "any" else pair[0] | pair[1]
+        for name in {**self.norms, **theirs.norms}:
+            passed = [set(masks.norms.get(name, ())) for masks in (self, theirs)]
+            both = passed[0] | passed[1] if remove == "any" else passed[0] & passed[1]
+            if both:
+                combined.norms[name] = sorted(both)
         merges = {(merge.layer, merge.filter): merge for merge in (*theirs.merges, *self.merges)}
         combined.merges = tuple(merge for merge in merges.values() if combined.carries_out(merge))
         return combined
@@ -230,9 +241,8 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     path = Path(path)
     held = masks if isinstance(masks, Masks) else Masks(masks)
     merges, probes = merges_beside(path), probes_beside(path)
-    if held.merges or held.origin != Origin() or held.predicted is not None:
-        listed = [asdict(merge) for merge in held.merges]
-        write_json(merges, {"format": FORMAT, **identity_json(held), "merges": listed})
+    if held.merges or held.norms or held.origin != Origin() or held.predicted is not None:
+        write_json(merges, {"format": FORMAT, **beside_json(held)})
     else:
         merges.unlink(missing_ok=True)
     if held.probes is not None:
@@ -252,12 +262,14 @@ def write_plain_masks(masks: Mapping[str, Tensor], path: Path) -> None:
         aside.write_bytes(stream.getvalue())
 
 
-def identity_json(masks: Masks) -> dict[str, Any]:
-    """What JSON files say of the model that masks were made for, and of what they are predicted to cost."""
+def beside_json(masks: Masks) -> dict[str, Any]:
+    """All that JSON files say of masks beside the masks themselves; `read_beside` reads it."""
     return {
         "model_sha256": masks.origin.file,
         "weights_sha256": masks.origin.weights,
         "predicted": None if masks.predicted is None else asdict(masks.predicted),
+        "norms": masks.norms,
+        "merges": [asdict(merge) for merge in masks.merges],
     }
 
 
@@ -289,16 +301,16 @@ def load_masks(path: str | Path) -> Masks:
     beside = own if own.exists() else run
     if not beside.exists():
         return Masks(loaded)
-    masks = read_merges(beside)
+    masks = read_beside(beside)
     masks.update(loaded)
     masks.probes = read_images(probes_beside(path))
-    if masks.probes is None and run.exists() and (beside == run or read_merges(run).origin == masks.origin):
+    if masks.probes is None and run.exists() and (beside == run or read_beside(run).origin == masks.origin):
         masks.probes = read_images(path.with_name("probes.safetensors"))
     return masks
 
 
-def read_merges(path: Path) -> Masks:
-    """Read all but the masks themselves and the probes from a JSON file: merges, origin, prediction.
+def read_beside(path: Path) -> Masks:
+    """Read from a JSON file what stands beside masks: origin, prediction, norms and merges.
 
     Raises
     ------
@@ -322,6 +334,7 @@ def read_merges(path: Path) -> Masks:
             merges=merges,
             origin=Origin(content["model_sha256"], content.get("weights_sha256")),
             predicted=None if predicted is None else Predicted(predicted["damage"], predicted["unit"]),
+            norms=content.get("norms"),
         )
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} beside the masks is damaged; make it again") from None

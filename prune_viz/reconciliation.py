@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups
+from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups, norms_passed
 from prune_viz.errors import UserError
 from prune_viz.filters import plain_copy
 from prune_viz.masks import Masks, check_masks
@@ -74,8 +74,9 @@ def reconcile_with_groups(
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     for name, module in convolutions.items():
         reconciled[name] = torch.ones(module.out_channels, dtype=torch.bool)
+    all_gone: dict[int, set[int]] = {}
     for group in groups:
-        gone = channels_gone(group, masks)
+        gone = all_gone[group.number] = channels_gone(group, masks)
         if len(gone) == group.channels:
             raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
         for places in group.writers:
@@ -88,6 +89,7 @@ def reconcile_with_groups(
                 )
                 kept = wished - len(removed)
                 reconciled.notes.append(f"{places.module}: {kept} masked filters are kept, {why}")
+    reconciled.norms = norms_passed({group.number: group.norms for group in groups}, all_gone)
     return reconciled
 
 

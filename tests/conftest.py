@@ -16,6 +16,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # tensors here are small; more threads only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)  # so that no test depends on which ran before it
+
+
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     return load_digits()

@@ -99,6 +99,26 @@ class Concatenating(nn.Module):
         return self.out(torch.relu(self.reader(both)))
 
 
+class Dense(nn.Module):
+    """Layers that each read all maps before them, through a norm of their own, as in DenseNet."""
+
+    def __init__(self, growth: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, growth, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(growth)
+        self.conv1 = nn.Conv2d(growth, growth, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(2 * growth)
+        self.conv2 = nn.Conv2d(2 * growth, growth, 3, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(3 * growth)
+        self.head = nn.Linear(3 * growth, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.stem(x)
+        maps = torch.cat([maps, self.conv1(torch.relu(self.norm1(maps)))], dim=1)
+        maps = torch.cat([maps, self.conv2(torch.relu(self.norm2(maps)))], dim=1)
+        return self.head(torch.relu(self.norm3(maps)).mean(dim=(2, 3)))
+
+
 class Flattening(nn.Module):
     """A convolution whose maps are flattened into a linear layer, as VGG does."""
 

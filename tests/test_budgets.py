@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import Concatenating, Flattening, Residual, randomise_norms
+from networks import Concatenating, Dense, Flattening, Residual, randomise_norms
 from torch import nn
 from typer.testing import CliRunner
 
@@ -14,17 +14,25 @@ from prune_viz import cli
 from prune_viz.analysis import analyze
 from prune_viz.budgets import macs_left, read_rankings, removed_filters, write_masks
 from prune_viz.errors import UserError
+from prune_viz.masking import apply_masks
 from prune_viz.masks import load_masks
 from prune_viz.probes import natural_noise
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import count_cost, remove_filters
 
-SHAPES = {"residual": (3, 16, 16), "concatenating": (3, 12, 12), "flattening": (1, 8, 8)}
+SHAPES = {
+    "residual": (3, 16, 16),
+    "concatenating": (3, 12, 12),
+    "flattening": (1, 8, 8),
+    "dense": (3, 12, 12),
+}
 
 
 def _model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    kinds = {"residual": Residual, "concatenating": Concatenating, "flattening": Flattening}
+    kinds = {
+        "residual": Residual, "concatenating": Concatenating, "flattening": Flattening, "dense": Dense
+    }  # fmt: skip
     return randomise_norms(kinds[name]())
 
 
@@ -87,6 +95,18 @@ def test_merging_comes_nearer_than_removing(runs: dict[str, Path], name: str, tm
         raw = remove_filters(model, masks, inputs[:1])(inputs)
         merged = remove_filters(model, masks, inputs[:1], compensate="merge")(inputs)
     assert (merged - whole).square().mean() < 0.7 * (raw - whole).square().mean()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_masks_from_disk_silence_what_they_remove(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    write_masks(runs[name], tmp_path / "masks.pt", ratio=0.3)
+    masks, inputs = load_masks(tmp_path / "masks.pt"), torch.randn(4, *SHAPES[name])
+    assert bool(masks.norms) == (name in ("residual", "dense"))
+    smaller = remove_filters(_model(name), masks, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            apply_masks(_model(name), masks)(inputs), smaller(inputs), rtol=0, atol=1e-4
+        )
 
 
 def test_a_tolerance_bounds_the_predicted_damage(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -90,7 +90,10 @@ class Between(nn.Module):
         (Between(nn.PixelShuffle(2), reads=2), "rearranges"),
         (Between(lambda maps: torch.cat([maps.relu(), (-maps).relu()], 1), reads=16), "more than once"),
         (Between(torch.sigmoid), "another value"),
-        (Between(nn.Sequential(nn.ReLU(), randomise_norms(nn.BatchNorm2d(8)))), "another value"),
+        (
+            Between(nn.Sequential(randomise_norms(nn.BatchNorm2d(8)), nn.Sigmoid())),
+            "another value",
+        ),
         (Between(torch.relu, returned=lambda first, second: (second, first)), "returns"),
     ],
     ids=[
@@ -100,7 +103,7 @@ class Between(nn.Module):
         "shuffle",
         "crelu",
         "sigmoid",
-        "norm behind relu",
+        "norm and sigmoid",
         "returned",
     ],
 )
@@ -110,7 +113,10 @@ def test_what_the_library_cannot_see_is_found_by_experiment(model: nn.Module, wh
     assert why in group.note
 
 
-@pytest.mark.parametrize("between", [nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish(), nn.Dropout2d(), nn.PReLU(8)])
+@pytest.mark.parametrize("between", [
+    nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish(), nn.Dropout2d(), nn.PReLU(8),
+    nn.Sequential(nn.ReLU(), randomise_norms(nn.BatchNorm2d(8))),
+])  # fmt: skip
 def test_what_leaves_channels_apart_is_removable(between: nn.Module) -> None:
     groups = group_of_layer(find_groups(Between(between).eval(), IMAGE))
     assert groups["first"].removable

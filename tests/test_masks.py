@@ -64,6 +64,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
         Origin("5a" * 32, "6b" * 32),
         torch.randn(3, 3, 16, 16),
         Predicted(0.25, "nats"),
+        {"bn1": [1]},
     )
     masks.save(tmp_path / "mine.pt")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -72,6 +73,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
     again = Masks.load(tmp_path / "mine.pt")
     assert again == masks
     assert (again.merges, again.origin, again.predicted) == (masks.merges, masks.origin, masks.predicted)
+    assert again.norms == {"bn1": [1]}
     assert torch.equal(again.probes, masks.probes)
     Masks({"conv1": mask_without(8, 3)}).save(tmp_path / "mine.pt")  # nothing of the earlier ones stays
     assert [file.name for file in tmp_path.iterdir()] == ["mine.pt"]
@@ -114,11 +116,14 @@ def test_combined_masks_keep_the_merges_that_still_hold() -> None:
     own, lost, theirs = (Merge("conv1", *rest, (1.0,), 0.0) for rest in ((1, (0,)), (3, (5,)), (5, (2,))))
     one = Masks({"conv1": mask_without(8, 1, 3)}, (own, lost), Origin("a"))
     other = Masks({"conv1": mask_without(8, 5), "conv2": mask_without(4, 0)}, (theirs,))
+    one.norms, other.norms = {"bn1": [1, 3]}, {"bn1": [3, 5], "bn2": [0]}
     combined = one.combine(other)
     assert combined == {"conv1": mask_without(8, 1, 3, 5), "conv2": mask_without(4, 0)}
     assert set(combined.merges) == {own, theirs}  # what rebuilt filter 3 has gone itself
     assert combined.origin == Origin("a")
+    assert combined.norms == {"bn1": [1, 3, 5], "bn2": [0]}
     assert one.combine(other, "both").removed == 0
+    assert one.combine(other, "both").norms == {"bn1": [3]}
 
 
 def test_masks_of_different_models_are_not_combined() -> None:

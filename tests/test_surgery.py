@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
+from networks import Concatenating, Dense, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
 from prune_viz.coupling import find_groups
@@ -30,7 +30,7 @@ def _random_masks(model: nn.Module, share: float = 0.3, seed: int = 0) -> dict[s
 
 
 SMALL = {"plain": (Plain, 3, 16), "residual": (Residual, 3, 16), "concatenating": (Concatenating, 3, 16),
-         "flattening": (Flattening, 1, 8)}  # fmt: skip
+         "flattening": (Flattening, 1, 8), "dense": (Dense, 3, 16)}  # fmt: skip
 
 
 def _check_removed_equals_masked(model: nn.Module, channels: int, size: int, tolerance: float) -> None:
@@ -55,12 +55,29 @@ def test_removed_equals_masked(name: str) -> None:
     _check_removed_equals_masked(randomise_norms(make()), channels, size, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn", "squeezenet1_1", "mnasnet0_5"])
+FAST = ["resnet18", "mobilenet_v2", "squeezenet1_1", "mnasnet0_5"]
+SLOW = ["vgg11_bn", "resnext50_32x4d", "densenet121", "mobilenet_v3_small", "efficientnet_b0",
+        "regnet_y_400mf", "googlenet"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_removed_equals_masked_on_torchvision_networks(name: str) -> None:
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None, num_classes=10)
-    size = 96 if name != "vgg11_bn" else 224
-    _check_removed_equals_masked(model.eval(), 3, size, 1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet's, of how weights will be drawn
+        model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    size = 224 if name.startswith("vgg") else 96
+    _check_removed_equals_masked(randomise_norms(model), 3, size, 1e-4)
+
+
+def test_a_network_whose_channels_a_norm_mixes_keeps_them_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.convnext_tiny(weights=None, num_classes=10).eval()
+    with pytest.warns(UserWarning, match="LayerNorm"):
+        masks = reconcile_masks(model, _random_masks(model), torch.zeros(1, 3, 64, 64))
+    assert masks.removed == 0
+    masked = apply_masks(copy.deepcopy(model), _random_masks(model))  # masking still works
+    assert (masked.features[0][0].weight[~_random_masks(model)["features.0.0"]] == 0).all()
 
 
 def _with_copy(model: Plain, scale: float) -> Masks:
