@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def check_device(name: str) -> None:
     """Raise `UserError` unless `name` is one that ``--device`` takes."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def check_output(option: str, file: Path, inputs: Sequence[Path]) -> None:
+    """Raise `UserError` unless `file`, which `option` names, can be written without overwriting an input."""
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a directory; name a file")
+    if file.exists() and any(given.exists() and file.samefile(given) for given in inputs):
+        raise UserError(f"{option} {file} would overwrite an input; name another file")
+    check_writable(file.absolute().parent)
 
 
 def check_writable(directory: Path) -> None:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from prune_viz import __version__
-from prune_viz.arguments import check_device, check_writable, parse_kwargs, parse_numbers, parse_shape
+from prune_viz.arguments import (
+    check_device,
+    check_output,
+    check_writable,
+    parse_kwargs,
+    parse_numbers,
+    parse_shape,
+)
 from prune_viz.errors import UserError
 
 if TYPE_CHECKING:
@@ -268,6 +275,10 @@ def apply(
             show_default="merge, where the masks carry merges fitted to MODEL",
         ),
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the pruned network itself too: FILE.pt2 or FILE.onnx."),
+    ] = None,
     arch: Arch = None,
     arch_kwargs: ArchKwargs = None,
     trust_pickle: TrustPickle = False,
@@ -277,20 +288,25 @@ def apply(
     kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; name a file")
-    if out.exists() and any(given.exists() and out.samefile(given) for given in (model, masks)):
-        raise UserError(f"--out {out} would overwrite an input; name another file")
-    check_writable(out.absolute().parent)
+    check_output("--out", out, (model, masks))
+    if export is not None:
+        check_output("--export", export, (model, masks))
+        if export.absolute() == out.absolute():
+            raise UserError(f"--export {export} is the file that --out names; name another")
+
+        from prune_viz.export import check_export
+
+        check_export(export)
     checkpoint = _load(model, arch, kwargs, trust_pickle)
 
     from prune_viz.pruned import write_removed, write_zeroed
 
+    shape = shape or (_input_shape(checkpoint) if export or mode is Mode.remove else ())
     if mode is Mode.zero:
-        lines = write_zeroed(checkpoint, masks, out)
+        lines = write_zeroed(checkpoint, masks, out, export, shape)
     else:
         how = None if compensate is None else compensate.value
-        lines = write_removed(checkpoint, masks, shape or _input_shape(checkpoint), out, how)
+        lines = write_removed(checkpoint, masks, shape, out, how, export)
     console = _console()
     for line in lines:
         console.print(one_line(line), soft_wrap=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from prune_viz.checkpoints import Checkpoint
 from prune_viz.errors import UserError
+from prune_viz.export import export_model
 from prune_viz.filters import plain_copy
 from prune_viz.masking import apply_masks, are_zero, make_permanent
 from prune_viz.masks import Masks, check_masks, load_masks
@@ -21,7 +22,13 @@ from prune_viz.runs import written_aside
 from prune_viz.surgery import count_cost, remove_filters
 
 
-def write_zeroed(checkpoint: Checkpoint, masks_file: Path, out: Path) -> list[str]:
+def write_zeroed(
+    checkpoint: Checkpoint,
+    masks_file: Path,
+    out: Path,
+    export: Path | None = None,
+    input_shape: Sequence[int] = (),
+) -> list[str]:
     """Write the state dict of a model with its masked filters at zero.
 
     Parameters
@@ -33,6 +40,10 @@ def write_zeroed(checkpoint: Checkpoint, masks_file: Path, out: Path) -> list[st
     out : Path
         Where to write. A plain state dict, save where the model was made smaller before: then what
         `write_removed` writes.
+    export : Path, optional
+        Where to write the network itself too (`prune_viz.export.export_model`).
+    input_shape : sequence of int
+        Shape of one input, (C, *spatial), to export it for.
 
     Returns
     -------
@@ -47,11 +58,13 @@ def write_zeroed(checkpoint: Checkpoint, masks_file: Path, out: Path) -> list[st
     masks = load_masks(masks_file)
     _check_origin(checkpoint, masks, masks_file)
     model = make_permanent(apply_masks(checkpoint.model, masks))
+    lines = [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
+    lines += [] if export is None else [export_model(model, input_shape, export)]
     if checkpoint.pruning:
         _save(_content(checkpoint, model, checkpoint.pruning, checkpoint.input_shape or ()), out)
     else:
         _save(model.state_dict(), out)
-    return [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
+    return lines
 
 
 def write_removed(
@@ -60,6 +73,7 @@ def write_removed(
     input_shape: Sequence[int],
     out: Path,
     compensate: str | None = None,
+    export: Path | None = None,
 ) -> list[str]:
     """Write a checkpoint of a model without its masked filters.
 
@@ -80,6 +94,8 @@ def write_removed(
     compensate : {"none", "merge"}, optional
         Whether what the filters contributed is folded into the weights that are left, and batch norms
         are set anew where that helps; by default where the masks carry merges fitted to this model.
+    export : Path, optional
+        Where to write the smaller network itself too (`prune_viz.export.export_model`).
 
     Returns
     -------
@@ -105,6 +121,7 @@ def write_removed(
         warnings.simplefilter("ignore")  # the notes say the same
         consistent = reconcile_masks(checkpoint.model, masks, example)
         smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
+    exported = [] if export is None else [export_model(smaller, input_shape, export)]
     steps = [*checkpoint.pruning, {name: mask.cpu() for name, mask in consistent.items()}]
     _save(_content(checkpoint, smaller, steps, input_shape), out)
     lines = [f"note: {note}" for note in consistent.notes]
@@ -114,6 +131,7 @@ def write_removed(
     for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
         lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
     lines += _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
+    lines += exported
     if checkpoint.arch is None:
         lines.append("note: the model was pickled whole; loading the new file needs --arch")
     return lines
