@@ -396,6 +396,9 @@ def test_apply_at_fault(here: Path, planted: DigitsNet) -> None:
         (["model.pt", "decisions.json", "--out", "x.pt"], "is not a masks file"),
         (["model.pt", "masks.pt", "--out", "x.pt", "--compensate", "merge"], "needs --mode remove"),
         (["model.pt", "masks.pt", "--out", "x.pt", "--mode", "remove", "--input-shape", "3,8,8"], "3,8,8"),
+        (["model.pt", "masks.pt", "--out", "x.pt", "--export", "x.tflite"], "should end in .pt2"),
+        (["model.pt", "masks.pt", "--out", "x.pt2", "--export", "x.pt2"], "is the file that --out names"),
+        (["model.pt", "masks.pt", "--out", "x.pt", "--export", "model.pt"], "would overwrite an input"),
     ):
         assert_refused(run("apply", *arguments), says)
     decisions = json.loads(Path("decisions.json").read_text())
@@ -428,3 +431,20 @@ def test_a_fine_tuned_masked_model_is_made_smaller_by_the_masks_it_was_trained_w
     with torch.no_grad():
         expected = tuned(digits.held_images)
         torch.testing.assert_close(load("small.pt")(digits.held_images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["zero", "remove"])
+def test_the_pruned_network_is_exported_too(
+    here: Path, planted: DigitsNet, digits: Digits, mode: str
+) -> None:
+    made = run("apply", "model.pt", "masks.pt", "--out", "x.pt", "--mode", mode, "--export", "x.pt2")
+    assert made.exit_code == 0, made.output
+    assert "exported to x.pt2, for batches of any size" in made.stdout
+    exported = torch.export.load("x.pt2").module()
+    content = torch.load("x.pt", weights_only=True)
+    model = load("x.pt") if mode == "remove" else planted
+    if mode == "zero":
+        model.load_state_dict(content)
+    with torch.no_grad():
+        expected = model.eval()(digits.held_images)
+        torch.testing.assert_close(exported(digits.held_images), expected, atol=1e-4, rtol=1e-4)
