@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def write_zeroed(
     lines = [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
     lines += [] if export is None else [export_model(model, input_shape, export)]
     if checkpoint.pruning:
-        _save(_content(checkpoint, model, checkpoint.pruning, checkpoint.input_shape or ()), out)
+        save_checkpoint(checkpoint, model, out, checkpoint.input_shape or ())
     else:
         _save(model.state_dict(), out)
     return lines
@@ -123,7 +124,7 @@ def write_removed(
         smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
     exported = [] if export is None else [export_model(smaller, input_shape, export)]
     steps = [*checkpoint.pruning, {name: mask.cpu() for name, mask in consistent.items()}]
-    _save(_content(checkpoint, smaller, steps, input_shape), out)
+    save_checkpoint(replace(checkpoint, pruning=steps), smaller, out, input_shape)
     lines = [f"note: {note}" for note in consistent.notes]
     how = {"merge": "what they gave merged into the rest", "none": "nothing in their place"}[compensate]
     lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed, {how}")
@@ -171,19 +172,28 @@ def _size(change: float, unit: str) -> str:
     return f"{change:.2g} nats" if unit == "nats" else f"{change:.2%} of its square"
 
 
-def _content(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    pruning: Sequence[dict[str, torch.Tensor]],
-    input_shape: Sequence[int],
-) -> dict[str, Any]:
-    return {
+def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_shape: Sequence[int]) -> None:
+    """Write a model with what `load_checkpoint` needs to build it again.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What the model came from: its architecture, and the masks carried out on it.
+    model : nn.Module
+        The model, with weights of its own.
+    out : Path
+        Where to write.
+    input_shape : sequence of int
+        Shape of one input, (C, *spatial).
+    """
+    content = {
         "arch": checkpoint.arch,
         "arch_kwargs": checkpoint.arch_kwargs,
         "input_shape": list(input_shape),
-        "pruning": list(pruning),
+        "pruning": checkpoint.pruning,
         "state_dict": model.state_dict(),
     }
+    _save(content, out)
 
 
 def _check_input(model: nn.Module, example: torch.Tensor) -> None:

@@ -1,0 +1,277 @@
+"""Fine-tune a pruned network on a folder of images, with its masks held or already smaller.
+
+    python scripts/finetune.py model.pt --arch torchvision:resnet18 --masks reports/model/masks.pt \
+        --train images/train --val images/val --out tuned.pt
+    python scripts/finetune.py smaller.pt --train images/train --val images/val --out tuned.pt
+
+Folders hold a folder of pictures a class, in the order of their names (torchvision's `ImageFolder`). After
+each epoch everything is written to ``OUT.checkpoint``; the same command goes on from there after an
+interruption, and ends with the same weights as if there had been none. What is written to ``OUT`` at the end
+loads with `prune_viz.load_model`; masked filters are zero in it, and `prune-viz apply --mode remove` takes
+them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2 as transforms
+
+from prune_viz.architectures import default_input_shape
+from prune_viz.arguments import check_output
+from prune_viz.checkpoints import load_checkpoint
+from prune_viz.devices import pick_device
+from prune_viz.errors import UserError
+from prune_viz.masking import apply_masks, make_permanent
+from prune_viz.masks import load_masks
+from prune_viz.pruned import save_checkpoint
+from prune_viz.runs import sha256, written_aside
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1
+SMALL = 64  # inputs up to this size are not cropped at random scales
+
+
+def main() -> None:
+    console = Console(stderr=True, highlight=False, markup=False)
+    try:
+        finetune(parse(), console)
+    except UserError as error:
+        console.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on after the last whole epoch")
+        sys.exit(130)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="weights, or a smaller network that prune-viz wrote")
+    parser.add_argument("--arch", help="architecture of the weights, as for prune-viz analyze")
+    parser.add_argument("--arch-kwargs", type=json.loads, metavar="JSON", help="what it is built with")
+    parser.add_argument("--masks", type=Path, help="masks.pt, held at zero while training")
+    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="pictures to train on")
+    parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="pictures to validate on")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=3e-4, help="largest learning rate of AdamW")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--mean", type=float, nargs="+", help="of pixels in 0..1 [ImageNet's, or 0.5]")
+    parser.add_argument("--std", type=float, nargs="+", help="of pixels in 0..1 [ImageNet's, or 0.5]")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def finetune(options: argparse.Namespace, console: Console) -> None:
+    """Train as the options say, print a line an epoch, write the result."""
+    device = pick_device(options.device)
+    check_output("--out", options.out, [options.model])
+    checkpoint = load_checkpoint(options.model, options.arch, options.arch_kwargs)
+    shape = checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
+    model = checkpoint.model.to(device)
+    if options.masks is not None:
+        apply_masks(model, load_masks(options.masks))
+    train, val = read_folders(options, shape)
+    check_classes(model, shape, len(train.classes), device)
+    training = Training(model, options, len(train))
+    training.resume(console)
+    console.print(f"epoch  train loss  val loss  val top-1  ({len(train):,} and {len(val):,} pictures)")
+    if training.epoch == 0:
+        console.print("    0           -  " + described(*validate(model, val, options, device)))
+    while training.epoch < options.epochs:
+        loss = train_epoch(training, train, options, device, console)
+        told = described(*validate(model, val, options, device))
+        console.print(f"{training.epoch:>5}  {loss:>10.4f}  {told}")
+        training.save()
+    make_permanent(model.cpu().eval())
+    save_checkpoint(checkpoint, model, options.out, shape)
+    training.file.unlink(missing_ok=True)
+    console.print(f"written to {options.out}", soft_wrap=True)
+
+
+# Pictures
+
+
+def read_folders(
+    options: argparse.Namespace, shape: tuple[int, ...]
+) -> tuple[datasets.ImageFolder, datasets.ImageFolder]:
+    """Pictures to train and to validate on, laid out as the network takes them."""
+    channels, *size = shape
+    given = [options.mean, options.std]
+    usual = [MEAN, STD] if channels == 3 else [(0.5,), (0.5,)]
+    mean, std = (list(a or b) for a, b in zip(given, usual, strict=True))
+    if any(len(numbers) not in (1, channels) for numbers in (mean, std)):
+        raise UserError(f"--mean and --std take one number, or {channels}, as the network has channels")
+    shared = [
+        transforms.Grayscale() if channels == 1 else transforms.RGB(),
+        transforms.ToImage(),
+        transforms.ToDtype(torch.float32, scale=True),
+        transforms.Normalize(mean, std),
+    ]
+    if max(size) <= SMALL:
+        moved: list[Any] = [
+            transforms.Resize(size),
+            transforms.RandomCrop(size, padding=max(1, size[0] // 8)),
+        ]
+        fitted: list[Any] = [transforms.Resize(size)]
+    else:
+        moved = [transforms.RandomResizedCrop(size, scale=(0.35, 1)), transforms.RandomHorizontalFlip()]
+        fitted = [transforms.Resize(size[0] * 8 // 7), transforms.CenterCrop(size)]
+    folders = []
+    for option, folder, layout in (("--train", options.train, moved), ("--val", options.val, fitted)):
+        try:
+            folders.append(datasets.ImageFolder(folder, transforms.Compose([*layout, *shared])))
+        except (OSError, FileNotFoundError) as error:
+            raise UserError(f"{option} {folder} is not a folder of folders of pictures ({error})") from None
+    if folders[0].classes != folders[1].classes:
+        raise UserError("--train and --val do not hold the same folders, one a class")
+    return folders[0], folders[1]
+
+
+def check_classes(model: nn.Module, shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+    """Raise `UserError` unless the network gives one score a class."""
+    with torch.no_grad():
+        scores = model.eval()(torch.zeros(1, *shape, device=device))
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise UserError("this network gives no row of class scores; fine-tune it in a loop of your own")
+    if scores.shape[1] != classes:
+        raise UserError(f"the network knows {scores.shape[1]} classes, but --train has {classes} folders")
+
+
+def batches(
+    pictures: Dataset[Any], options: argparse.Namespace, epoch: int | None, device: torch.device
+) -> DataLoader[Any]:
+    """Batches in order, or, for an epoch of training, shuffled as the seed and the epoch say."""
+    generator = torch.Generator().manual_seed(options.seed + 1_000_003 * (epoch or 0))
+    return DataLoader(
+        pictures,
+        options.batch,
+        shuffle=epoch is not None,
+        drop_last=epoch is not None and len(pictures) > options.batch,  # type: ignore[arg-type]
+        num_workers=options.workers,
+        pin_memory=device.type == "cuda",
+        generator=generator,
+    )
+
+
+# Training
+
+
+class Training:
+    """What training has reached: the model, its optimiser and rate, and the epoch; kept on disk."""
+
+    def __init__(self, model: nn.Module, options: argparse.Namespace, pictures: int) -> None:
+        self.model = model
+        self.file = options.out.with_name(f"{options.out.name}.checkpoint")
+        self.epoch = 0
+        count = pictures // options.batch if pictures > options.batch else 1
+        # Scales, shifts and biases have no reason to be small.
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.rate)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, max(1, options.epochs * count)
+        )
+        given = {name: str(value) for name, value in vars(options).items() if name not in ("device", "out")}
+        files = [file for file in (options.model, options.masks) if file is not None]
+        self._key = json.dumps([given, [sha256(file) for file in files]], sort_keys=True)
+
+    def save(self) -> None:
+        """Write all that going on needs, whole or not at all."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        with written_aside(self.file) as aside:
+            torch.save({**parts, "epoch": self.epoch, "key": self._key}, aside)
+
+    def resume(self, console: Console) -> None:
+        """Go on from an earlier run of the same command, if there is one."""
+        if not self.file.exists():
+            return
+        try:
+            found = torch.load(self.file, map_location="cpu", weights_only=True)
+            known = found["key"] == self._key
+        except Exception:  # torch raises nearly anything on a damaged file
+            raise UserError(f"{self.file} is damaged; delete it to start over") from None
+        if not known:
+            raise UserError(f"{self.file} is of another model or other options; delete it to start over")
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(found[name])
+        self.epoch = found["epoch"]
+        console.print(f"going on after epoch {self.epoch}")
+
+
+def train_epoch(
+    training: Training,
+    pictures: Dataset[Any],
+    options: argparse.Namespace,
+    device: torch.device,
+    console: Console,
+) -> float:
+    """Train for one epoch; give the mean loss."""
+    # What is drawn at random in an epoch depends on the seed and the epoch alone.
+    torch.manual_seed(options.seed + 1_000_003 * training.epoch)
+    loader = batches(pictures, options, training.epoch, device)
+    total, count = 0.0, 0
+    training.model.train()
+    shown = track(loader, f"epoch {training.epoch + 1}", console=console, transient=True)
+    for images, labels in shown if console.is_terminal else loader:
+        with mixed_precision(device):
+            loss = F.cross_entropy(training.model(images.to(device)), labels.to(device))
+        training.optimizer.zero_grad()
+        loss.backward()
+        training.optimizer.step()
+        training.schedule.step()
+        total, count = total + float(loss.detach()) * len(images), count + len(images)
+    training.epoch += 1
+    return total / max(count, 1)
+
+
+def validate(
+    model: nn.Module, pictures: Dataset[Any], options: argparse.Namespace, device: torch.device
+) -> tuple[float, float]:
+    """Mean loss and top-1."""
+    loss, right, count = 0.0, 0, 0
+    model.eval()
+    with torch.no_grad(), mixed_precision(device):
+        for images, labels in batches(pictures, options, None, device):
+            scores, truth = model(images.to(device)).float(), labels.to(device)
+            loss += float(F.cross_entropy(scores, truth, reduction="sum"))
+            right += int((scores.argmax(dim=1) == truth).sum())
+            count += len(labels)
+    return loss / max(count, 1), right / max(count, 1)
+
+
+def described(loss: float, top1: float) -> str:
+    return f"{loss:>8.4f}  {top1:>9.4f}"
+
+
+@contextmanager
+def mixed_precision(device: torch.device) -> Iterator[None]:
+    """bfloat16 where it is faster, on GPUs that have it; it needs no scaling of the loss."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+if __name__ == "__main__":
+    main()
