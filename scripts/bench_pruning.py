@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="vgg, resnet or efficientnet")
     options = parser.parse_args()
     torch.manual_seed(0)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     ratios = (0.3, 0.5) if options.quick else RATIOS
     rows = []
     for network, seed in networks(options.quick, options.only):
