@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prune_viz.coupling import Places, norms_passed
+from prune_viz.coupling import Passage, Places, passages
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, Origin, Predicted, read_beside, save_masks
@@ -272,18 +272,21 @@ def masks_for_counts(
     """
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
     merges: list[Merge] = []
-    all_gone: dict[int, set[int]] = {}
+    passed: list[Passage] = []
     for ranking in rankings:
         gone = ranking.order[: counts[ranking.number]]
         if not gone:
             continue
-        all_gone[ranking.number] = set(gone)
+        writers = [
+            Places(layer, placed[placed >= 0], np.flatnonzero(placed >= 0))
+            for layer, placed in ranking.filters.items()
+        ]
+        passed += passages(writers, ranking.norms, set(gone))
         for layer, placed in ranking.filters.items():
             masks[layer][placed[gone][placed[gone] >= 0]] = False
         merges += _merges(ranking, gone, moments[ranking.number])
     damage = sum(ranking.damage_of(counts) for ranking in rankings)
-    norms = norms_passed({ranking.number: ranking.norms for ranking in rankings}, all_gone)
-    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), norms=norms)
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), passages=passed)
 
 
 def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:

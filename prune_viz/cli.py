@@ -22,7 +22,7 @@ from prune_viz.arguments import (
     parse_numbers,
     parse_shape,
 )
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,12 +115,6 @@ def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
         raise typer.Exit(code)
 
     return guarded
-
-
-def one_line(text: object) -> str:
-    """Make a stranger's text safe for a terminal: one line, without control characters."""
-    words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def _show_version(wanted: bool) -> None:
@@ -288,9 +282,12 @@ def apply(
     kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")
-    check_output("--out", out, (model, masks))
+    from prune_viz.runs import merges_beside, probes_beside
+
+    inputs = (model, masks, merges_beside(masks), probes_beside(masks))
+    check_output("--out", out, inputs)
     if export is not None:
-        check_output("--export", export, (model, masks))
+        check_output("--export", export, inputs)
         if export.absolute() == out.absolute():
             raise UserError(f"--export {export} is the file that --out names; name another")
 

@@ -8,7 +8,8 @@ several; a channel between an expansion and a projection passes a depthwise conv
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +42,25 @@ class Places:
     module: str
     indices: np.ndarray
     channels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A norm's channel through which what filters write passes: silent once they all go.
+
+    Attributes
+    ----------
+    norm : str
+        The norm.
+    channel : int
+        Its channel.
+    filters : tuple of (str, int)
+        Layer and filter of all that writes it.
+    """
+
+    norm: str
+    channel: int
+    filters: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -213,12 +233,15 @@ def _experiment(
         (norms.get(places.module, places.module), places.indices[places.channels == jolted_channel].tolist())
         for places in group.writers
     ]
-    jolted, jolted_output = run(written, lambda maps: maps + 1 + maps.abs().amax())
+    # Not by a constant, which a norm over positions would take away again.
+    jolted, jolted_output = run(written, lambda maps: maps + (1 + maps.abs().amax()) * _uneven(maps))
     pairs = zip(tensors_of(output), tensors_of(jolted_output), strict=True)
     if any(_moved(one, other) for one, other in pairs):
         return "its maps are part of what the network returns"
-    passed = [(places.module, places.indices.tolist()) for places in (*group.writers, *group.norms)]
-    silenced, _ = run(passed, torch.zeros_like)
+    scaled = [places for places in group.norms if modules[places.module].weight is not None]
+    passed = [(places.module, places.indices.tolist()) for places in (*group.writers, *scaled)]
+    with _unshifted(modules, [places for places in group.norms if places not in scaled]):
+        silenced, _ = run(passed, torch.zeros_like)
     for places in group.readers:
         axis = 1 if isinstance(modules[places.module], _ConvNd) else -1
         all_own = torch.from_numpy(places.indices)
@@ -234,6 +257,30 @@ def _experiment(
             if bool(silent.index_select(axis, all_own).abs().max() > 1e-6 * float(one.abs().max())):
                 return f"something on the way to {places.module} turns a silent channel into another value"
     return ""
+
+
+def _uneven(maps: torch.Tensor) -> torch.Tensor:
+    """Noise between 0 and 1, the same for maps of one shape."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(maps.shape, generator=generator).to(maps)
+
+
+@contextmanager
+def _unshifted(modules: Mapping[str, Any], norms: Sequence[Places]) -> Iterator[None]:
+    """Norms without a scale of their own as masks leave them: with means of zero where channels go."""
+    kept = {
+        places.module: modules[places.module].running_mean.clone()
+        for places in norms
+        if modules[places.module].running_mean is not None
+    }
+    for places in norms:
+        if places.module in kept:
+            modules[places.module].running_mean[torch.from_numpy(places.indices)] = 0.0
+    try:
+        yield
+    finally:
+        for name, mean in kept.items():
+            modules[name].running_mean.copy_(mean)
 
 
 def _moved(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -274,6 +321,8 @@ def _read_group(
                 notes.append(f"something on the way to {names[module]} rearranges its channels")
         elif isinstance(module, _ConvNd):
             writers[module] = places
+        elif isinstance(module, _InstanceNorm) and module.running_mean is not None:
+            notes.append(f"{names[module]} keeps running statistics, which the library does not cut")
         elif isinstance(module, (_BatchNorm, _InstanceNorm)):
             norms.append(places)
         elif not isinstance(module, (nn.PReLU, nn.Linear)):
@@ -298,23 +347,26 @@ def _inputs_of(module: Any) -> int:
     return int(module.in_channels if isinstance(module, _ConvNd) else module.in_features)
 
 
-def norms_passed(norms: Mapping[int, Sequence[Places]], gone: Mapping[int, Set[int]]) -> dict[str, list[int]]:
-    """Which channels of which norms those pass that go.
+def passages(writers: Sequence[Places], norms: Sequence[Places], gone: Set[int]) -> list[Passage]:
+    """Through which channels of norms a group's channels pass that go.
 
     Parameters
     ----------
-    norms : mapping of int to sequence of Places
-        `CouplingGroup.norms` by the group's number.
-    gone : mapping of int to set of int
-        The group's channels that go, by number.
+    writers, norms : sequence of Places
+        The group's (`CouplingGroup`).
+    gone : set of int
+        Its channels that go.
     """
-    passed: dict[str, set[int]] = {}
-    for number, channels in gone.items():
-        for places in norms[number]:
-            hit = np.isin(places.channels, list(channels))
-            if hit.any():
-                passed.setdefault(places.module, set()).update(places.indices[hit].tolist())
-    return {name: sorted(indices) for name, indices in passed.items()}
+    filters: dict[int, list[tuple[str, int]]] = {}
+    for places in writers:
+        for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True):
+            filters.setdefault(channel, []).append((places.module, index))
+    return [
+        Passage(places.module, index, tuple(filters[channel]))
+        for places in norms
+        for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True)
+        if channel in gone
+    ]
 
 
 def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from prune_viz.coupling import CouplingGroup, norms_passed
+from prune_viz.coupling import CouplingGroup, passages
 from prune_viz.embedding import Embedding
 from prune_viz.filters import Layer
 from prune_viz.masks import Masks, Merge, Origin, Predicted, beside_json
@@ -194,8 +194,12 @@ def masks_of(
                         found.constant,
                     )
                 )
-    norms = norms_passed({group.number: group.norms for group in groups}, gone)
-    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), norms=norms)
+    passed = [
+        passage
+        for group in groups
+        for passage in passages(group.writers, group.norms, gone.get(group.number, set()))
+    ]
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), passages=passed)
 
 
 def decisions_json(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.masking import mask_tensor, masked_tensors, prune_tensor
+from prune_viz.masks import check_masks
 
 
 def prune_with_torch(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
@@ -63,6 +64,7 @@ def to_nni(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str,
     UserError
         If the masks are for another model.
     """
+    check_masks(model, masks)
     found: dict[str, dict[str, Tensor]] = {}
     names = {model.get_submodule(name): name for name in masks}
     for module, tensor, mask in masked_tensors(model, masks):

@@ -315,6 +315,16 @@ def bake_parameters(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
+def parametrised(model: nn.Module) -> list[str]:
+    """Names of the tensors over which `torch.nn.utils.parametrize` laid something, such as weight norm."""
+    return [
+        f"{module_name}.{name}".lstrip(".")
+        for module_name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for name in module.parametrizations
+    ]
+
+
 def pruned_by_torch(module: nn.Module) -> set[str]:
     """Names of the parameters that `torch.nn.utils.prune` has put masks over."""
     hooks = module._forward_pre_hooks.values()

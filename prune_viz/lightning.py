@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from prune_viz.errors import UserError
-from prune_viz.masking import apply_masks, make_permanent
+from prune_viz.masking import FilterMask, apply_masks, make_permanent
 from prune_viz.masks import load_masks
 
 
 class HoldMasks(Callback):
     """Keep masked filters at zero from before optimisers are made until training ends.
 
-    In checkpoints that are written meanwhile, masked tensors stand as `torch.nn.utils.parametrize` has them;
-    training goes on from those with the same callback. When training ends they are plain tensors again,
-    with zeros.
+    Checkpoints that are written meanwhile hold plain tensors, with zeros, so that they load with or without
+    this callback. The network must be there once the LightningModule is made, not in ``configure_model``.
 
     Parameters
     ----------
@@ -38,15 +39,38 @@ class HoldMasks(Callback):
     def __init__(self, masks: Mapping[str, Tensor] | str | Path, network: str | None = None) -> None:
         self.masks = load_masks(masks) if isinstance(masks, (str, Path)) else masks
         self.network = network
+        self._reading: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lay the masks over the network."""
         if stage == "fit":
-            apply_masks(self._network(pl_module), self.masks)
+            network = apply_masks(self._network(pl_module), self.masks)
+            # Checkpoints are read before callbacks hear of them.
+            self._reading = network.register_load_state_dict_pre_hook(_laid_over)  # type: ignore[no-untyped-call]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn them into zeros."""
-        make_permanent(self._network(pl_module))
+        self._end(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Turn them into zeros."""
+        self._end(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write plain tensors under their own names."""
+        state = checkpoint["state_dict"]
+        for prefix, module, name in _masked(pl_module):
+            state[f"{prefix}{name}"] = getattr(module, name).detach()
+            for key in [key for key in state if key.startswith(f"{prefix}parametrizations.{name}.")]:
+                del state[key]
+
+    def _end(self, pl_module: LightningModule) -> None:
+        if self._reading is not None:
+            self._reading.remove()
+            self._reading = None
+            make_permanent(self._network(pl_module))
 
     def _network(self, module: LightningModule) -> nn.Module:
         if self.network is not None:
@@ -59,3 +83,24 @@ class HoldMasks(Callback):
             if convolutions.issuperset(self.masks):
                 return candidate
         raise UserError("no network in the LightningModule has all the layers that the masks name")
+
+
+def _masked(network: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Prefix in the state dict, module and name of each tensor over which masks lie, and nothing else."""
+    return [
+        (f"{path}." if path else "", module, name)
+        for path, module in network.named_modules()
+        if parametrize.is_parametrized(module)
+        for name, steps in module.parametrizations.items()
+        if all(isinstance(step, FilterMask) for step in steps)
+    ]
+
+
+def _laid_over(network: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    """Rename plain tensors of a state dict to where they stand while masks lie over them."""
+    own = network.state_dict()
+    for path, _, name in _masked(network):
+        if f"{prefix}{path}{name}" in state:
+            state[f"{prefix}{path}parametrizations.{name}.original"] = state.pop(f"{prefix}{path}{name}")
+            mask = f"{path}parametrizations.{name}.0.mask"
+            state[f"{prefix}{mask}"] = own[mask]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from prune_viz import tracing
 from prune_viz.errors import UserError
 from prune_viz.filters import bake_parameters, pruned_by_torch
-from prune_viz.masks import check_masks
+from prune_viz.masks import Masks, check_masks
 
 
 class FilterMask(nn.Module):
@@ -25,7 +25,7 @@ class FilterMask(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask.clone())
 
     def forward(self, parameter: Tensor) -> Tensor:
         """Zero what the mask removes."""
@@ -67,18 +67,24 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
     """Give all that must be zero for masked filters to give nothing: a module, its tensor's name, the mask.
 
     That is their weights and biases and the scale and shift of the norms that they pass: of those that
-    `Masks.norms` names, and of the batch norm behind each. Where a norm has none, its running mean, as it
+    `Masks.passages` name, and of the batch norm behind each. Where a norm has none, its running mean, as it
     would give the old one, negated (fed zeros, it stays at zero). Masks broadcast over the tensor.
 
     Raises
     ------
     UserError
-        If the masks are for another model.
+        If the masks are for another model; nothing was given then.
     """
     check_masks(model, masks)
     modules: dict[str, Any] = dict(model.named_modules())
+    known = masks if isinstance(masks, Masks) else Masks(masks)
+    passed: dict[str, set[int]] = {}
+    for passage in filter(known.silences, known.passages):
+        norm = modules.get(passage.norm)
+        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or passage.channel >= norm.num_features:
+            raise UserError(f"these masks are for another model: it has no such norm {passage.norm!r}")
+        passed.setdefault(passage.norm, set()).add(passage.channel)
     behind = tracing.norms_behind(model)
-    passed = {name: list(channels) for name, channels in getattr(masks, "norms", {}).items()}
     for name, mask in masks.items():
         if bool(mask.all()):
             continue
@@ -86,13 +92,11 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
         if modules[name].bias is not None:
             yield modules[name], "bias", mask
         if name in behind:
-            passed.setdefault(behind[name], []).extend((~mask).nonzero().ravel().tolist())
+            passed.setdefault(behind[name], set()).update((~mask).nonzero().ravel().tolist())
     for name, channels in passed.items():
-        norm = modules.get(name)
-        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or max(channels) >= norm.num_features:
-            raise UserError(f"these masks are for another model: it has no such norm {name!r}")
+        norm = modules[name]
         mask = torch.ones(norm.num_features, dtype=torch.bool)
-        mask[channels] = False
+        mask[sorted(channels)] = False
         for tensor in ("running_mean",) if norm.weight is None else ("weight", "bias"):
             if getattr(norm, tensor) is not None:
                 yield norm, tensor, mask

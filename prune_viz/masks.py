@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
 from prune_viz.probes import read_images, write_images
 from prune_viz.provenance import hash_model
@@ -77,6 +78,14 @@ class Origin:
     file: str | None = None
     weights: str | None = None
 
+    def agreed(self, other: Origin) -> Origin | None:
+        """What both know of their model together; None if it is not the same one."""
+        if self == Origin() or other == Origin():
+            return other if self == Origin() else self
+        if not ({self.file, self.weights} & {other.file, other.weights}) - {None}:
+            return None
+        return self if self.weights is not None else other
+
     def is_of(self, model: nn.Module, file: str | None = None) -> bool:
         """Whether that is `model`, loaded from a file with this digest; True where nothing is known."""
         known = {self.file, self.weights} - {None}
@@ -109,9 +118,8 @@ class Masks(dict[str, Tensor]):
         Calibrated probes, on which batch norms are set anew after merging.
     predicted : Predicted, optional
         What they are predicted to cost.
-    norms : mapping of str to sequence of int, optional
-        Norms that removed channels pass on their way to what reads them, and which of their channels; to
-        be silenced with the filters.
+    passages : sequence of Passage, optional
+        Channels of norms that removed filters pass on their way to what reads them, silenced with them.
 
     Attributes
     ----------
@@ -119,7 +127,7 @@ class Masks(dict[str, Tensor]):
     origin : Origin
     probes : Tensor or None
     predicted : Predicted or None
-    norms : dict of str to list of int
+    passages : list of Passage
     notes : list of str
         What `reconcile_masks` kept, and why.
     """
@@ -131,14 +139,14 @@ class Masks(dict[str, Tensor]):
         origin: Origin | None = None,
         probes: Tensor | None = None,
         predicted: Predicted | None = None,
-        norms: Mapping[str, Sequence[int]] | None = None,
+        passages: Sequence[Passage] = (),
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
         self.origin = origin or Origin()
         self.probes = probes
         self.predicted = predicted
-        self.norms = {name: list(channels) for name, channels in (norms or {}).items()}
+        self.passages = list(passages)
         self.notes: list[str] = []
 
     @classmethod
@@ -178,8 +186,8 @@ class Masks(dict[str, Tensor]):
     def combine(self, other: Mapping[str, Tensor], remove: Literal["any", "both"] = "any") -> Masks:
         """Masks that remove what any of the two removes, or what both do.
 
-        Merges stay as far as they still hold: their filter goes, and all that rebuild it stay. Where both
-        rebuild a filter, these masks' own merge is taken. A new analysis or a new budget makes better ones.
+        Merges stay as far as they still hold (`carries_out`). Where both masks rebuild a filter, these masks'
+        own merge is taken. A new analysis or a new budget makes better ones.
 
         Parameters
         ----------
@@ -194,10 +202,12 @@ class Masks(dict[str, Tensor]):
             If the two are known to be of different models, or differ in how many filters a layer has.
         """
         theirs = other if isinstance(other, Masks) else Masks(other)
-        origins = {masks.origin for masks in (self, theirs)} - {Origin()}
-        if len(origins) > 1:
+        if remove not in ("any", "both"):
+            raise UserError(f"masks are combined by removing any or both, not {remove!r}")
+        origin = self.origin.agreed(theirs.origin)
+        if origin is None:
             raise UserError("masks of two different models cannot be combined")
-        combined = Masks(origin=next(iter(origins), None))
+        combined = Masks(origin=origin)
         combined.probes = theirs.probes if self.probes is None else self.probes
         for name in {**self, **theirs}:
             pair = [masks[name].cpu() for masks in (self, theirs) if name in masks]
@@ -209,11 +219,8 @@ class Masks(dict[str, Tensor]):
             if len(pair) == 1:
                 pair.append(torch.ones_like(pair[0]))
             combined[name] = pair[0] & pair[1] if remove == "any" else pair[0] | pair[1]
-        for name in {**self.norms, **theirs.norms}:
-            passed = [set(masks.norms.get(name, ())) for masks in (self, theirs)]
-            both = passed[0] | passed[1] if remove == "any" else passed[0] & passed[1]
-            if both:
-                combined.norms[name] = sorted(both)
+        passed = dict.fromkeys((*self.passages, *theirs.passages))
+        combined.passages = [passage for passage in passed if combined.silences(passage)]
         merges = {(merge.layer, merge.filter): merge for merge in (*theirs.merges, *self.merges)}
         combined.merges = tuple(merge for merge in merges.values() if combined.carries_out(merge))
         return combined
@@ -221,9 +228,16 @@ class Masks(dict[str, Tensor]):
     def carries_out(self, merge: Merge) -> bool:
         """Whether these masks remove a merge's filter and keep all that rebuild it."""
         mask = self.get(merge.layer)
-        if mask is None or bool(mask[merge.filter]):
+        if mask is None or max(merge.filter, *merge.representatives, 0) >= len(mask) or mask[merge.filter]:
             return False
         return bool(mask[list(merge.representatives)].all())
+
+    def silences(self, passage: Passage) -> bool:
+        """Whether these masks remove all that writes a norm's channel."""
+        return all(
+            layer in self and index < len(self[layer]) and not self[layer][index]
+            for layer, index in passage.filters
+        )
 
     def summary(self) -> pd.DataFrame:
         """A row a layer: ``filters``, ``removed``, and ``share``, the removed ones' share, 0 to 1."""
@@ -241,7 +255,8 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     path = Path(path)
     held = masks if isinstance(masks, Masks) else Masks(masks)
     merges, probes = merges_beside(path), probes_beside(path)
-    if held.merges or held.norms or held.origin != Origin() or held.predicted is not None:
+    path.unlink(missing_ok=True)  # never beside what belongs to other masks
+    if held.merges or held.passages or held.origin != Origin() or held.predicted is not None:
         write_json(merges, {"format": FORMAT, **beside_json(held)})
     else:
         merges.unlink(missing_ok=True)
@@ -268,7 +283,7 @@ def beside_json(masks: Masks) -> dict[str, Any]:
         "model_sha256": masks.origin.file,
         "weights_sha256": masks.origin.weights,
         "predicted": None if masks.predicted is None else asdict(masks.predicted),
-        "norms": masks.norms,
+        "passages": [astuple(passage) for passage in masks.passages],
         "merges": [asdict(merge) for merge in masks.merges],
     }
 
@@ -310,7 +325,7 @@ def load_masks(path: str | Path) -> Masks:
 
 
 def read_beside(path: Path) -> Masks:
-    """Read from a JSON file what stands beside masks: origin, prediction, norms and merges.
+    """Read from a JSON file what stands beside masks: origin, prediction, passages and merges.
 
     Raises
     ------
@@ -319,25 +334,37 @@ def read_beside(path: Path) -> Masks:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        merges = tuple(
-            Merge(
-                entry["layer"],
-                entry["filter"],
-                tuple(entry["representatives"]),
-                tuple(entry["coefficients"]),
-                entry["constant"],
-            )
-            for entry in content["merges"]
-        )
-        predicted = content.get("predicted")
+        told = content.get("predicted") or {}
+        predicted = None
+        if told.get("damage") is not None:
+            predicted = Predicted(float(told["damage"]), str(told["unit"]))
         return Masks(
-            merges=merges,
+            merges=tuple(_read_merge(entry) for entry in content["merges"]),
             origin=Origin(content["model_sha256"], content.get("weights_sha256")),
-            predicted=None if predicted is None else Predicted(predicted["damage"], predicted["unit"]),
-            norms=content.get("norms"),
+            predicted=predicted,
+            passages=[_read_passage(*entry) for entry in content.get("passages", [])],
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} beside the masks is damaged; make it again") from None
+
+
+def _read_merge(entry: Mapping[str, Any]) -> Merge:
+    representatives = tuple(_index(number) for number in entry["representatives"])
+    coefficients = tuple(float(number) for number in entry["coefficients"])
+    if len(representatives) != len(coefficients):
+        raise ValueError("a coefficient is missing")
+    layer, constant = str(entry["layer"]), float(entry["constant"])
+    return Merge(layer, _index(entry["filter"]), representatives, coefficients, constant)
+
+
+def _read_passage(norm: str, channel: int, filters: Sequence[tuple[str, int]]) -> Passage:
+    return Passage(norm, _index(channel), tuple((str(layer), _index(number)) for layer, number in filters))
+
+
+def _index(number: object) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError("not the number of a filter")
+    return number
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

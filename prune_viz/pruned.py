@@ -14,7 +14,7 @@ from torch import nn
 from prune_viz.checkpoints import Checkpoint
 from prune_viz.errors import UserError
 from prune_viz.export import export_model
-from prune_viz.filters import plain_copy
+from prune_viz.filters import parametrised, plain_copy
 from prune_viz.masking import apply_masks, are_zero, make_permanent
 from prune_viz.masks import Masks, check_masks, load_masks
 from prune_viz.recalibration import change_on
@@ -54,10 +54,11 @@ def write_zeroed(
     Raises
     ------
     UserError
-        If the masks cannot be read or are for another model.
+        If the masks cannot be read or are for another model, or that has parametrised tensors.
     """
     masks = load_masks(masks_file)
-    _check_origin(checkpoint, masks, masks_file)
+    check_origin(checkpoint, masks, masks_file)
+    check_plain(checkpoint.model)
     model = make_permanent(apply_masks(checkpoint.model, masks))
     lines = [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
     lines += [] if export is None else [export_model(model, input_shape, export)]
@@ -115,13 +116,14 @@ def write_removed(
         compensate = "merge" if fitted else "none"
     if compensate == "merge" and masks.removed and not masks.merges:
         raise UserError(f"there is no decisions.json with merges beside {masks_file}; use --compensate none")
-    _check_origin(checkpoint, masks, masks_file, merge=compensate == "merge")
+    check_origin(checkpoint, masks, masks_file, merge=compensate == "merge")
     example = torch.zeros(1, *input_shape)
     _check_input(checkpoint.model, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notes say the same
         consistent = reconcile_masks(checkpoint.model, masks, example)
         smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
+    changes = _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
     exported = [] if export is None else [export_model(smaller, input_shape, export)]
     steps = [*checkpoint.pruning, {name: mask.cpu() for name, mask in consistent.items()}]
     save_checkpoint(replace(checkpoint, pruning=steps), smaller, out, input_shape)
@@ -131,15 +133,31 @@ def write_removed(
     before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
     for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
         lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
-    lines += _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
-    lines += exported
+    lines += changes + exported
     if checkpoint.arch is None:
         lines.append("note: the model was pickled whole; loading the new file needs --arch")
     return lines
 
 
-def _check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge: bool = False) -> None:
-    """Refuse masks of another model, save where that model has their filters at zero already."""
+def check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge: bool = False) -> None:
+    """Refuse masks of another model, save where this one has their filters at zero already.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model.
+    masks : Masks
+        The masks.
+    masks_file : Path
+        Where they were read, for the message.
+    merge : bool
+        Whether their merges are to be used: they fit the weights of one model only.
+
+    Raises
+    ------
+    UserError
+        If they were made for another model.
+    """
     check_masks(checkpoint.model, masks)
     if masks.origin.is_of(checkpoint.model, checkpoint.sha256):
         return
@@ -152,6 +170,19 @@ def _check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge:
         raise UserError(
             f"{masks_file} was made for another model file (its SHA-256 differs, and the filters that go "
             "are not at zero in this one); analyze this one"
+        )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise `UserError` if masks at zero could not be written under the model's own names.
+
+    A parametrised tensor (weight norm, spectral norm) is made from others, of which none need be zero.
+    """
+    laid_over = parametrised(model)
+    if laid_over:
+        raise UserError(
+            f"{laid_over[0]} is parametrised, so it cannot be saved at zero; make it plain first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or use --mode remove"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups, norms_passed
+from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups, passages
 from prune_viz.errors import UserError
 from prune_viz.filters import plain_copy
 from prune_viz.masks import Masks, check_masks
@@ -32,7 +32,7 @@ def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
     Returns
     -------
     Masks
-        A mask for every convolution that runs. `notes` says what was kept and why; a warning does too.
+        A mask for every convolution. `notes` says what was kept and why; a warning does too.
 
     Raises
     ------
@@ -74,11 +74,11 @@ def reconcile_with_groups(
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     for name, module in convolutions.items():
         reconciled[name] = torch.ones(module.out_channels, dtype=torch.bool)
-    all_gone: dict[int, set[int]] = {}
     for group in groups:
-        gone = all_gone[group.number] = channels_gone(group, masks)
+        gone = channels_gone(group, masks)
         if len(gone) == group.channels:
             raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
+        reconciled.passages += passages(group.writers, group.norms, gone)
         for places in group.writers:
             removed = places.indices[[channel in gone for channel in places.channels]]
             reconciled[places.module][torch.from_numpy(removed)] = False
@@ -89,7 +89,10 @@ def reconcile_with_groups(
                 )
                 kept = wished - len(removed)
                 reconciled.notes.append(f"{places.module}: {kept} masked filters are kept, {why}")
-    reconciled.norms = norms_passed({group.number: group.norms for group in groups}, all_gone)
+    grouped = {layer for group in groups for layer in group.layers}
+    for name in masks:
+        if name not in grouped and not bool(masks[name].all()):
+            reconciled.notes.append(f"{name}: all filters are kept, since it does not run")
     return reconciled
 
 

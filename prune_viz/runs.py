@@ -238,7 +238,9 @@ class RunDirectory:
         # While a run is under way, no verdicts of an earlier one stand beside its provenance.
         shutil.rmtree(self.path / "report", ignore_errors=True)
         merges = merges_beside(self.masks_file)
-        for file in (self.masks_file, merges, self.decisions_file, self.filters_file, self.moments_file):
+        probes = probes_beside(self.masks_file)
+        files = (self.masks_file, merges, probes, self.decisions_file, self.filters_file, self.moments_file)
+        for file in files:
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(exist_ok=True)
 

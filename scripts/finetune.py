@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -31,13 +33,13 @@ from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
 from prune_viz.architectures import default_input_shape
-from prune_viz.arguments import check_output
-from prune_viz.checkpoints import load_checkpoint
+from prune_viz.arguments import check_output, parse_kwargs, parse_numbers, parse_shape
+from prune_viz.checkpoints import check_finite, load_checkpoint
 from prune_viz.devices import pick_device
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, one_line
 from prune_viz.masking import apply_masks, make_permanent
 from prune_viz.masks import load_masks
-from prune_viz.pruned import save_checkpoint
+from prune_viz.pruned import check_origin, check_plain, save_checkpoint
 from prune_viz.runs import sha256, written_aside
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1
@@ -49,7 +51,9 @@ def main() -> None:
     try:
         finetune(parse(), console)
     except UserError as error:
-        console.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+        # From a process that reads pictures it comes with that one's traceback before it.
+        told = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
+        console.print(f"error: {one_line(told)}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on after the last whole epoch")
@@ -62,32 +66,51 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path, help="weights, or a smaller network that prune-viz wrote")
     parser.add_argument("--arch", help="architecture of the weights, as for prune-viz analyze")
-    parser.add_argument("--arch-kwargs", type=json.loads, metavar="JSON", help="what it is built with")
+    parser.add_argument("--arch-kwargs", metavar="JSON", help="what it is built with")
+    parser.add_argument("--input-shape", metavar="C,H,W", help="of one input [what the network takes]")
     parser.add_argument("--masks", type=Path, help="masks.pt, held at zero while training")
     parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="pictures to train on")
     parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="pictures to validate on")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=3e-4, help="largest learning rate of AdamW")
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--mean", type=float, nargs="+", help="of pixels in 0..1 [ImageNet's, or 0.5]")
-    parser.add_argument("--std", type=float, nargs="+", help="of pixels in 0..1 [ImageNet's, or 0.5]")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--epochs", type=at_least(int, 1), default=5)
+    parser.add_argument("--batch", type=at_least(int, 1), default=64)
+    parser.add_argument("--rate", type=at_least(float, 0), default=3e-4, help="largest, of AdamW")
+    parser.add_argument("--weight-decay", type=at_least(float, 0), default=0.01)
+    parser.add_argument("--mean", metavar="R,G,B", help="of pixels in 0..1 [ImageNet's, or 0.5]")
+    parser.add_argument("--std", metavar="R,G,B", help="of pixels in 0..1 [ImageNet's, or 0.5]")
+    parser.add_argument("--workers", type=at_least(int, 0), default=2, help="processes that read pictures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
+def at_least(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
+    """A number of that kind, for `argparse`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"should be at least {least}, not {text}")
+        return value
+
+    number.__name__ = "number"
+    return number
+
+
 def finetune(options: argparse.Namespace, console: Console) -> None:
     """Train as the options say, print a line an epoch, write the result."""
     device = pick_device(options.device)
-    check_output("--out", options.out, [options.model])
-    checkpoint = load_checkpoint(options.model, options.arch, options.arch_kwargs)
-    shape = checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
+    kwargs, wished = parse_kwargs(options.arch_kwargs), parse_shape(options.input_shape)
+    check_output("--out", options.out, [file for file in (options.model, options.masks) if file is not None])
+    checkpoint = load_checkpoint(options.model, options.arch, kwargs)
+    check_plain(checkpoint.model)
+    shape = wished or checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
+    masks = None if options.masks is None else load_masks(options.masks)
+    if masks is not None:
+        check_origin(checkpoint, masks, options.masks)
     model = checkpoint.model.to(device)
-    if options.masks is not None:
-        apply_masks(model, load_masks(options.masks))
+    if masks is not None:
+        apply_masks(model, masks)
     train, val = read_folders(options, shape)
     check_classes(model, shape, len(train.classes), device)
     training = Training(model, options, len(train))
@@ -99,26 +122,39 @@ def finetune(options: argparse.Namespace, console: Console) -> None:
         loss = train_epoch(training, train, options, device, console)
         told = described(*validate(model, val, options, device))
         console.print(f"{training.epoch:>5}  {loss:>10.4f}  {told}")
+        check_finite(model)  # rather than write what nothing can be made of
         training.save()
     make_permanent(model.cpu().eval())
     save_checkpoint(checkpoint, model, options.out, shape)
     training.file.unlink(missing_ok=True)
-    console.print(f"written to {options.out}", soft_wrap=True)
+    console.print(f"written to {one_line(options.out)}", soft_wrap=True)
 
 
 # Pictures
 
 
-def read_folders(
-    options: argparse.Namespace, shape: tuple[int, ...]
-) -> tuple[datasets.ImageFolder, datasets.ImageFolder]:
+class Pictures(datasets.ImageFolder):
+    """An `ImageFolder` that says which picture it cannot read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return super().__getitem__(index)
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"{self.samples[index][0]} cannot be read as a picture: {error}") from None
+
+
+def read_folders(options: argparse.Namespace, shape: tuple[int, ...]) -> tuple[Pictures, Pictures]:
     """Pictures to train and to validate on, laid out as the network takes them."""
     channels, *size = shape
-    given = [options.mean, options.std]
+    if channels not in (1, 3) or len(size) != 2:
+        raise UserError(
+            f"pictures have one channel or three; inputs of shape {shape} need a loop of your own"
+        )
+    given = [parse_numbers(f"--{name}", getattr(options, name)) for name in ("mean", "std")]
     usual = [MEAN, STD] if channels == 3 else [(0.5,), (0.5,)]
     mean, std = (list(a or b) for a, b in zip(given, usual, strict=True))
-    if any(len(numbers) not in (1, channels) for numbers in (mean, std)):
-        raise UserError(f"--mean and --std take one number, or {channels}, as the network has channels")
+    if any(len(numbers) not in (1, channels) for numbers in (mean, std)) or min(std) <= 0:
+        raise UserError(f"--mean and --std take {channels} numbers, or one for all, and --std none below 0")
     shared = [
         transforms.Grayscale() if channels == 1 else transforms.RGB(),
         transforms.ToImage(),
@@ -137,7 +173,7 @@ def read_folders(
     folders = []
     for option, folder, layout in (("--train", options.train, moved), ("--val", options.val, fitted)):
         try:
-            folders.append(datasets.ImageFolder(folder, transforms.Compose([*layout, *shared])))
+            folders.append(Pictures(folder, transforms.Compose([*layout, *shared])))
         except (OSError, FileNotFoundError) as error:
             raise UserError(f"{option} {folder} is not a folder of folders of pictures ({error})") from None
     if folders[0].classes != folders[1].classes:
@@ -147,8 +183,11 @@ def read_folders(
 
 def check_classes(model: nn.Module, shape: tuple[int, ...], classes: int, device: torch.device) -> None:
     """Raise `UserError` unless the network gives one score a class."""
-    with torch.no_grad():
-        scores = model.eval()(torch.zeros(1, *shape, device=device))
+    try:
+        with torch.no_grad():
+            scores = model.eval()(torch.zeros(1, *shape, device=device))
+    except Exception as error:  # whatever a stranger's forward pass raises
+        raise UserError(f"the network does not run on inputs of shape {shape}: {error}") from None
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise UserError("this network gives no row of class scores; fine-tune it in a loop of your own")
     if scores.shape[1] != classes:

@@ -448,3 +448,23 @@ def test_the_pruned_network_is_exported_too(
     with torch.no_grad():
         expected = model.eval()(digits.held_images)
         torch.testing.assert_close(exported(digits.held_images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_parametrised_model_is_not_saved_at_zero(here: Path) -> None:
+    Path("normed.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3))\n"
+        "    return nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten(1))\n"
+    )
+    import sys
+
+    sys.path.insert(0, str(here))
+    try:
+        model = __import__("normed").make()
+        torch.save(model.state_dict(), "model.pt")
+        torch.save({"0": torch.tensor([True, False, True, True])}, "masks.pt")
+        result = run("apply", "model.pt", "masks.pt", "--arch", "normed:make", "--out", "x.pt")
+    finally:
+        sys.path.remove(str(here))
+    assert_refused(result, "0.weight is parametrised")

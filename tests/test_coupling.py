@@ -65,6 +65,13 @@ def test_a_model_that_does_not_run_is_untraceable() -> None:
         find_groups(Plain(), torch.zeros(1, 5, 16, 16))
 
 
+class Normalised(nn.Module):
+    """Channels scaled to one norm together."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x, dim=1)
+
+
 class Between(nn.Module):
     """Two convolutions with something in between, and what is returned."""
 
@@ -94,6 +101,9 @@ class Between(nn.Module):
             Between(nn.Sequential(randomise_norms(nn.BatchNorm2d(8)), nn.Sigmoid())),
             "another value",
         ),
+        (Between(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8, affine=False))), "another value"),
+        (Between(nn.Sequential(nn.InstanceNorm2d(8), Normalised())), "mixes"),
+        (Between(nn.InstanceNorm2d(8, track_running_stats=True)), "running statistics"),
         (Between(torch.relu, returned=lambda first, second: (second, first)), "returns"),
     ],
     ids=[
@@ -104,6 +114,9 @@ class Between(nn.Module):
         "crelu",
         "sigmoid",
         "norm and sigmoid",
+        "sigmoid and norm",
+        "instance norm and normalize",
+        "running instance norm",
         "returned",
     ],
 )

@@ -63,6 +63,15 @@ def test_a_network_for_single_inputs_is_exported_for_them(tmp_path: Path) -> Non
     torch.testing.assert_close(_run(path, inputs)[0], model(inputs))
 
 
+def test_a_network_that_gives_no_tensors_is_refused(tmp_path: Path) -> None:
+    class Silent(Flattening):
+        def forward(self, x: torch.Tensor) -> None:
+            super().forward(x)
+
+    with pytest.raises(UserError, match="gives no tensors"):
+        export_model(Silent(), (1, 8, 8), tmp_path / "network.pt2")
+
+
 def test_what_cannot_be_exported_is_refused_and_nothing_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from networks import Plain, Residual, mask_without, randomise_norms
 from torch import nn
 from torch.nn.utils import prune
 
+from prune_viz.errors import UserError
 from prune_viz.exporters import prune_with_torch, to_indices, to_nni
 from prune_viz.filters import plain_copy
 from prune_viz.masking import apply_masks, make_permanent
@@ -68,6 +69,12 @@ def test_nni_gets_a_float_mask_of_each_parameters_shape() -> None:
     assert found["conv1"]["weight"].flatten(1).mean(dim=1).tolist() == [0, 1, 1, 0, 1, 1, 1, 1]
     assert found["conv3"]["bias"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_masks_of_another_model_are_refused() -> None:
+    for export in (prune_with_torch, to_nni):
+        with pytest.raises(UserError, match="no convolution 'conv9'"):
+            export(Plain(), {"conv9": mask_without(8, 1)})
 
 
 def test_torch_pruning_removes_the_same_filters_from_indices() -> None:

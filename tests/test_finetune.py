@@ -14,7 +14,7 @@ from PIL import Image
 
 from prune_viz.checkpoints import load_checkpoint, load_model
 from prune_viz.digits import Digits, DigitsNet
-from prune_viz.masks import Masks, save_masks
+from prune_viz.masks import Masks, Origin, save_masks
 from prune_viz.pruned import write_removed
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
@@ -117,15 +117,30 @@ def test_what_does_not_fit_is_refused_in_one_line(pictures: Path, model: Path, t
     for digit in ("0", "1"):
         (few / digit).mkdir(parents=True)
         Image.new("L", (8, 8)).save(few / digit / "x.png")
-    out = ["--out", str(tmp_path / "x.pt")]
-    for folders, says in (
+    torn = tmp_path / "torn"
+    for digit in range(10):
+        (torn / str(digit)).mkdir(parents=True)
+        (torn / str(digit) / "x.png").write_text("no picture")
+    foreign = tmp_path / "foreign.pt"
+    Masks(MASKS, origin=Origin("ab" * 32)).save(foreign)
+    whole = ["--train", pictures / "train", "--val", pictures / "val"]
+    for given, says in (
         (["--train", empty, "--val", empty], "--train"),
         (["--train", few, "--val", pictures / "val"], "do not hold the same folders"),
         (["--train", few, "--val", few], "the network knows 10 classes, but --train has 2 folders"),
+        (["--train", torn, "--val", torn, "--workers", "1"], "x.png cannot be read as a picture"),
+        ([*whole, "--masks", foreign], "foreign.pt was made for another model file"),
+        ([*whole, "--masks", foreign, "--out", foreign], "would overwrite an input"),
+        ([*whole, "--input-shape", "3,8,8"], "the network does not run on inputs of shape"),
+        ([*whole, "--input-shape", "4,8,8"], "pictures have one channel or three"),
+        ([*whole, "--std", "0"], "--std none below 0"),
+        ([*whole, "--arch-kwargs", "[1]"], "--arch-kwargs must be a JSON object"),
+        ([*whole, "--rate", "1e30", "--workers", "0"], "values that are not finite"),
     ):
-        command = [sys.executable, SCRIPT, model, *ARCH, *out, *folders]
+        command = [sys.executable, SCRIPT, model, *ARCH, "--out", tmp_path / "x.pt", *given]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert done.returncode == 2
+        assert done.returncode == 2, done.stderr
         assert says in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in done.stderr
+        assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
     assert not (tmp_path / "x.pt").exists()

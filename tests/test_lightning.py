@@ -62,6 +62,9 @@ def test_masked_filters_are_at_zero_when_lightning_has_trained(tmp_path: Path, n
 def test_training_goes_on_from_lightnings_own_checkpoint(tmp_path: Path) -> None:
     first = Classifier()
     _fit(first, tmp_path, 1, HoldMasks(MASKS), ModelCheckpoint(tmp_path, filename="one"))
+    plain = Classifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)  # without the callback
+    assert _at_zero(plain.model)
+    assert torch.equal(plain.model.conv1.weight, first.model.conv1.weight)
     second = Classifier()
     _fit(second, tmp_path, 3, HoldMasks(MASKS), resume=tmp_path / "one.ckpt")
     assert _at_zero(second.model)
@@ -73,3 +76,15 @@ def test_masks_of_another_network_are_refused(tmp_path: Path) -> None:
         _fit(Classifier(), tmp_path, 1, HoldMasks({"conv9": mask_without(8, 1)}))
     with pytest.raises(UserError, match="has no network 'net'"):
         _fit(Classifier(), tmp_path, 1, HoldMasks(MASKS, "net"))
+
+
+def test_masks_are_zeros_again_when_training_fails(tmp_path: Path) -> None:
+    class Failing(Classifier):
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+            raise RuntimeError("no")
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="no"):
+        _fit(module, tmp_path, 1, HoldMasks(MASKS))
+    assert _at_zero(module.model)
+    assert set(module.model.state_dict()) == set(Plain().state_dict())

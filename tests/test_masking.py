@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Plain, mask_without, randomise_norms
+from networks import Dense, Plain, mask_without, randomise_norms
 from torch import nn
 
+from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
 from prune_viz.masking import apply_masks, are_zero, make_permanent
+from prune_viz.masks import Masks, load_masks, save_masks
+from prune_viz.reconciliation import reconcile_masks
+from prune_viz.surgery import remove_filters
 
 
 @pytest.mark.parametrize("optimiser", [
@@ -119,3 +123,37 @@ def test_whether_filters_are_at_zero_is_told() -> None:
         with torch.no_grad():
             own[mask_without(8, 2, 0).logical_not()] = 0.1
         assert not are_zero(other, masks)
+
+
+def test_norms_are_silenced_for_what_goes_now_whatever_once_went(tmp_path: Path) -> None:
+    model, x = randomise_norms(Dense()), torch.randn(2, 3, 12, 12)
+    masks = reconcile_masks(model, {"stem": mask_without(6, 1, 3)}, x)
+    masks["stem"][3] = True  # a reviewer's second thought
+    masked = apply_masks(copy.deepcopy(model), masks)
+    torch.testing.assert_close(masked(x), remove_filters(model, masks, x)(x), rtol=0, atol=1e-5)
+    masks.save(tmp_path / "decisions.pt")
+    (tmp_path / "decisions.merges.json").rename(tmp_path / "decisions.json")  # as if of a run
+    save_masks({"stem": mask_without(6, 5)}, tmp_path / "mine.pt")
+    mine = load_masks(tmp_path / "mine.pt")
+    assert mine.passages  # the run's
+    masked = apply_masks(copy.deepcopy(model), mine)
+    assert (masked.norm2.weight[[1, 3]] != 0).all()
+
+
+def test_masks_given_stay_the_callers_own() -> None:
+    model = randomise_norms(Plain())
+    masks = {"conv3": mask_without(8, 1)}
+    apply_masks(model, masks)
+    apply_masks(model, {"conv3": mask_without(8, 5)})
+    assert masks["conv3"].tolist() == mask_without(8, 1).tolist()
+    masks["conv3"][2] = False
+    assert (model.conv3.weight[2] != 0).any()
+
+
+def test_masks_that_do_not_fit_change_nothing() -> None:
+    model = randomise_norms(Plain())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for passage in (Passage("nope", 1, (("conv1", 1),)), Passage("bn1", 9, (("conv1", 1),))):
+        with pytest.raises(UserError, match="no such norm"):
+            apply_masks(model, Masks({"conv1": mask_without(8, 1)}, passages=[passage]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import Plain, mask_without
 
+from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, Merge, Origin, Predicted, load_masks, save_masks
 from prune_viz.provenance import hash_model
@@ -35,9 +36,34 @@ def test_merges_come_from_the_decisions_beside_the_masks(tmp_path: Path) -> None
         (2.0,),
         0.5,
     )
+    whole = {"merges": [merge], "model_sha256": "5a", "passages": [["bn1", 1, [["conv1", 1]]]]}
+    for damage in (
+        {"merges": [{**merge, "coefficients": [1.0, 2.0]}]}, {"merges": [{**merge, "filter": "1"}]},
+        {"merges": [{**merge, "representatives": [-1]}]}, {"passages": ["bn1"]},
+        {"passages": [["bn1", 1.5, []]]}, {"predicted": [1]}, {"merges": None},
+    ):  # fmt: skip
+        (tmp_path / "decisions.json").write_text(json.dumps({**whole, **damage}))
+        with pytest.raises(UserError, match="damaged"):
+            load_masks(tmp_path / "masks.pt")
     (tmp_path / "decisions.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_masks(tmp_path / "masks.pt")
+    (tmp_path / "decisions.json").write_text(
+        json.dumps({**whole, "predicted": {"damage": None, "unit": "nats"}})
+    )
+    assert load_masks(tmp_path / "masks.pt").predicted is None
+
+
+def test_masks_whose_writing_fails_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_masks({"conv1": mask_without(8, 1)}, tmp_path / "masks.pt")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("prune_viz.masks.write_plain_masks", full)
+    with pytest.raises(OSError, match="no space"):
+        Masks({"conv1": mask_without(8, 2)}, origin=Origin("a")).save(tmp_path / "masks.pt")
+    assert not (tmp_path / "masks.pt").exists()  # rather than the old ones beside the new merges
 
 
 def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
@@ -64,7 +90,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
         Origin("5a" * 32, "6b" * 32),
         torch.randn(3, 3, 16, 16),
         Predicted(0.25, "nats"),
-        {"bn1": [1]},
+        [Passage("bn1", 1, (("conv1", 1),))],
     )
     masks.save(tmp_path / "mine.pt")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -73,7 +99,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
     again = Masks.load(tmp_path / "mine.pt")
     assert again == masks
     assert (again.merges, again.origin, again.predicted) == (masks.merges, masks.origin, masks.predicted)
-    assert again.norms == {"bn1": [1]}
+    assert again.passages == masks.passages
     assert torch.equal(again.probes, masks.probes)
     Masks({"conv1": mask_without(8, 3)}).save(tmp_path / "mine.pt")  # nothing of the earlier ones stays
     assert [file.name for file in tmp_path.iterdir()] == ["mine.pt"]
@@ -116,20 +142,25 @@ def test_combined_masks_keep_the_merges_that_still_hold() -> None:
     own, lost, theirs = (Merge("conv1", *rest, (1.0,), 0.0) for rest in ((1, (0,)), (3, (5,)), (5, (2,))))
     one = Masks({"conv1": mask_without(8, 1, 3)}, (own, lost), Origin("a"))
     other = Masks({"conv1": mask_without(8, 5), "conv2": mask_without(4, 0)}, (theirs,))
-    one.norms, other.norms = {"bn1": [1, 3]}, {"bn1": [3, 5], "bn2": [0]}
+    one.passages = [Passage("bn1", index, (("conv1", index),)) for index in (1, 3)]
+    other.passages = [Passage("bn1", 5, (("conv1", 5),)), Passage("bn2", 0, (("conv2", 0), ("conv9", 1)))]
     combined = one.combine(other)
     assert combined == {"conv1": mask_without(8, 1, 3, 5), "conv2": mask_without(4, 0)}
     assert set(combined.merges) == {own, theirs}  # what rebuilt filter 3 has gone itself
     assert combined.origin == Origin("a")
-    assert combined.norms == {"bn1": [1, 3, 5], "bn2": [0]}
+    assert combined.passages == [*one.passages, other.passages[0]]  # conv9 still writes bn2's channel 0
     assert one.combine(other, "both").removed == 0
-    assert one.combine(other, "both").norms == {"bn1": [3]}
+    assert one.combine(other, "both").passages == []
 
 
 def test_masks_of_different_models_are_not_combined() -> None:
-    one = Masks({"conv1": mask_without(8, 1)}, origin=Origin("a"))
+    one = Masks({"conv1": mask_without(8, 1)}, origin=Origin("a", "w"))
     with pytest.raises(UserError, match="different models"):
         one.combine(Masks({"conv1": mask_without(8, 1)}, origin=Origin("b")))
+    for same in (Origin(), Origin("a"), Origin("w", "w")):  # nothing known; an older run; one in Python
+        assert one.combine(Masks({"conv1": mask_without(8, 1)}, origin=same)).origin.weights == "w"
+    with pytest.raises(UserError, match="not 'neither'"):
+        one.combine(one, "neither")
     with pytest.raises(UserError, match="conv1 has 8 filters in one, 7 in the other"):
         one.combine({"conv1": mask_without(7, 1)})
 
