@@ -110,7 +110,7 @@ def explain(
 ) -> str:
     """Say in a sentence why a filter has its verdict."""
     tied = [name for name in group.layers if name != layer]
-    channel = "It" if not tied else "The channel that ties it to " + " and ".join(tied)
+    channel = "it" if not tied else "the channel that ties it to " + " and ".join(tied)
     cost = _cost(verdict.damage, unit)
     if verdict.kind == "silent":
         if activation > 0:
@@ -124,8 +124,7 @@ def explain(
             f"what reads it takes its place; removing it {cost}."
         )
     if verdict.verdict == "redundant":
-        pairs = zip(representatives, verdict.coefficients, strict=True)
-        mix = " + ".join(f"{weight:.3g} x filter {index}" for index, weight in pairs)
+        mix = _mix(representatives, verdict.coefficients)
         return (
             f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; "
             f"removing it {cost}."
@@ -152,6 +151,12 @@ def _cost(damage: float, unit: str) -> str:
     what = "changes the network's output by" if unit == "output" else "costs"
     whose = "" if unit == "output" else " of the output of the layers that read it"
     return f"{what} {_percent(damage)}{whose}"
+
+
+def _mix(filters: Sequence[int], coefficients: Sequence[float]) -> str:
+    """A weighted sum of filters, such as ``0.5 x filter 3 - 0.2 x filter 7``."""
+    terms = (f"{weight:.3g} x filter {index}" for index, weight in zip(filters, coefficients, strict=True))
+    return " + ".join(terms).replace("+ -", "- ")
 
 
 def _percent(share: float) -> str:
