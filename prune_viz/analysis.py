@@ -34,11 +34,12 @@ from prune_viz.devices import pick_device
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
 from prune_viz.inputs import InputStatistics, read_inputs
-from prune_viz.masks import Masks, Origin, write_plain_masks
+from prune_viz.masks import Masks, write_plain_masks
 from prune_viz.network_map import embed_network
+from prune_viz.origin import Origin, hash_model
 from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
-from prune_viz.provenance import Stages, hash_model, peak_mib, versions
+from prune_viz.provenance import Stages, peak_mib, versions
 from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups
 from prune_viz.report import write_report
 from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug, write_json

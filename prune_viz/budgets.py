@@ -19,7 +19,8 @@ import torch
 from prune_viz.coupling import Passage, Places, passages
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
-from prune_viz.masks import Masks, Merge, Origin, Predicted, read_beside, save_masks
+from prune_viz.masks import Masks, Merge, Predicted, read_beside, save_masks
+from prune_viz.origin import Origin
 from prune_viz.probes import read_images
 from prune_viz.runs import RunDirectory, merges_beside
 

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -23,13 +23,10 @@ from prune_viz.arguments import (
     parse_shape,
 )
 from prune_viz.errors import UserError, one_line
+from prune_viz.terminal import make_console, make_progress, print_summary
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from prune_viz.analysis import Analysis
     from prune_viz.checkpoints import Checkpoint
-    from prune_viz.progress import Progress
 
 P = ParamSpec("P")
 
@@ -203,11 +200,11 @@ def analyze(
         seed=seed,
         device=device,
         fresh=fresh,
-        progress=_progress(),
+        progress=make_progress(),
         source=checkpoint.source,
         **options,
     )
-    print_summary(result, out, _console())
+    print_summary(result, out, make_console())
 
 
 @app.command()
@@ -246,7 +243,7 @@ def masks(
 
     from prune_viz.budgets import write_masks
 
-    console = _console()
+    console = make_console()
     for line in write_masks(run, out, **budget):
         console.print(one_line(line), soft_wrap=True)
 
@@ -304,7 +301,7 @@ def apply(
     else:
         how = None if compensate is None else compensate.value
         lines = write_removed(checkpoint, masks, shape, out, how, export)
-    console = _console()
+    console = make_console()
     for line in lines:
         console.print(one_line(line), soft_wrap=True)
     console.print(f"written to {one_line(out)}", soft_wrap=True)
@@ -321,9 +318,9 @@ def report(run: RunArgument) -> None:
 
     from prune_viz.report import write_report
 
-    with _progress() as progress:
+    with make_progress() as progress:
         page = write_report(directory, progress)
-    _console().print(f"report: {one_line(page)}", soft_wrap=True)
+    make_console().print(f"report: {one_line(page)}", soft_wrap=True)
 
 
 @app.command()
@@ -336,39 +333,7 @@ def demo(
 
     from prune_viz.demo import run_demo
 
-    run_demo(out, _progress(), _console())
-
-
-def print_summary(result: Analysis, out: Path, console: Console) -> None:
-    """Print what an analysis found, what it would save, what it took and where things lie."""
-    from prune_viz.runs import RunDirectory
-
-    summary: Mapping[str, Any] = result.summary
-    run = RunDirectory(out)
-    found = _grid(console)
-    for name in ("filters", "keep", "redundant", "dead"):
-        share = f"{summary[name] / max(summary['filters'], 1):.1%}" if name != "filters" else ""
-        found.add_row(name, f"{summary[name]:,}", share)
-    console.print(found)
-    saved = _grid(console)
-    for title, name in (("parameters", "parameters"), ("MACs", "macs")):
-        before, after = summary[name], summary[f"{name}_after"]
-        change = f"{after / before - 1:+.1%}" if before else ""
-        saved.add_row(title, f"{before:,}", "->", f"{after:,}", change)
-    console.print(saved)
-    console.print(f"took {summary['seconds']:,.0f} s and at most {summary['peak_mib']:,.0f} MiB")
-    for what, path in (("report", run.report_page), ("masks", run.masks_file), ("table", run.filters_file)):
-        console.print(f"{what + ':':<8}{one_line(path)}", soft_wrap=True)
-
-
-def _grid(console: Console) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE if console.is_terminal else None, show_header=False, pad_edge=False)
-    for number in range(5):
-        table.add_column(justify="left" if number == 0 else "right")
-    return table
+    run_demo(out, make_progress(), make_console())
 
 
 def _load(model: Path, arch: str | None, kwargs: dict[str, Any] | None, trust_pickle: bool) -> Checkpoint:
@@ -381,18 +346,6 @@ def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
     from prune_viz.architectures import default_input_shape
 
     return checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False)
-
-
-def _progress() -> Progress:
-    from prune_viz.progress import BarProgress, Progress
-
-    return BarProgress() if sys.stderr.isatty() else Progress()
 
 
 def main() -> None:

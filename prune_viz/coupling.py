@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from prune_viz.filters import is_depthwise, plain_copy
+from prune_viz.filters import is_depthwise
+from prune_viz.plain import plain_copy
 from prune_viz.tracing import norms_behind, tensors_of
 
 

@@ -12,7 +12,8 @@ import torch
 from prune_viz.coupling import CouplingGroup, passages
 from prune_viz.embedding import Embedding
 from prune_viz.filters import Layer
-from prune_viz.masks import Masks, Merge, Origin, Predicted, beside_json
+from prune_viz.masks import Masks, Merge, Predicted, beside_json
+from prune_viz.origin import Origin
 from prune_viz.redundancy import TOLERANCE, ChannelVerdict, GroupVerdicts
 from prune_viz.runs import FILTER_COLUMNS, FORMAT, LayerTensors
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.errors import UserError
-from prune_viz.filters import plain_copy
+from prune_viz.plain import plain_copy
 from prune_viz.runs import written_aside
 from prune_viz.tracing import tensors_of
 

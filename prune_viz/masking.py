@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize, prune
 
 from prune_viz import tracing
 from prune_viz.errors import UserError
-from prune_viz.filters import bake_parameters, pruned_by_torch
 from prune_viz.masks import Masks, check_masks
+from prune_viz.plain import bake_parameters, pruned_by_torch
 
 
 class FilterMask(nn.Module):

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
+from prune_viz.origin import Origin
 from prune_viz.probes import read_images, write_images
-from prune_viz.provenance import hash_model
 from prune_viz.runs import FORMAT, merges_beside, probes_beside, write_json, written_aside
 
 
@@ -61,44 +61,6 @@ class Predicted:
 
     damage: float
     unit: str
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The model that masks were made for.
-
-    Attributes
-    ----------
-    file : str or None
-        SHA-256 of its file; of its weights, if it was analysed in Python.
-    weights : str or None
-        SHA-256 of its weights (`prune_viz.provenance.hash_model`).
-    """
-
-    file: str | None = None
-    weights: str | None = None
-
-    def agreed(self, other: Origin) -> Origin | None:
-        """What both know of their model together; None if it is not the same one."""
-        if self == Origin() or other == Origin():
-            return other if self == Origin() else self
-        if not ({self.file, self.weights} & {other.file, other.weights}) - {None}:
-            return None
-        return self if self.weights is not None else other
-
-    def is_of(self, model: nn.Module, file: str | None = None) -> bool:
-        """Whether that is `model`, loaded from a file with this digest; True where nothing is known."""
-        known = {self.file, self.weights} - {None}
-        return not known or file in known or hash_model(model) in known
-
-    def has_weights_of(self, model: nn.Module) -> bool:
-        """Whether that model's weights are still those of `model`, as far as can be told.
-
-        They cannot be told where nothing is known, or `model` is of another precision now.
-        """
-        if self.weights is None or hash_model(model) == self.weights:
-            return True
-        return any(parameter.dtype != torch.float32 for parameter in model.parameters())
 
 
 class Masks(dict[str, Tensor]):

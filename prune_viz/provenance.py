@@ -1,8 +1,7 @@
-"""Where a run comes from and what it took: the model's hash, versions, seconds and memory a stage."""
+"""Where a run comes from and what it took: versions, seconds and memory a stage."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import resource
 import sys
@@ -14,19 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from prune_viz import __version__
-
-
-def hash_model(model: nn.Module) -> str:
-    """Hex SHA-256 over a model's state dict: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.coupling import CouplingGroup, UntraceableError, find_groups, passages
 from prune_viz.errors import UserError
-from prune_viz.filters import plain_copy
 from prune_viz.masks import Masks, check_masks
+from prune_viz.plain import plain_copy
 
 
 def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_inputs: Tensor) -> Masks:

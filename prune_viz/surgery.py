@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prune_viz.coupling import CouplingGroup, Places, build_graph, group_of_layer
 from prune_viz.errors import UserError
-from prune_viz.filters import blank_input, plain_copy
+from prune_viz.filters import blank_input
 from prune_viz.masks import Masks, Merge, check_masks
+from prune_viz.plain import plain_copy
 from prune_viz.recalibration import copy_statistics, recalibrate_norms
 from prune_viz.reconciliation import channels_gone, groups_for_removal, reconcile_with_groups
 from prune_viz.tracing import norms_behind

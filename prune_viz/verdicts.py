@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from prune_viz import probes, redundancy
 from prune_viz.coupling import CouplingGroup
 from prune_viz.devices import as_batch
-from prune_viz.filters import FilterNetwork, plain_copy
+from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics
+from prune_viz.plain import plain_copy
 from prune_viz.progress import Progress
 from prune_viz.redundancy import GroupVerdicts
 from prune_viz.responses import Moments, gather_moments, pool_moments

@@ -41,8 +41,8 @@ import prune_viz as pv
 from prune_viz import coupling
 from prune_viz.coupling import CouplingGroup
 from prune_viz.elimination import rebuild_all
-from prune_viz.filters import plain_copy
 from prune_viz.masks import Masks
+from prune_viz.plain import plain_copy
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
 from prune_viz.ranking import measure_groups

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prune_viz import analysis as module
-from prune_viz.analysis import Analysis, analyze, hash_model
+from prune_viz.analysis import Analysis, analyze
 from prune_viz.coupling import find_groups
 from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.errors import UserError
 from prune_viz.masks import load_masks
+from prune_viz.origin import hash_model
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
 from prune_viz.ranking import measure_groups

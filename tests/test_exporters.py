@@ -11,8 +11,8 @@ from torch.nn.utils import prune
 
 from prune_viz.errors import UserError
 from prune_viz.exporters import prune_with_torch, to_indices, to_nni
-from prune_viz.filters import plain_copy
 from prune_viz.masking import apply_masks, make_permanent
+from prune_viz.plain import plain_copy
 from prune_viz.surgery import remove_filters
 
 MASKS = {"conv1": mask_without(8, 0, 3), "conv2": mask_without(8), "conv3": mask_without(8, 7)}

@@ -14,7 +14,8 @@ from PIL import Image
 
 from prune_viz.checkpoints import load_checkpoint, load_model
 from prune_viz.digits import Digits, DigitsNet
-from prune_viz.masks import Masks, Origin, save_masks
+from prune_viz.masks import Masks, save_masks
+from prune_viz.origin import Origin
 from prune_viz.pruned import write_removed
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"

@@ -11,8 +11,8 @@ from networks import Plain, mask_without
 
 from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
-from prune_viz.masks import Masks, Merge, Origin, Predicted, load_masks, save_masks
-from prune_viz.provenance import hash_model
+from prune_viz.masks import Masks, Merge, Predicted, load_masks, save_masks
+from prune_viz.origin import Origin, hash_model
 
 
 def test_masks_survive_the_disk_and_load_without_pickle(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 import prune_viz as pv
 from prune_viz.budgets import macs_left, masks_for_counts, read_rankings
 from prune_viz.filters import FilterNetwork
-from prune_viz.masks import Origin
+from prune_viz.origin import Origin
 from prune_viz.priors import make_prior
 from prune_viz.runs import RunDirectory
 from prune_viz.stimuli import ascend

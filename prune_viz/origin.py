@@ -1,0 +1,57 @@
+"""Which model something was made for, told by digests of its file and of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+def hash_model(model: nn.Module) -> str:
+    """Hex SHA-256 over a model's state dict: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that masks were made for.
+
+    Attributes
+    ----------
+    file : str or None
+        SHA-256 of its file; of its weights, if it was analysed in Python.
+    weights : str or None
+        SHA-256 of its weights (`hash_model`).
+    """
+
+    file: str | None = None
+    weights: str | None = None
+
+    def agreed(self, other: Origin) -> Origin | None:
+        """What both know of their model together; None if it is not the same one."""
+        if self == Origin() or other == Origin():
+            return other if self == Origin() else self
+        if not ({self.file, self.weights} & {other.file, other.weights}) - {None}:
+            return None
+        return self if self.weights is not None else other
+
+    def is_of(self, model: nn.Module, file: str | None = None) -> bool:
+        """Whether that is `model`, loaded from a file with this digest; True where nothing is known."""
+        known = {self.file, self.weights} - {None}
+        return not known or file in known or hash_model(model) in known
+
+    def has_weights_of(self, model: nn.Module) -> bool:
+        """Whether that model's weights are still those of `model`, as far as can be told.
+
+        They cannot be told where nothing is known, or `model` is of another precision now.
+        """
+        if self.weights is None or hash_model(model) == self.weights:
+            return True
+        return any(parameter.dtype != torch.float32 for parameter in model.parameters())

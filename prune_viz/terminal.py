@@ -1,0 +1,62 @@
+"""What the command line shows: consoles, progress and the summary of an analysis."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune_viz.errors import one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from prune_viz.analysis import Analysis
+    from prune_viz.progress import Progress
+
+
+def make_console() -> Console:
+    """A console that takes nothing it is given for markup."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False)
+
+
+def make_progress() -> Progress:
+    """Bars where someone watches, silence elsewhere."""
+    from prune_viz.progress import BarProgress, Progress
+
+    return BarProgress() if sys.stderr.isatty() else Progress()
+
+
+def print_summary(result: Analysis, out: Path, console: Console) -> None:
+    """Print what an analysis found, what it would save, what it took and where things lie."""
+    from prune_viz.runs import RunDirectory
+
+    summary: Mapping[str, Any] = result.summary
+    run = RunDirectory(out)
+    found = _grid(console)
+    for name in ("filters", "keep", "redundant", "dead"):
+        share = f"{summary[name] / max(summary['filters'], 1):.1%}" if name != "filters" else ""
+        found.add_row(name, f"{summary[name]:,}", share)
+    console.print(found)
+    saved = _grid(console)
+    for title, name in (("parameters", "parameters"), ("MACs", "macs")):
+        before, after = summary[name], summary[f"{name}_after"]
+        change = f"{after / before - 1:+.1%}" if before else ""
+        saved.add_row(title, f"{before:,}", "->", f"{after:,}", change)
+    console.print(saved)
+    console.print(f"took {summary['seconds']:,.0f} s and at most {summary['peak_mib']:,.0f} MiB")
+    for what, path in (("report", run.report_page), ("masks", run.masks_file), ("table", run.filters_file)):
+        console.print(f"{what + ':':<8}{one_line(path)}", soft_wrap=True)
+
+
+def _grid(console: Console) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE if console.is_terminal else None, show_header=False, pad_edge=False)
+    for number in range(5):
+        table.add_column(justify="left" if number == 0 else "right")
+    return table
