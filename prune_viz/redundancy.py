@@ -4,7 +4,8 @@ A channel is redundant when a few kept channels rebuild it. What backward elimin
 (`prune_viz.elimination`) proposes is confirmed sparsely and on probes that the fit did not see: each proposed
 channel must be rebuilt from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost
 the readers less than the tolerance, a share of their output's variance. What removal does to the network's
-own output is told by `rank`, where its sensitivity is known.
+own output is told by `rank`, where its sensitivity is known; a redundant channel must cost that less than the
+tolerance too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from prune_viz.probes import HELD_OUT
 from prune_viz.responses import Moments
 
 TOLERANCE = 1e-3
-MIN_SCORE = 0.95
+MIN_SCORE = 0.97  # share of a channel's variance, held out, that others rebuild where it is redundant
 _SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
 _CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
 
@@ -97,7 +98,7 @@ class GroupVerdicts:
 def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
     """Verdicts for a group that cannot be judged: everything is kept."""
     nan = float("nan")
-    kept = [ChannelVerdict(index, "keep", "", [], [], 0.0, nan, nan) for index in range(group.channels)]
+    kept = [_kept(index, nan, nan) for index in range(group.channels)]
     return GroupVerdicts(group.number, kept, [], [], 0.0)
 
 
@@ -149,11 +150,7 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
                 )
             )
         else:
-            channels.append(
-                ChannelVerdict(
-                    channel, "keep", "", [], [], 0.0, float(score[channel]), float(damage[channel])
-                )
-            )
+            channels.append(_kept(channel, float(score[channel]), float(damage[channel])))
     return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, readers))
 
 
@@ -218,6 +215,7 @@ def rank(
     -------
     GroupVerdicts
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
+        A redundant channel that costs the network's output more than `TOLERANCE` is kept after all.
         Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
         empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
@@ -230,18 +228,36 @@ def rank(
         return unranked, moments[0].fit
     order, order_damage, pooled = order_channels(readers)
     fit, held_out, energy = combine(readers)
-    rebuilt = {one.channel: _weights(one, len(pooled)) for one in verdicts.channels if one.verdict != "keep"}
-    kept = [one.channel for one in verdicts.channels if one.verdict == "keep"]
+    costs = {
+        one.channel: _damage({one.channel: _weights(one, len(pooled))}, readers)
+        for one in verdicts.channels
+        if one.verdict != "keep"
+    }
+    flagged = [
+        one.channel
+        for one in verdicts.channels
+        if one.verdict == "dead" or (one.verdict == "redundant" and _bearable(costs[one.channel], unit))
+    ]
+    kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
     damage = np.diag(energy) * np.diag(pooled)[:-1] if ablations is None else ablations
     channels = [
-        replace(one, damage=_damage({one.channel: rebuilt[one.channel]}, readers))
-        if one.channel in rebuilt
-        else replace(one, score=float(score[one.channel]), damage=float(damage[one.channel]))
+        replace(one, damage=costs[one.channel])
+        if one.channel in flagged
+        else _kept(one.channel, float(score[one.channel]), float(damage[one.channel]))
         for one in verdicts.channels
     ]
     ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
     return ranked, pooled
+
+
+def _kept(channel: int, score: float, damage: float) -> ChannelVerdict:
+    return ChannelVerdict(channel, "keep", "", [], [], 0.0, score, damage)
+
+
+def _bearable(cost: float, unit: str) -> bool:
+    """Whether a redundant channel may go, by what that does to the network's output."""
+    return unit == "readers" or cost <= TOLERANCE
 
 
 def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:

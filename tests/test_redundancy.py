@@ -14,7 +14,7 @@ from torch import nn
 from prune_viz import redundancy
 from prune_viz.coupling import CouplingGroup, Places, find_groups, group_of_layer
 from prune_viz.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
-from prune_viz.redundancy import judge, rank
+from prune_viz.redundancy import GroupVerdicts, judge, rank
 from prune_viz.responses import Moments, gather_moments
 
 
@@ -139,6 +139,30 @@ def test_a_groups_only_channel_has_its_damage() -> None:
     assert ranked.order == []
     assert ranked.channels[0].verdict == "keep"
     assert ranked.channels[0].damage == 0.25
+
+
+def test_a_redundant_channel_that_costs_the_output_too_much_is_kept_after_all() -> None:
+    samples = _relu_samples(0, 4000, 8)
+    samples[:, 6] = samples[:, 0]
+    samples[:, 7] = samples[:, 1] + 0.02 * _relu_samples(1, 4000, 1)[:, 0]
+    weights = np.random.default_rng(5).normal(size=(7, 8))
+    group, moments = _group(samples, samples, weights)
+    verdicts = judge(group, moments)
+    pairs = ({0, 6}, {1, 7})
+
+    def flagged(found: GroupVerdicts) -> list[int]:
+        redundant = {one.channel for one in found.channels if one.verdict == "redundant"}
+        return [len(redundant & pair) for pair in pairs]
+
+    assert flagged(verdicts) == [1, 1]
+    ablations = np.full(8, 0.5)
+    for unit, share in (("nats", 1e3), ("output", 1e3), ("nats", 1.0), ("readers", 1e3)):
+        costly = [replace(moments[0], unit=moments[0].unit / share)]
+        ranked, _ = rank(verdicts, costly, ablations, unit)
+        assert flagged(ranked) == ([1, 0] if share > 1 and unit != "readers" else [1, 1])
+        back = [one for one in ranked.channels if one.channel in pairs[1] and one.verdict == "keep"]
+        assert all(one.damage == 0.5 and one.representatives == [] for one in back)
+        assert len(back) == 1 or all(one.score > 0.99 for one in back)  # each rebuilt by the other
 
 
 def test_where_no_reader_varies_the_damage_is_unknown() -> None:
