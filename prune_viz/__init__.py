@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prune_viz.analysis import analyze
     from prune_viz.checkpoints import load_model
     from prune_viz.errors import UserError
-    from prune_viz.exporters import prune_with_torch, to_indices, to_nni
+    from prune_viz.mask_formats import prune_with_torch, to_indices, to_nni
     from prune_viz.masking import apply_masks, make_permanent
     from prune_viz.masks import Masks, load_masks, save_masks
     from prune_viz.reconciliation import reconcile_masks
@@ -51,12 +51,12 @@ _HOMES = {
     "load_model": "checkpoints",
     "make_permanent": "masking",
     "maximize": "stimuli",
-    "prune_with_torch": "exporters",
+    "prune_with_torch": "mask_formats",
     "reconcile_masks": "reconciliation",
     "remove_filters": "surgery",
     "save_masks": "masks",
-    "to_indices": "exporters",
-    "to_nni": "exporters",
+    "to_indices": "mask_formats",
+    "to_nni": "mask_formats",
 }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from prune_viz.errors import UserError
-from prune_viz.exporters import prune_with_torch, to_indices, to_nni
+from prune_viz.mask_formats import prune_with_torch, to_indices, to_nni
 from prune_viz.masking import apply_masks, make_permanent
 from prune_viz.plain import plain_copy
 from prune_viz.surgery import remove_filters
