@@ -1,9 +1,10 @@
 """Masks for any budget from one analysis: how many channels each coupling group gives up, and which.
 
 Every group has its removal order, the least missed channel first. A share of filters or of
-multiply-accumulates is spread evenly: each group gives up the same share of its channels. A tolerance is
-spread as damage: each group goes as far down its order as the predicted damage allows. What is removed is
-rebuilt from all that its group keeps, by least squares on the second moments over the probes.
+multiply-accumulates is spread evenly: each group gives up the same share of its channels, and what rounding
+took too much is given back where it is missed most. A tolerance is spread as damage: each group goes as far
+down its order as the predicted damage allows. What is removed is rebuilt from all that its group keeps, by
+least squares on the second moments over the probes.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ class Ranking:
     reads: dict[str, float]
     norms: list[Places]
 
-    def count(self, share: float) -> int:
-        """How many channels a share of them is, at least one staying."""
-        return min(round(share * self.channels), len(self.order))
+    def count(self, share: float, round_to: int) -> int:
+        """How many channels to remove for a share of them to go, a multiple of `round_to` staying."""
+        left = round_to * round((1 - share) * self.channels / round_to)
+        return self.channels - min(max(left, round_to, self.channels - len(self.order)), self.channels)
+
+    def lower_count(self, count: int, round_to: int) -> int:
+        """The next smaller number of channels to remove, of those that leave a multiple of `round_to`."""
+        return self.channels - min((self.channels - count) // round_to * round_to + round_to, self.channels)
 
     def damage_of(self, counts: Mapping[int, int]) -> float:
         """Predicted damage of losing so many channels."""
@@ -74,6 +80,7 @@ def write_masks(
     ratio: float | None = None,
     macs: float | None = None,
     tolerance: float | None = None,
+    round_to: int = 1,
 ) -> list[str]:
     """Write masks for a budget from what a run directory holds; without a budget, those of its verdicts.
 
@@ -86,6 +93,8 @@ def write_masks(
         beside it: the merges, and outside the run its calibrated probes.
     ratio, macs, tolerance : float, optional
         At most one of them: share of the filters, share of the multiply-accumulates, predicted damage.
+    round_to : int
+        Of a group that loses channels for such a budget, a multiple of this stays.
 
     Returns
     -------
@@ -103,11 +112,11 @@ def write_masks(
     rankings = read_rankings(decisions)
     counts = None
     if ratio is not None:
-        counts = counts_for_ratio(rankings, ratio, sum(filters.values()))
+        counts = counts_for_ratio(rankings, ratio, sum(filters.values()), round_to)
     elif macs is not None:
-        counts = counts_for_macs(rankings, macs, costs)
+        counts = counts_for_macs(rankings, macs, costs, round_to)
     elif tolerance is not None:
-        counts = counts_for_tolerance(rankings, tolerance)
+        counts = counts_for_tolerance(rankings, tolerance, round_to)
     out = out or directory.masks_file
     inside = out.resolve().parent == directory.path.resolve()
     masks = read_beside(directory.decisions_file)
@@ -168,23 +177,36 @@ def read_rankings(decisions: Mapping[str, Any]) -> list[Ranking]:
     return rankings
 
 
-def counts_for_tolerance(rankings: Sequence[Ranking], tolerance: float) -> dict[int, int]:
-    """How many channels each group can lose before its predicted damage passes `tolerance`, in its unit."""
-    return {
-        ranking.number: int(np.searchsorted(ranking.damage, tolerance, side="right")) for ranking in rankings
-    }
+def counts_for_tolerance(rankings: Sequence[Ranking], tolerance: float, round_to: int = 1) -> dict[int, int]:
+    """How many channels each group can lose before its predicted damage passes `tolerance`, in its unit.
+
+    Of a group that loses some a multiple of `round_to` stays.
+    """
+    counts = {}
+    for ranking in rankings:
+        bearable = int(np.searchsorted(ranking.damage, tolerance, side="right"))
+        # One more, lowered, is the most that is not above and leaves a multiple.
+        counts[ranking.number] = ranking.lower_count(bearable + 1, round_to)
+    return counts
 
 
-def counts_for_ratio(rankings: Sequence[Ranking], ratio: float, filters: int) -> dict[int, int]:
-    """How many channels each group loses so that a share `ratio` of `filters` goes, evenly spread."""
+def counts_for_ratio(
+    rankings: Sequence[Ranking], ratio: float, filters: int, round_to: int = 1
+) -> dict[int, int]:
+    """How many channels each group loses so that a share `ratio` of `filters` goes, evenly spread.
+
+    Of a group that loses some a multiple of `round_to` stays.
+    """
 
     def share_of_filters(counts: Mapping[int, int]) -> float:
         return removed_filters(rankings, counts) / filters
 
-    return _evenly(rankings, ratio, share_of_filters, "filters")
+    return _evenly(rankings, ratio, share_of_filters, "filters", round_to)
 
 
-def counts_for_macs(rankings: Sequence[Ranking], ratio: float, macs: Mapping[str, int]) -> dict[int, int]:
+def counts_for_macs(
+    rankings: Sequence[Ranking], ratio: float, macs: Mapping[str, int], round_to: int = 1
+) -> dict[int, int]:
     """How many channels each group loses so that a share `ratio` of the MACs goes, evenly spread.
 
     Parameters
@@ -195,13 +217,15 @@ def counts_for_macs(rankings: Sequence[Ranking], ratio: float, macs: Mapping[str
         Share of the multiply-accumulates to save, above 0 and below 1.
     macs : mapping of str to int
         MACs of each module of the whole network.
+    round_to : int
+        Of a group that loses channels a multiple of this stays.
     """
     total = sum(macs.values())
 
     def share_of_macs(counts: Mapping[int, int]) -> float:
         return 1 - macs_left(rankings, counts, macs) / total
 
-    return _evenly(rankings, ratio, share_of_macs, "multiply-accumulates")
+    return _evenly(rankings, ratio, share_of_macs, "multiply-accumulates", round_to)
 
 
 def removed_filters(rankings: Sequence[Ranking], counts: Mapping[int, int]) -> int:
@@ -229,21 +253,47 @@ def macs_left(rankings: Sequence[Ranking], counts: Mapping[int, int], macs: Mapp
 
 
 def _evenly(
-    rankings: Sequence[Ranking], wanted: float, saved: Callable[[Mapping[int, int]], float], what: str
+    rankings: Sequence[Ranking],
+    wanted: float,
+    saved: Callable[[Mapping[int, int]], float],
+    what: str,
+    round_to: int,
 ) -> dict[int, int]:
-    """The smallest even share of channels that saves what is wanted."""
+    """The smallest even share of channels that saves what is wanted, less what can then be given back."""
 
-    def counts(step: int) -> dict[int, int]:
-        return {ranking.number: ranking.count(step / _SHARES) for ranking in rankings}
+    def counts_at(step: int) -> dict[int, int]:
+        return {ranking.number: ranking.count(step / _SHARES, round_to) for ranking in rankings}
 
     low, high = 0, _SHARES
-    if saved(counts(high)) < wanted:
-        most = saved(counts(high))
-        raise UserError(f"at most {most:.1%} of the {what} of this network can go; ask for less")
+    if saved(counts_at(high)) < wanted:
+        most = saved(counts_at(high))
+        left = f" and leave multiples of {round_to}" if round_to > 1 else ""
+        raise UserError(f"at most {most:.1%} of the {what} of this network can go{left}; ask for less")
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if saved(counts(middle)) >= wanted else (middle + 1, high)
-    return counts(low)
+        low, high = (low, middle) if saved(counts_at(middle)) >= wanted else (middle + 1, high)
+    return _give_back(rankings, counts_at(low), wanted, saved, round_to)
+
+
+def _give_back(
+    rankings: Sequence[Ranking],
+    counts: dict[int, int],
+    wanted: float,
+    saved: Callable[[Mapping[int, int]], float],
+    round_to: int,
+) -> dict[int, int]:
+    """Counts of which none can be lowered: one step at a time goes back where that spares most damage."""
+    losing = [ranking for ranking in rankings if counts[ranking.number]]
+    while losing:
+        lower = {one.number: one.lower_count(counts[one.number], round_to) for one in losing}
+        best = max(losing, key=lambda one: one.damage_of(counts) - one.damage_of(lower))
+        offer = {**counts, best.number: lower[best.number]}
+        fits = saved(offer) >= wanted
+        if fits:
+            counts = offer
+        if not fits or not counts[best.number]:
+            losing = [one for one in losing if one is not best]
+    return counts
 
 
 def masks_for_counts(

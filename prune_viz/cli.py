@@ -223,6 +223,14 @@ def masks(
             metavar="T", help="Damage allowed to each group, in the run's own unit: nats for classifiers."
         ),
     ] = None,
+    round_to: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With a budget: leave each layer a multiple of N filters; hardware is fastest at 8 or 16.",
+        ),
+    ] = 1,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
     ] = None,
@@ -237,6 +245,8 @@ def masks(
             raise UserError(f"--{name} must be at least 0, not {value:g}")
         if name != "tolerance" and value >= 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
+    if round_to != 1 and not budget:
+        raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a directory; name a file")
     check_writable((out or run).absolute().parent)
@@ -244,7 +254,7 @@ def masks(
     from prune_viz.budgets import write_masks
 
     console = make_console()
-    for line in write_masks(run, out, **budget):
+    for line in write_masks(run, out, round_to=round_to, **budget):
         console.print(one_line(line), soft_wrap=True)
 
 

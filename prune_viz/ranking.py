@@ -41,16 +41,19 @@ class Measured:
     ----------
     moments : dict of int to list of Moments
         By the group's number, one a reader.
+    weighed : dict of int to list of Moments
+        The same, outputs counting by what the network's own output makes of them, where that is known.
     seen : dict of int to list of Moments
         The same on the user's own images alone; empty where there are none.
     ablations : dict of int to ndarray, each shape (channels,), or None
         What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
         nothing is near the training data or that cannot be told.
     unit : {"nats", "output", "readers"}
-        Of damage: that of `Sensitivities`, or a share of what the readers give.
+        Of damage by the weighed moments: that of `Sensitivities`, or a share of what the readers give.
     """
 
     moments: dict[int, list[Moments]]
+    weighed: dict[int, list[Moments]]
     seen: dict[int, list[Moments]]
     ablations: dict[int, np.ndarray] | None
     unit: str
@@ -141,7 +144,7 @@ def measure_groups(
         Told how the work goes.
     """
     if not groups:
-        return Measured({}, {}, None, "readers")
+        return Measured({}, {}, {}, None, "readers")
     moments, seen = _gather(model, groups, calibrated, examples, seed, progress)
     moments = moments or {number: list(readers) for number, readers in known.items()}
     sensitivities = None
@@ -152,12 +155,12 @@ def measure_groups(
         sensitivities = gather_sensitivities(model, groups, near, seed)
         progress.finish()
     if sensitivities is None:
-        return Measured(moments, seen, None, "readers")
+        return Measured(moments, moments, seen, None, "readers")
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers)
         for group in groups
     }
-    return Measured(weighed, seen, sensitivities.ablations, sensitivities.unit)
+    return Measured(moments, weighed, seen, sensitivities.ablations, sensitivities.unit)
 
 
 def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
@@ -171,9 +174,11 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
         Their moments.
     """
     ranked, pooled = dict(verdicts), {}
-    for number, readers in measured.moments.items():
+    for number, moments in measured.moments.items():
         ablations = None if measured.ablations is None else measured.ablations[number]
-        ranked[number], pooled[number] = rank(verdicts[number], readers, ablations, measured.unit)
+        ranked[number], pooled[number] = rank(
+            verdicts[number], moments, measured.weighed[number], ablations, measured.unit
+        )
         if number in measured.seen:
             ranked[number] = note_silent(ranked[number], measured.seen[number])
     return Ranked(ranked, pooled)

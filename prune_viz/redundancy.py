@@ -4,8 +4,8 @@ A channel is redundant when a few kept channels rebuild it. What backward elimin
 (`prune_viz.elimination`) proposes is confirmed sparsely and on probes that the fit did not see: each proposed
 channel must be rebuilt from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost
 the readers less than the tolerance, a share of their output's variance. What removal does to the network's
-own output is told by `rank`, where its sensitivity is known; a redundant channel must cost that less than the
-tolerance too.
+own output is told by `rank`, where its sensitivity is known, on probes near the training data. There a
+redundant channel must, taken alone, cost the readers and the output less than the tolerance too.
 """
 
 from __future__ import annotations
@@ -195,7 +195,11 @@ def order_channels(moments: Sequence[Moments]) -> tuple[list[int], list[float], 
 
 
 def rank(
-    verdicts: GroupVerdicts, moments: Sequence[Moments], ablations: np.ndarray | None, unit: str
+    verdicts: GroupVerdicts,
+    moments: Sequence[Moments],
+    weighed: Sequence[Moments],
+    ablations: np.ndarray | None,
+    unit: str,
 ) -> tuple[GroupVerdicts, np.ndarray]:
     """Order a judged group's channels, and measure each one's damage, on probes near the training data.
 
@@ -205,39 +209,41 @@ def rank(
         What was found in the group.
     moments : sequence of Moments
         One a reader.
+    weighed : sequence of Moments
+        The same, outputs counting by what the network's own output makes of them, where that is known
+        (`prune_viz.responses.weigh_outputs`).
     ablations : ndarray or None, shape (channels,)
-        What silencing each channel costs the network's output, where that is known; the moments
-        then weigh outputs by it too (`prune_viz.responses.weigh_outputs`).
+        What silencing each channel costs the network's output, where that is known.
     unit : {"nats", "output", "readers"}
-        Of the damage that these give.
+        Of the damage that the weighed ones give.
 
     Returns
     -------
     GroupVerdicts
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
-        A redundant channel that costs the network's output more than `TOLERANCE` is kept after all.
+        A redundant channel that costs the readers or the network's output more than `TOLERANCE` is kept
+        after all.
         Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
         empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
         As `order_channels` gives them.
     """
-    readers = [reader for reader in moments if reader.output_variance > 0]
+    plain = [reader for reader in moments if reader.output_variance > 0]
+    readers = [reader for reader in weighed if reader.output_variance > 0]
     if not readers or np.isnan(verdicts.channels[0].damage):
         unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
         unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
         return unranked, moments[0].fit
     order, order_damage, pooled = order_channels(readers)
     fit, held_out, energy = combine(readers)
-    costs = {
-        one.channel: _damage({one.channel: _weights(one, len(pooled))}, readers)
-        for one in verdicts.channels
-        if one.verdict != "keep"
-    }
-    flagged = [
-        one.channel
-        for one in verdicts.channels
-        if one.verdict == "dead" or (one.verdict == "redundant" and _bearable(costs[one.channel], unit))
-    ]
+    costs, flagged = {}, []
+    for one in verdicts.channels:
+        if one.verdict == "keep":
+            continue
+        rebuilt = {one.channel: _weights(one, len(pooled))}
+        costs[one.channel] = _damage(rebuilt, readers)
+        if one.verdict == "dead" or max(costs[one.channel], _damage(rebuilt, plain)) <= TOLERANCE:
+            flagged.append(one.channel)
     kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
     damage = np.diag(energy) * np.diag(pooled)[:-1] if ablations is None else ablations
@@ -253,11 +259,6 @@ def rank(
 
 def _kept(channel: int, score: float, damage: float) -> ChannelVerdict:
     return ChannelVerdict(channel, "keep", "", [], [], 0.0, score, damage)
-
-
-def _bearable(cost: float, unit: str) -> bool:
-    """Whether a redundant channel may go, by what that does to the network's output."""
-    return unit == "readers" or cost <= TOLERANCE
 
 
 def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:

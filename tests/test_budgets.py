@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 
 from prune_viz import cli
 from prune_viz.analysis import analyze
-from prune_viz.budgets import macs_left, read_rankings, removed_filters, write_masks
+from prune_viz.budgets import (
+    Ranking,
+    counts_for_macs,
+    counts_for_tolerance,
+    macs_left,
+    read_rankings,
+    removed_filters,
+    write_masks,
+)
 from prune_viz.errors import UserError
 from prune_viz.masking import apply_masks
 from prune_viz.masks import load_masks
@@ -83,6 +91,65 @@ def test_a_share_of_the_filters_goes_the_least_missed_first(
     for merge in masks.merges:
         assert not masks[merge.layer][merge.filter]
         assert masks[merge.layer][list(merge.representatives)].all()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("budget", [{"ratio": 0.3}, {"macs": 0.3}, {"tolerance": 0.6}])
+def test_what_stays_of_a_group_is_a_multiple(
+    runs: dict[str, Path], name: str, budget: dict[str, float], tmp_path: Path
+) -> None:
+    write_masks(runs[name], tmp_path / "fine.pt", **budget)
+    write_masks(runs[name], tmp_path / "coarse.pt", round_to=2, **budget)
+    fine, coarse = load_masks(tmp_path / "fine.pt"), load_masks(tmp_path / "coarse.pt")
+    assert coarse.removed > 0
+    for ranking in read_rankings(RunDirectory(runs[name]).read_decisions()):
+        gone = {
+            channel
+            for layer, placed in ranking.filters.items()
+            for channel in np.flatnonzero(placed >= 0).tolist()
+            if not coarse[layer][placed[channel]]
+        }
+        assert gone == set(ranking.order[: len(gone)])
+        assert not gone or (ranking.channels - len(gone)) % 2 == 0
+    if "tolerance" in budget:
+        assert all(bool((coarse[layer] >= fine[layer]).all()) for layer in fine)
+    elif "macs" in budget:
+        model, example = _model(name), torch.zeros(1, *SHAPES[name])
+        before, after = (
+            count_cost(m, SHAPES[name])[1] for m in (model, remove_filters(model, coarse, example))
+        )
+        assert after <= 0.7 * before
+    else:
+        assert coarse.removed / coarse.filters >= 0.3
+
+
+def _groups(costs: tuple[int, ...], damages: tuple[float, ...]) -> tuple[list[Ranking], dict[str, int]]:
+    """Groups of eight channels, one layer each, every channel of a group costing the same damage."""
+    rankings = [
+        Ranking(
+            number, 8, list(range(7)), [damage * (place + 1) for place in range(7)],
+            {f"layer{number}": np.arange(8)}, {}, [],
+        )
+        for number, damage in enumerate(damages)
+    ]  # fmt: skip
+    return rankings, {f"layer{number}": cost for number, cost in enumerate(costs)}
+
+
+def test_what_rounding_took_too_much_goes_back_where_it_is_missed_most() -> None:
+    rankings, costs = _groups((800, 800, 100), (1.0, 5.0, 3.0))
+    # Every group must go down to 4 for 30%, which saves 50%; one dear group can have its 4 back.
+    assert counts_for_macs(rankings, 0.3, costs, round_to=4) == {0: 4, 1: 4, 2: 0}
+    assert counts_for_macs(rankings, 0.2, costs, round_to=4) == {0: 4, 1: 0, 2: 0}
+    assert counts_for_macs(rankings, 0.5, costs, round_to=4) == {0: 4, 1: 4, 2: 4}
+
+
+def test_a_group_smaller_than_the_multiple_is_kept_whole() -> None:
+    rankings, costs = _groups((1, 1), (1.0, 1.0))
+    assert counts_for_tolerance(rankings, 100.0, round_to=16) == {0: 0, 1: 0}
+    assert counts_for_tolerance(rankings, 100.0, round_to=3) == {0: 5, 1: 5}
+    assert counts_for_tolerance(rankings, 3.5) == {0: 3, 1: 3}
+    with pytest.raises(UserError, match="can go and leave multiples of 16; ask"):
+        counts_for_macs(rankings, 0.1, costs, round_to=16)
 
 
 @pytest.mark.parametrize("name", ["residual", "flattening"])

@@ -111,7 +111,7 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
         ranking for ranking in read_rankings(decisions) if "_expand_conv" in next(iter(ranking.filters))
     ]
     assert len(rankings) == 3  # blocks 1, 8 and 9
-    counts = {ranking.number: ranking.count(0.3) for ranking in rankings}
+    counts = {ranking.number: ranking.count(0.3, 1) for ranking in rankings}
     given = run.read_moments(), decisions["filters"], Origin(decisions["model_sha256"]), "nats"
     masks = masks_for_counts(rankings, counts, *given)
     smallest = []

@@ -135,13 +135,13 @@ def test_one_of_two_copies_goes_though_all_others_would_rebuild_both() -> None:
 def test_a_groups_only_channel_has_its_damage() -> None:
     samples = _relu_samples(0, 2000, 1)
     group, moments = _group(samples, samples, np.ones((3, 1)))
-    ranked, _ = rank(judge(group, moments), moments, np.array([0.25]), "nats")
+    ranked, _ = rank(judge(group, moments), moments, moments, np.array([0.25]), "nats")
     assert ranked.order == []
     assert ranked.channels[0].verdict == "keep"
     assert ranked.channels[0].damage == 0.25
 
 
-def test_a_redundant_channel_that_costs_the_output_too_much_is_kept_after_all() -> None:
+def test_a_redundant_channel_that_costs_readers_or_output_too_much_is_kept_after_all() -> None:
     samples = _relu_samples(0, 4000, 8)
     samples[:, 6] = samples[:, 0]
     samples[:, 7] = samples[:, 1] + 0.02 * _relu_samples(1, 4000, 1)[:, 0]
@@ -156,10 +156,16 @@ def test_a_redundant_channel_that_costs_the_output_too_much_is_kept_after_all() 
 
     assert flagged(verdicts) == [1, 1]
     ablations = np.full(8, 0.5)
-    for unit, share in (("nats", 1e3), ("output", 1e3), ("nats", 1.0), ("readers", 1e3)):
-        costly = [replace(moments[0], unit=moments[0].unit / share)]
-        ranked, _ = rank(verdicts, costly, ablations, unit)
-        assert flagged(ranked) == ([1, 0] if share > 1 and unit != "readers" else [1, 1])
+    costly = [replace(moments[0], unit=moments[0].unit / 1e3)]
+    for near, weighed, unit, bearable in (
+        (moments, moments, "nats", True),
+        (moments, costly, "nats", False),  # the output
+        (moments, costly, "output", False),
+        (costly, moments, "nats", False),  # the readers
+        (costly, costly, "readers", False),
+    ):
+        ranked, _ = rank(verdicts, near, weighed, ablations, unit)
+        assert flagged(ranked) == ([1, 1] if bearable else [1, 0])
         back = [one for one in ranked.channels if one.channel in pairs[1] and one.verdict == "keep"]
         assert all(one.damage == 0.5 and one.representatives == [] for one in back)
         assert len(back) == 1 or all(one.score > 0.99 for one in back)  # each rebuilt by the other
@@ -169,7 +175,7 @@ def test_where_no_reader_varies_the_damage_is_unknown() -> None:
     samples = _relu_samples(0, 2000, 4)
     group, moments = _group(samples, samples, np.random.default_rng(0).normal(size=(3, 4)))
     still = [replace(moments[0], output_variance=0.0, unit=0.0)]
-    ranked, _ = rank(judge(group, moments), still, None, "readers")
+    ranked, _ = rank(judge(group, moments), still, still, None, "readers")
     assert ranked.order == []
     assert all(np.isnan(one.damage) for one in ranked.channels)
 
