@@ -28,8 +28,9 @@ from prune_viz import (
     surgery,
 )
 from prune_viz.checkpoints import check_finite
-from prune_viz.coupling import CouplingGroup, UntraceableError
+from prune_viz.coupling import CouplingGroup
 from prune_viz.decisions import decisions_json, filter_table, masks_of
+from prune_viz.dependencies import UntraceableError
 from prune_viz.devices import pick_device
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers

@@ -7,7 +7,6 @@ several; a channel between an expansion and a projection passes a depthwise conv
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.filters import is_depthwise
 from prune_viz.plain import plain_copy
 from prune_viz.tracing import norms_behind, tensors_of
@@ -104,29 +103,6 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 Reads = dict[str, list[torch.Tensor]]
 
 
-class UntraceableError(Exception):
-    """The dependency graph could not be built; the message says why."""
-
-
-def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> tp.DependencyGraph:
-    """Build Torch-Pruning's dependency graph over `model` itself, which ends in eval mode.
-
-    Raises
-    ------
-    UntraceableError
-        If the library cannot trace the model.
-    """
-    # A graph over frozen parameters comes out empty, without a word.
-    model.requires_grad_(True)
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            return tp.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
-    except Exception as error:  # the library asserts, indexes and divides its way through strange models
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UntraceableError(reason) from error
-
-
 def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[CouplingGroup]:
     """Find the coupling groups of a model's convolutions.
 
@@ -145,7 +121,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     Raises
     ------
     UntraceableError
-        If the dependency graph cannot be built.
+        If the dependency graph cannot be built or followed.
     """
     twin = plain_copy(model).float()
     example = example_inputs[:1].float()
@@ -156,11 +132,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     seen: set[nn.Module] = set()
     for module in names:
         if isinstance(module, _ConvNd) and module in graph.module2node and module not in seen:
-            try:
-                every = list(range(module.out_channels))
-                items = graph.get_pruning_group(module, tp.prune_conv_out_channels, every)
-            except Exception as error:  # see build_graph
-                raise UntraceableError(f"{names[module]}: {error}") from error
+            items = tied_to(graph, module, range(module.out_channels))
             group, writers = _read_group(len(groups), module.out_channels, items, names)
             seen.update(writers)
             groups.append(group)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_viz.coupling import CouplingGroup, Places, build_graph, group_of_layer
+from prune_viz.coupling import CouplingGroup, Places, group_of_layer
+from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.errors import UserError
 from prune_viz.filters import blank_input
 from prune_viz.masks import Masks, Merge, check_masks
@@ -78,7 +78,7 @@ def remove_filters(
             gone = [int(index) for index in root.indices if not keep[index]]
             if gone:
                 # Not group.prune(idxs=...), which would record its history twice.
-                graph.get_pruning_group(modules[root.module], tp.prune_conv_out_channels, gone).prune()
+                tied_to(graph, modules[root.module], gone).prune()
         with torch.no_grad():
             smaller(example)
     except Exception as error:  # the library, or a forward pass that counts on the old sizes

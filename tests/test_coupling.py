@@ -5,8 +5,10 @@ import pytest
 import torch
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
-from prune_viz.coupling import UntraceableError, find_groups, group_of_layer
+from prune_viz.coupling import find_groups, group_of_layer
+from prune_viz.dependencies import UntraceableError
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -135,3 +137,12 @@ def test_what_leaves_channels_apart_is_removable(between: nn.Module) -> None:
     assert groups["first"].removable
     assert groups["second"].removable
     assert not groups["third"].removable
+
+
+def test_reshapes_without_end_are_given_up_on() -> None:
+    swin = SwinTransformer(
+        [4, 4], 24, [2, 2], [1, 2], [8, 8], num_classes=3, block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    )  # fmt: skip
+    with pytest.raises(UntraceableError, match="reshaped"):
+        find_groups(swin, torch.zeros(1, 3, 64, 64))
