@@ -5,10 +5,11 @@
     .venv/bin/python scripts/bench_surgery.py --quick   # one VGG-like network, half of its MACs
 
 From the same trained network every method removes the same share of the multiply-accumulates and is then
-trained for as many epochs on the same images in the same order. prune-viz's verdicts use no image; its
-removed filters are merged and its batch norms set anew (`apply --mode remove`). Beside it stand
-Torch-Pruning's pruners by L1 norm, by FPGM and by group norm, its own defaults otherwise. "prune-viz, twice"
-prunes half of the way, trains, is analysed again, and goes the rest, within the same number of epochs.
+trained for as many epochs on the same images in the same order. prune-viz's masks use no image; what they
+remove is merged and batch norms are set anew (`apply --mode remove`). Beside it stand Torch-Pruning's pruners
+by L1 norm, by FPGM and by group norm, its own defaults otherwise. All leave multiples of as many channels
+(`round_to`). "prune-viz, twice" prunes half of the way, trains, is analysed again, and goes the rest, within
+the same number of epochs.
 
 Latency is that of batches of 64 on this machine, whole and pruned network taking turns, the ratio of
 medians; memory the largest sum of weights and live maps during one such batch, as PyTorch's memory tracker
@@ -43,8 +44,9 @@ from prune_viz.budgets import write_masks
 from prune_viz.masks import Masks, load_masks
 from prune_viz.surgery import count_cost
 
-SHARES = (0.3, 0.5, 0.7)  # of the multiply-accumulates
+SHARES = (0.5, 0.7)  # of the multiply-accumulates
 SEEDS = (0, 1, 2)
+ROUND_TO = {"vgg": 16, "resnet": 8}  # channels; half of what the narrowest layer has
 EPOCHS = (1, 5)
 RATE = 1e-3  # of fine-tuning; a third of training's
 STEPS = 48  # of the stimuli, instead of 176
@@ -56,16 +58,16 @@ PEERS = ("Torch-Pruning L1", "Torch-Pruning FPGM", "Torch-Pruning group norm")
 # Ways to a smaller network
 
 
-def masks_for(model: nn.Module, shape: Sequence[int], share: float, seed: int) -> Masks:
+def masks_for(model: nn.Module, shape: Sequence[int], share: float, round_to: int, seed: int) -> Masks:
     """prune-viz's masks for a share of the MACs, and all that makes up for them."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         pv.analyze(model, input_shape=shape, out=run, steps=STEPS, seed=seed)
-        write_masks(run, Path(folder) / "masks.pt", macs=share)
+        write_masks(run, Path(folder) / "masks.pt", macs=share, round_to=round_to)
         return load_masks(Path(folder) / "masks.pt")
 
 
-def by_peer(network: Trained, method: str, share: float) -> nn.Module:
+def by_peer(network: Trained, method: str, share: float, round_to: int) -> nn.Module:
     """Torch-Pruning's network without that share of the MACs, the smallest even ratio that reaches it."""
     example = torch.zeros(1, *network.input_shape)
     wanted = (1 - share) * count_cost(network.model, network.input_shape)[1]
@@ -80,7 +82,10 @@ def by_peer(network: Trained, method: str, share: float) -> nn.Module:
                 tp.pruner.GroupNormPruner, tp.importance.GroupMagnitudeImportance(p=2)
             ),
         }[method]  # fmt: skip
-        make(model, example, importance=importance, pruning_ratio=ratio, ignored_layers=[head]).step()
+        make(
+            model, example, importance=importance, pruning_ratio=ratio, ignored_layers=[head],
+            round_to=round_to,
+        ).step()  # fmt: skip
         return model.eval()
 
     low, high = 0, 200
@@ -136,6 +141,7 @@ def rows_of(kind: str, seed: int, shares: Sequence[float]) -> Iterator[dict[str,
     network = trained.train_on_mnist(kind, seed)
     images, targets, *_ = trained.mnist(seed)
     whole_cost = count_cost(network.model, network.input_shape)
+    round_to = ROUND_TO[kind]
     common = {"network": network.name, "seed": seed}
 
     def tuned(model: nn.Module, epochs: int) -> nn.Module:
@@ -163,12 +169,15 @@ def rows_of(kind: str, seed: int, shares: Sequence[float]) -> Iterator[dict[str,
         yield row(tuned(network.model, epochs), 0.0, "", "", epochs)
     example = torch.zeros(1, *network.input_shape)
     for share in shares:
-        masks = masks_for(network.model, network.input_shape, share, seed)
+        masks = masks_for(network.model, network.input_shape, share, round_to, seed)
         masked = pv.apply_masks(copy.deepcopy(network.model), masks).eval()
         yield row(pv.make_permanent(masked), share, OURS, "masked", 0)
         ways: list[tuple[str, Callable[[], nn.Module]]] = [
             (OURS, lambda masks=masks: pv.remove_filters(network.model, masks, example, compensate="merge")),
-            *((peer, lambda peer=peer, share=share: by_peer(network, peer, share)) for peer in PEERS),
+            *(
+                (peer, lambda peer=peer, share=share: by_peer(network, peer, share, round_to))
+                for peer in PEERS
+            ),
         ]
         for selector, make in ways:
             smaller = make()
@@ -176,19 +185,22 @@ def rows_of(kind: str, seed: int, shares: Sequence[float]) -> Iterator[dict[str,
             yield {**row(smaller, share, selector, compensator, 0), **measured(smaller)}
             for epochs in EPOCHS:
                 yield row(tuned(smaller, epochs), share, selector, compensator, epochs)
-        yield row(twice(network, share, seed, tuned), share, TWICE, "merge", max(EPOCHS))
+        yield row(twice(network, share, round_to, seed, tuned), share, TWICE, "merge", max(EPOCHS))
 
 
 def twice(
-    network: Trained, share: float, seed: int, tuned: Callable[[nn.Module, int], nn.Module]
+    network: Trained, share: float, round_to: int, seed: int, tuned: Callable[[nn.Module, int], nn.Module]
 ) -> nn.Module:
     """Prune half of the way, train, analyse again and prune the rest, train; as many epochs in all."""
     example = torch.zeros(1, *network.input_shape)
+    whole = count_cost(network.model, network.input_shape)[1]
     model, first = network.model, max(EPOCHS) // 2
-    half = 1 - (1 - share) ** 0.5
-    for epochs in (first, max(EPOCHS) - first):
-        masks = masks_for(model, network.input_shape, half, seed)
-        model = tuned(pv.remove_filters(model, masks, example, compensate="merge"), epochs)
+    for left, epochs in (((1 - share) ** 0.5, first), (1 - share, max(EPOCHS) - first)):
+        saving = 1 - left * whole / count_cost(model, network.input_shape)[1]
+        if saving > 0:  # the first step may have rounded past the second
+            masks = masks_for(model, network.input_shape, saving, round_to, seed)
+            model = pv.remove_filters(model, masks, example, compensate="merge")
+        model = tuned(model, epochs)
     return model
 
 
