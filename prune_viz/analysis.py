@@ -27,7 +27,6 @@ from prune_viz import (
     responses,
     surgery,
 )
-from prune_viz.checkpoints import check_finite
 from prune_viz.coupling import CouplingGroup
 from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.dependencies import UntraceableError
@@ -46,6 +45,7 @@ from prune_viz.report import write_report
 from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug, write_json
 from prune_viz.stimuli import STEPS, as_stored, ascend, check_options
 from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
+from prune_viz.weights import check_finite
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a SPEC to an untrained model, and the shape of what it takes."""
+"""From a SPEC to an untrained model, and what it takes: shape and normalisation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
     """Shape of one input, without the batch, where nobody said it.
 
     The first of these that applies: the model's own ``input_shape`` attribute, a tuple of positive
-    integers; for a ``torchvision:NAME`` the crop size of its published weights; 224 by 224. Channels
-    are those of the first registered convolution.
+    integers; for a ``torchvision:NAME`` or ``timm:NAME`` what its published weights take; 224 by 224.
+    Channels are those of the first registered convolution.
 
     Raises
     ------
@@ -40,10 +41,25 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
         raise UserError(
             "the model does not take pictures: say what it takes with --input-shape, sizes by commas"
         )
-    size = 224
-    if arch is not None and arch.startswith("torchvision:"):
-        size = _torchvision_crop(arch.partition(":")[2]) or size
-    return (first.in_channels, size, size)
+    return (first.in_channels, *(_published_inputs(arch).size or (224, 224)))
+
+
+def default_normalisation(
+    arch: str | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation with which an architecture's published weights take pixels, if any are.
+
+    Parameters
+    ----------
+    arch : str or None
+        Its SPEC.
+    channels : int
+        Channels of the input; None is given where the published weights take others.
+    """
+    found = _published_inputs(arch)
+    if found.mean is None or found.std is None or {len(found.mean), len(found.std)} != {channels}:
+        return None
+    return found.mean, found.std
 
 
 def resolve_architecture(spec: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
@@ -100,14 +116,39 @@ def _torchvision_factory(name: str) -> tuple[Callable[..., Any], dict[str, Any]]
     return builder, defaults
 
 
-def _torchvision_crop(name: str) -> int | None:
-    from torchvision import models
+@dataclass(frozen=True)
+class _Inputs:
+    """What an architecture's published weights take; None where that is not known."""
 
-    try:
-        crop = models.get_model_weights(name).DEFAULT.transforms().crop_size
-    except (ValueError, AttributeError):
-        return None
-    return int(crop[0]) if isinstance(crop, Sequence) and len(crop) == 1 else None
+    size: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def _published_inputs(arch: str | None) -> _Inputs:
+    home, _, name = (arch or "").partition(":")
+    if home == "torchvision":
+        from torchvision import models
+
+        try:
+            transforms = models.get_model_weights(name).DEFAULT.transforms()
+        except (ValueError, AttributeError):
+            return _Inputs()
+        crop = _numbers(transforms, "crop_size")
+        size = None if crop is None else crop * 2 if len(crop) == 1 else crop
+        return _Inputs(size, _numbers(transforms, "mean"), _numbers(transforms, "std"))
+    if home == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(name)
+        if config is not None:
+            return _Inputs(tuple(config.input_size[1:]), tuple(config.mean), tuple(config.std))
+    return _Inputs()
+
+
+def _numbers(transforms: object, name: str) -> tuple[Any, ...] | None:
+    found = getattr(transforms, name, None)
+    return tuple(found) if isinstance(found, Sequence) else None
 
 
 def _timm_factory(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -6,7 +6,6 @@ import argparse
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from prune_viz.architectures import current_directory_importable
 from prune_viz.errors import UserError
+from prune_viz.weights import few
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 # What training loops leave beside the weights: options and best scores. Plain data, no code.
@@ -133,9 +133,3 @@ def _wanted_code(path: Path, error: Exception) -> list[str]:
         wanted = []
     found = re.findall(r"GLOBAL (\S+)", str(error))
     return sorted({*wanted, *found})
-
-
-def few(names: Sequence[str], limit: int = 4) -> str:
-    """List the first few names, and how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

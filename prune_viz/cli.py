@@ -67,10 +67,21 @@ ModelFile = Annotated[
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(metavar="SPEC", help="Architecture: torchvision:NAME, timm:NAME or package.module:factory."),
+    typer.Option(
+        metavar="SPEC",
+        help="Architecture: torchvision:NAME, timm:NAME or package.module:factory.",
+        show_default="the one that the weights fit",
+    ),
 ]
 ArchKwargs = Annotated[
     str | None, typer.Option(metavar="JSON", help="Keyword arguments for the architecture.")
+]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where in MODEL the weights are, as in ema or ema.state_dict."),
+]
+Code = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where --arch finds modules of your own, beside here.")
 ]
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Let MODEL run code while it is read: for files you trust.")
@@ -135,6 +146,8 @@ def analyze(
     model: ModelFile,
     arch: Arch = None,
     arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
     trust_pickle: TrustPickle = False,
     input_shape: InputShape = None,
     layers: Annotated[
@@ -182,14 +195,18 @@ def analyze(
     check_device(device)
     out = out or Path("reports") / model.stem
     check_writable(out)
-    checkpoint = _load(model, arch, kwargs, trust_pickle)
+    checkpoint = _load(model, arch, kwargs, code, key, trust_pickle)
 
     from prune_viz import analysis
+    from prune_viz.architectures import default_normalisation
 
+    shape = shape or _input_shape(checkpoint)
+    if normalisation == (None, None):
+        normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
     result = analysis.analyze(
         checkpoint.model,
-        input_shape=shape or _input_shape(checkpoint),
+        input_shape=shape,
         mean=normalisation[0],
         std=normalisation[1],
         data=data,
@@ -282,6 +299,8 @@ def apply(
     ] = None,
     arch: Arch = None,
     arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
     trust_pickle: TrustPickle = False,
     input_shape: InputShape = None,
 ) -> None:
@@ -301,7 +320,7 @@ def apply(
         from prune_viz.export import check_export
 
         check_export(export)
-    checkpoint = _load(model, arch, kwargs, trust_pickle)
+    checkpoint = _load(model, arch, kwargs, code, key, trust_pickle)
 
     from prune_viz.pruned import write_removed, write_zeroed
 
@@ -346,10 +365,26 @@ def demo(
     run_demo(out, make_progress(), make_console())
 
 
-def _load(model: Path, arch: str | None, kwargs: dict[str, Any] | None, trust_pickle: bool) -> Checkpoint:
+def _load(
+    model: Path,
+    arch: str | None,
+    kwargs: dict[str, Any] | None,
+    code: Path | None,
+    key: str | None,
+    trust_pickle: bool,
+) -> Checkpoint:
+    """Read a model, and say what reading it decided by itself."""
     from prune_viz.checkpoints import load_checkpoint
 
-    return load_checkpoint(model, arch, kwargs, trust_pickle)
+    if code is not None:
+        if not code.is_dir():
+            raise UserError(f"--code {code} is not a directory")
+        sys.path.append(str(code.absolute()))  # last, see current_directory_importable
+    checkpoint = load_checkpoint(model, arch, kwargs, trust_pickle, key)
+    console = make_console()
+    for line in checkpoint.describe():
+        console.print(one_line(line), soft_wrap=True)
+    return checkpoint
 
 
 def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.ascent import climb, draw_noise, draw_shifts, images_at, norms, one_side, points_at
-from prune_viz.checkpoints import check_finite
 from prune_viz.devices import as_batch, is_out_of_memory, pick_device, release_memory
 from prune_viz.errors import UserError
 from prune_viz.filters import LARGEST_CANVAS, FilterNetwork, Layer
@@ -30,6 +29,7 @@ from prune_viz.inputs import InputStatistics, describe_inputs
 from prune_viz.pictures import colour_axes, draw_pictures
 from prune_viz.priors import make_prior, tile
 from prune_viz.progress import Progress
+from prune_viz.weights import check_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from prune_viz.architectures import default_input_shape, resolve_architecture
+from prune_viz.architectures import default_input_shape, default_normalisation, resolve_architecture
 from prune_viz.checkpoints import load_checkpoint, load_model
 from prune_viz.errors import UserError
 
@@ -107,6 +107,8 @@ def test_safetensors_are_told_by_content(tmp_path: Path) -> None:
         "sha256": __import__("hashlib").sha256(path.read_bytes()).hexdigest(),
         "arch": NET,
         "arch_kwargs": {"width": 4},
+        "recognised": False,
+        "key": "",
         "trust_pickle": False,
     }
 
@@ -162,8 +164,7 @@ def test_a_file_may_name_a_torchvision_architecture(file: Path) -> None:
     torch.save({"arch": SMALL, "arch_kwargs": {"num_classes": 7}, "state_dict": net.state_dict()}, file)
     assert same(load_model(file), net)
     torch.save({"arch": "squeezenet1_1", "state_dict": net.state_dict()}, file)
-    with pytest.raises(UserError, match="name its architecture with --arch"):
-        load_model(file)
+    assert same(load_model(file), net)  # what it says is no SPEC, but the weights tell
 
 
 @pytest.mark.parametrize("masks", [{"none": torch.ones(3, dtype=torch.bool)}, {"conv1": 3}, {3: "x"}])
@@ -281,10 +282,36 @@ def test_what_is_no_checkpoint_gets_one_clear_line(file: Path, make, says: str, 
     assert str(file) in str(caught.value)
 
 
-def test_a_state_dict_alone_asks_for_the_architecture(file: Path) -> None:
+def test_weights_that_fit_nothing_known_ask_for_the_architecture(file: Path) -> None:
     torch.save(seeded().state_dict(), file)
-    with pytest.raises(UserError, match="holds weights but no network: name its architecture with --arch"):
+    with pytest.raises(UserError, match="fit none that is known: name their architecture with --arch"):
         load_model(file)
+
+
+def test_of_several_weights_the_plain_ones_are_taken_and_others_by_key(file: Path) -> None:
+    plain, average, other = seeded(), seeded(), seeded()
+    nn.init.ones_(average.conv.weight)
+    nn.init.zeros_(other.conv.weight)
+    content = {
+        "ema": {"state_dict": average.state_dict(), "decay": 0.9},
+        "model": plain.state_dict(),
+        "teacher": other.state_dict(),
+    }
+    torch.save(content, file)
+    checkpoint = load_checkpoint(file, NET)
+    assert same(checkpoint.model, plain)
+    assert (checkpoint.key, sorted(checkpoint.other_keys)) == ("model", ["ema.state_dict", "teacher"])
+    (line,) = checkpoint.describe()
+    assert "weights under model of the file are used" in line
+    assert "ema.state_dict, teacher" in line
+    assert same(load_model(file, NET, key="ema.state_dict"), average)
+    assert load_checkpoint(file, NET, key="teacher").source["key"] == "teacher"
+    with pytest.raises(UserError, match=r"no weights at --key ema; there are: 'ema.state_dict', 'model'"):
+        load_model(file, NET, key="ema")
+    torch.save(plain.state_dict(), file)
+    assert load_checkpoint(file, NET).describe() == []
+    with pytest.raises(UserError, match="there are: none: the weights are at the top"):
+        load_model(file, NET, key="model")
 
 
 def broken() -> nn.Module:
@@ -360,3 +387,13 @@ def test_default_input_shape_is_not_guessed_where_it_cannot_be() -> None:
         default_input_shape(nn.Conv1d(2, 2, 3))
     with pytest.raises(UserError, match="no convolution"):
         default_input_shape(nn.Linear(2, 2))
+
+
+def test_the_normalisation_of_published_weights_is_known() -> None:
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert default_normalisation("torchvision:resnet18", 3) == imagenet
+    assert default_normalisation("torchvision:fcn_resnet50", 3) == imagenet
+    assert default_normalisation("torchvision:resnet18", 1) is None
+    assert default_normalisation("torchvision:fasterrcnn_resnet50_fpn", 3) is None  # it normalises itself
+    assert default_normalisation(NET, 3) is None
+    assert default_normalisation(None, 3) is None

@@ -1,0 +1,217 @@
+"""Weights: found in what a checkpoint holds, given a network's own names, and put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_viz.errors import UserError
+
+StateDict = dict[str, torch.Tensor]
+
+# Where training loops keep the weights, the plain ones before their moving averages.
+_PLACES = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params",
+    "state_dict_ema", "ema_state_dict", "model_ema", "ema",
+)  # fmt: skip
+_DEEPEST = 3  # mappings in mappings
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+# Counters, which the outputs of a network in eval mode do not depend on.
+_IDLE = ("num_batches_tracked", "n_averaged")
+
+
+def find_weights(
+    content: Any, path: Path, key: str | None = None
+) -> tuple[StateDict | nn.Module, str, list[str]]:
+    """Find the weights in what a checkpoint holds.
+
+    Of several places the first is taken that has a name which training loops give to weights, plain ones
+    before moving averages, and without any such name the one with the most tensors.
+
+    Parameters
+    ----------
+    content : object
+        What the file held.
+    path : Path
+        The file, for messages.
+    key : str, optional
+        Which place to take instead, mappings in mappings parted by dots.
+
+    Returns
+    -------
+    weights : dict of str to Tensor, or nn.Module
+        The tensors there, or a whole module.
+    key : str
+        Where they were; empty for the top.
+    others : list of str
+        Where else there are some.
+
+    Raises
+    ------
+    UserError
+        If there are none, or none at `key`.
+    """
+    places = dict(_places(content))
+    if not places:
+        raise UserError(f"{path} holds no tensors under string names, so it is not a model's checkpoint")
+    if key is None:
+        named = [place for place in places if place and all(part in _PLACES for part in place)]
+        chosen = min(named, key=_rank) if named else max(places, key=lambda place: _size(places[place]))
+    else:
+        found = {".".join(place): place for place in places}
+        if key not in found:
+            there = ", ".join(sorted(repr(one) for one in found if one)) or "none: the weights are at the top"
+            raise UserError(f"{path} holds no weights at --key {key}; there are: {there}")
+        chosen = found[key]
+    others = [".".join(place) for place in places if place != chosen]
+    return places[chosen], ".".join(chosen), others
+
+
+def _places(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every place that holds a module or tensors under names, the top's first."""
+    if isinstance(content, nn.Module):
+        yield path, content
+    elif isinstance(content, Mapping):
+        if own := tensors_in(content):
+            yield path, own
+        if len(path) < _DEEPEST:
+            for name, inner in content.items():
+                if isinstance(name, str):
+                    yield from _places(inner, (*path, name))
+
+
+def _rank(place: tuple[str, ...]) -> tuple[int, ...]:
+    """Where a named place stands among others: as its names do, what is in a place before the place."""
+    return (*(_PLACES.index(part) for part in place), len(_PLACES))
+
+
+def _size(weights: StateDict | nn.Module) -> int:
+    return len(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+
+
+def tensors_in(mapping: Mapping[Any, Any]) -> StateDict:
+    """What of a mapping is a tensor under a string."""
+    return {key: value for key, value in mapping.items() if isinstance(key, str) and torch.is_tensor(value)}
+
+
+def plain_state(model: nn.Module) -> StateDict:
+    """Give a model's tensors whose shapes are known before the first forward pass."""
+    state = tensors_in(model.state_dict())
+    return {name: tensor for name, tensor in state.items() if not nn.parameter.is_lazy(tensor)}
+
+
+def readings(state: StateDict) -> list[StateDict]:
+    """A state dict under its own names, and under those that are left without prefixes of training wrappers.
+
+    With a prefix gone, what did not have it belongs to something beside the network (a loss, say).
+    """
+    # Compiling a part of a network leaves its mark inside the names.
+    level = [{name.replace("._orig_mod.", "."): tensor for name, tensor in state.items()}]
+    found = [state, *level]
+    for _ in range(3):
+        level = [
+            {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
+            for names in level
+            for prefix in _PREFIXES
+            if any(name.startswith(prefix) for name in names)
+        ]
+        found += level
+    return found
+
+
+def matching(state: StateDict, wanted: StateDict) -> StateDict:
+    """The reading of a state dict that has the most of the names that are wanted."""
+    return max(readings(state), key=lambda names: len(wanted.keys() & names.keys()))
+
+
+def number_of_classes(state: StateDict, wanted: StateDict) -> int | None:
+    """How many classes weights are for, where they differ from what is wanted in that number alone.
+
+    Parameters
+    ----------
+    state : dict of str to Tensor
+        The weights, under the names that the network has (`matching`).
+    wanted : dict of str to Tensor
+        Those of the network, built for another number of classes.
+    """
+    differing = {
+        (wanted[name].shape[0], tensor.shape[0])
+        for name, tensor in state.items()
+        if name in wanted
+        and wanted[name].shape != tensor.shape
+        and wanted[name].shape[1:] == tensor.shape[1:]
+        and tensor.ndim
+    }
+    return differing.pop()[1] if len(differing) == 1 else None
+
+
+def misfits(state: StateDict, wanted: StateDict) -> list[str]:
+    """What keeps weights from filling a network, in words; empty where they do.
+
+    Parameters
+    ----------
+    state : dict of str to Tensor
+        The weights, under the names that the network has (`matching`).
+    wanted : dict of str to Tensor
+        The network's own, those too whose shapes are known only after a first forward pass.
+    """
+    odd = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and not nn.parameter.is_lazy(tensor) and state[name].shape != tensor.shape
+    ]
+    missing = sorted(name for name in wanted.keys() - state.keys() if not name.endswith(_IDLE))
+    unexpected = sorted(name for name in state.keys() - wanted.keys() if not name.endswith(_IDLE))
+    return [
+        f"{len(names)} {what} ({few(names, 3)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", odd))
+        if names
+    ]
+
+
+def fill(model: nn.Module, state: StateDict, path: Path) -> None:
+    """Load weights into a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network they belong to.
+    state : dict of str to Tensor
+        The weights, under their names in the file.
+    path : Path
+        The file, for messages.
+
+    Raises
+    ------
+    UserError
+        If they do not fit; says what does not.
+    """
+    state = matching(state, plain_state(model))
+    problems = misfits(state, tensors_in(model.state_dict()))
+    if not problems:
+        try:
+            model.load_state_dict(state, strict=False)
+        except (RuntimeError, NotImplementedError) as error:
+            problems = [" ".join(str(error).split())[:200]]
+    if problems:
+        raise UserError(f"the weights of {path} do not fit the architecture: {'; '.join(problems)}")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `UserError`, naming the tensor, if a parameter or buffer holds NaN or infinity."""
+    for name, tensor in plain_state(model).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{name} holds {bad} values that are not finite (NaN or infinity); repair the model first"
+            )
+
+
+def few(names: Sequence[str], limit: int = 4) -> str:
+    """List the first few names, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
