@@ -53,7 +53,7 @@ def find_weights(
     Raises
     ------
     UserError
-        If there are none, or none at `key`.
+        If there are none, none at `key`, or ones that cannot be a network's (`check_tensors`).
     """
     places = dict(_places(content))
     if not places:
@@ -68,20 +68,28 @@ def find_weights(
             raise UserError(f"{path} holds no weights at --key {key}; there are: {there}")
         chosen = found[key]
     others = [".".join(place) for place in places if place != chosen]
-    return places[chosen], ".".join(chosen), others
+    weights = places[chosen]
+    check_tensors(tensors_in(weights.state_dict()) if isinstance(weights, nn.Module) else weights, path)
+    return weights, ".".join(chosen), others
 
 
-def _places(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every place that holds a module or tensors under names, the top's first."""
+def _places(
+    content: Any, path: tuple[str, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every place that holds a module or tensors under names, the top's first; nothing twice."""
+    seen = set() if seen is None else seen
+    if id(content) in seen:
+        return
     if isinstance(content, nn.Module):
         yield path, content
     elif isinstance(content, Mapping):
+        seen.add(id(content))
         if own := tensors_in(content):
             yield path, own
         if len(path) < _DEEPEST:
             for name, inner in content.items():
                 if isinstance(name, str):
-                    yield from _places(inner, (*path, name))
+                    yield from _places(inner, (*path, name), seen)
 
 
 def _rank(place: tuple[str, ...]) -> tuple[int, ...]:
@@ -91,6 +99,24 @@ def _rank(place: tuple[str, ...]) -> tuple[int, ...]:
 
 def _size(weights: StateDict | nn.Module) -> int:
     return len(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+
+
+def check_tensors(weights: StateDict, path: Path) -> None:
+    """Raise `UserError`, naming the tensor, for what is sparse, quantised or larger than the file."""
+    size = path.stat().st_size
+    for name, tensor in weights.items():
+        if nn.parameter.is_lazy(tensor):
+            continue
+        if tensor.layout != torch.strided:
+            raise UserError(f"{path}: {name} is sparse; save it dense, with to_dense()")
+        if tensor.is_quantized:
+            raise UserError(
+                f"{path}: {name} is quantised; prune the network before that, or save dequantize()"
+            )
+        if tensor.numel() * tensor.element_size() > size:
+            raise UserError(
+                f"{path}: {name} claims the shape {tuple(tensor.shape)}, more than the file holds"
+            )
 
 
 def tensors_in(mapping: Mapping[Any, Any]) -> StateDict:

@@ -267,8 +267,6 @@ def exported(path: Path) -> None:
         (cut_safetensors, "is damaged"),
         (overwrite_middle, "is damaged"),
         (zip_of_text, "zip archive but not a PyTorch checkpoint"),
-        (torchscript, "is TorchScript"),
-        (exported, "is an exported program"),
         (lambda path: torch.save({"epoch": 3, "lr": [0.1]}, path), "holds no tensors"),
         (lambda path: torch.save([torch.ones(3)], path), "holds no tensors"),
         (lambda path: torch.save(torch.ones(3), path), "holds no tensors"),
@@ -312,6 +310,15 @@ def test_of_several_weights_the_plain_ones_are_taken_and_others_by_key(file: Pat
     assert load_checkpoint(file, NET).describe() == []
     with pytest.raises(UserError, match="there are: none: the weights are at the top"):
         load_model(file, NET, key="model")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "kind"), [(torchscript, "TorchScript"), (exported, "an exported program")])
+def test_of_programs_the_weights_are_taken_once_trusted(file: Path, make, kind: str) -> None:
+    make(file)
+    with pytest.raises(UserError, match=f"is {kind}, which is code with weights.*--trust-pickle"):
+        load_model(file, NET)
+    assert same(load_model(file, NET, trust_pickle=True), seeded())
 
 
 def broken() -> nn.Module:

@@ -1,0 +1,201 @@
+"""Files made to do harm: none runs code, takes all memory, or writes anything."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import functools
+import importlib
+import io
+import operator
+import os
+import pickle
+import resource
+import runpy
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from prune_viz.checkpoints import load_model
+from prune_viz.errors import UserError
+
+CODE = "import pathlib; pathlib.Path({!r}).touch()"
+
+
+class Calls:
+    """Pickles as a call of anything."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None) -> None:
+        self.call, self.state = (function, arguments), state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call if self.state is None else (*self.call, self.state)
+
+
+def _archive(path: Path, pickled: bytes, folder: str = "archive", **entries: bytes) -> None:
+    """A zip archive as torch.save writes it, with a pickle of one's own."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{folder}/data.pkl", pickled)
+        archive.writestr(f"{folder}/version", b"3\n")
+        for name, content in entries.items():
+            archive.writestr(f"{folder}/data/{name.lstrip('_')}", content)
+
+
+def _roads(ran: Path) -> dict[str, Any]:
+    code, touch = CODE.format(str(ran)), f"touch {ran}"
+    script = ran.with_name("script.py")
+    script.write_text(code)
+    inner = ran.with_name("inner.pt")
+    torch.save(Calls(os.system, touch), inner)
+    return {
+        "os.system": Calls(os.system, touch),
+        "subprocess": Calls(subprocess.call, ["touch", str(ran)]),
+        "eval": Calls(builtins.eval, f"__import__('os').system({touch!r})"),
+        "exec": Calls(builtins.exec, code),
+        "getattr": Calls(builtins.getattr, Calls(importlib.import_module, "os"), "system"),
+        "partial": Calls(functools.partial(os.system, touch)),
+        "methodcaller": Calls(operator.methodcaller("system", touch), Calls(importlib.import_module, "os")),
+        "runpy": Calls(runpy.run_path, str(script)),
+        "pickle in pickle": Calls(pickle.loads, pickle.dumps(Calls(os.system, touch))),
+        "torch.load": Calls(functools.partial(torch.load, weights_only=False), str(inner)),
+        "torch.hub": Calls(torch.hub.load, str(ran.parent), "script"),
+        "a function of torchvision": Calls(torchvision.models.get_model, "resnet18"),
+        "a name through a module": Calls(torch.nn.modules.module.torch.load, str(inner)),
+        "state of a layer": Calls(nn.ReLU, False, state={"forward": Calls(os.system, touch)}),
+        "hook of a layer": Calls(nn.ReLU, False, state={"_forward_hooks": {0: os.system}}),
+        "breakpoint": Calls(builtins.breakpoint),
+        "exit": Calls(sys.exit, 3),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("flipped", [True, False])
+def test_no_road_leads_to_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool, flipped: bool
+) -> None:
+    if flipped:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    ran, file = tmp_path / "ran", tmp_path / "model.pt"
+    for name, hostile in _roads(ran).items():
+        content = {"state_dict": {"weight": torch.ones(3)}, "x": hostile}
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        before = set(tmp_path.iterdir())
+        with pytest.raises(UserError, match=r"holds (pickled code|a pickled network).*--trust-pickle"):
+            load_model(file, "torchvision:resnet18")
+        assert not ran.exists(), name
+        assert set(tmp_path.iterdir()) == before, name
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, lambda m: {"model": m, "epoch": 1}])
+def test_networks_of_known_libraries_need_no_trust(tmp_path: Path, wrap: Callable[[nn.Module], Any]) -> None:
+    network = torchvision.models.mobilenet_v3_small(num_classes=3).eval()
+    torch.save(wrap(network), tmp_path / "model.pt")
+    model = load_model(tmp_path / "model.pt")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), network(images))
+
+
+def _nested(depth: int, opening: bytes, closing: bytes) -> bytes:
+    return b"\x80\x02" + opening * depth + closing * (depth - 1) + b"."
+
+
+def _references(path: Path) -> None:
+    """A mapping of 300 names for one mapping of 300 names for one mapping: 27 million places to look at."""
+    inner: dict[str, Any] = {"weight": torch.ones(2)}
+    for _ in range(3):
+        inner = {f"name{index}": inner for index in range(300)}
+    torch.save(inner, path)
+
+
+def _bomb(path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.zeros(20_000_000)}, buffer)
+    with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert path.stat().st_size < 1_000_000
+
+
+def _copies_of_an_entry(path: Path) -> None:
+    """A zip whose directory lists one stretch of the file under many names."""
+    torch.save({"weight": torch.zeros(100_000)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for number in range(50):
+            twin = copy.copy(largest)
+            twin.filename = f"archive/data/{number + 10}"
+            archive.filelist.append(twin)
+            archive.NameToInfo[twin.filename] = twin
+        archive._didModify = True  # type: ignore[attr-defined]
+
+
+def _elsewhere(path: Path) -> None:
+    _archive(path, pickle.dumps({"a": 1}, 2), folder="../../elsewhere", **{"_../../../escaped": b"x" * 64})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: _archive(path, _nested(200_000, b"]", b"a")), "holds no tensors|is damaged"),
+        (lambda path: _archive(path, _nested(200_000, b"}K\x01", b"s")), "holds no tensors|is damaged"),
+        (lambda path: _archive(path, b"\x80\x02\x8a\xff" + b"\xff" * 255 + b"."), "is damaged|holds no"),
+        (lambda path: _archive(path, b"\x80\x02X\xff\xff\xff\x7fshort"), "is damaged"),
+        (_references, "do not fit|holds no"),
+        (_bomb, "would unpack to more than it holds"),
+        (_copies_of_an_entry, "would unpack to more than it holds"),
+        (_elsewhere, "is damaged|holds no tensors"),
+        (lambda path: torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path), "w claims the shape"),
+        (lambda path: torch.save({"w": torch.zeros(1).expand(2**20, 1)}, path), "w claims the shape"),
+        (lambda path: torch.save({"w": torch.eye(3).to_sparse()}, path), "w is sparse"),
+        (lambda path: torch.save({"w": torch.eye(3).to_sparse_csr()}, path), "w is sparse"),
+        (lambda path: torch.save({"w": torch.sparse_coo_tensor(size=(10**9, 10**9))}, path), "w is sparse"),
+        (lambda path: torch.save({"w": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)}, path),
+         "w is quantised"),
+        (lambda path: torch.save({"w": torch.empty(3, 10**12, device="meta")}, path), "w claims|do not fit"),
+    ],
+)  # fmt: skip
+def test_what_would_exhaust_memory_or_escape_gets_one_line(
+    tmp_path: Path, make: Callable[[Path], None], says: str
+) -> None:
+    home = tmp_path / "a" / "b" / "c"
+    home.mkdir(parents=True)
+    file = home / "model.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make(file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=says) as caught:
+        load_model(file, "torchvision:squeezenet1_1")
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_every_load_says_whether_code_may_run() -> None:
+    readers = ("torch.load", "torch.jit.load", "torch.export.load", "pickle.load", "pickle.loads")
+    safe, unsafe = [], []
+    home = Path(__file__).parents[1]
+    for file in [*home.glob("prune_viz/**/*.py"), *home.glob("scripts/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and (reader := ast.unparse(node.func)) in readers:
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                loads = safe if given.get("weights_only") == "True" else unsafe
+                loads.append((file.name, reader, given.get("weights_only")))
+    assert len(safe) > 3
+    assert sorted(unsafe, key=str) == [
+        ("archives.py", "torch.export.load", None),  # these three behind --trust-pickle
+        ("archives.py", "torch.jit.load", None),
+        ("archives.py", "torch.load", "False"),
+        ("export.py", "torch.export.load", None),  # what it has just written
+    ]
