@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz import tracing
 from prune_viz.errors import UserError
-from prune_viz.hooks import HookedMaps
+from prune_viz.hooks import HookedMaps, hookable
 from prune_viz.plain import plain_copy
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
@@ -153,7 +154,11 @@ class FilterNetwork:
         if self._graph is not None and name in self._taps:
             part = tracing.cut(self._graph, self._taps[name])
             return part
-        return HookedMaps(self._model, name, self.device)
+        return HookedMaps(self._hookable, name)
+
+    @cached_property
+    def _hookable(self) -> nn.Module:
+        return hookable(self._model, self.device)
 
     def takes(self, size: Sequence[int]) -> bool:
         """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""

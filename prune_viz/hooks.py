@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.tracing import ACTIVATIONS
+
+
+def hookable(model: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy of a model on a device, of which maps before activations can be looked at too."""
+    twin = copy.deepcopy(model).to(device).requires_grad_(False)
+    modules: Iterator[Any] = twin.modules()
+    for module in modules:
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    return twin
 
 
 class HookedMaps:
@@ -22,19 +33,14 @@ class HookedMaps:
     Parameters
     ----------
     model : nn.Module
-        The network; copied.
+        The network, as `hookable` gives it; hooks hang on it only while it runs.
     conv : str
         Name of the convolution.
-    device : torch.device
-        Where the copy works.
     """
 
-    def __init__(self, model: nn.Module, conv: str, device: torch.device) -> None:
-        self._model = copy.deepcopy(model).to(device).requires_grad_(False)
-        self._modules: dict[str, Any] = dict(self._model.named_modules())
-        for module in self._modules.values():
-            if getattr(module, "inplace", False):
-                module.inplace = False  # maps before activations are looked at too
+    def __init__(self, model: nn.Module, conv: str) -> None:
+        self._model = model
+        self._modules: dict[str, Any] = dict(model.named_modules())
         self._before = self._after = conv
         self._followed = False
 
