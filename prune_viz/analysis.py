@@ -164,7 +164,8 @@ def analyze(
         "format": FORMAT,
         "state": "running",
         "model": {
-            "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, **source,
+            "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, "held_inputs": None,
+            **source,
             "class_name": type(model).__name__, "parameters": cost[0], "macs": cost[1],
             "input_shape": list(network.input_shape),
         },
@@ -272,7 +273,7 @@ def _stimuli_key(provenance: Mapping[str, Any]) -> str:
     """What a layer's stimuli depend on; a file with another key is not used again."""
     model, options = provenance["model"], provenance["options"]
     parts = {
-        "model": [model["sha256"], model["arch"], model["arch_kwargs"], model["input_shape"]],
+        "model": [model[name] for name in ("sha256", "arch", "arch_kwargs", "held_inputs", "input_shape")],
         "options": [options["prior"], options["steps"], options["canvas"], options["device"]],
         "inputs": provenance["inputs"],
         "seed": provenance["seed"],

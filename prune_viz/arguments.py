@@ -34,6 +34,11 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(size) for size in text.split(","))
 
 
+def parse_shapes(texts: Sequence[str] | None) -> list[tuple[int, ...]]:
+    """Read every ``--input-shape``, as `parse_shape` does."""
+    return [shape for text in texts or () if (shape := parse_shape(text)) is not None]
+
+
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     """Read ``--mean`` or ``--std``; raises `UserError` unless it is numbers by commas."""
     if text is None:

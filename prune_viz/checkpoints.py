@@ -7,7 +7,7 @@ belong to, which `recognition` finds where nobody names it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from prune_viz.architectures import resolve_architecture
 from prune_viz.archives import read_content
 from prune_viz.errors import UserError
+from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
 from prune_viz.recognition import recognise
 from prune_viz.runs import sha256
 from prune_viz.weights import (
@@ -63,6 +64,8 @@ class Checkpoint:
         (C, *spatial), where the file itself says it.
     pruning : list of dict
         The masks that `prune-viz apply --mode remove` has already carried out on it, in order.
+    held : HeldInputs or None
+        Where it takes several inputs, what all but one of them are held at (`hold`).
     """
 
     model: nn.Module
@@ -76,6 +79,7 @@ class Checkpoint:
     trust_pickle: bool = False
     input_shape: tuple[int, ...] | None = None
     pruning: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    held: HeldInputs | None = None
 
     @property
     def source(self) -> dict[str, Any]:
@@ -88,7 +92,13 @@ class Checkpoint:
             "recognised": self.recognised,
             "key": self.key,
             "trust_pickle": self.trust_pickle,
+            "held_inputs": None if self.held is None else self.held.digest,
         }
+
+    def hold(self, inputs: HeldInputs) -> Checkpoint:
+        """The same, its model one of a single input (`prune_viz.held_inputs.hold_inputs`)."""
+        hold_inputs(self.model, inputs)
+        return replace(self, held=inputs, input_shape=inputs.input_shape)
 
     def describe(self) -> list[str]:
         """What reading the file decided by itself, in words; empty where nothing."""
@@ -171,7 +181,7 @@ def load_checkpoint(
             named, kwargs = _recognised(path, state, kwargs)
         arch = named
         if pruning and input_shape:
-            model = _build_pruned(path, arch, kwargs, pruning, input_shape, state)
+            model = _build_pruned(path, arch, kwargs, pruning, input_shape, about.get("held_inputs"), state)
         else:
             model, kwargs = _build_for(state, arch, kwargs)
             fill(model, state, path)
@@ -238,6 +248,7 @@ def _build_pruned(
     kwargs: Mapping[str, Any],
     pruning: Sequence[dict[str, torch.Tensor]],
     input_shape: tuple[int, ...],
+    held: Any,
     state: StateDict,
 ) -> nn.Module:
     """Build the architecture, remove from it the filters that the file's weights lack, and load those."""
@@ -245,10 +256,13 @@ def _build_pruned(
 
     model = resolve_architecture(arch, kwargs).cpu().float().eval()
     try:
+        if held is not None:
+            hold_inputs(model, HeldInputs(**held))
         example = torch.zeros(1, *input_shape)
         for masks in pruning[:-1]:
             model = remove_filters(model, masks, example)
-        return rebuild_smaller(model, pruning[-1], state, example)
+        smaller = rebuild_smaller(model, pruning[-1], state, example)
+        return smaller if held is None else release_inputs(smaller)
     except Exception as error:  # a stranger's record can be wrong in any way
         raise UserError(f"{path}: its record of removed filters does not fit {arch}: {error}") from error
 

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -20,7 +21,7 @@ from prune_viz.arguments import (
     check_writable,
     parse_kwargs,
     parse_numbers,
-    parse_shape,
+    parse_shapes,
 )
 from prune_viz.errors import UserError, one_line
 from prune_viz.terminal import make_console, make_progress, print_summary
@@ -89,9 +90,22 @@ TrustPickle = Annotated[
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Directory that analyze wrote.", show_default=False)
 ]
-InputShape = Annotated[
-    str | None,
-    typer.Option(metavar="C,H,W", help="Shape of one input.", show_default="the architecture's own"),
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="C,H,W",
+        help="Shape of one input. Of several the first is varied, the others are held at noise.",
+        show_default="the architecture's own",
+    ),
+]
+Example = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What the network is called with, a tensor, tuple or dict from torch.save: its first pictures "
+        "are varied, the rest is held.",
+    ),
 ]
 
 
@@ -149,7 +163,8 @@ def analyze(
     code: Code = None,
     key: Key = None,
     trust_pickle: TrustPickle = False,
-    input_shape: InputShape = None,
+    input_shapes: InputShapes = None,
+    example: Example = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -190,7 +205,7 @@ def analyze(
     ] = False,
 ) -> None:
     """Find the redundant and dead filters of MODEL; write stimuli, masks and a report."""
-    kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
+    kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
     check_device(device)
     out = out or Path("reports") / model.stem
@@ -200,7 +215,8 @@ def analyze(
     from prune_viz import analysis
     from prune_viz.architectures import default_normalisation
 
-    shape = shape or _input_shape(checkpoint)
+    checkpoint = _held(checkpoint, shapes, example)
+    shape = _input_shape(checkpoint)
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -302,10 +318,11 @@ def apply(
     code: Code = None,
     key: Key = None,
     trust_pickle: TrustPickle = False,
-    input_shape: InputShape = None,
+    input_shapes: InputShapes = None,
+    example: Example = None,
 ) -> None:
     """Carry out MASKS on MODEL and write the result to a new file."""
-    kwargs, shape = parse_kwargs(arch_kwargs), parse_shape(input_shape)
+    kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")
     from prune_viz.runs import merges_beside, probes_beside
@@ -324,7 +341,8 @@ def apply(
 
     from prune_viz.pruned import write_removed, write_zeroed
 
-    shape = shape or (_input_shape(checkpoint) if export or mode is Mode.remove else ())
+    checkpoint = _held(checkpoint, shapes, example)
+    shape = _input_shape(checkpoint) if export or mode is Mode.remove else ()
     if mode is Mode.zero:
         lines = write_zeroed(checkpoint, masks, out, export, shape)
     else:
@@ -385,6 +403,18 @@ def _load(
     for line in checkpoint.describe():
         console.print(one_line(line), soft_wrap=True)
     return checkpoint
+
+
+def _held(checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path | None) -> Checkpoint:
+    """A checkpoint whose network takes one input, of the shape that was given, if one was."""
+    from prune_viz.held_inputs import held_at_noise, read_example
+
+    if shapes and example is not None:
+        raise UserError("give --input-shape or --example, not both")
+    inputs = held_at_noise(shapes) if example is None else read_example(example)
+    if len(inputs.arguments) > 1 or isinstance(inputs.varied, str):
+        return checkpoint.hold(inputs)
+    return replace(checkpoint, input_shape=inputs.input_shape) if inputs.arguments else checkpoint
 
 
 def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_s
     Parameters
     ----------
     checkpoint : Checkpoint
-        What the model came from: its architecture, and the masks carried out on it.
+        What the model came from: its architecture, what inputs are held, and the masks carried out on it.
     model : nn.Module
         The model, with weights of its own.
     out : Path
@@ -224,6 +224,8 @@ def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_s
         "pruning": checkpoint.pruning,
         "state_dict": model.state_dict(),
     }
+    if checkpoint.held is not None:
+        content["held_inputs"] = asdict(checkpoint.held)
     _save(content, out)
 
 

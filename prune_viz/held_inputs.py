@@ -1,0 +1,156 @@
+"""Networks that take several inputs: one of them is varied, the others are held.
+
+Everything else in the package then sees a network of one input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_viz.archives import read_content
+from prune_viz.errors import UserError
+
+_HELD = "held_input_"
+
+
+@dataclass(frozen=True)
+class HeldInputs:
+    """All that a network is called with.
+
+    Attributes
+    ----------
+    arguments : dict of (int or str) to object
+        By place or by name; tensors have a batch axis of 1.
+    varied : int or str
+        Which of them is varied: pictures, signals or volumes.
+    """
+
+    arguments: dict[int | str, Any]
+    varied: int | str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of what is varied, (C, *spatial)."""
+        return tuple(self.arguments[self.varied].shape[1:])
+
+    @property
+    def digest(self) -> str:
+        """Of what is held, for provenance; hex."""
+        digest = hashlib.sha256(str(self.varied).encode())
+        for place, value in self.arguments.items():
+            if place != self.varied:
+                plain = value.tolist() if torch.is_tensor(value) else value
+                digest.update(repr((place, plain)).encode())
+        return digest.hexdigest()
+
+
+def held_at_noise(shapes: Sequence[Sequence[int]]) -> HeldInputs:
+    """Inputs of the shapes given, without their batch axes: the first is varied, the others are one noise."""
+    random = torch.Generator().manual_seed(0)
+    noise: dict[int | str, Any] = {}
+    for place, shape in enumerate(shapes):
+        noise[place] = torch.randn(1, *shape, generator=random)
+    return HeldInputs(noise, 0)
+
+
+def read_example(path: Path) -> HeldInputs:
+    """Read what a network is called with from a file.
+
+    Parameters
+    ----------
+    path : Path
+        A tensor, a sequence of arguments or a mapping of named ones, as `torch.save` or safetensors wrote
+        them. The first of them that is a batch of floating-point maps, (B, C, *spatial), is varied; of
+        batches the first row is taken.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read without running code, or nothing in it can be varied.
+    """
+    content = read_content(path)
+    if torch.is_tensor(content):
+        content = [content]
+    if isinstance(content, Mapping):
+        arguments = dict(content)
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        arguments = dict(enumerate(content))
+    else:
+        raise UserError(
+            f"{path} holds a {type(content).__name__}; save a tensor, or a tuple or dict of inputs"
+        )
+    varied = next((place for place, value in arguments.items() if _is_maps(value)), None)
+    if varied is None or not all(isinstance(place, (int, str)) for place in arguments):
+        raise UserError(
+            f"{path} holds no floating-point tensor of shape (B, C, *sizes), so there is nothing to vary"
+        )
+    rows = len(arguments[varied])
+    first = {
+        place: value[:1] if torch.is_tensor(value) and value.ndim and len(value) == rows else value
+        for place, value in arguments.items()
+    }
+    return HeldInputs(first, varied)
+
+
+def _is_maps(value: Any) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point() and 3 <= value.ndim <= 5 and len(value) > 0
+
+
+def hold_inputs(model: nn.Module, inputs: HeldInputs) -> nn.Module:
+    """Make a network one of a single input, the others held at what they are.
+
+    Names and weights of the network stay as they are. Held tensors are repeated for every row of a batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; changed in place.
+    inputs : HeldInputs
+        All that it is called with.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+    """
+    kind: Any = type(model)
+    buffers: dict[int | str, str] = {}  # so that tensors go where the weights go
+    for number, (place, value) in enumerate(inputs.arguments.items()):
+        if place != inputs.varied and torch.is_tensor(value):
+            buffers[place] = f"{_HELD}{number}"
+            model.register_buffer(buffers[place], value, persistent=False)
+
+    def forward(self: nn.Module, varied: Tensor) -> Any:
+        rows = torch.zeros_like(varied.flatten(1)[:, 0])
+        given = dict(inputs.arguments)
+        given[inputs.varied] = varied
+        for place, name in buffers.items():
+            given[place] = _repeated(getattr(self, name), rows)
+        ordered = [value for place, value in given.items() if isinstance(place, int)]
+        return kind.forward(self, *ordered, **{str(p): value for p, value in given.items() if p in named})
+
+    named = [place for place in inputs.arguments if isinstance(place, str)]
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return model
+
+
+def release_inputs(model: nn.Module) -> nn.Module:
+    """Undo `hold_inputs`, in place."""
+    model.__class__ = type(model).__mro__[1]
+    for name in [name for name in model._buffers if name.startswith(_HELD)]:
+        delattr(model, name)
+    return model
+
+
+def _repeated(held: Tensor, rows: Tensor) -> Tensor:
+    """A held input for every row of a batch; written so that it can be traced."""
+    if not held.ndim or len(held) != 1:
+        return held
+    return held + rows.to(held.dtype).view(-1, *(1,) * (held.ndim - 1))
