@@ -44,7 +44,7 @@ from prune_viz.budgets import write_masks
 from prune_viz.masks import Masks, load_masks
 from prune_viz.surgery import count_cost
 
-SHARES = (0.5, 0.7)  # of the multiply-accumulates
+SHARES = (0.5,)  # of the multiply-accumulates
 SEEDS = (0, 1, 2)
 ROUND_TO = {"vgg": 16, "resnet": 8}  # channels; half of what the narrowest layer has
 EPOCHS = (1, 5)
