@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +48,13 @@ class Candidate:
     alike: float
 
 
-def recognise(state: StateDict, progress: Callable[[str], None] = lambda spec: None) -> list[Candidate]:
+def recognise(state: StateDict) -> list[Candidate]:
     """Find the architectures of torchvision, and of timm where installed, that weights may belong to.
 
     Parameters
     ----------
     state : dict of str to Tensor
         The weights, under their names in the file.
-    progress : callable, optional
-        Told each SPEC before it is tried.
 
     Returns
     -------
@@ -65,7 +63,7 @@ def recognise(state: StateDict, progress: Callable[[str], None] = lambda spec: N
     """
     found: list[Candidate] = []
     for library in (_torchvision, _timm):
-        for candidate in _candidates(state, library(), progress):
+        for candidate in _candidates(state, library()):
             if not candidate.misfits:
                 return [candidate]
             found.append(candidate)
@@ -96,20 +94,16 @@ def _timm() -> dict[str, list[str]]:
     }
 
 
-def _candidates(
-    state: StateDict, files: Mapping[str, Sequence[str]], progress: Callable[[str], None]
-) -> Iterator[Candidate]:
+def _candidates(state: StateDict, files: Mapping[str, Sequence[str]]) -> Iterator[Candidate]:
     """What of a library's architectures is alike, from the files that are most so."""
     shapes = [_without_numbers(names) for names in readings(state)]
     likeness = {}
     for file, specs in files.items():
-        progress(specs[0])
         own = _without_numbers(_build(specs[0], {}))
         likeness[file] = max((len(own & other) / len(own | other) for other in shapes), default=0.0)
     nearest = sorted((file for file in files if likeness[file] >= _ALIKE), key=lambda file: -likeness[file])
     for file in nearest[:_FILES]:
         for spec in files[file]:
-            progress(spec)
             yield min(_variants(state, spec), key=lambda one: (bool(one.misfits), -one.alike))
 
 

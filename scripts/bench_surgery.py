@@ -259,7 +259,7 @@ def main() -> None:
     cases = [(kind, seed) for kind in ("vgg", "resnet") for seed in SEEDS if options.only in kind]
     rows = []
     for kind, seed in [("vgg", 0)] if options.quick else cases:
-        for found in rows_of(kind, seed, (0.5,) if options.quick else SHARES):
+        for found in rows_of(kind, seed, SHARES):
             rows.append(found)
             print(*found.values(), sep=", ", file=sys.stderr, flush=True)
     table = pd.DataFrame(rows)

@@ -468,3 +468,23 @@ def test_a_parametrised_model_is_not_saved_at_zero(here: Path) -> None:
     finally:
         sys.path.remove(str(here))
     assert_refused(result, "0.weight is parametrised")
+
+
+def test_code_says_where_modules_of_ones_own_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "only_here.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.save({"0.weight": torch.randn(2, 1, 3, 3), "0.bias": torch.zeros(2)}, "model.pt")
+    given = ["analyze", "model.pt", "--arch", "only_here:build", "--input-shape", "1,8,8", "--steps", "2"]
+    result = CliRunner().invoke(cli.app, [*given, "--out", "no"])
+    assert result.exit_code == 2
+    assert "only_here could not be imported" in result.stderr
+    result = CliRunner().invoke(cli.app, [*given, "--code", "nowhere", "--out", "no"])
+    assert result.exit_code == 2
+    assert "--code nowhere is not a directory" in result.stderr
+    assert not Path("no").exists()
+    result = CliRunner().invoke(cli.app, [*given, "--code", "mine", "--out", "run"])
+    assert result.exit_code == 0, result.output
