@@ -90,9 +90,9 @@ def row(spec: str) -> dict[str, Any]:
         causes.append(str(error))
     except Exception as error:  # what is counted here
         causes.append(_short(error))
+    seconds = time.perf_counter() - start
     return {
-        "model": spec, "layers": seen, "worked": worked, "silent": silent, "seconds": time.perf_counter() - start,
-        "causes": causes,
+        "model": spec, "layers": seen, "worked": worked, "silent": silent, "seconds": seconds, "causes": causes
     }  # fmt: skip
 
 
@@ -122,8 +122,8 @@ def main() -> None:
     print_table(
         "Convolutions of which two filters could be looked at",
         ["model", "convolutions", "worked", "silent filters", "seconds", "what did not, for instance"],
-        [[one["model"], one["layers"], one["worked"], one["silent"], one["seconds"], "; ".join(one["causes"])[:70]]
-         for one in rows],
+        [[*(one[key] for key in ("model", "layers", "worked", "silent", "seconds")),
+          "; ".join(one["causes"])[:70]] for one in rows],
     )  # fmt: skip
     whole = sum(0 < one["layers"] == one["worked"] for one in rows)
     print(json.dumps({"models": len(rows), "whole": whole, "rows": rows}))
