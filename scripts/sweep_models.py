@@ -92,7 +92,8 @@ def row(spec: str) -> dict[str, Any]:
         causes.append(_short(error))
     seconds = time.perf_counter() - start
     return {
-        "model": spec, "layers": seen, "worked": worked, "silent": silent, "seconds": seconds, "causes": causes
+        "model": spec, "layers": seen, "worked": worked, "silent": silent, "seconds": seconds,
+        "causes": causes,
     }  # fmt: skip
 
 
