@@ -32,7 +32,7 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
         If the model has no convolution, or a first one that is not two-dimensional.
     """
     own = getattr(model, "input_shape", None)
-    if isinstance(own, tuple) and own and all(isinstance(size, int) and size > 0 for size in own):
+    if isinstance(own, tuple) and own and all(isinstance(size, int) and 0 < size < 2**16 for size in own):
         return own
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
@@ -113,6 +113,9 @@ def _torchvision_factory(name: str) -> tuple[Callable[..., Any], dict[str, Any]]
     defaults: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:
         defaults["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        # As published: their inputs are normalised as all others', and again inside.
+        defaults.update(init_weights=False, transform_input=True)
     return builder, defaults
 
 

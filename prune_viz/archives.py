@@ -1,40 +1,31 @@
 """Reading a stranger's file: what it is by its content, and never running what is in it unless told to.
 
-Without trust a file may name nothing to be called or made but tensors, plain data and the classes of networks
-that torch, torchvision and timm themselves are made of.
+Without trust nothing that a file names is called, but for what torch itself takes for plain data: the rest is
+read as `prune_viz.inert` does.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from prune_viz.architectures import current_directory_importable
 from prune_viz.errors import UserError
+from prune_viz.inert import read_inert, stub_for
 from prune_viz.weights import few
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
-# What training loops leave beside the weights: options and best scores. Plain data, no code.
-_HARMLESS: list[Any] = [
-    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-]  # fmt: skip
-# Where the classes of networks live that a file may name without trust.
-_PACKAGES = re.compile(
-    r"(torch\.nn\.modules|torch\.nn\.parallel\.data_parallel|torchvision\.(models|ops)|timm\.(models|layers))(\.|$)"
-)
+
+# What training loops left beside the weights in files of the old format; stubs stand for it.
+_LEFT_BESIDE = (
+    "argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"
+)  # fmt: skip
 
 
 def read_content(path: Path, trust_pickle: bool = False) -> Any:
@@ -51,7 +42,7 @@ def read_content(path: Path, trust_pickle: bool = False) -> Any:
     -------
     object
         A mapping of tensors for safetensors, TorchScript and exported programs; whatever `torch.save` was
-        given otherwise.
+        given otherwise, with stubs (`prune_viz.inert`) where code would have run.
 
     Raises
     ------
@@ -72,9 +63,11 @@ def read_content(path: Path, trust_pickle: bool = False) -> Any:
         raise UserError(f"{path} is empty")
     if head.startswith(b"PK\x03\x04"):
         kind = _kind_of_archive(path, size)
-        return _read_torch(path, trust_pickle) if kind is None else _read_program(path, kind, trust_pickle)
+        if kind is not None:
+            return _read_program(path, kind, trust_pickle)
+        return _read_torch(path, trust_pickle, zipped=True)
     if _LEGACY_MAGIC in head[:32]:
-        return _read_torch(path, trust_pickle)
+        return _read_torch(path, trust_pickle, zipped=False)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return _read_safetensors(path)
     if head[:1] == b"\x80":
@@ -98,9 +91,29 @@ def _kind_of_archive(path: Path, size: int) -> str | None:
         return "an exported program"
     if not any(name.endswith("/data.pkl") for name in names):
         raise UserError(f"{path} is a zip archive but not a PyTorch checkpoint")
-    if sum(entry.file_size for entry in entries) > size:  # no checkpoint that PyTorch wrote is compressed
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > size or not _has_one_directory(path, size):
+        # No checkpoint that PyTorch wrote does.
         raise UserError(f"{path} would unpack to more than it holds; save the state dict with torch.save")
     return None
+
+
+def _has_one_directory(path: Path, size: int) -> bool:
+    """Whether a zip archive ends with its directory, so that all who read it find the same one."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - 98))
+        tail = stream.read()
+    end, locator, record = tail[-22:], tail[-42:-22], tail[-98:-42]
+    if end[:4] != b"PK\x05\x06":
+        return False
+    length, offset = struct.unpack("<II", end[12:20])
+    position = size - len(end)
+    if locator[:4] == b"PK\x06\x07":
+        if record[:4] != b"PK\x06\x06":
+            return False
+        length, offset = struct.unpack("<QQ", record[40:56])
+        position = size - 98
+    return bool(offset + length == position)
 
 
 def _read_program(path: Path, kind: str, trust_pickle: bool) -> dict[str, torch.Tensor]:
@@ -130,27 +143,23 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _read_torch(path: Path, trust_pickle: bool) -> Any:
+def _read_torch(path: Path, trust_pickle: bool, zipped: bool) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _load_without_code(path, [])
+            stubs: list[Any] = [] if zipped else [(stub_for(name), name) for name in _LEFT_BESIDE]
+            with torch.serialization.safe_globals(stubs):
+                return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             wanted = _wanted_code(path, error)
         if not wanted:
             raise UserError(f"{path} is damaged and cannot be read; fetch or save it again")
-        classes = {name: _network_class(name) for name in wanted}
-        strange = [name for name, found in classes.items() if found is None]
-        if not strange:
-            with suppress(Exception):  # files of the old format hold source code, which is never read
-                return _load_without_code(path, [found for found in classes.values() if found])
+        if not trust_pickle and zipped:
+            return read_inert(path)
         if not trust_pickle:
-            what = "a pickled network that cannot be read without running code"
-            if strange:
-                what = f"pickled code, which could do anything ({few(strange)})"
             raise UserError(
-                f"{path} holds {what}: save the model's state dict and give --arch, or pass --trust-pickle "
-                "if you trust where the file comes from"
+                f"{path} holds pickled code, which could do anything ({few(wanted)}): save the model's "
+                "state dict and give --arch, or pass --trust-pickle if you trust where the file comes from"
             )
         with current_directory_importable():
             try:
@@ -161,30 +170,10 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
                 ) from error
 
 
-def _load_without_code(path: Path, classes: Sequence[Any]) -> Any:
-    with torch.serialization.safe_globals([*_HARMLESS, *classes]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _network_class(name: str) -> type[nn.Module] | None:
-    """The class of a network or layer that torch, torchvision or timm define under this name, if any."""
-    home, _, own = name.rpartition(".")
-    if not _PACKAGES.match(home):
-        return None
-    try:
-        found = getattr(importlib.import_module(home), own, None)
-    except Exception:  # no such module, or one for what is not installed
-        return None
-    if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == home:
-        return found
-    return None
-
-
 def _wanted_code(path: Path, error: Exception) -> list[str]:
     """Names of what a checkpoint wants to import beyond plain data."""
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:
         wanted = []
     found = re.findall(r"GLOBAL (\S+)", str(error))

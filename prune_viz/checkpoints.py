@@ -6,6 +6,7 @@ belong to, which `recognition` finds where nobody names it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from prune_viz.architectures import resolve_architecture
 from prune_viz.archives import read_content
 from prune_viz.errors import UserError
 from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
+from prune_viz.inert import Stub, rebuild_network, weights_of
 from prune_viz.recognition import recognise
 from prune_viz.runs import sha256
 from prune_viz.weights import (
@@ -34,6 +36,10 @@ from prune_viz.weights import (
 
 # A file may name its own architecture, but not a module of the file's choosing to import.
 _OWN_ARCHITECTURES = ("prune_viz.demo:DigitsNet",)
+# Nor how large it is beyond this.
+_OWN_KWARGS = ("num_classes", "aux_logits", "aux_loss")
+_MOST_CLASSES = 100_000
+_LARGEST_INPUT = 2**26  # numbers
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ def load_checkpoint(
     ----------
     path : path
         A state dict, a training checkpoint that wraps one, a safetensors file, a checkpoint written by
-        prune-viz, or, with `trust_pickle`, a whole pickled ``nn.Module``.
+        prune-viz, or a pickled ``nn.Module``: of torch's, torchvision's and timm's classes the whole, of
+        others the weights alone or, with `trust_pickle`, the whole.
     arch : str, optional
         SPEC of the architecture, see `prune_viz.architectures.resolve_architecture`. By default the one that
         the file names, if it is torchvision's or prune-viz's own, or else the one whose names and shapes are
@@ -170,7 +177,9 @@ def load_checkpoint(
     about = content if isinstance(content, Mapping) and "state_dict" in content else {}
     pruning, input_shape = _pruning_of(about)
     kwargs = dict(arch_kwargs or {})
-    recognised = False
+    recognised, strange = False, ""
+    if isinstance(weights, Stub):
+        weights, strange = _from_stub(weights, arch)
     if isinstance(weights, nn.Module) and arch is None:
         model = _unwrap(weights)
     else:
@@ -178,7 +187,7 @@ def load_checkpoint(
         named, kwargs = _architecture_of(path, about, arch, arch_kwargs)
         if named is None:
             recognised = True
-            named, kwargs = _recognised(path, state, kwargs)
+            named, kwargs = _recognised(path, state, about.get("arch"), kwargs, strange)
         arch = named
         if pruning and input_shape:
             model = _build_pruned(path, arch, kwargs, pruning, input_shape, about.get("held_inputs"), state)
@@ -228,6 +237,14 @@ def _architecture_of(
     if arch == said and kwargs is None:
         if not isinstance(said_kwargs, dict) or not all(isinstance(key, str) for key in said_kwargs):
             raise UserError(f"{path} is damaged: its arch_kwargs are not names and values")
+        if any(
+            name not in _OWN_KWARGS or type(value) not in (bool, int) or not 0 <= value <= _MOST_CLASSES
+            for name, value in said_kwargs.items()
+        ):
+            raise UserError(
+                f"{path} asks for {arch} with {said_kwargs}: pass --arch {arch} and --arch-kwargs if you "
+                "trust it"
+            )
         kwargs = said_kwargs
     return arch, dict(kwargs or {})
 
@@ -237,6 +254,8 @@ def _pruning_of(about: Mapping[str, Any]) -> tuple[list[dict[str, torch.Tensor]]
     shape, pruning = about.get("input_shape"), about.get("pruning")
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         return [], None
+    if math.prod(shape) > _LARGEST_INPUT:
+        raise UserError(f"the file names an input of shape {tuple(shape)}, which is too large to be one")
     if not isinstance(pruning, list) or not all(isinstance(masks, dict) for masks in pruning):
         return [], tuple(shape)
     return pruning, tuple(shape)
@@ -267,11 +286,28 @@ def _build_pruned(
         raise UserError(f"{path}: its record of removed filters does not fit {arch}: {error}") from error
 
 
-def _recognised(path: Path, state: StateDict, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _from_stub(stub: Stub, arch: str | None) -> tuple[StateDict | nn.Module, str]:
+    """A pickled network, or its weights and what of it would have run as code."""
+    if arch is not None:
+        return weights_of(stub), ""
+    try:
+        return rebuild_network(stub), ""
+    except UserError as error:
+        return weights_of(stub), str(error)
+
+
+def _recognised(
+    path: Path, state: StateDict, said: object, kwargs: dict[str, Any], strange: str
+) -> tuple[str, dict[str, Any]]:
     """The architecture whose names and shapes are the weights', or `UserError` with those that come near."""
-    found = recognise(state)
+    found = recognise(state, said if isinstance(said, str) else None)
     if found and not found[0].misfits:
         return found[0].arch, {**found[0].kwargs, **kwargs}
+    if strange:
+        raise UserError(
+            f"{path} holds pickled code, which could do anything ({strange}): name its architecture with "
+            "--arch, and its weights are taken, or pass --trust-pickle if you trust where the file comes from"
+        )
     near = "; ".join(f"{one.arch} has {', '.join(one.misfits)}" for one in found)
     raise UserError(
         f"{path} holds weights but no network, and they fit none that is known"

@@ -132,12 +132,22 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     seen: set[nn.Module] = set()
     for module in names:
         if isinstance(module, _ConvNd) and module in graph.module2node and module not in seen:
-            items = tied_to(graph, module, range(module.out_channels))
-            group, writers = _read_group(len(groups), module.out_channels, items, names)
+            group, writers = _tied_group(graph, module, len(groups), names)
+            widest = max(writers, key=lambda writer: writer.out_channels, default=module)
+            if widest.out_channels > module.out_channels:  # this one writes a part of what is tied
+                group, writers = _tied_group(graph, widest, len(groups), names)
             seen.update(writers)
             groups.append(group)
     norms = norms_behind(twin)
     return [_confirmed(twin, group, norms, example) for group in groups]
+
+
+def _tied_group(
+    graph: Any, module: Any, number: int, names: dict[nn.Module, str]
+) -> tuple[CouplingGroup, list[Any]]:
+    """The group of all that goes with a convolution's filters, and its writers."""
+    items = tied_to(graph, module, range(module.out_channels))
+    return _read_group(number, module.out_channels, items, names)
 
 
 def _confirmed(
@@ -205,6 +215,7 @@ def _experiment(
     written = [
         (norms.get(places.module, places.module), places.indices[places.channels == jolted_channel].tolist())
         for places in group.writers
+        if jolted_channel in places.channels
     ]
     # Not by a constant, which a norm over positions would take away again.
     jolted, jolted_output = run(written, lambda maps: maps + (1 + maps.abs().amax()) * _uneven(maps))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prune_viz.errors import UserError
 from prune_viz.plain import plain_copy
 from prune_viz.runs import written_aside
-from prune_viz.tracing import tensors_of
+from prune_viz.tracing import are_names_safe, tensors_of
 
 TOLERANCE = 1e-4  # largest difference of outputs, as a share of the largest output
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -65,6 +65,8 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
         what was written differ by more than `TOLERANCE`. Nothing is left at `path` then.
     """
     check_export(path)
+    if not are_names_safe(model):
+        raise UserError("this network cannot be exported: its layers' names could be taken for code")
     twin = plain_copy(model).cpu().requires_grad_(False)
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)

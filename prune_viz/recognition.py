@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from prune_viz.architectures import resolve_architecture
 from prune_viz.errors import UserError
-from prune_viz.weights import StateDict, matching, misfits, number_of_classes, readings, tensors_in
+from prune_viz.weights import StateDict, misfits, nearest_reading, number_of_classes, readings, tensors_in
 
 _ALIKE = 0.2  # share of names, numbers left out, that a file of architectures must have in common
 _FILES = 4  # of architectures, that are looked at whole
@@ -48,13 +48,15 @@ class Candidate:
     alike: float
 
 
-def recognise(state: StateDict) -> list[Candidate]:
+def recognise(state: StateDict, said: str | None = None) -> list[Candidate]:
     """Find the architectures of torchvision, and of timm where installed, that weights may belong to.
 
     Parameters
     ----------
     state : dict of str to Tensor
         The weights, under their names in the file.
+    said : str, optional
+        What the file calls its architecture, as training scripts do; tried first.
 
     Returns
     -------
@@ -62,8 +64,13 @@ def recognise(state: StateDict) -> list[Candidate]:
         One alone if it fits; otherwise the nearest, the likeliest first.
     """
     found: list[Candidate] = []
+    named = readings(state)
+    for home in ("torchvision", "timm") if said else ():
+        candidate = _nearest_variant(named, f"{home}:{said}")
+        if not candidate.misfits:
+            return [candidate]
     for library in (_torchvision, _timm):
-        for candidate in _candidates(state, library()):
+        for candidate in _candidates(named, library()):
             if not candidate.misfits:
                 return [candidate]
             found.append(candidate)
@@ -94,9 +101,9 @@ def _timm() -> dict[str, list[str]]:
     }
 
 
-def _candidates(state: StateDict, files: Mapping[str, Sequence[str]]) -> Iterator[Candidate]:
+def _candidates(named: Sequence[StateDict], files: Mapping[str, Sequence[str]]) -> Iterator[Candidate]:
     """What of a library's architectures is alike, from the files that are most so."""
-    shapes = [_without_numbers(names) for names in readings(state)]
+    shapes = [_without_numbers(names) for names in named]
     likeness = {}
     for file, specs in files.items():
         own = _without_numbers(_build(specs[0], {}))
@@ -104,30 +111,29 @@ def _candidates(state: StateDict, files: Mapping[str, Sequence[str]]) -> Iterato
     nearest = sorted((file for file in files if likeness[file] >= _ALIKE), key=lambda file: -likeness[file])
     for file in nearest[:_FILES]:
         for spec in files[file]:
-            yield min(_variants(state, spec), key=lambda one: (bool(one.misfits), -one.alike))
+            yield _nearest_variant(named, spec)
 
 
-def _variants(state: StateDict, spec: str) -> Iterator[Candidate]:
-    """The architecture as it is by default and, where auxiliary heads make the difference, otherwise."""
-    plain = _held_against(state, spec, {})
-    yield plain
-    if any("aux" in text for text in plain.misfits):
-        for kwargs in _AUXILIARY:
-            yield _held_against(state, spec, kwargs)
+def _nearest_variant(named: Sequence[StateDict], spec: str) -> Candidate:
+    """The architecture as it is by default or, where auxiliary heads make the difference, otherwise."""
+    variants = [_held_against(named, spec, {})]
+    if any("aux" in text for text in variants[0].misfits):
+        variants += [_held_against(named, spec, kwargs) for kwargs in _AUXILIARY]
+    return min(variants, key=lambda one: (bool(one.misfits), -one.alike))
 
 
-def _held_against(state: StateDict, spec: str, kwargs: dict[str, Any]) -> Candidate:
+def _held_against(named: Sequence[StateDict], spec: str, kwargs: dict[str, Any]) -> Candidate:
     """Weights held against an architecture, built for as many classes as they have."""
     wanted = _build(spec, kwargs)
-    named = matching(state, wanted)
-    classes = number_of_classes(named, wanted)
+    state = nearest_reading(named, wanted)
+    classes = number_of_classes(state, wanted)
     if classes is not None:
         with_classes = _build(spec, {**kwargs, "num_classes": classes})
-        if len(misfits(named, with_classes)) < len(misfits(named, wanted)):
+        if len(misfits(state, with_classes)) < len(misfits(state, wanted)):
             kwargs, wanted = {**kwargs, "num_classes": classes}, with_classes
-    same = sum(name in named and named[name].shape == tensor.shape for name, tensor in wanted.items())
-    alike = same / max(len(named.keys() | wanted.keys()), 1)
-    return Candidate(spec, kwargs, misfits(named, wanted), alike)
+    same = sum(name in state and state[name].shape == tensor.shape for name, tensor in wanted.items())
+    alike = same / max(len(state.keys() | wanted.keys()), 1)
+    return Candidate(spec, kwargs, misfits(state, wanted), alike)
 
 
 def _build(spec: str, kwargs: Mapping[str, Any]) -> StateDict:

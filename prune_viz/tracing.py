@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ _ACTIVATION_FUNCTIONS = {
     torch.sigmoid, torch.tanh,
 }  # fmt: skip
 _ACTIVATION_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"}
+_SAFE_NAME = re.compile(r"[\w .+/:,=@()<>-]*")
 _PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _POOL_FUNCTIONS = {
@@ -72,11 +74,22 @@ class Tap:
 
 def trace(model: nn.Module) -> fx.GraphModule | None:
     """Trace `model`, or give None where its forward pass cannot be traced."""
+    if not are_names_safe(model):
+        return None
     try:
         graph = _ConvolutionTracer().trace(model)
         return fx.GraphModule(model, graph)
     except Exception:  # any code may run inside a stranger's forward pass, and raise anything
         return None
+
+
+def are_names_safe(model: nn.Module) -> bool:
+    """Whether the names in a model can stand in the source code that torch.fx writes and runs.
+
+    It puts them between quotes, as they are.
+    """
+    names = [*dict(model.named_modules()), *dict(model.named_parameters()), *dict(model.named_buffers())]
+    return all(_SAFE_NAME.fullmatch(name) for name in names)
 
 
 def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from prune_viz.errors import UserError
+from prune_viz.inert import Stub, is_network, weights_of
 
 StateDict = dict[str, torch.Tensor]
 
@@ -20,17 +23,21 @@ _PLACES = (
 )  # fmt: skip
 _DEEPEST = 3  # mappings in mappings
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-# Counters, which the outputs of a network in eval mode do not depend on.
-_IDLE = ("num_batches_tracked", "n_averaged")
+# Counters, of training and of profilers, which the outputs of a network in eval mode do not depend on.
+_IDLE = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
+_OFTENEST = 16  # that what a file holds may be named, as single-precision numbers
+_SHARED = 0.5  # of the names that begin alike, so that it may be the name of what is around the network
+# Names of DenseNet's layers as torchvision's published files still have them.
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
 
 
 def find_weights(
     content: Any, path: Path, key: str | None = None
-) -> tuple[StateDict | nn.Module, str, list[str]]:
+) -> tuple[StateDict | nn.Module | Stub, str, list[str]]:
     """Find the weights in what a checkpoint holds.
 
     Of several places the first is taken that has a name which training loops give to weights, plain ones
-    before moving averages, and without any such name the one with the most tensors.
+    before moving averages, if it has half as many tensors as any; without such a name the one with the most.
 
     Parameters
     ----------
@@ -43,12 +50,12 @@ def find_weights(
 
     Returns
     -------
-    weights : dict of str to Tensor, or nn.Module
-        The tensors there, or a whole module.
+    weights : dict of str to Tensor, nn.Module or Stub
+        The tensors there, or a whole module, or the stub of one that was pickled (`prune_viz.inert`).
     key : str
         Where they were; empty for the top.
     others : list of str
-        Where else there are some.
+        Where else there are as many.
 
     Raises
     ------
@@ -56,21 +63,27 @@ def find_weights(
         If there are none, none at `key`, or ones that cannot be a network's (`check_tensors`).
     """
     places = dict(_places(content))
+    if not places and isinstance(content, Stub):
+        raise UserError(
+            f"{path} holds pickled code, which could do anything ({content.name}): save the model's state "
+            "dict, or pass --trust-pickle if you trust where the file comes from"
+        )
     if not places:
         raise UserError(f"{path} holds no tensors under string names, so it is not a model's checkpoint")
+    sizes = {place: len(_state_of(weights)) for place, weights in places.items()}
     if key is None:
-        named = [place for place in places if place and all(part in _PLACES for part in place)]
-        chosen = min(named, key=_rank) if named else max(places, key=lambda place: _size(places[place]))
+        full = [place for place in places if 2 * sizes[place] >= max(sizes.values())]
+        named = [place for place in full if place and all(part in _PLACES for part in place)]
+        chosen = min(named, key=_rank) if named else max(places, key=lambda place: sizes[place])
     else:
         found = {".".join(place): place for place in places}
         if key not in found:
             there = ", ".join(sorted(repr(one) for one in found if one)) or "none: the weights are at the top"
             raise UserError(f"{path} holds no weights at --key {key}; there are: {there}")
         chosen = found[key]
-    others = [".".join(place) for place in places if place != chosen]
-    weights = places[chosen]
-    check_tensors(tensors_in(weights.state_dict()) if isinstance(weights, nn.Module) else weights, path)
-    return weights, ".".join(chosen), others
+    others = [".".join(place) for place in places if place != chosen and 2 * sizes[place] >= sizes[chosen]]
+    check_tensors(_state_of(places[chosen]), path)
+    return places[chosen], ".".join(chosen), others
 
 
 def _places(
@@ -80,7 +93,7 @@ def _places(
     seen = set() if seen is None else seen
     if id(content) in seen:
         return
-    if isinstance(content, nn.Module):
+    if isinstance(content, nn.Module) or is_network(content):
         yield path, content
     elif isinstance(content, Mapping):
         seen.add(id(content))
@@ -97,8 +110,10 @@ def _rank(place: tuple[str, ...]) -> tuple[int, ...]:
     return (*(_PLACES.index(part) for part in place), len(_PLACES))
 
 
-def _size(weights: StateDict | nn.Module) -> int:
-    return len(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+def _state_of(weights: StateDict | nn.Module | Stub) -> StateDict:
+    if isinstance(weights, Stub):
+        return weights_of(weights)
+    return tensors_in(weights.state_dict()) if isinstance(weights, nn.Module) else weights
 
 
 def check_tensors(weights: StateDict, path: Path) -> None:
@@ -117,6 +132,10 @@ def check_tensors(weights: StateDict, path: Path) -> None:
             raise UserError(
                 f"{path}: {name} claims the shape {tuple(tensor.shape)}, more than the file holds"
             )
+    if 4 * sum(tensor.numel() for tensor in weights.values() if not nn.parameter.is_lazy(tensor)) > (
+        _OFTENEST * size + 2**20
+    ):
+        raise UserError(f"{path}: its tensors together claim far more than the file holds")
 
 
 def tensors_in(mapping: Mapping[Any, Any]) -> StateDict:
@@ -136,22 +155,38 @@ def readings(state: StateDict) -> list[StateDict]:
     With a prefix gone, what did not have it belongs to something beside the network (a loss, say).
     """
     # Compiling a part of a network leaves its mark inside the names.
-    level = [{name.replace("._orig_mod.", "."): tensor for name, tensor in state.items()}]
+    level = [
+        {
+            _OLD_DENSENET.sub(r"\1\2", name.replace("._orig_mod.", ".")): tensor
+            for name, tensor in state.items()
+        }
+    ]
     found = [state, *level]
     for _ in range(3):
         level = [
             {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
             for names in level
-            for prefix in _PREFIXES
-            if any(name.startswith(prefix) for name in names)
+            for prefix in _prefixes(names)
         ]
         found += level
     return found
 
 
+def _prefixes(names: StateDict) -> list[str]:
+    """What may be around a network of which these are the names."""
+    first = Counter(name.partition(".")[0] + "." for name in names if "." in name)
+    shared = [prefix for prefix, count in first.items() if count >= _SHARED * len(names)]
+    return [prefix for prefix in dict.fromkeys((*_PREFIXES, *shared)) if prefix in first]
+
+
 def matching(state: StateDict, wanted: StateDict) -> StateDict:
     """The reading of a state dict that has the most of the names that are wanted."""
-    return max(readings(state), key=lambda names: len(wanted.keys() & names.keys()))
+    return nearest_reading(readings(state), wanted)
+
+
+def nearest_reading(found: Sequence[StateDict], wanted: StateDict) -> StateDict:
+    """Of several `readings`, the one that has the most of the names that are wanted."""
+    return max(found, key=lambda names: len(wanted.keys() & names.keys()))
 
 
 def number_of_classes(state: StateDict, wanted: StateDict) -> int | None:
@@ -220,8 +255,11 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
     problems = misfits(state, tensors_in(model.state_dict()))
     if not problems:
         try:
-            model.load_state_dict(state, strict=False)
-        except (RuntimeError, NotImplementedError) as error:
+            named = OrderedDict(state)
+            # Some modules read versions there; prefixes and pickles of others lose them.
+            named._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+            model.load_state_dict(named, strict=False)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
             problems = [" ".join(str(error).split())[:200]]
     if problems:
         raise UserError(f"the weights of {path} do not fit the architecture: {'; '.join(problems)}")

@@ -110,6 +110,7 @@ def test_safetensors_are_told_by_content(tmp_path: Path) -> None:
         "recognised": False,
         "key": "",
         "trust_pickle": False,
+        "held_inputs": None,
     }
 
 
@@ -139,8 +140,11 @@ def test_hostile_code_does_not_run(file: Path, tmp_path: Path, monkeypatch, zipp
     torch.save(
         {"state_dict": seeded().state_dict(), "x": Hostile()}, file, _use_new_zipfile_serialization=zipped
     )
-    with pytest.raises(UserError, match=r"pickled code.*(posix|nt)\.system"):
-        load_model(file, NET)
+    if zipped:
+        assert same(load_model(file, NET), seeded())  # what would run is not even looked at
+    else:
+        with pytest.raises(UserError, match=r"pickled code.*(posix|nt)\.system"):
+            load_model(file, NET)
     assert not ran.exists()
     load_model(file, NET, trust_pickle=True)  # it would have run
     assert ran.exists()
@@ -155,7 +159,7 @@ def test_a_file_may_not_choose_what_is_imported(file: Path, tmp_path: Path, monk
             load_model(file)
     content = {"arch": SMALL, "arch_kwargs": {"weights": "DEFAULT"}, "state_dict": seeded().state_dict()}
     torch.save(content, file)
-    with pytest.raises(UserError, match="leave out weights"):
+    with pytest.raises(UserError, match=r"asks for torchvision:squeezenet1_1 with .*weights"):
         load_model(file)
 
 

@@ -17,10 +17,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -28,7 +30,11 @@ from torch import nn
 
 from prune_viz.checkpoints import load_model
 from prune_viz.errors import UserError
+from prune_viz.export import export_model
+from prune_viz.stimuli import maximize
+from prune_viz.tracing import trace
 
+CONV = "torch.nn:Conv2d", {"in_channels": 1, "out_channels": 2, "kernel_size": 3}
 CODE = "import pathlib; pathlib.Path({!r}).touch()"
 
 
@@ -86,14 +92,25 @@ def test_no_road_leads_to_code(
     if flipped:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     ran, file = tmp_path / "ran", tmp_path / "model.pt"
+    network = nn.Sequential(nn.Conv2d(1, 2, 3))
+    torch.save(network, tmp_path / "honest.pt")
     for name, hostile in _roads(ran).items():
-        content = {"state_dict": {"weight": torch.ones(3)}, "x": hostile}
-        torch.save(content, file, _use_new_zipfile_serialization=zipped)
-        before = set(tmp_path.iterdir())
-        with pytest.raises(UserError, match=r"holds (pickled code|a pickled network).*--trust-pickle"):
-            load_model(file, "torchvision:resnet18")
-        assert not ran.exists(), name
-        assert set(tmp_path.iterdir()) == before, name
+        for content in (hostile, {"state_dict": network.state_dict(), "x": hostile}):
+            torch.save(content, file, _use_new_zipfile_serialization=zipped)
+            before = set(tmp_path.iterdir())
+            found, message = None, ""
+            try:
+                found = load_model(file, *CONV)
+            except UserError as error:
+                message = str(error)
+            if found is not None:  # the weights alone
+                assert zipped
+                assert torch.equal(found.weight, network[0].weight)
+            else:
+                assert "\n" not in message
+                assert "pickled code" in message or "holds no tensors" in message
+            assert not ran.exists(), name
+            assert set(tmp_path.iterdir()) == before, name
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, lambda m: {"model": m, "epoch": 1}])
@@ -199,3 +216,69 @@ def test_every_load_says_whether_code_may_run() -> None:
         ("archives.py", "torch.load", "False"),
         ("export.py", "torch.export.load", None),  # what it has just written
     ]
+
+
+EVIL_NAME = '0" if getattr(__import__("os"), "system")("touch ran") == 0 else "0'
+
+
+def test_names_of_layers_are_never_made_source_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    network._modules[EVIL_NAME] = nn.Conv2d(2, 3, 3)
+    torch.save(network.eval(), "model.pt")
+    model = load_model("model.pt")
+    assert trace(model) is None
+    stimuli = maximize(model, EVIL_NAME, input_shape=(1, 16, 16), steps=1)
+    assert len(stimuli.activations) == 3
+    with pytest.raises(UserError, match="could be taken for code"):
+        export_model(model, (1, 16, 16), tmp_path / "model.pt2")
+    assert not Path("ran").exists()
+    for name in ("quo'te", "back\\slash", "new\nline", "nul\0"):
+        network = nn.Sequential()
+        network._modules[name] = nn.Conv2d(1, 2, 3)
+        assert trace(network) is None
+    assert trace(nn.Sequential(*network)) is not None
+
+
+def test_numbers_of_numpy_are_not_made_of_strangers_bytes(tmp_path: Path) -> None:
+    """A type whose state says that its bytes are pointers."""
+    objects = Calls(np.dtype, "O")
+    pointers = Calls(np.dtype, "f8", False, True, state=(3, "<", (objects, (1,)), None, None, 8, 8, 0))
+    scalar = np.float64(0).__reduce__()[0]
+    record = Calls(scalar, Calls(np.dtype, [("a", pointers)]), b"A" * 8)
+    torch.save({"w": Calls(OrderedDict, record)}, tmp_path / "model.pt")
+    command = [sys.executable, "-m", "prune_viz", "analyze", str(tmp_path / "model.pt"), "--out", "no"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_all_readers_find_the_same_directory_of_an_archive(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(3)}, file)
+    content = file.read_bytes()
+    start = zipfile.ZipFile(file).start_dir
+    end = content.rindex(b"PK\x05\x06")
+    for changed in (content[:end] + content[start:end] + content[end:], content + b"more"):
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=r"would unpack to more|is damaged"):
+            load_model(file, "torchvision:resnet18")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"forward": "x"}, {"_call_impl": 3}, {"__class__": "y"}, {"_forward_hooks": {0: "x"}},
+        {"_state_dict_hooks": {0: nn.ReLU()}}, {"note": nn.ReLU()}, {"a b": 1}, {"note": os.system},
+        {"note": {"inner": [Calls(os.system, "x")]}},
+    ],
+)  # fmt: skip
+def test_networks_are_put_together_from_plain_data_alone(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    state = {**nn.Sequential(nn.Conv2d(1, 2, 3)).__dict__, **attributes}
+    network = nn.Sequential()
+    network.__dict__.clear()
+    network.__dict__.update(state)
+    torch.save(network, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="pickled code, which could do anything"):
+        load_model(tmp_path / "model.pt")
+    assert isinstance(load_model(tmp_path / "model.pt", *CONV), nn.Conv2d)  # the weights can be had
