@@ -20,7 +20,7 @@ from prune_viz.archives import read_content
 from prune_viz.errors import UserError
 from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
 from prune_viz.inert import Stub, rebuild_network, weights_of
-from prune_viz.recognition import recognise
+from prune_viz.recognition import recognise, shapes_of
 from prune_viz.runs import sha256
 from prune_viz.weights import (
     StateDict,
@@ -36,9 +36,7 @@ from prune_viz.weights import (
 
 # A file may name its own architecture, but not a module of the file's choosing to import.
 _OWN_ARCHITECTURES = ("prune_viz.demo:DigitsNet",)
-# Nor how large it is beyond this.
-_OWN_KWARGS = ("num_classes", "aux_logits", "aux_loss")
-_MOST_CLASSES = 100_000
+_LARGEST_OWN = 64  # times the file, of the network that it names
 _LARGEST_INPUT = 2**26  # numbers
 
 
@@ -237,13 +235,11 @@ def _architecture_of(
     if arch == said and kwargs is None:
         if not isinstance(said_kwargs, dict) or not all(isinstance(key, str) for key in said_kwargs):
             raise UserError(f"{path} is damaged: its arch_kwargs are not names and values")
-        if any(
-            name not in _OWN_KWARGS or type(value) not in (bool, int) or not 0 <= value <= _MOST_CLASSES
-            for name, value in said_kwargs.items()
-        ):
+        named = sum(tensor.numel() for tensor in shapes_of(arch, said_kwargs).values())
+        if 4 * named > _LARGEST_OWN * path.stat().st_size + 2**28:
             raise UserError(
-                f"{path} asks for {arch} with {said_kwargs}: pass --arch {arch} and --arch-kwargs if you "
-                "trust it"
+                f"{path} asks for {arch} with {said_kwargs}, which is far larger than the file: pass --arch "
+                "and --arch-kwargs if you trust it"
             )
         kwargs = said_kwargs
     return arch, dict(kwargs or {})

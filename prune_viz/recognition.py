@@ -106,7 +106,7 @@ def _candidates(named: Sequence[StateDict], files: Mapping[str, Sequence[str]]) 
     shapes = [_without_numbers(names) for names in named]
     likeness = {}
     for file, specs in files.items():
-        own = _without_numbers(_build(specs[0], {}))
+        own = _without_numbers(shapes_of(specs[0], {}))
         likeness[file] = max((len(own & other) / len(own | other) for other in shapes), default=0.0)
     nearest = sorted((file for file in files if likeness[file] >= _ALIKE), key=lambda file: -likeness[file])
     for file in nearest[:_FILES]:
@@ -124,11 +124,11 @@ def _nearest_variant(named: Sequence[StateDict], spec: str) -> Candidate:
 
 def _held_against(named: Sequence[StateDict], spec: str, kwargs: dict[str, Any]) -> Candidate:
     """Weights held against an architecture, built for as many classes as they have."""
-    wanted = _build(spec, kwargs)
+    wanted = shapes_of(spec, kwargs)
     state = nearest_reading(named, wanted)
     classes = number_of_classes(state, wanted)
     if classes is not None:
-        with_classes = _build(spec, {**kwargs, "num_classes": classes})
+        with_classes = shapes_of(spec, {**kwargs, "num_classes": classes})
         if len(misfits(state, with_classes)) < len(misfits(state, wanted)):
             kwargs, wanted = {**kwargs, "num_classes": classes}, with_classes
     same = sum(name in state and state[name].shape == tensor.shape for name, tensor in wanted.items())
@@ -136,7 +136,7 @@ def _held_against(named: Sequence[StateDict], spec: str, kwargs: dict[str, Any])
     return Candidate(spec, kwargs, misfits(state, wanted), alike)
 
 
-def _build(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
+def shapes_of(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
     """Names and shapes of an architecture's weights; none where it cannot be built so."""
     try:
         with warnings.catch_warnings(), _Weightless():

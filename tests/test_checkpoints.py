@@ -159,7 +159,7 @@ def test_a_file_may_not_choose_what_is_imported(file: Path, tmp_path: Path, monk
             load_model(file)
     content = {"arch": SMALL, "arch_kwargs": {"weights": "DEFAULT"}, "state_dict": seeded().state_dict()}
     torch.save(content, file)
-    with pytest.raises(UserError, match=r"asks for torchvision:squeezenet1_1 with .*weights"):
+    with pytest.raises(UserError, match="leave out weights"):
         load_model(file)
 
 
