@@ -6,10 +6,11 @@
 
 From the same trained network every method removes the same share of the multiply-accumulates and is then
 trained for as many epochs on the same images in the same order. prune-viz's masks use no image; what they
-remove is merged and batch norms are set anew (`apply --mode remove`). Beside it stand Torch-Pruning's pruners
-by L1 norm, by FPGM and by group norm, its own defaults otherwise. All leave multiples of as many channels
-(`round_to`). "prune-viz, twice" prunes half of the way, trains, is analysed again, and goes the rest, within
-the same number of epochs.
+remove is merged and batch norms are set anew (`apply --mode remove`). Beside it stand Torch-Pruning's
+pruners by L1 norm, by FPGM and by group norm, its own defaults otherwise. prune-viz leaves multiples of
+channels (`ROUND_TO`); the others do not, as one ratio for all layers would then overshoot. "prune-viz,
+twice" prunes half of the way, trains, is analysed again, and goes the rest, within the same number of
+epochs.
 
 Latency is that of batches of 64 on this machine, whole and pruned network taking turns, the ratio of
 medians; memory the largest sum of weights and live maps during one such batch, as PyTorch's memory tracker
@@ -67,7 +68,7 @@ def masks_for(model: nn.Module, shape: Sequence[int], share: float, round_to: in
         return load_masks(Path(folder) / "masks.pt")
 
 
-def by_peer(network: Trained, method: str, share: float, round_to: int) -> nn.Module:
+def by_peer(network: Trained, method: str, share: float) -> nn.Module:
     """Torch-Pruning's network without that share of the MACs, the smallest even ratio that reaches it."""
     example = torch.zeros(1, *network.input_shape)
     wanted = (1 - share) * count_cost(network.model, network.input_shape)[1]
@@ -82,10 +83,7 @@ def by_peer(network: Trained, method: str, share: float, round_to: int) -> nn.Mo
                 tp.pruner.GroupNormPruner, tp.importance.GroupMagnitudeImportance(p=2)
             ),
         }[method]  # fmt: skip
-        make(
-            model, example, importance=importance, pruning_ratio=ratio, ignored_layers=[head],
-            round_to=round_to,
-        ).step()  # fmt: skip
+        make(model, example, importance=importance, pruning_ratio=ratio, ignored_layers=[head]).step()
         return model.eval()
 
     low, high = 0, 200
@@ -174,10 +172,7 @@ def rows_of(kind: str, seed: int, shares: Sequence[float]) -> Iterator[dict[str,
         yield row(pv.make_permanent(masked), share, OURS, "masked", 0)
         ways: list[tuple[str, Callable[[], nn.Module]]] = [
             (OURS, lambda masks=masks: pv.remove_filters(network.model, masks, example, compensate="merge")),
-            *(
-                (peer, lambda peer=peer, share=share: by_peer(network, peer, share, round_to))
-                for peer in PEERS
-            ),
+            *((peer, lambda peer=peer, share=share: by_peer(network, peer, share)) for peer in PEERS),
         ]
         for selector, make in ways:
             smaller = make()
