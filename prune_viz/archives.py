@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from prune_viz.architectures import current_directory_importable
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief, few
 from prune_viz.inert import read_inert, stub_for
-from prune_viz.weights import few
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 
@@ -130,7 +129,7 @@ def _read_program(path: Path, kind: str, trust_pickle: bool) -> dict[str, torch.
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
             return dict(torch.export.load(path).state_dict)
     except Exception as error:  # whatever a stranger's program runs into
-        raise UserError(f"{path} is {kind}, but cannot be read: {_short(error)}") from None
+        raise UserError(f"{path} is {kind}, but cannot be read: {brief(error)}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -166,7 +165,7 @@ def _read_torch(path: Path, trust_pickle: bool, zipped: bool) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=False)
             except Exception as error:
                 raise UserError(
-                    f"{path} could not be unpickled ({_short(error)}); is its code installed?"
+                    f"{path} could not be unpickled ({brief(error)}); is its code installed?"
                 ) from error
 
 
@@ -178,7 +177,3 @@ def _wanted_code(path: Path, error: Exception) -> list[str]:
         wanted = []
     found = re.findall(r"GLOBAL (\S+)", str(error))
     return sorted({*wanted, *found})
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

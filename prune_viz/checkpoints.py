@@ -17,7 +17,7 @@ from torch import nn
 
 from prune_viz.architectures import resolve_architecture
 from prune_viz.archives import read_content
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, few
 from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
 from prune_viz.inert import Stub, rebuild_network, weights_of
 from prune_viz.recognition import recognise, shapes_of
@@ -25,7 +25,6 @@ from prune_viz.runs import sha256
 from prune_viz.weights import (
     StateDict,
     check_finite,
-    few,
     fill,
     find_weights,
     matching,

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import index_mapping
 
+from prune_viz.errors import brief
+
 _MOST_PLACES = 1 << 21  # of a group's channels in one module, the features behind a flatten included
 
 
@@ -35,7 +37,7 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> tp.Dependency
             warnings.simplefilter("ignore")
             return tp.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
     except Exception as error:  # the library asserts, indexes and divides its way through strange models
-        raise UntraceableError(_short(error)) from error
+        raise UntraceableError(brief(error)) from error
 
 
 def tied_to(graph: tp.DependencyGraph, convolution: _ConvNd, filters: Sequence[int]) -> Any:
@@ -50,7 +52,7 @@ def tied_to(graph: tp.DependencyGraph, convolution: _ConvNd, filters: Sequence[i
         with _bounded():
             return graph.get_pruning_group(convolution, tp.prune_conv_out_channels, list(filters))
     except Exception as error:  # see build_graph
-        raise UntraceableError(_short(error)) from error
+        raise UntraceableError(brief(error)) from error
 
 
 @contextmanager
@@ -73,7 +75,3 @@ def _bounded() -> Iterator[None]:
         yield
     finally:
         kind.__call__ = spread
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user gave is wrong; the message says what it is and what to do.
@@ -15,3 +17,14 @@ def one_line(text: object) -> str:
     """Make a stranger's text safe for a terminal: one line, without control characters."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def brief(error: Exception, limit: int = 160) -> str:
+    """What a stranger's code said of its failure, on one line; the error's own name where it said nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def few(names: Sequence[str], limit: int = 4) -> str:
+    """List the first few names, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
 from prune_viz.plain import plain_copy
 from prune_viz.runs import written_aside
 from prune_viz.tracing import are_names_safe, tensors_of
@@ -77,9 +77,7 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
             twin(inputs[:1])
         except Exception as error:  # whatever a stranger's forward pass raises
             shape = ",".join(map(str, input_shape))
-            raise UserError(
-                f"the model does not run on an input of shape {shape} ({_short(error)})"
-            ) from None
+            raise UserError(f"the model does not run on an input of shape {shape} ({brief(error)})") from None
         try:
             content, run = write(twin, inputs[:2], {0: torch.export.Dim("batch", min=1)})
             batches = "batches of any size"
@@ -91,7 +89,7 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
                 given, expected = run(inputs[:1]), tensors_of(twin(inputs[:1]))
             except Exception as error:
                 what = path.suffix[1:]
-                raise UserError(f"this network cannot be exported to {what} ({_short(error)})") from None
+                raise UserError(f"this network cannot be exported to {what} ({brief(error)})") from None
     pairs = [(one.float(), two.float()) for one, two in zip(expected, given, strict=True) if one.numel()]
     if not pairs:
         raise UserError("this network gives no tensors, so nothing tells whether its export is right")
@@ -107,10 +105,6 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
     return (
         f"exported to {path}, for {batches}; its outputs differ by {difference:.1g}, of at most {scale:.2g}"
     )
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 Runner = Callable[[Tensor], Sequence[Tensor]]

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz import tracing
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
 from prune_viz.hooks import HookedMaps, hookable
 from prune_viz.plain import plain_copy
 
@@ -256,7 +256,7 @@ def _execution_order(
         with torch.no_grad():
             model(_ordinary_input(input_shape).to(blank_input(model, input_shape).device))
     except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
-        text = " ".join(str(error).split())[:200]
+        text = brief(error)
         raise UserError(
             f"the model does not run on an input of shape {_comma(input_shape)} ({text}); give the right "
             "--input-shape C,H,W"

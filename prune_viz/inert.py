@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
 
 # Where the classes of networks live that are put together again.
 _PACKAGES = re.compile(
@@ -143,7 +143,7 @@ def read_inert(path: Path) -> Any:
                 read = _Reader(stream, archive, pickled.removesuffix("data.pkl")).load()
         return _unwrapped(read, {}, _DEEPEST)
     except Exception as error:  # a stranger's pickle can be wrong in any way
-        text = " ".join(str(error).split())[:160]
+        text = brief(error)
         raise UserError(f"{path} is damaged and cannot be read ({type(error).__name__}: {text})") from None
 
 

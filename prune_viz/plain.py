@@ -7,7 +7,7 @@ import copy
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -25,7 +25,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(model).eval()
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:160]
+        text = brief(error)
         raise UserError(
             f"the model cannot be copied ({text}); remove hooks such as weight_norm first"
         ) from None

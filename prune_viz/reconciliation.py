@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.coupling import CouplingGroup, find_groups, passages
 from prune_viz.dependencies import UntraceableError
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
 from prune_viz.masks import Masks, check_masks
 from prune_viz.plain import plain_copy
 
@@ -54,7 +54,7 @@ def groups_for_removal(model: nn.Module, example_inputs: Tensor) -> list[Couplin
         with torch.no_grad():
             plain_copy(model).float()(example_inputs.float())
     except Exception as error:  # whatever a stranger's forward pass raises
-        text = " ".join(str(error).split())[:160]
+        text = brief(error)
         shape = ",".join(str(size) for size in example_inputs.shape[1:])
         raise UserError(f"the model does not run on an input of shape {shape} ({text})") from None
     try:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prune_viz.coupling import CouplingGroup, Places, group_of_layer
 from prune_viz.dependencies import build_graph, tied_to
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
 from prune_viz.filters import blank_input
 from prune_viz.masks import Masks, Merge, check_masks
 from prune_viz.plain import plain_copy
@@ -82,7 +82,7 @@ def remove_filters(
         with torch.no_grad():
             smaller(example)
     except Exception as error:  # the library, or a forward pass that counts on the old sizes
-        text = " ".join(str(error).split())[:160]
+        text = brief(error)
         raise UserError(
             f"this architecture does not work without those filters ({text}); mask them"
         ) from None
@@ -239,7 +239,7 @@ def rebuild_smaller(
     try:
         smaller.load_state_dict(dict(state))
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:200]
+        text = brief(error)
         raise UserError(f"the weights do not fit the network that is left after removal: {text}") from None
     return smaller
 

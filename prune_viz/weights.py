@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief, few
 from prune_viz.inert import Stub, is_network, weights_of
 
 StateDict = dict[str, torch.Tensor]
@@ -260,7 +260,7 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
             named._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
             model.load_state_dict(named, strict=False)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            problems = [" ".join(str(error).split())[:200]]
+            problems = [brief(error)]
     if problems:
         raise UserError(f"the weights of {path} do not fit the architecture: {'; '.join(problems)}")
 
@@ -273,9 +273,3 @@ def check_finite(model: nn.Module) -> None:
             raise UserError(
                 f"{name} holds {bad} values that are not finite (NaN or infinity); repair the model first"
             )
-
-
-def few(names: Sequence[str], limit: int = 4) -> str:
-    """List the first few names, and how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
