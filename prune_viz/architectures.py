@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.errors import UserError
 
+LARGEST_INPUT = 2**26  # numbers that a file may say an input has
+
 
 def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int, ...]:
     """Shape of one input, without the batch, where nobody said it.
@@ -29,10 +32,15 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
     Raises
     ------
     UserError
-        If the model has no convolution, or a first one that is not two-dimensional.
+        If the model has no convolution, a first one that is not two-dimensional, or names an input larger
+        than `LARGEST_INPUT`.
     """
     own = getattr(model, "input_shape", None)
-    if isinstance(own, tuple) and own and all(isinstance(size, int) and 0 < size < 2**16 for size in own):
+    if isinstance(own, tuple) and own and all(isinstance(size, int) and size > 0 for size in own):
+        if math.prod(own) > LARGEST_INPUT:
+            raise UserError(
+                f"the model names inputs of shape {own}, too large to be ones: give --input-shape"
+            )
         return own
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:

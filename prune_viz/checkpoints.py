@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_viz.architectures import resolve_architecture
+from prune_viz.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.archives import read_content
 from prune_viz.errors import UserError, few
 from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
@@ -36,7 +36,6 @@ from prune_viz.weights import (
 # A file may name its own architecture, but not a module of the file's choosing to import.
 _OWN_ARCHITECTURES = ("prune_viz.demo:DigitsNet",)
 _LARGEST_OWN = 64  # times the file, of the network that it names
-_LARGEST_INPUT = 2**26  # numbers
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Checkpoint:
         }
 
     def hold(self, inputs: HeldInputs) -> Checkpoint:
-        """The same, its model one of a single input (`prune_viz.held_inputs.hold_inputs`)."""
+        """The same with its model, changed in place, one of a single input (`hold_inputs`)."""
         hold_inputs(self.model, inputs)
         return replace(self, held=inputs, input_shape=inputs.input_shape)
 
@@ -111,9 +110,9 @@ class Checkpoint:
             lines.append(f"recognised {self.arch}" + (f", {classes} classes" if classes is not None else ""))
         if self.other_keys:
             place = f"under {self.key}" if self.key else "at the top"
+            others = few([other or "''" for other in self.other_keys])
             lines.append(
-                f"weights {place} of the file are used; there are others, which --key takes: "
-                f"{few([other or 'the top' for other in self.other_keys])}"
+                f"weights {place} of the file are used; there are others, which --key takes: {others}"
             )
         return lines
 
@@ -249,7 +248,7 @@ def _pruning_of(about: Mapping[str, Any]) -> tuple[list[dict[str, torch.Tensor]]
     shape, pruning = about.get("input_shape"), about.get("pruning")
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         return [], None
-    if math.prod(shape) > _LARGEST_INPUT:
+    if math.prod(shape) > LARGEST_INPUT:
         raise UserError(f"the file names an input of shape {tuple(shape)}, which is too large to be one")
     if not isinstance(pruning, list) or not all(isinstance(masks, dict) for masks in pruning):
         return [], tuple(shape)

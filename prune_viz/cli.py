@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -24,6 +23,20 @@ from prune_viz.arguments import (
     parse_shapes,
 )
 from prune_viz.errors import UserError, one_line
+from prune_viz.options import (
+    Arch,
+    ArchKwargs,
+    Code,
+    Compensate,
+    Example,
+    InputShapes,
+    Key,
+    Mode,
+    ModelFile,
+    Prior,
+    RunArgument,
+    TrustPickle,
+)
 from prune_viz.terminal import make_console, make_progress, print_summary
 
 if TYPE_CHECKING:
@@ -37,76 +50,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Prior(StrEnum):
-    """Which inputs count as equally likely."""
-
-    natural = "natural"
-    none = "none"
-
-
-class Mode(StrEnum):
-    """What becomes of filters that are masked out."""
-
-    zero = "zero"
-    remove = "remove"
-
-
-class Compensate(StrEnum):
-    """What becomes of what removed filters contributed."""
-
-    none = "none"
-    merge = "merge"
-
-
-ModelFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL", help="State dict, training checkpoint or safetensors.", show_default=False
-    ),
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SPEC",
-        help="Architecture: torchvision:NAME, timm:NAME or package.module:factory.",
-        show_default="the one that the weights fit",
-    ),
-]
-ArchKwargs = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Keyword arguments for the architecture.")
-]
-Key = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Where in MODEL the weights are, as in ema or ema.state_dict."),
-]
-Code = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where --arch finds modules of your own, beside here.")
-]
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Let MODEL run code while it is read: for files you trust.")
-]
-RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Directory that analyze wrote.", show_default=False)
-]
-InputShapes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape",
-        metavar="C,H,W",
-        help="Shape of one input. Of several the first is varied, the others are held at noise.",
-        show_default="the architecture's own",
-    ),
-]
-Example = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="What the network is called with, a tensor, tuple or dict from torch.save: its first pictures "
-        "are varied, the rest is held.",
-    ),
-]
 
 
 def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
@@ -261,7 +204,7 @@ def masks(
         typer.Option(
             metavar="N",
             min=1,
-            help="With a budget: leave each layer a multiple of N filters; hardware is fastest at 8 or 16.",
+            help="With a budget: leave layers a multiple of N filters; hardware is fastest at 8 or 16.",
         ),
     ] = 1,
     out: Annotated[

@@ -21,8 +21,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.filters import is_depthwise
+from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
-from prune_viz.tracing import norms_behind, tensors_of
+from prune_viz.tracing import norms_behind
 
 
 @dataclass(frozen=True)

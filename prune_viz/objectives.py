@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_viz.outputs import class_probabilities, tensors_of
 from prune_viz.probes import Owner
-from prune_viz.sensitivity import class_probabilities
-from prune_viz.tracing import norms_behind, tensors_of
+from prune_viz.tracing import norms_behind
 
 SURE = 0.5  # probability of its likeliest class at which a probe is let be
 HELD = 0.5  # of what a stimulus's own filter gave at the start, at which it is let be

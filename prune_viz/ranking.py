@@ -21,13 +21,13 @@ from prune_viz.calibration import calibrate, enlarged, probes_for, variants
 from prune_viz.coupling import CouplingGroup
 from prune_viz.devices import as_batch
 from prune_viz.inputs import InputStatistics
+from prune_viz.outputs import class_probabilities, tensors_of
 from prune_viz.probes import Calibrated, calibration_starts, probe_size, runs_on, split
 from prune_viz.progress import Progress
 from prune_viz.redundancy import GroupVerdicts, note_silent, rank
 from prune_viz.responses import BATCH, Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.runs import LayerTensors
-from prune_viz.sensitivity import class_probabilities, gather_sensitivities
-from prune_viz.tracing import tensors_of
+from prune_viz.sensitivity import gather_sensitivities
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
 SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.devices import as_batch, is_out_of_memory
-from prune_viz.sensitivity import output_change
-from prune_viz.tracing import tensors_of
+from prune_viz.outputs import output_change, tensors_of
 
 BATCH = 32
 WORTH = 0.9  # of the output's change, on probes kept out; more than that left, and it is not worth it

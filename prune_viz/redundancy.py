@@ -16,15 +16,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prune_viz.coupling import CouplingGroup
+from prune_viz.dead import are_silent, dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.probes import HELD_OUT
 from prune_viz.responses import Moments
 
 TOLERANCE = 1e-3
-_MARGIN = 2.0  # between what removal costs on probes and on photographs, where it was up to 1.8 times that
+_MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on probes
 MIN_SCORE = 0.97  # share of a channel's variance, held out, that others rebuild where it is redundant
-_SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
-_CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     fit, held_out, energy = combine(readers)
     order, order_damage = eliminate(fit, energy)
     proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
-    dead = _dead_kinds(readers)
+    dead = dead_kinds(readers)
     rebuilt = _confirm(proposed, dead, fit, held_out, readers, tolerance)
     kept = [channel for channel in range(group.channels) if channel not in rebuilt]
     score = _score_kept(kept, fit, held_out, RIDGE)
@@ -272,8 +271,7 @@ def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:
 
 def note_silent(verdicts: GroupVerdicts, moments: Sequence[Moments]) -> GroupVerdicts:
     """Note the channels that give nothing on the user's own images, which their moments are of."""
-    peak = np.max([reader.peak for reader in moments], axis=0)
-    silent = peak <= _SILENT * max(float(np.median(peak)), 1e-30)
+    silent = are_silent(moments)
     return replace(
         verdicts,
         channels=[replace(one, fires=not silent[one.channel]) for one in verdicts.channels],
@@ -379,23 +377,3 @@ def _score_kept(kept: Sequence[int], fit: np.ndarray, held_out: np.ndarray, ridg
     variance = (np.diag(held_out)[kept] - held_out[kept, -1] ** 2).clip(min=1e-30)
     score[kept] = np.clip(1 - lost / variance, 0, 1)
     return score
-
-
-def _dead_kinds(readers: Sequence[Moments]) -> list[str]:
-    """How each channel is dead, as far as the readers can tell; empty where it is not."""
-    peak = np.max([reader.peak for reader in readers], axis=0)
-    energy = np.sum([np.diag(reader.energy) for reader in readers], axis=0)
-    deviation = np.sqrt(np.max([reader.variance for reader in readers], axis=0))
-    mean = np.max([np.abs(reader.mean) for reader in readers], axis=0)
-    typical = float(np.median(deviation))
-    kinds = []
-    for channel in range(len(peak)):
-        if peak[channel] <= _SILENT * max(float(np.median(peak)), 1e-30):
-            kinds.append("silent")
-        elif energy[channel] == 0:
-            kinds.append("unread")
-        elif deviation[channel] <= _CONSTANT * max(float(mean[channel]), typical):
-            kinds.append("constant")
-        else:
-            kinds.append("")
-    return kinds

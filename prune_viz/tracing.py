@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from prune_viz.outputs import tensors_of
+
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
@@ -86,10 +88,13 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
 def are_names_safe(model: nn.Module) -> bool:
     """Whether the names in a model can stand in the source code that torch.fx writes and runs.
 
-    It puts them between quotes, as they are.
+    It puts them between quotes, as they are. All are looked at, also second names of the same thing.
     """
-    names = [*dict(model.named_modules()), *dict(model.named_parameters()), *dict(model.named_buffers())]
-    return all(_SAFE_NAME.fullmatch(name) for name in names)
+    return all(
+        isinstance(name, str) and _SAFE_NAME.fullmatch(name)
+        for module in model.modules()
+        for name in (*module._modules, *module._parameters, *module._buffers)
+    )
 
 
 def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:
@@ -166,19 +171,6 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
         and isinstance(norm, _BatchNorm)
         and norm.num_features == conv.out_channels
     }
-
-
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    """All tensors in what a network returns."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = list(output.values())
-    return (
-        [tensor for part in output for tensor in tensors_of(part)]
-        if isinstance(output, (list, tuple))
-        else []
-    )
 
 
 def _fold(traced: fx.GraphModule) -> fx.GraphModule:

@@ -1,9 +1,11 @@
 import argparse
 import os
 import pickle
+import re
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,41 @@ def test_takes_what_training_loops_save(file: Path, wrap, zipped: bool) -> None:
     net = seeded()
     torch.save(wrap(net.state_dict()), file, _use_new_zipfile_serialization=zipped)
     assert same(load_model(file, NET), net)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"model": s, "is_best": np.bool_(True), "step": np.int32(3), "scores": np.arange(3)},
+        lambda s: {"state_dict": s, "hyper_parameters": {"root": Path("/data"), "sizes": defaultdict(list)}},
+        lambda s: {"state_dict": s, "criterion": nn.CrossEntropyLoss(), "when": datetime.now(UTC)},
+        lambda s: {"generator": s, "params": {"mean": torch.zeros(3), "std": torch.ones(3)}},
+        lambda s: {"net_state": s, "weights": {"of_classes": torch.ones(3)}},
+        lambda s: {"state_dict": prefixed(s, "encoder_q.")},
+        lambda s: s | {"total_ops": torch.zeros(1), "conv.total_params": torch.zeros(1)},
+    ],
+)
+def test_takes_weights_from_beside_whatever_else_is_saved(file: Path, wrap) -> None:
+    net = seeded()
+    torch.save(wrap(net.state_dict()), file)
+    assert same(load_model(file, NET), net)
+
+
+@pytest.mark.parametrize(
+    ("name", "rename"),
+    [
+        ("mnasnet0_5", lambda name: name),
+        ("densenet121", lambda name: re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", name)),
+    ],
+)
+def test_torchvisions_own_files_load_under_their_older_names(file: Path, name: str, rename) -> None:
+    net = torchvision.models.get_model(name, weights=None, num_classes=4).eval()
+    renamed = {rename(key): tensor for key, tensor in net.state_dict().items()}
+    assert (renamed.keys() != net.state_dict().keys()) == (name == "densenet121")
+    torch.save(renamed, file)
+    for checkpoint in (load_checkpoint(file), load_checkpoint(file, f"torchvision:{name}")):
+        assert checkpoint.arch_kwargs == {"num_classes": 4}
+        assert same(checkpoint.model, net)
 
 
 def test_a_prefix_that_belongs_to_the_network_stays(file: Path) -> None:

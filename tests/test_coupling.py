@@ -146,3 +146,23 @@ def test_reshapes_without_end_are_given_up_on() -> None:
     )  # fmt: skip
     with pytest.raises(UntraceableError, match="reshaped"):
         find_groups(swin, torch.zeros(1, 3, 64, 64))
+
+
+class _SumOfConcatenation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.both, self.reader = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([self.left(images), self.right(images)], dim=1)
+        return self.reader((joined + self.both(images)).relu()).mean(dim=(2, 3))
+
+
+def test_a_sum_with_a_concatenation_is_one_group_of_all_its_channels() -> None:
+    groups = group_of_layer(find_groups(_SumOfConcatenation(), IMAGE))
+    group = groups["left"]
+    assert group is groups["right"] is groups["both"]
+    assert group.channels == 8
+    placed = {places.module: places.channels.tolist() for places in group.writers}
+    assert placed == {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7], "both": list(range(8))}

@@ -11,7 +11,7 @@ from torch import nn
 from prune_viz import export
 from prune_viz.errors import UserError
 from prune_viz.export import export_model
-from prune_viz.tracing import tensors_of
+from prune_viz.outputs import tensors_of
 
 NETWORKS = {
     "residual": (Residual, (3, 16, 16)), "concatenating": (Concatenating, (3, 12, 12)),

@@ -28,6 +28,7 @@ import torch
 import torchvision
 from torch import nn
 
+from prune_viz.architectures import default_input_shape
 from prune_viz.checkpoints import load_model
 from prune_viz.errors import UserError
 from prune_viz.export import export_model
@@ -233,6 +234,10 @@ def test_names_of_layers_are_never_made_source_code(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="could be taken for code"):
         export_model(model, (1, 16, 16), tmp_path / "model.pt2")
     assert not Path("ran").exists()
+    twice = nn.Conv2d(1, 1, 3)
+    network = nn.Sequential(twice)
+    network._modules[EVIL_NAME] = twice  # a second name of a layer that has an honest one
+    assert trace(network) is None
     for name in ("quo'te", "back\\slash", "new\nline", "nul\0"):
         network = nn.Sequential()
         network._modules[name] = nn.Conv2d(1, 2, 3)
@@ -282,6 +287,13 @@ def test_networks_are_put_together_from_plain_data_alone(tmp_path: Path, attribu
     with pytest.raises(UserError, match="pickled code, which could do anything"):
         load_model(tmp_path / "model.pt")
     assert isinstance(load_model(tmp_path / "model.pt", *CONV), nn.Conv2d)  # the weights can be had
+
+
+def test_a_pickled_network_does_not_say_how_large_its_inputs_are() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 3))
+    network.input_shape = (3, 60_000, 60_000)
+    with pytest.raises(UserError, match="too large to be ones"):
+        default_input_shape(network)
 
 
 @pytest.mark.parametrize(

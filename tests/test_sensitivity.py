@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from prune_viz.coupling import CouplingGroup, find_groups
-from prune_viz.sensitivity import class_probabilities, gather_sensitivities
+from prune_viz.outputs import class_probabilities
+from prune_viz.sensitivity import gather_sensitivities
 
 SHAPES = {Plain: (3, 12, 12), Residual: (3, 12, 12), Flattening: (1, 8, 8)}
 

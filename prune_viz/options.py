@@ -1,0 +1,81 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Prior(StrEnum):
+    """Which inputs count as equally likely."""
+
+    natural = "natural"
+    none = "none"
+
+
+class Mode(StrEnum):
+    """What becomes of filters that are masked out."""
+
+    zero = "zero"
+    remove = "remove"
+
+
+class Compensate(StrEnum):
+    """What becomes of what removed filters contributed."""
+
+    none = "none"
+    merge = "merge"
+
+
+ModelFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="State dict, training checkpoint, safetensors or pickled network.",
+        show_default=False,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Architecture: torchvision:NAME, timm:NAME or package.module:factory.",
+        show_default="the one that the weights fit",
+    ),
+]
+ArchKwargs = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Keyword arguments for the architecture.")
+]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where in MODEL the weights are, as in ema or ema.state_dict."),
+]
+Code = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where --arch finds modules of your own, beside here.")
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let MODEL run code while it is read: for files you trust.")
+]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Directory that analyze wrote.", show_default=False)
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="C,H,W",
+        help="Shape of one input. Of several the first is varied, the others are held at noise.",
+        show_default="the architecture's own",
+    ),
+]
+Example = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What the network is called with, a tensor, tuple or dict from torch.save: its first pictures "
+        "are varied, the rest is held.",
+    ),
+]
