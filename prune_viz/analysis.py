@@ -31,9 +31,10 @@ from prune_viz.coupling import CouplingGroup
 from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.dependencies import UntraceableError
 from prune_viz.devices import pick_device
-from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, Layer, blank_input, select_layers
+from prune_viz.errors import LayerError, UserError, few, one_line
+from prune_viz.filters import FilterNetwork, blank_input
 from prune_viz.inputs import InputStatistics, read_inputs
+from prune_viz.layers import Layer, select_layers
 from prune_viz.masks import Masks, write_plain_masks
 from prune_viz.network_map import embed_network
 from prune_viz.origin import Origin, hash_model
@@ -253,6 +254,12 @@ def _now() -> str:
 def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGroup], list[str]]:
     """Coupling groups, and notes for the report where something had to be left out."""
     notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
+    if network.repeated:
+        names = few(list(network.repeated))
+        notes.append(f"Run several times when the model is called, looked at the first time: {names}.")
+    if not network.takes_batches():
+        notes.append("The model takes one input at a time, so its filters are not judged, only looked at.")
+        return [], notes
     try:
         return coupling.find_groups(model, blank_input(model, network.input_shape)), notes
     except UntraceableError as error:
@@ -293,7 +300,8 @@ def _find_stimuli(
 ) -> list[str]:
     """Write every layer's stimuli and response matrix, skipping files that an earlier run completed.
 
-    Gives a note on each layer with filters whose ascent met values that are not finite.
+    Gives a note on each layer that cannot be looked at, or has filters whose ascent met values that are not
+    finite.
     """
     progress.start("stimuli", sum(record.filters for record in records))
     files = {record.name: record.file for record in records}
@@ -308,18 +316,25 @@ def _find_stimuli(
             fed = None
             if feeder in files:
                 fed = torch.from_numpy(run.read_layer(files[feeder]).images)
-            with stages.timed("stimuli"):
-                stimuli = ascend(network, record.name, fed=fed, progress=progress, **ascents)
-            with stages.timed("responses"):
-                matrix = responses.response_matrix(network, record.name, stimuli.images)
-            tensors = LayerTensors(
-                as_stored(stimuli.images).numpy(),
-                stimuli.activations.numpy().astype(np.float32),
-                matrix,
-            )
-            derailed = ", ".join(map(str, stimuli.derailed))
-            metadata = {"key": key, "layer": record.name, "derailed": derailed}
+            failed, derailed = "", ""
+            try:
+                with stages.timed("stimuli"):
+                    stimuli = ascend(network, record.name, fed=fed, progress=progress, **ascents)
+                with stages.timed("responses"):
+                    matrix = responses.response_matrix(network, record.name, stimuli.images)
+            except LayerError as error:
+                failed, tensors = one_line(error), _nothing_seen(record, network.input_shape[0])
+            else:
+                derailed = ", ".join(map(str, stimuli.derailed))
+                tensors = LayerTensors(
+                    as_stored(stimuli.images).numpy(),
+                    stimuli.activations.numpy().astype(np.float32),
+                    matrix,
+                )
+            metadata = {"key": key, "layer": record.name, "derailed": derailed, "failed": failed}
             run.write_layer(record.file, tensors, metadata)
+        if metadata.get("failed"):
+            notes.append(f"{record.name} could not be looked at: {metadata['failed']}.")
         if metadata.get("derailed"):
             notes.append(
                 f"{record.name}: the ascent of filters {metadata['derailed']} met values that are not "
@@ -327,6 +342,14 @@ def _find_stimuli(
             )
     progress.finish()
     return notes
+
+
+def _nothing_seen(record: LayerRecord, channels: int) -> LayerTensors:
+    """What stands for a layer that cannot be looked at: pictures of nothing, activations unknown."""
+    count = record.filters
+    unknown = np.full(count, np.nan, dtype=np.float32)
+    images = np.zeros((count, channels, *record.canvas), dtype=np.float16)
+    return LayerTensors(images, unknown, np.zeros((count, count), dtype=np.float32))
 
 
 def _calibrate(

@@ -26,11 +26,14 @@ def parse_kwargs(text: str | None) -> dict[str, Any] | None:
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
-    """Read ``--input-shape``; raises `UserError` unless it is two to four positive numbers."""
+    """Read ``--input-shape``; raises `UserError` unless it is one to four positive numbers."""
     if text is None:
         return None
-    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*){1,3}", text, re.ASCII):
-        raise UserError(f"--input-shape {text}: expected channels and sizes by commas, such as 3,224,224")
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*){0,3}", text, re.ASCII):
+        raise UserError(
+            f"--input-shape {text}: expected channels and sizes by commas, such as 3,224,224, or "
+            "the length of signals without a channel axis"
+        )
     return tuple(int(size) for size in text.split(","))
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from prune_viz.devices import as_batch
-from prune_viz.filters import MapFunction
+from prune_viz.errors import LayerError
+from prune_viz.hooks import MapFunction
 from prune_viz.priors import Prior
 
 SLACK = 0.1  # the coordinate beyond white ones, at the start; at zero it would stay there
@@ -156,21 +157,34 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
     images = as_batch(images.detach()).requires_grad_()
     rows = torch.arange(len(images), device=images.device)
     before, after = maps(images)
+    if not after.requires_grad:
+        raise LayerError("no gradient leads from its maps to the input")
     reached = norms(after[rows, filters]).sum()
     if before is after:
         return torch.autograd.grad(reached, images)[0]
-    (slope,) = torch.autograd.grad(reached, before, retain_graph=True)
-    own = slope[rows, filters].flatten(1)
-    vanished = own.abs().amax(dim=1) <= 1e-12
+    (slope,) = torch.autograd.grad(reached, before, retain_graph=True, allow_unused=True)
+    if slope is None:  # maps put together from runs of their own
+        (gradient,) = torch.autograd.grad(reached, images, retain_graph=True)
+        vanished = gradient.flatten(1).abs().amax(dim=1) <= 1e-12
+        slope = torch.zeros_like(before)
+        slope[rows, filters] = _pull(before[rows, filters], after[rows, filters])
+        (redirected,) = torch.autograd.grad(before, images, slope)
+        return torch.where(vanished.view(-1, *(1,) * (images.ndim - 1)), redirected, gradient)
+    own = slope[rows, filters]
+    vanished = own.flatten(1).abs().amax(dim=1) <= 1e-12
     if bool(vanished.any()):
-        level = before[rows, filters].detach().flatten(1)
-        shown = after[rows, filters].detach().flatten(1) != 0
-        silent = ~shown.any(dim=1, keepdim=True)
-        redirected = torch.where(silent, level.softmax(dim=1), level * shown)
-        own = torch.where(vanished[:, None], redirected, own)
+        redirected = _pull(before[rows, filters], after[rows, filters])
+        own = torch.where(vanished.view(-1, *(1,) * (own.ndim - 1)), redirected, own)
         slope = torch.zeros_like(slope)
-        slope[rows, filters] = own.view(len(rows), *slope.shape[2:])
+        slope[rows, filters] = own
     return torch.autograd.grad(before, images, slope)[0]
+
+
+def _pull(before: Tensor, after: Tensor) -> Tensor:
+    """Where to pull maps, shape (B, *spatial), before an activation through which nothing comes back."""
+    level, shown = before.detach().flatten(1), after.detach().flatten(1) != 0
+    silent = ~shown.any(dim=1, keepdim=True)
+    return torch.where(silent, level.softmax(dim=1), level * shown).view_as(before)
 
 
 def roll(images: Tensor, shifts: Tensor) -> Tensor:

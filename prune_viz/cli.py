@@ -355,7 +355,7 @@ def _held(checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path |
     if shapes and example is not None:
         raise UserError("give --input-shape or --example, not both")
     inputs = held_at_noise(shapes) if example is None else read_example(example)
-    if len(inputs.arguments) > 1 or isinstance(inputs.varied, str):
+    if len(inputs.arguments) > 1 or isinstance(inputs.varied, str) or inputs.is_plain_signal:
         return checkpoint.hold(inputs)
     return replace(checkpoint, input_shape=inputs.input_shape) if inputs.arguments else checkpoint
 

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from prune_viz.dependencies import build_graph, tied_to
-from prune_viz.filters import is_depthwise
+from prune_viz.dependencies import UntraceableError, build_graph, tied_to
+from prune_viz.layers import is_depthwise
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
 from prune_viz.tracing import norms_behind
@@ -122,7 +122,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     Raises
     ------
     UntraceableError
-        If the dependency graph cannot be built or followed.
+        If the dependency graph cannot be built.
     """
     twin = plain_copy(model).float()
     example = example_inputs[:1].float()
@@ -131,14 +131,22 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     names = {module: name for name, module in twin.named_modules()}
     groups: list[CouplingGroup] = []
     seen: set[nn.Module] = set()
+    lost: dict[Any, str] = {}
     for module in names:
         if isinstance(module, _ConvNd) and module in graph.module2node and module not in seen:
-            group, writers = _tied_group(graph, module, len(groups), names)
-            widest = max(writers, key=lambda writer: writer.out_channels, default=module)
-            if widest.out_channels > module.out_channels:  # this one writes a part of what is tied
-                group, writers = _tied_group(graph, widest, len(groups), names)
+            try:
+                group, writers = _tied_group(graph, module, len(groups), names)
+                widest = max(writers, key=lambda writer: writer.out_channels, default=module)
+                if widest.out_channels > module.out_channels:  # this one writes a part of what is tied
+                    group, writers = _tied_group(graph, widest, len(groups), names)
+            except UntraceableError as error:
+                lost[module] = f"the way of its maps cannot be traced ({error})"
+                continue
             seen.update(writers)
             groups.append(group)
+    for module, note in lost.items():
+        if module not in seen:
+            groups.append(_group_alone(len(groups), names[module], module.out_channels, note))
     norms = norms_behind(twin)
     return [_confirmed(twin, group, norms, example) for group in groups]
 
@@ -149,6 +157,12 @@ def _tied_group(
     """The group of all that goes with a convolution's filters, and its writers."""
     items = tied_to(graph, module, range(module.out_channels))
     return _read_group(number, module.out_channels, items, names)
+
+
+def _group_alone(number: int, name: str, channels: int, note: str) -> CouplingGroup:
+    """The group of a convolution of which it is not known what goes with it."""
+    every = np.arange(channels)
+    return CouplingGroup(number, channels, [Places(name, every, every)], [], removable=False, note=note)
 
 
 def _confirmed(

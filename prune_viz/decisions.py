@@ -11,7 +11,7 @@ import torch
 
 from prune_viz.coupling import CouplingGroup, passages
 from prune_viz.embedding import Embedding
-from prune_viz.filters import Layer
+from prune_viz.layers import Layer
 from prune_viz.masks import Masks, Merge, Predicted, beside_json
 from prune_viz.origin import Origin
 from prune_viz.redundancy import TOLERANCE, ChannelVerdict, GroupVerdicts

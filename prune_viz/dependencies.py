@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import index_mapping
 
 from prune_viz.errors import brief
+from prune_viz.outputs import tensors_of
 
 _MOST_PLACES = 1 << 21  # of a group's channels in one module, the features behind a flatten included
 
@@ -35,9 +36,25 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> tp.Dependency
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            return tp.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
+            return tp.DependencyGraph().build_dependency(
+                model,
+                example_inputs,
+                forward_fn=lambda network, inputs: network(
+                    inputs
+                ),  # the library would take rows for arguments
+                output_transform=_outputs,
+                verbose=False,
+            )
     except Exception as error:  # the library asserts, indexes and divides its way through strange models
         raise UntraceableError(brief(error)) from error
+
+
+def _outputs(output: Any) -> list[torch.Tensor]:
+    """Outputs by which the library finds back what made them."""
+    found = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
+    if not found:
+        raise UntraceableError("the model returns nothing that depends on its weights")
+    return found
 
 
 def tied_to(graph: tp.DependencyGraph, convolution: _ConvNd, filters: Sequence[int]) -> Any:

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class LayerError(UserError):
+    """One layer cannot be looked at; the message says why. Others can."""
+
+
 def one_line(text: object) -> str:
     """Make a stranger's text safe for a terminal: one line, without control characters."""
     words = " ".join(str(text).split())

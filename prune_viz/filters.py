@@ -1,57 +1,23 @@
-"""Which filters a network has, and the network as its filters' maps: `FilterNetwork`."""
+"""A network as its filters' maps: `FilterNetwork`."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from prune_viz import tracing
-from prune_viz.errors import UserError, brief
-from prune_viz.hooks import HookedMaps, hookable
+from prune_viz.devices import is_out_of_memory
+from prune_viz.errors import LayerError, UserError, brief
+from prune_viz.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
+from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
+from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
-
-# A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
-SMALLEST_CANVAS = {1: 64, 2: 64, 3: 8}
-LARGEST_CANVAS = {1: 4096, 2: 80, 3: 24}
-_CANVAS_STEP = {1: 32, 2: 16, 3: 4}
-
-MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution and its filters.
-
-    Attributes
-    ----------
-    name : str
-        The module's dotted name.
-    kind : str
-        For people, ``"3x3 convolution, stride 2"``.
-    filters : int
-        Number of filters (output channels).
-    depth : int
-        Position in the order of execution, from 0.
-    receptive_field : tuple of int or None
-        Input pixels one position of the feature map sees, a spatial axis each; None if unknown.
-    canvas : tuple of int
-        Spatial size of the stimuli.
-    """
-
-    name: str
-    kind: str
-    filters: int
-    depth: int
-    receptive_field: tuple[int, ...] | None
-    canvas: tuple[int, ...]
 
 
 class FilterNetwork:
@@ -76,6 +42,8 @@ class FilterNetwork:
         Every convolution that runs, in order of execution.
     skipped : list of str
         Names of convolutions that do not run when the model is called.
+    repeated : dict of str to int
+        Convolutions that run several times, and how often; looked at is what they give first.
     overflowing : list of str
         Names of convolutions that give values that are not finite on plain noise.
 
@@ -98,8 +66,11 @@ class FilterNetwork:
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
         if not convolutions:
             raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
-        order, self.overflowing = _execution_order(model, self.input_shape, convolutions)
-        self.skipped = [name for name in convolutions if name not in order]
+        calls, self.overflowing = _count_calls(model, self.input_shape, convolutions)
+        self.skipped = [name for name in convolutions if name not in calls]
+        self.repeated = {name: times for name, times in calls.items() if times > 1}
+        self._row_by_row: set[str] = set()
+        self._hooked: dict[str, HookedMaps] = {}
 
         traced = tracing.trace(model)
         self._graph: fx.GraphModule | None = None
@@ -112,7 +83,7 @@ class FilterNetwork:
                 self._graph = self._graph.to(memory_format=torch.channels_last)
             self._taps = tracing.find_taps(self._graph)
         self.layers = [
-            self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(order)
+            self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(calls)
         ]
 
     def _layer(self, depth: int, name: str, module: _ConvNd, canvas: int | None) -> Layer:
@@ -124,6 +95,10 @@ class FilterNetwork:
             if canvas is not None:
                 raise UserError(f"--canvas {canvas} is too small for {name}, or not what the model takes")
             size = self.input_shape[1:]
+        if not takes_batches(
+            self._maps(name), _ordinary_input((self.input_shape[0], *size), 2).to(self.device)
+        ):
+            self._row_by_row.add(name)
         return Layer(name, describe(module), module.out_channels, depth, field, size)
 
     def _runs_on(self, name: str, canvas: tuple[int, ...]) -> bool:
@@ -149,12 +124,27 @@ class FilterNetwork:
         -------
         callable
             From inputs, shape (B, C, *canvas), to the layer's maps before and after its activation, both
-            (B, F, *spatial); the same tensor where no activation follows.
+            (B, F, *spatial); the same tensor where no activation follows. It raises `LayerError` where the
+            model fails.
         """
+        found = self._maps(name)
+        if name in self._row_by_row:
+            found = RowByRow(found)
+
+        def guarded(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            try:
+                return found(inputs)
+            except Exception as error:  # whatever a stranger's forward pass raises
+                if is_out_of_memory(error):
+                    raise
+                raise LayerError(f"{name}: the model fails on a stimulus ({brief(error)})") from error
+
+        return guarded
+
+    def _maps(self, name: str) -> MapFunction:
         if self._graph is not None and name in self._taps:
-            part = tracing.cut(self._graph, self._taps[name])
-            return part
-        return HookedMaps(self._hookable, name)
+            return tracing.cut(self._graph, self._taps[name])
+        return self._hooked.setdefault(name, HookedMaps(self._hookable, name))
 
     @cached_property
     def _hookable(self) -> nn.Module:
@@ -163,13 +153,25 @@ class FilterNetwork:
     def takes(self, size: Sequence[int]) -> bool:
         """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
         try:
-            with torch.no_grad():
-                whole = self._graph or self._model
-                device = next(whole.parameters()).device
-                whole(torch.zeros(1, self.input_shape[0], *size, device=device))
+            self._outputs(1, size)
         except Exception:  # whatever a stranger's forward pass raises
             return False
         return True
+
+    def takes_batches(self) -> bool:
+        """Whether the whole network gives twice as much for two inputs as for one."""
+        try:
+            one, two = (self._outputs(rows, self.input_shape[1:]) for rows in (1, 2))
+        except Exception:  # whatever a stranger's forward pass raises
+            return False
+        doubled = [len(more) == 2 * len(less) for less, more in zip(one, two, strict=False) if less.ndim]
+        return len(two) == 2 * len(one) or any(doubled)
+
+    def _outputs(self, rows: int, size: Sequence[int]) -> list[Tensor]:
+        with torch.no_grad():
+            whole = self._graph or self._model
+            device = next(whole.parameters()).device
+            return tensors_of(whole(torch.zeros(rows, self.input_shape[0], *size, device=device)))
 
     def norms(self, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """How strongly filters of several layers respond to the same inputs.
@@ -187,10 +189,11 @@ class FilterNetwork:
             L2 norms of the feature maps.
         """
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        untapped = [name for name in names if self._graph is None or name not in self._taps]
+        tapped = [name for name in names if name in self._taps and name not in self._row_by_row]
+        untapped = [name for name in names if name not in tapped]
         with torch.no_grad():
             if self._graph is not None:
-                reader = tracing.NormReader(self._graph, [self._taps[n] for n in names if n in self._taps])
+                reader = tracing.NormReader(self._graph, [self._taps[name] for name in tapped])
                 for batch in batches:
                     for name, norms in reader.norms(batch.float().to(self.device)).items():
                         rows[name].append(norms.cpu())
@@ -210,7 +213,9 @@ class FilterNetwork:
     def has_activation(self, name: str) -> bool:
         """Whether an activation follows a layer; taken to be so where that is unknown."""
         tap = self._taps.get(name)
-        return tap is None or tap.after is not tap.before
+        if tap is not None:
+            return tap.after is not tap.before
+        return name not in self._hooked or self._hooked[name].has_activation is not False
 
     def upper_bound(self, name: str) -> float:
         """Largest absolute value of a layer's maps, by its activation; infinite where none is known."""
@@ -228,24 +233,26 @@ class FilterNetwork:
         return next((tap.conv for tap in self._taps.values() if tap.after is read), None)
 
 
-def _execution_order(
+def _count_calls(
     model: nn.Module, input_shape: tuple[int, ...], convolutions: dict[str, _ConvNd]
-) -> tuple[list[str], list[str]]:
-    """Run the model once on noise; list the convolutions as called, each once, and those that overflow."""
-    first = next(iter(convolutions.values()))
-    axes = first.weight.ndim - 2
-    if len(input_shape) != axes + 1:
+) -> tuple[dict[str, int], list[str]]:
+    """Run the model once on noise: how often each convolution is called, in order, and which overflow."""
+    unset = next((name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)), None)
+    if unset is not None:
         raise UserError(
-            f"input shape {_comma(input_shape)} does not fit: the first convolution works on {axes} spatial "
-            f"axes, so give {axes + 1} numbers, channels first"
+            f"{unset} has no values yet: run the model once, or load weights, before its analysis"
         )
-    order: list[str] = []
+    axes = len(next(iter(convolutions.values())).kernel_size)
+    if not 2 <= len(input_shape) <= 4:
+        raise UserError(
+            f"input shape {_comma(input_shape)} does not fit: give the channels and one to three sizes"
+        )
+    calls: dict[str, int] = {}
     overflowing: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            if name not in order:
-                order.append(name)
+            calls[name] = calls.get(name, 0) + 1
             if not bool(torch.isfinite(output).all()):
                 overflowing.append(name)
 
@@ -256,17 +263,17 @@ def _execution_order(
         with torch.no_grad():
             model(_ordinary_input(input_shape).to(blank_input(model, input_shape).device))
     except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
-        text = brief(error)
+        hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
         raise UserError(
-            f"the model does not run on an input of shape {_comma(input_shape)} ({text}); give the right "
-            "--input-shape C,H,W"
+            f"the model does not run on an input of shape {_comma(input_shape)} ({brief(error)}){hint}; give "
+            "the right --input-shape, channels first"
         ) from None
     finally:
         for handle in hooks:
             handle.remove()
-    if not order:
+    if not calls:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
-    return order, overflowing
+    return calls, overflowing
 
 
 def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
@@ -275,90 +282,8 @@ def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     return torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype)
 
 
-def _ordinary_input(input_shape: Sequence[int]) -> Tensor:
-    return torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-
-
-def choose_canvas(
-    input_size: Sequence[int], field: Sequence[int] | None, canvas: int | None = None
-) -> tuple[int, ...]:
-    """Choose a layer's canvas: twice its receptive field, within bounds, never beyond the model's input.
-
-    Parameters
-    ----------
-    input_size : sequence of int
-        Spatial size of the model's input.
-    field : sequence of int or None
-        The receptive field; None counts as unbounded.
-    canvas : int, optional
-        A size wished for instead; the input still bounds it.
-
-    Returns
-    -------
-    tuple of int
-        A size an axis.
-    """
-    axes = len(input_size)
-    if canvas is not None:
-        return tuple(min(size, canvas) for size in input_size)
-    smallest, largest, step = SMALLEST_CANVAS[axes], LARGEST_CANVAS[axes], _CANVAS_STEP[axes]
-    seen = field if field is not None else (largest,) * axes
-    wished = [math.ceil(2 * extent / step) * step for extent in seen]
-    return tuple(
-        min(size, max(smallest, min(largest, wish))) for size, wish in zip(input_size, wished, strict=True)
-    )
-
-
-def describe(module: _ConvNd) -> str:
-    """Name a convolution for people, ``"5x5 depthwise convolution, stride 2"``."""
-    size = "x".join(str(extent) for extent in module.kernel_size)
-    words = [size]
-    if is_depthwise(module):
-        words.append("depthwise")
-    elif module.groups > 1:
-        words.append(f"grouped ({module.groups})")
-    words.append("transposed convolution" if isinstance(module, _ConvTransposeNd) else "convolution")
-    text = " ".join(words)
-    if max(module.stride) > 1:
-        text += f", stride {max(module.stride)}"
-    if max(module.dilation) > 1:
-        text += f", dilation {max(module.dilation)}"
-    return text
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether each filter of a convolution reads exactly one channel, its own."""
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-
-
-def select_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
-    """Layers whose name matches any of the shell patterns; all of them if there is no pattern.
-
-    Raises
-    ------
-    UserError
-        If a pattern matches no layer; the message lists near names.
-    """
-    if not patterns:
-        return list(layers)
-    names = [layer.name for layer in layers]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(no_layer_message(pattern, names))
-    return [
-        layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)
-    ]
-
-
-def no_layer_message(wanted: str, names: Sequence[str]) -> str:
-    """Say that no layer matches, and which names are near."""
-    import difflib
-
-    bare = wanted.replace("*", "")
-    near = difflib.get_close_matches(bare, names, n=4, cutoff=0.3)
-    near += [name for name in names if bare and bare in name and name not in near][:4]
-    listed = ", ".join((near or list(names))[:6])
-    return f"no convolution matches {wanted!r}; there are {len(names)}, for instance: {listed}"
+def _ordinary_input(input_shape: Sequence[int], rows: int = 1) -> Tensor:
+    return torch.randn(rows, *input_shape, generator=torch.Generator().manual_seed(0))
 
 
 def _comma(shape: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
-"""Networks that take several inputs: one of them is varied, the others are held.
+"""Networks of several inputs, one of them varied and the others held, or of signals without a channel axis.
 
-Everything else in the package then sees a network of one input.
+Everything else in the package then sees a network of one input, channels first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class HeldInputs:
     arguments : dict of (int or str) to object
         By place or by name; tensors have a batch axis of 1.
     varied : int or str
-        Which of them is varied: pictures, signals or volumes.
+        Which of them is varied: pictures, signals or volumes, or plain signals of shape (1, T).
     """
 
     arguments: dict[int | str, Any]
@@ -37,8 +37,14 @@ class HeldInputs:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of what is varied, (C, *spatial)."""
-        return tuple(self.arguments[self.varied].shape[1:])
+        """Shape of what is varied, (C, *spatial); one channel for signals that have no axis for it."""
+        shape = tuple(self.arguments[self.varied].shape[1:])
+        return (1, *shape) if self.is_plain_signal else shape
+
+    @property
+    def is_plain_signal(self) -> bool:
+        """Whether what is varied has no channel axis."""
+        return self.varied in self.arguments and self.arguments[self.varied].ndim == 2
 
     @property
     def digest(self) -> str:
@@ -67,8 +73,8 @@ def read_example(path: Path) -> HeldInputs:
     ----------
     path : Path
         A tensor, a sequence of arguments or a mapping of named ones, as `torch.save` or safetensors wrote
-        them. The first of them that is a batch of floating-point maps, (B, C, *spatial), is varied; of
-        batches the first row is taken.
+        them. The first of them that is a batch of floating-point maps, (B, C, *spatial), is varied, or else
+        the first batch of signals, (B, T); of batches the first row is taken.
 
     Raises
     ------
@@ -86,10 +92,13 @@ def read_example(path: Path) -> HeldInputs:
         raise UserError(
             f"{path} holds a {type(content).__name__}; save a tensor, or a tuple or dict of inputs"
         )
-    varied = next((place for place, value in arguments.items() if _is_maps(value)), None)
+    varied = next(
+        (place for axes in (3, 2) for place, value in arguments.items() if _is_batch(value, axes)), None
+    )
     if varied is None or not all(isinstance(place, (int, str)) for place in arguments):
         raise UserError(
-            f"{path} holds no floating-point tensor of shape (B, C, *sizes), so there is nothing to vary"
+            f"{path} holds no floating-point tensor of shape (B, C, *sizes) or (B, T), so there is "
+            "nothing to vary"
         )
     rows = len(arguments[varied])
     first = {
@@ -99,8 +108,8 @@ def read_example(path: Path) -> HeldInputs:
     return HeldInputs(first, varied)
 
 
-def _is_maps(value: Any) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point() and 3 <= value.ndim <= 5 and len(value) > 0
+def _is_batch(value: Any, axes: int) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point() and axes <= value.ndim <= 5 and len(value) > 0
 
 
 def hold_inputs(model: nn.Module, inputs: HeldInputs) -> nn.Module:
@@ -130,7 +139,7 @@ def hold_inputs(model: nn.Module, inputs: HeldInputs) -> nn.Module:
     def forward(self: nn.Module, varied: Tensor) -> Any:
         rows = torch.zeros_like(varied.flatten(1)[:, 0])
         given = dict(inputs.arguments)
-        given[inputs.varied] = varied
+        given[inputs.varied] = varied.squeeze(1) if inputs.is_plain_signal else varied
         for place, name in buffers.items():
             given[place] = _repeated(getattr(self, name), rows)
         ordered = [value for place, value in given.items() if isinstance(place, int)]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from prune_viz import tracing
 from prune_viz.errors import UserError
 from prune_viz.masks import Masks, check_masks
-from prune_viz.plain import bake_parameters, pruned_by_torch
+from prune_viz.plain import bake_parameters, parametrise_norms, pruned_by_torch
 
 
 class FilterMask(nn.Module):
@@ -133,6 +133,7 @@ def _over_weight(conv: Any, mask: Tensor) -> Tensor:
 
 def mask_tensor(module: nn.Module, name: str, mask: Tensor) -> None:
     """Zero what a mask removes of a module's tensor, now and whenever it is read."""
+    parametrise_norms(module)
     tensor = getattr(module, name)
     mask = mask.to(tensor.device)
     if name in pruned_by_torch(module):

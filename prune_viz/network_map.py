@@ -22,7 +22,8 @@ from prune_viz.features import (
     response_profiles,
     scaled_pictures,
 )
-from prune_viz.filters import FilterNetwork, Layer
+from prune_viz.filters import FilterNetwork
+from prune_viz.layers import Layer
 from prune_viz.priors import tile
 from prune_viz.progress import Progress
 from prune_viz.runs import LayerTensors

@@ -67,7 +67,8 @@ InputShapes = Annotated[
     typer.Option(
         "--input-shape",
         metavar="C,H,W",
-        help="Shape of one input. Of several the first is varied, the others are held at noise.",
+        help="Shape of one input, or its length if it has no channels. Of several the first is varied, the "
+        "others are held at noise.",
         show_default="the architecture's own",
     ),
 ]
@@ -76,6 +77,6 @@ Example = Annotated[
     typer.Option(
         metavar="FILE",
         help="What the network is called with, a tensor, tuple or dict from torch.save: its first pictures "
-        "are varied, the rest is held.",
+        "(or signals) are varied, the rest is held.",
     ),
 ]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from prune_viz.errors import UserError, brief
 
@@ -16,19 +20,19 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Raises
     ------
     UserError
-        If the model cannot be copied, as with the older hooks of weight and spectral norm.
+        If the model cannot be copied.
     """
-    for module in model.modules():
-        for name in pruned_by_torch(module):
-            # Made anew at each call; the last call's product, with its history, could not be copied.
-            setattr(module, name, getattr(module, name).detach())
+    # What hooks make anew at each call has a history, with which it could not be copied.
+    known: dict[int, Any] = {
+        id(made): made.detach()
+        for module in model.modules()
+        for made in vars(module).values()
+        if torch.is_tensor(made) and not made.is_leaf
+    }
     try:
-        twin = copy.deepcopy(model).eval()
+        twin = copy.deepcopy(model, known).eval()
     except RuntimeError as error:
-        text = brief(error)
-        raise UserError(
-            f"the model cannot be copied ({text}); remove hooks such as weight_norm first"
-        ) from None
+        raise UserError(f"the model cannot be copied ({brief(error)})") from None
     bake_parameters(twin)
     return twin
 
@@ -36,28 +40,69 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def bake_parameters(model: nn.Module) -> None:
     """Turn what is laid over parameters of `model` (masks, weight norm) into plain values.
 
-    That is every parametrisation, and the masks of `torch.nn.utils.prune`.
+    That is every parametrisation, the masks of `torch.nn.utils.prune`, and the hooks of the older weight norm
+    and spectral norm.
     """
     for module in list(model.modules()):
         for name in pruned_by_torch(module):
             prune.remove(module, name)  # type: ignore[no-untyped-call]
-        if not parametrize.is_parametrized(module):
-            continue
-        # Deep copies share the class that parametrising made, and would lose the tensor with this one.
-        shared = type(module)
-        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        _bake_parametrisations(module)
+        for name, norm in normed_by_hooks(module).items():
+            _remove_norm(module, name, norm)
+
+
+def _bake_parametrisations(module: nn.Module) -> None:
+    if not parametrize.is_parametrized(module):
+        return
+    # Deep copies share the class that parametrising made, and would lose the tensor with this one.
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    for name in list(module.parametrizations):  # type: ignore[arg-type]
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 def parametrised(model: nn.Module) -> list[str]:
-    """Names of the tensors over which `torch.nn.utils.parametrize` laid something, such as weight norm."""
+    """Names of the tensors that are made from others, as with weight norm, by parametrisations or hooks."""
     return [
         f"{module_name}.{name}".lstrip(".")
         for module_name, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        for name in module.parametrizations
+        for name in (
+            *(module.parametrizations if parametrize.is_parametrized(module) else ()),
+            *normed_by_hooks(module),
+        )
     ]
+
+
+def normed_by_hooks(module: nn.Module) -> dict[str, WeightNorm | SpectralNorm]:
+    """The older weight norms and spectral norms of a module, by the tensor that they make."""
+    hooks = module._forward_pre_hooks.values()
+    return {hook.name: hook for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))}
+
+
+def parametrise_norms(module: nn.Module) -> None:
+    """Turn the older norms of a module, in place, into parametrisations, over which more can be laid.
+
+    Parameters stay the same objects.
+    """
+    for name, norm in normed_by_hooks(module).items():
+        if isinstance(norm, WeightNorm):
+            length, direction = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
+            _remove_norm(module, name, norm)
+            parametrizations.weight_norm(module, name, norm.dim)
+            made: Any = module.parametrizations[name]  # type: ignore[index]
+            made.original0, made.original1 = length, direction
+        else:
+            source = getattr(module, f"{name}_orig")
+            left, right = getattr(module, f"{name}_u"), getattr(module, f"{name}_v")
+            _remove_norm(module, name, norm)
+            parametrizations.spectral_norm(module, name, norm.n_power_iterations, norm.eps, norm.dim)
+            made = module.parametrizations[name]  # type: ignore[index]
+            made.original = source
+            made[0]._u, made[0]._v = left, right
+
+
+def _remove_norm(module: nn.Module, name: str, norm: WeightNorm | SpectralNorm) -> None:
+    (remove_weight_norm if isinstance(norm, WeightNorm) else remove_spectral_norm)(module, name)
 
 
 def pruned_by_torch(module: nn.Module) -> set[str]:

@@ -181,8 +181,8 @@ def check_plain(model: nn.Module) -> None:
     laid_over = parametrised(model)
     if laid_over:
         raise UserError(
-            f"{laid_over[0]} is parametrised, so it cannot be saved at zero; make it plain first "
-            "(torch.nn.utils.parametrize.remove_parametrizations), or use --mode remove"
+            f"{laid_over[0]} is made from other tensors, so it cannot be saved at zero; make it plain first "
+            "(prune_viz.make_permanent), or use --mode remove"
         )
 
 

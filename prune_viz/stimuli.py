@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from prune_viz.ascent import climb, draw_noise, draw_shifts, images_at, norms, one_side, points_at
 from prune_viz.devices import as_batch, is_out_of_memory, pick_device, release_memory
 from prune_viz.errors import UserError
-from prune_viz.filters import LARGEST_CANVAS, FilterNetwork, Layer
+from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics, describe_inputs
+from prune_viz.layers import LARGEST_CANVAS, Layer
 from prune_viz.pictures import colour_axes, draw_pictures
 from prune_viz.priors import make_prior, tile
 from prune_viz.progress import Progress

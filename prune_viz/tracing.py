@@ -33,6 +33,9 @@ _ACTIVATION_FUNCTIONS = {
     torch.sigmoid, torch.tanh,
 }  # fmt: skip
 _ACTIVATION_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"}
+# What torch calls them, in whatever form they come.
+ACTIVATION_NAMES = {function.__name__ for function in _ACTIVATION_FUNCTIONS} | _ACTIVATION_METHODS
+ACTIVATION_NAMES |= {"prelu", "rrelu", "softsign"}
 _SAFE_NAME = re.compile(r"[\w .+/:,=@()<>-]*")
 _PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -338,7 +341,8 @@ def receptive_field(traced: fx.GraphModule, node: fx.Node, axes: int) -> tuple[i
     """Input pixels that one position of a map sees, along each spatial axis; None if unbounded.
 
     Sizes and strides of convolutions and pools are carried along every path to `node`, and the widest
-    path counts. Anything that pools globally, resizes or flattens makes the field unbounded.
+    path counts. Anything that pools globally, resizes or flattens makes the field unbounded, and so does a
+    convolution over other axes than the input's, as over a spectrogram.
     """
     modules = dict(traced.named_modules())
     needed = _ancestors(node)
@@ -372,6 +376,8 @@ def _window(node: fx.Node, modules: dict[str, nn.Module], axes: int) -> list[tup
     if node.op == "call_module":
         module: Any = modules[_module_name(node)]
         name = type(module).__name__
+        if isinstance(module, _ConvNd) and len(module.kernel_size) != axes:
+            return None
         if isinstance(module, _ConvTransposeNd):
             return [
                 (1 + math.ceil(d * (k - 1) / s), 1 / s)

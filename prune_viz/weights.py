@@ -266,9 +266,14 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise `UserError`, naming the tensor, if a parameter or buffer holds NaN or infinity."""
+    """Raise `UserError`, naming the tensor, if a parameter or a norm's statistics hold NaN or infinity.
+
+    Other buffers may: attention is masked with infinity, and observers of ranges begin with it.
+    """
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in plain_state(model).items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        watched = name in weights or name.endswith(("running_mean", "running_var"))
+        if watched and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(
                 f"{name} holds {bad} values that are not finite (NaN or infinity); repair the model first"

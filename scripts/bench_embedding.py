@@ -42,7 +42,8 @@ from prune_viz.analysis import analyze
 from prune_viz.digits import DigitsNet, load_digits, train
 from prune_viz.embedding import embed, find_clusters
 from prune_viz.features import describe_stimuli, response_profiles
-from prune_viz.filters import FilterNetwork, Layer
+from prune_viz.filters import FilterNetwork
+from prune_viz.layers import Layer
 from prune_viz.network_map import embed_network
 from prune_viz.provenance import peak_mib
 from prune_viz.responses import response_matrix

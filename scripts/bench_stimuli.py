@@ -48,7 +48,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 
 import prune_viz as pv
-from prune_viz.filters import FilterNetwork, Layer
+from prune_viz.filters import FilterNetwork
+from prune_viz.layers import Layer
 from prune_viz.pictures import draw_pictures
 from prune_viz.priors import make_prior
 from prune_viz.stimuli import STEPS, Stimuli, ascend

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from prune_viz.filters import MapFunction
+from prune_viz.hooks import MapFunction
 from prune_viz.priors import Prior
 
 SIDE = 224

@@ -105,7 +105,8 @@ def test_options_of_the_contract_exist() -> None:
         (["--arch-kwargs", "[1]"], "--arch-kwargs must be a JSON object"),
         (["--input-shape", "3x8x8"], "--input-shape 3x8x8: expected channels and sizes"),
         (["--input-shape", "1,0,8"], "--input-shape 1,0,8: expected"),
-        (["--input-shape", "8"], "--input-shape 8: expected"),
+        (["--input-shape", "8,"], "--input-shape 8,: expected"),
+        (["--input-shape", "8"], "does not run on an input of shape 1,8"),
         (["--device", "gpu"], "--device gpu: expected"),
         (["--out", "model.pt"], "is not a directory"),
         (["--out", "model.pt/below"], "is not a directory"),
@@ -467,7 +468,7 @@ def test_a_parametrised_model_is_not_saved_at_zero(here: Path) -> None:
         result = run("apply", "model.pt", "masks.pt", "--arch", "normed:make", "--out", "x.pt")
     finally:
         sys.path.remove(str(here))
-    assert_refused(result, "0.weight is parametrised")
+    assert_refused(result, "0.weight is made from other tensors")
 
 
 def test_code_says_where_modules_of_ones_own_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from prune_viz import tracing
 from prune_viz.errors import UserError
-from prune_viz.filters import FilterNetwork, choose_canvas, describe, select_layers
+from prune_viz.filters import FilterNetwork
+from prune_viz.layers import choose_canvas, describe, select_layers
 
 
 @pytest.mark.parametrize("model", [Plain(), Residual()])
