@@ -185,6 +185,8 @@ def takes_batches(maps: MapFunction, example: torch.Tensor) -> bool:
             alone = torch.cat([maps(example[row : row + 1])[1] for row in range(len(example))])
     except Exception:  # whatever a stranger's forward pass raises
         return False
+    if not bool(alone.isfinite().all()):
+        return True  # nothing to compare
     scale = float(alone.abs().max())
     return together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-2, atol=1e-3 * scale)
 

@@ -5,10 +5,10 @@
     .venv/bin/python scripts/sweep_models.py --timm      # thirty families of timm's, which must be installed
     .venv/bin/python scripts/sweep_models.py resnet      # those whose SPEC has this in it
 
-Every model has seeded random weights. In every convolution two filters get a short ascent; a convolution
-counts if it ends with finite stimuli. With random weights some filters never fire, however they are asked:
-those are counted too. Models of several inputs are held at noise but for the first. The last line is one JSON
-object.
+Every model has seeded random weights. In every convolution two filters get a short ascent on a small canvas,
+where the model takes one; a convolution counts if it ends with finite stimuli. With random weights some filters
+never fire, however they are asked: those are counted too. Models of several inputs are held at noise but for
+the first. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from prune_viz.held_inputs import held_at_noise, hold_inputs
 from prune_viz.stimuli import ascend
 
 STEPS = 4
+SIZE, CANVAS = 96, 48  # of inputs and stimuli, where the model takes them
 TIMM = (
     "resnet18d", "seresnet18", "ecaresnet26t", "resnetrs50", "resnext26ts", "res2net50_26w_4s",
     "skresnet18", "resnest14d", "dpn48b", "densenet121", "dla34", "hrnet_w18_small", "selecsls42",
@@ -66,13 +67,24 @@ def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
     return model, shapes[0]
 
 
+def prepare(model: nn.Module, shape: tuple[int, ...]) -> FilterNetwork:
+    """The model on as small inputs as it takes."""
+    small = (shape[0], *(min(size, SIZE) for size in shape[1:]))
+    for smaller, canvas in ((small, CANVAS), (small, None), (shape, CANVAS)):
+        try:
+            return FilterNetwork(model, smaller, canvas)
+        except UserError:
+            continue
+    return FilterNetwork(model, shape)
+
+
 def row(spec: str) -> dict[str, Any]:
     """What could be looked at of one model."""
     start = time.perf_counter()
     worked, seen, silent, causes = 0, 0, 0, []
     try:
         model, shape = build(spec)
-        network = FilterNetwork(model, shape)
+        network = prepare(model, shape)
         seen = len(network.layers)
         causes += [f"{name} never runs" for name in network.skipped]
         for layer in network.layers:
