@@ -6,8 +6,8 @@
     .venv/bin/python scripts/sweep_models.py resnet      # those whose SPEC has this in it
 
 Every model has seeded random weights. In every convolution two filters get a short ascent on a small canvas,
-where the model takes one; a convolution counts if it ends with finite stimuli. With random weights some filters
-never fire, however they are asked: those are counted too. Models of several inputs are held at noise but for
+where the model takes one; a convolution counts if it ends with finite stimuli. With random weights some
+filters never fire, however they are asked: those are counted too. Models of several inputs are held at noise but for
 the first. The last line is one JSON object.
 """
 
