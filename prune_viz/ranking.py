@@ -21,6 +21,7 @@ from prune_viz.calibration import calibrate, enlarged, probes_for, variants
 from prune_viz.coupling import CouplingGroup
 from prune_viz.devices import as_batch
 from prune_viz.inputs import InputStatistics
+from prune_viz.opposites import weight_signs
 from prune_viz.outputs import class_probabilities, tensors_of
 from prune_viz.probes import Calibrated, calibration_starts, probe_size, runs_on, split
 from prune_viz.progress import Progress
@@ -28,6 +29,7 @@ from prune_viz.redundancy import GroupVerdicts, note_silent, rank
 from prune_viz.responses import BATCH, Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.runs import LayerTensors
 from prune_viz.sensitivity import gather_sensitivities
+from prune_viz.tracing import norms_behind
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
 SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
@@ -50,6 +52,8 @@ class Measured:
         nothing is near the training data or that cannot be told.
     unit : {"nats", "output", "readers"}
         Of damage by the weighed moments: that of `Sensitivities`, or a share of what the readers give.
+    signs : dict of int to ndarray of int, each shape (channels, channels)
+        Which channels have the same weights, and which opposite ones (`prune_viz.opposites`).
     """
 
     moments: dict[int, list[Moments]]
@@ -57,6 +61,7 @@ class Measured:
     seen: dict[int, list[Moments]]
     ablations: dict[int, np.ndarray] | None
     unit: str
+    signs: dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,9 @@ def measure_groups(
         Told how the work goes.
     """
     if not groups:
-        return Measured({}, {}, {}, None, "readers")
+        return Measured({}, {}, {}, None, "readers", {})
+    norms = norms_behind(model)
+    signs = {group.number: weight_signs(model, group, norms) for group in groups}
     moments, seen = _gather(model, groups, calibrated, examples, seed, progress)
     moments = moments or {number: list(readers) for number, readers in known.items()}
     sensitivities = None
@@ -155,12 +162,12 @@ def measure_groups(
         sensitivities = gather_sensitivities(model, groups, near, seed)
         progress.finish()
     if sensitivities is None:
-        return Measured(moments, moments, seen, None, "readers")
+        return Measured(moments, moments, seen, None, "readers", signs)
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers)
         for group in groups
     }
-    return Measured(moments, weighed, seen, sensitivities.ablations, sensitivities.unit)
+    return Measured(moments, weighed, seen, sensitivities.ablations, sensitivities.unit, signs)
 
 
 def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
@@ -177,7 +184,12 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
     for number, moments in measured.moments.items():
         ablations = None if measured.ablations is None else measured.ablations[number]
         ranked[number], pooled[number] = rank(
-            verdicts[number], moments, measured.weighed[number], ablations, measured.unit
+            verdicts[number],
+            moments,
+            measured.weighed[number],
+            ablations,
+            measured.unit,
+            measured.signs[number],
         )
         if number in measured.seen:
             ranked[number] = note_silent(ranked[number], measured.seen[number])

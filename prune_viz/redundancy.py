@@ -18,6 +18,7 @@ import numpy as np
 from prune_viz.coupling import CouplingGroup
 from prune_viz.dead import are_silent, dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
+from prune_viz.opposites import last_of_their_sign
 from prune_viz.probes import HELD_OUT
 from prune_viz.responses import Moments
 
@@ -200,6 +201,7 @@ def rank(
     weighed: Sequence[Moments],
     ablations: np.ndarray | None,
     unit: str,
+    signs: np.ndarray | None = None,
 ) -> tuple[GroupVerdicts, np.ndarray]:
     """Order a judged group's channels, and measure each one's damage, on probes near the training data.
 
@@ -216,13 +218,15 @@ def rank(
         What silencing each channel costs the network's output, where that is known.
     unit : {"nats", "output", "readers"}
         Of the damage that the weighed ones give.
+    signs : ndarray of int, shape (channels, channels), optional
+        Which channels have the same weights, and which opposite ones (`prune_viz.opposites.weight_signs`).
 
     Returns
     -------
     GroupVerdicts
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
         A redundant channel that costs the readers or the network's output more than half of `TOLERANCE`
-        is kept after all.
+        is kept after all, and so is the last of a sign where both occur.
         Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
         empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
@@ -244,6 +248,9 @@ def rank(
         costs[one.channel] = _damage(rebuilt, readers)
         if one.verdict == "dead" or max(costs[one.channel], _damage(rebuilt, plain)) <= TOLERANCE / _MARGIN:
             flagged.append(one.channel)
+    if signs is not None:
+        staying = last_of_their_sign(signs, [c for c in flagged if verdicts.channels[c].verdict != "dead"])
+        flagged = [channel for channel in flagged if channel not in staying]
     kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
     damage = np.diag(energy) * np.diag(pooled)[:-1] if ablations is None else ablations

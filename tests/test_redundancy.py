@@ -14,6 +14,7 @@ from torch import nn
 from prune_viz import redundancy
 from prune_viz.coupling import CouplingGroup, Places, find_groups, group_of_layer
 from prune_viz.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
+from prune_viz.opposites import weight_signs
 from prune_viz.redundancy import GroupVerdicts, judge, rank
 from prune_viz.responses import Moments, gather_moments
 
@@ -178,6 +179,42 @@ def test_where_no_reader_varies_the_damage_is_unknown() -> None:
     ranked, _ = rank(judge(group, moments), still, still, None, "readers")
     assert ranked.order == []
     assert all(np.isnan(one.damage) for one in ranked.channels)
+
+
+def test_the_last_of_a_sign_is_kept_after_all() -> None:
+    samples = _relu_samples(0, 4000, 8)
+    samples[:, 5] = samples[:, 6] = samples[:, 7] = samples[:, 0]
+    group, moments = _group(samples, samples, np.random.default_rng(5).normal(size=(7, 8)))
+    verdicts = judge(group, moments)
+
+    def kept(signs: np.ndarray | None) -> int:
+        found, _ = rank(verdicts, moments, moments, np.full(8, 0.5), "nats", signs)
+        return sum(found.channels[channel].verdict == "keep" for channel in (0, 5, 6, 7))
+
+    signs = np.eye(8, dtype=int)
+    assert kept(None) == kept(signs) == 1
+    signs[np.ix_([0, 5, 6, 7], [0, 5, 6, 7])] = 1
+    assert kept(signs) == 1
+    for one, other in [(6, 7), (0, 7), (5, 7)]:  # 7 is the opposite of the others
+        signs[one, other] = signs[other, one] = -1
+    assert kept(signs) == 2
+
+
+def test_weights_of_one_direction_are_told_by_their_sign() -> None:
+    for layer in (nn.Conv2d(3, 5, 3, bias=False), nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False)):
+        model = nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels))
+        rows = layer.weight.data if isinstance(layer, nn.Conv2d) else layer.weight.data[:2].transpose(0, 1)
+        rows[1], rows[2] = -2 * rows[0], 0.5 * rows[0]
+        count = layer.out_channels
+        every = Places("0", np.arange(count), np.arange(count))
+        group = CouplingGroup(0, count, [every], [])
+        expected = np.eye(count, dtype=int)
+        expected[:3, :3] = [[1, -1, 1], [-1, 1, -1], [1, -1, 1]]
+        assert (weight_signs(model, group, {"0": "1"}) == expected).all()
+        with torch.no_grad():
+            model[1].weight[2] = -1
+        expected[:3, :3] = [[1, -1, -1], [-1, 1, 1], [-1, 1, 1]]
+        assert (weight_signs(model, group, {"0": "1"}) == expected).all()
 
 
 def test_opposite_signs_are_not_copies() -> None:
