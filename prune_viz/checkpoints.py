@@ -68,6 +68,8 @@ class Checkpoint:
         The masks that `prune-viz apply --mode remove` has already carried out on it, in order.
     held : HeldInputs or None
         Where it takes several inputs, what all but one of them are held at (`hold`).
+    inputs_said : tuple of str
+        How the command line said what it takes, as words; empty where it did not.
     """
 
     model: nn.Module
@@ -82,6 +84,7 @@ class Checkpoint:
     input_shape: tuple[int, ...] | None = None
     pruning: list[dict[str, torch.Tensor]] = field(default_factory=list)
     held: HeldInputs | None = None
+    inputs_said: tuple[str, ...] = ()
 
     @property
     def source(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class Checkpoint:
             "key": self.key,
             "trust_pickle": self.trust_pickle,
             "held_inputs": None if self.held is None else self.held.digest,
+            "inputs_said": list(self.inputs_said),
         }
 
     def hold(self, inputs: HeldInputs) -> Checkpoint:

@@ -354,6 +354,10 @@ def _held(checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path |
 
     if shapes and example is not None:
         raise UserError("give --input-shape or --example, not both")
+    said = [word for shape in shapes for word in ("--input-shape", ",".join(map(str, shape)))]
+    if example is not None:
+        said = ["--example", str(example)]
+    checkpoint = replace(checkpoint, inputs_said=tuple(said))
     inputs = held_at_noise(shapes) if example is None else read_example(example)
     if len(inputs.arguments) > 1 or isinstance(inputs.varied, str) or inputs.is_plain_signal:
         return checkpoint.hold(inputs)

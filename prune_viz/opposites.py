@@ -40,7 +40,7 @@ def weight_signs(model: nn.Module, group: CouplingGroup, norms: Mapping[str, str
     parts = []
     for places in group.writers:
         rows = _rows(modules[places.module])
-        norm = modules.get(norms.get(places.module, ""))
+        norm = modules[norms[places.module]] if places.module in norms else None
         if norm is not None and norm.weight is not None:
             rows = rows * norm.weight.detach().double().cpu().sign()[:, None]
         part = torch.zeros(group.channels, rows.shape[1], dtype=torch.double)

@@ -148,6 +148,7 @@ def test_safetensors_are_told_by_content(tmp_path: Path) -> None:
         "key": "",
         "trust_pickle": False,
         "held_inputs": None,
+        "inputs_said": [],
     }
 
 

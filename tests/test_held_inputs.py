@@ -18,6 +18,18 @@ from prune_viz.held_inputs import HeldInputs, held_at_noise, hold_inputs, read_e
 from prune_viz.tracing import trace
 
 
+class Signal(nn.Module):
+    """Takes signals of shape (B, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(1, 6, 9, stride=2), nn.Conv1d(6, 4, 5)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.head(self.two(self.one(signals[:, None]).relu()).relu().mean(dim=2))
+
+
 class Stereo(nn.Module):
     """Two pictures, numbers and a switch; the pictures pass the same first convolution."""
 
@@ -97,6 +109,33 @@ def test_examples_without_pictures_get_one_line(tmp_path: Path, content: object,
         read_example(tmp_path / "example.pt")
 
 
+@pytest.mark.parametrize("given", ["example", "length"])
+def test_signals_without_an_axis_for_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Signal()
+    torch.save(model.state_dict(), "model.pt")
+    torch.save(torch.rand(3, 200), "example.pt")
+    options = ["--arch", f"{__name__}:Signal"]
+    options += ["--example", "example.pt"] if given == "example" else ["--input-shape", "200"]
+    run = CliRunner().invoke(cli.app, ["analyze", "model.pt", *options, "--out", "run", "--steps", "4"])
+    assert run.exit_code == 0, run.output
+    provenance = json.loads(Path("run/run.json").read_text())
+    assert provenance["model"]["input_shape"] == [1, 200]
+    assert provenance["model"]["inputs_said"] == options[2:]
+    masks = CliRunner().invoke(cli.app, ["masks", "run", "--ratio", "0.3", "--out", "masks.pt"])
+    assert masks.exit_code == 0, masks.output
+    removed = CliRunner().invoke(
+        cli.app, ["apply", "model.pt", "masks.pt", *options, "--mode", "remove", "--out", "smaller.pt"]
+    )
+    assert removed.exit_code == 0, removed.output
+    smaller = load_model("smaller.pt", arch=f"{__name__}:Signal")
+    assert smaller(torch.rand(2, 200)).shape == (2, 3)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize("given", ["example", "shapes"])
 def test_analyze_and_remove_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
@@ -118,6 +157,10 @@ def test_analyze_and_remove_from_the_command_line(
     assert provenance["model"]["input_shape"] == [1, 12, 12]
     assert len(provenance["model"]["held_inputs"]) == 64
     assert {layer["name"] for layer in provenance["layers"]} == {"eye", "both"}
+    said = "--example example.pt" if given == "example" else "--input-shape 1,12,12 --input-shape 1,12,12"
+    report = Path("run/report/index.html").read_text()
+    assert f"Stereo {said} --out smaller.pt" in report
+    assert "remove_filters" not in report  # which would need the inputs held
 
     masks = CliRunner().invoke(cli.app, ["masks", "run", "--ratio", "0.3", "--out", "masks.pt"])
     assert masks.exit_code == 0, masks.output

@@ -254,10 +254,22 @@ def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[st
         if model.get("arch_kwargs"):
             arch += f", arch_kwargs={model['arch_kwargs']!r}"
             options += f" --arch-kwargs {shlex.quote(json.dumps(model['arch_kwargs']))}"
+    if model.get("key"):
+        arch += f", key={str(model['key'])!r}"
+        options += f" --key {shlex.quote(str(model['key']))}"
     if model.get("trust_pickle"):
         arch += ", trust_pickle=True"
         options += " --trust-pickle"
-    options += " --input-shape " + ",".join(str(int(axis)) for axis in model["input_shape"])
+    said = model.get("inputs_said") or [
+        "--input-shape",
+        ",".join(str(int(axis)) for axis in model["input_shape"]),
+    ]
+    options += " " + shlex.join(map(str, said))
+    removal = [
+        "import torch",
+        f"example = torch.zeros(1, {shape})",
+        'smaller = pv.remove_filters(model, masks, example, compensate="merge")',
+    ]
     return [
         (
             "On the command line: a smaller network, the lost contributions merged into what stays",
@@ -279,14 +291,7 @@ def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[st
                 "pv.apply_masks(model, masks)  # zero now, and after every optimiser step",
             ],
         ),
-        (
-            "In Python: take them out",
-            [
-                "import torch",
-                f"example = torch.zeros(1, {shape})",
-                'smaller = pv.remove_filters(model, masks, example, compensate="merge")',
-            ],
-        ),
+        *([] if model.get("held_inputs") else [("In Python: take them out", removal)]),
     ]
 
 
