@@ -321,12 +321,36 @@ def masks_for_counts(
     unit : {"nats", "output", "readers"}
         Of the groups' damage.
     """
+    channels = {ranking.number: ranking.order[: counts[ranking.number]] for ranking in rankings}
+    predicted = Predicted(sum(ranking.damage_of(counts) for ranking in rankings), unit)
+    return masks_for_channels(rankings, channels, moments, filters, origin, predicted)
+
+
+def masks_for_channels(
+    rankings: Sequence[Ranking],
+    channels: Mapping[int, Sequence[int]],
+    moments: Mapping[int, np.ndarray],
+    filters: Mapping[str, int],
+    origin: Origin,
+    predicted: Predicted,
+) -> Masks:
+    """Masks that remove such channels of each group, with the merges that make up for them.
+
+    Parameters
+    ----------
+    channels : mapping of int to sequence of int
+        Channels to remove, by the group's number.
+    predicted : Predicted
+        What that is predicted to cost.
+    rankings, moments, filters, origin
+        As `masks_for_counts`.
+    """
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
     merges: list[Merge] = []
     passed: list[Passage] = []
     for ranking in rankings:
-        gone = ranking.order[: counts[ranking.number]]
-        if not gone:
+        gone = channels.get(ranking.number, [])
+        if not len(gone):
             continue
         writers = [
             Places(layer, placed[placed >= 0], np.flatnonzero(placed >= 0))
@@ -334,10 +358,9 @@ def masks_for_counts(
         ]
         passed += passages(writers, ranking.norms, set(gone))
         for layer, placed in ranking.filters.items():
-            masks[layer][placed[gone][placed[gone] >= 0]] = False
+            masks[layer][placed[list(gone)][placed[list(gone)] >= 0]] = False
         merges += _merges(ranking, gone, moments[ranking.number])
-    damage = sum(ranking.damage_of(counts) for ranking in rankings)
-    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), passages=passed)
+    return Masks(masks, tuple(merges), origin, predicted=predicted, passages=passed)
 
 
 def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:

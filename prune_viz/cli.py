@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
@@ -38,9 +39,6 @@ from prune_viz.options import (
     TrustPickle,
 )
 from prune_viz.terminal import make_console, make_progress, print_summary
-
-if TYPE_CHECKING:
-    from prune_viz.checkpoints import Checkpoint
 
 P = ParamSpec("P")
 
@@ -153,13 +151,14 @@ def analyze(
     check_device(device)
     out = out or Path("reports") / model.stem
     check_writable(out)
-    checkpoint = _load(model, arch, kwargs, code, key, trust_pickle)
 
     from prune_viz import analysis
     from prune_viz.architectures import default_normalisation
+    from prune_viz.loading import hold_as_told, input_shape_of, load_as_told
 
-    checkpoint = _held(checkpoint, shapes, example)
-    shape = _input_shape(checkpoint)
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle)
+    checkpoint = hold_as_told(checkpoint, shapes, example)
+    shape = input_shape_of(checkpoint)
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -207,11 +206,15 @@ def masks(
             help="With a budget: leave layers a multiple of N filters; hardware is fastest at 8 or 16.",
         ),
     ] = 1,
+    review: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What was decided in the report of RUN: its review.json."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
     ] = None,
 ) -> None:
-    """Write masks for a budget from RUN, without a new analysis; by default, those of its verdicts."""
+    """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts."""
     given = {"ratio": ratio, "macs": macs, "tolerance": tolerance}
     budget = {name: value for name, value in given.items() if value is not None}
     if len(budget) > 1:
@@ -223,14 +226,21 @@ def masks(
             raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
     if round_to != 1 and not budget:
         raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
+    if review is not None and budget:
+        raise UserError(f"give --review or --{next(iter(budget))}, not both")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a directory; name a file")
     check_writable((out or run).absolute().parent)
 
     from prune_viz.budgets import write_masks
+    from prune_viz.review import write_reviewed_masks
 
+    if review is None:
+        lines = write_masks(run, out, round_to=round_to, **budget)
+    else:
+        lines = write_reviewed_masks(run, review, out)
     console = make_console()
-    for line in write_masks(run, out, round_to=round_to, **budget):
+    for line in lines:
         console.print(one_line(line), soft_wrap=True)
 
 
@@ -280,12 +290,13 @@ def apply(
         from prune_viz.export import check_export
 
         check_export(export)
-    checkpoint = _load(model, arch, kwargs, code, key, trust_pickle)
 
+    from prune_viz.loading import hold_as_told, input_shape_of, load_as_told
     from prune_viz.pruned import write_removed, write_zeroed
 
-    checkpoint = _held(checkpoint, shapes, example)
-    shape = _input_shape(checkpoint) if export or mode is Mode.remove else ()
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle)
+    checkpoint = hold_as_told(checkpoint, shapes, example)
+    shape = input_shape_of(checkpoint) if export or mode is Mode.remove else ()
     if mode is Mode.zero:
         lines = write_zeroed(checkpoint, masks, out, export, shape)
     else:
@@ -315,6 +326,32 @@ def report(run: RunArgument) -> None:
 
 @app.command()
 @exit_codes
+def review(
+    run: RunArgument,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Where to listen; 0 is any that is free.")
+    ] = 0,
+) -> None:
+    """Serve the report of RUN to this machine alone; what is decided in it is saved as RUN/review.json."""
+    from prune_viz.review_server import ReviewServer
+    from prune_viz.runs import RunDirectory
+
+    directory = RunDirectory(run)
+    directory.read_decisions()
+    console = make_console()
+    with ReviewServer(directory, port) as server:
+        console.print(f"open {server.url}", soft_wrap=True)
+        console.print("Ctrl-C ends")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+        file = server.review_file
+    if file.exists():
+        masks = shlex.join(["prune-viz", "masks", str(run), "--review", str(file)])
+        console.print(f"saved in {one_line(file)}; masks: {one_line(masks)}", soft_wrap=True)
+
+
+@app.command()
+@exit_codes
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory.")] = Path("reports/demo"),
 ) -> None:
@@ -324,50 +361,6 @@ def demo(
     from prune_viz.demo import run_demo
 
     run_demo(out, make_progress(), make_console())
-
-
-def _load(
-    model: Path,
-    arch: str | None,
-    kwargs: dict[str, Any] | None,
-    code: Path | None,
-    key: str | None,
-    trust_pickle: bool,
-) -> Checkpoint:
-    """Read a model, and say what reading it decided by itself."""
-    from prune_viz.checkpoints import load_checkpoint
-
-    if code is not None:
-        if not code.is_dir():
-            raise UserError(f"--code {code} is not a directory")
-        sys.path.append(str(code.absolute()))  # last, see current_directory_importable
-    checkpoint = load_checkpoint(model, arch, kwargs, trust_pickle, key)
-    console = make_console()
-    for line in checkpoint.describe():
-        console.print(one_line(line), soft_wrap=True)
-    return checkpoint
-
-
-def _held(checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path | None) -> Checkpoint:
-    """A checkpoint whose network takes one input, of the shape that was given, if one was."""
-    from prune_viz.held_inputs import held_at_noise, read_example
-
-    if shapes and example is not None:
-        raise UserError("give --input-shape or --example, not both")
-    said = [word for shape in shapes for word in ("--input-shape", ",".join(map(str, shape)))]
-    if example is not None:
-        said = ["--example", str(example)]
-    checkpoint = replace(checkpoint, inputs_said=tuple(said))
-    inputs = held_at_noise(shapes) if example is None else read_example(example)
-    if len(inputs.arguments) > 1 or isinstance(inputs.varied, str) or inputs.is_plain_signal:
-        return checkpoint.hold(inputs)
-    return replace(checkpoint, input_shape=inputs.input_shape) if inputs.arguments else checkpoint
-
-
-def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
-    from prune_viz.architectures import default_input_shape
-
-    return checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from browser import chromium, watched  # noqa: F401 (fixtures)
 
 from prune_viz.digits import Digits, DigitsNet, load_digits, train_digits_net
 

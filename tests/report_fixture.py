@@ -144,8 +144,9 @@ def write_run(
     """Write a complete run of `plans` to `path`; `images` replaces the textures of the layers it names."""
     rng = np.random.default_rng(seed)
     run = RunDirectory(path)
-    records, tables, verdicts, groups = [], [], [], []
+    records, tables, verdicts, groups, orders = [], [], [], [], []
     for depth, plan in enumerate(plans):
+        numbers = list(range(plan.filters))
         file = f"layers/{slug(depth, plan.name)}.safetensors"
         share = depth / max(1, len(plans) - 1)
         tensors, table, flagged = _layer(plan, share, rng, (images or {}).get(plan.name))
@@ -162,8 +163,12 @@ def write_run(
                 "channels": plan.filters,
                 "removable": depth + 1 < len(plans),
                 "note": "" if depth + 1 < len(plans) else "its output is the network's own output",
+                "writers": [{"layer": plan.name, "filters": numbers, "channels": numbers}],
+                "reads": [{"module": plans[depth + 1].name, "share": 1.0}] if depth + 1 < len(plans) else [],
+                "norms": [],
             }
         )
+        orders.append({"group": depth, "channels": numbers[:-1], "damage": [0.0] * (plan.filters - 1)})
         tables.append(table)
         verdicts.extend(flagged)
     filters = pd.concat(tables, ignore_index=True)
@@ -171,7 +176,17 @@ def write_run(
     run.write_filters(filters)
     write_json(
         run.decisions_file,
-        {"format": 1, "model_sha256": "ab" * 32, "tolerance": 0.001, "groups": groups, "verdicts": verdicts},
+        {
+            "format": 1,
+            "model_sha256": "ab" * 32,
+            "tolerance": 0.001,
+            "groups": groups,
+            "verdicts": verdicts,
+            "removal_order": orders,
+            "filters": {plan.name: plan.filters for plan in plans},
+            "macs": {plan.name: 1_000 * plan.filters for plan in plans},
+            "damage_unit": "nats",
+        },
     )
     run.write_provenance(
         {

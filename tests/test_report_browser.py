@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Watched
 from report_fixture import HOSTILE, write_run
 
 from prune_viz.report import write_report
@@ -17,76 +15,12 @@ from prune_viz.runs import RunDirectory
 
 pytestmark = pytest.mark.browser
 
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     made = write_run(tmp_path_factory.mktemp("run"))
     write_report(made)
     return made
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A browser; without one the tests skip and say so, but in continuous integration they fail."""
-    known = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    path = next((one for one in known if one), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        path = None
-    if path is None:
-        message = "NO BROWSER: the report was not tested in one; install chromium and playwright"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
-        yield browser
-        browser.close()
-
-
-class Watched:
-    """A page that remembers all that should never happen on it."""
-
-    def __init__(self, browser: Any, **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
-        self.page = self.context.new_page()
-        self.wrong: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.wrong.append(f"console: {message.text}"))
-        self.page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
-        self.page.on("dialog", self._dialog)
-        self.page.on("requestfailed", self._failed)
-        self.context.route("**/*", self._route)
-
-    def _dialog(self, dialog: Any) -> None:
-        self.wrong.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
-
-    def _failed(self, request: Any) -> None:
-        if request.failure != "net::ERR_ABORTED":  # leaving a page stops what it was still loading
-            self.wrong.append(f"failed: {request.url} {request.failure}")
-
-    def _route(self, route: Any) -> None:
-        url = route.request.url
-        self.requests.append(url)
-        if url.startswith(("file://", "data:")):
-            route.continue_()
-        else:
-            self.wrong.append(f"network: {url}")
-            route.abort()
-
-    def open(self, path: Path, anchor: str = "") -> Any:
-        self.page.goto(path.as_uri() + anchor)
-        return self.page
-
-
-@pytest.fixture
-def watched(chromium: Any) -> Iterator[Watched]:
-    made = Watched(chromium)
-    yield made
-    made.context.close()
-    assert made.wrong == []
 
 
 def layer_pages(run: RunDirectory) -> list[Path]:
@@ -99,7 +33,7 @@ def test_every_page_opens_without_the_network_or_complaints(run: RunDirectory, w
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
         page.wait_for_timeout(100)
         assert page.evaluate("getComputedStyle(document.body).marginTop") == "0px"  # the style sheet came
-        assert page.evaluate("document.documentElement.className") == "js"  # and the script ran
+        assert page.evaluate("document.documentElement.className") == "js reviewing"  # and the scripts ran
     assert all(url.startswith("file://") for url in watched.requests)
     assert any(url.endswith("-map.jpg") for url in watched.requests)
     assert any(url.endswith("depth.jpg") for url in watched.requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +20,8 @@ from prune_viz.progress import Progress
 from prune_viz.report import map_drawing, sprites, wording
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
+from prune_viz.report.review_data import review_data
+from prune_viz.review import identity
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
 
 _STRIP_COLUMNS = 8
@@ -28,7 +31,7 @@ _MAP_WIDTH = 1120  # CSS pixels, on a wide screen
 # In Chromium 'self' covers the neighbouring files of a page opened from disk (tests/test_report_browser.py
 # fails if it does not). Style attributes are blocked, so positions come from a style sheet a layer.
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
+    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'"
 )
 
@@ -74,6 +77,11 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     network = network_page(run.path, provenance, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
+    known = review_data([row.record.name for row in rows], decisions, filters, identity(run))
+    # Parsed, not written as an object, in which a name could be more than a name.
+    _write(
+        folder / "assets" / "run.js", f"window.pruneVizRun = JSON.parse({json.dumps(json.dumps(known))});\n"
+    )
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
     overview = map_drawing.draw_map(rows, filters)
@@ -156,7 +164,12 @@ def _write_layer(
     ]
     _write(folder / f"{record.slug}.css", "\n".join(styles) + "\n")
     text = templates.get_template("layer.html.j2").render(
-        page=page, network=network, record=record, root="../", channels=tensors.images.shape[1]
+        page=page,
+        network=network,
+        record=record,
+        root="../",
+        channels=tensors.images.shape[1],
+        place=network.rows.index(page.row),
     )
     _write(folder / page.row.page, text)
 
