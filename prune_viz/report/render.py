@@ -21,6 +21,7 @@ from prune_viz.report import map_drawing, sprites, wording
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.report.review_data import review_data
+from prune_viz.report.savings import budgets, default_budget, draw_curve
 from prune_viz.review import identity
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
 
@@ -77,10 +78,11 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     network = network_page(run.path, provenance, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
-    known = review_data([row.record.name for row in rows], decisions, filters, identity(run))
+    reviewed = review_data([row.record.name for row in rows], decisions, filters, identity(run))
     # Parsed, not written as an object, in which a name could be more than a name.
     _write(
-        folder / "assets" / "run.js", f"window.pruneVizRun = JSON.parse({json.dumps(json.dumps(known))});\n"
+        folder / "assets" / "run.js",
+        f"window.pruneVizRun = JSON.parse({json.dumps(json.dumps(reviewed))});\n",
     )
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
@@ -96,7 +98,9 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         strip.add(row.record, tensors.images)
         shown.add(row.record, tensors.images)
         progress.advance()
-    _write_network(folder, network, strip, overview, shown, templates)
+    known = budgets(decisions)
+    curve = draw_curve(known, default_budget(decisions, provenance["summary"]))
+    _write_network(folder, network, strip, overview, shown, templates, budgets=known, curve=curve)
     progress.finish()
 
 
@@ -122,7 +126,7 @@ def _environment() -> jinja2.Environment:
         {
             name: getattr(wording, name)
             for name in (
-                "count", "quantity", "percent", "plural", "r_squared", "damage", "activation",
+                "count", "quantity", "percent", "plural", "r_squared", "damage", "magnitude", "activation",
                 "coefficient", "duration", "memory", "size", "printable",
             )
         }
@@ -181,10 +185,11 @@ def _write_network(
     overview: map_drawing.NetworkMap | None,
     shown: _Strip,
     templates: jinja2.Environment,
+    **parts: Any,
 ) -> None:
     _write_strip(folder, "depth", "t", strip, [])
     _write_strip(folder, "network", "n", shown, map_drawing.styles(overview) if overview else [])
-    text = templates.get_template("index.html.j2").render(network=network, map=overview, root="")
+    text = templates.get_template("index.html.j2").render(network=network, map=overview, root="", **parts)
     _write(folder / "index.html", text)
 
 

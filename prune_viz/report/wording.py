@@ -10,6 +10,7 @@ from datetime import datetime
 _NARROW = "\u202f"  # narrow no-break space, between a figure and its unit
 _DASH = "\u2013"
 _MINUS = "\u2212"
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 _TIMES = " \u00d7 "
 
 
@@ -102,6 +103,15 @@ def damage(share: float, unit: str = "readers") -> str:
         return f"<0.0001{_NARROW}%"
     decimals = max(0, 1 - math.floor(math.log10(value)))
     return f"{value:.{min(decimals, 5)}f}{_NARROW}%"
+
+
+def magnitude(power_of_ten: float, unit: str = "readers") -> str:
+    """Write a power of ten of damage, for an axis: ``0.01 nats``, ``10⁻⁶ nats``, ``1 %``."""
+    value, name = (power_of_ten, "nats") if unit == "nats" else (100 * power_of_ten, "%")
+    power = round(math.log10(value))
+    if -3 <= power <= 3:
+        return f"{value:g}{_NARROW}{name}"
+    return f"10{str(power).translate(_RAISED)}{_NARROW}{name}"
 
 
 def activation(norm: float) -> str:

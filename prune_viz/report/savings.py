@@ -1,0 +1,143 @@
+"""What removal would save at several budgets, and what that is predicted to cost, as a table and a curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prune_viz.budgets import counts_for_macs, macs_left, read_rankings, removed_filters
+from prune_viz.errors import UserError
+
+_SHARES = tuple(step / 20 for step in range(1, 15))  # of the multiply-accumulates, on the curve
+_WIDTH, _HEIGHT = 720, 280  # of the drawing, in its own units
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 28, 16, 56
+_LEAST = 1e-9  # damage below it is drawn there
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a budget takes and is predicted to cost.
+
+    Attributes
+    ----------
+    saved : float
+        Share of the multiply-accumulates, 0 to 1.
+    filters : int
+        How many filters go.
+    damage : float
+        Predicted damage, the sum over coupling groups, in the unit of the run.
+    """
+
+    saved: float
+    filters: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis, at a place in the drawing."""
+
+    place: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Budgets drawn: damage, on a logarithmic axis, over what is saved.
+
+    Attributes
+    ----------
+    width, height : float
+        Of the drawing.
+    left, right, top, bottom : float
+        Of its axes.
+    line : str
+        SVG path data.
+    points : list of (float, float, Budget)
+        Where each budget stands.
+    default : tuple of (float, float) or None
+        Where the run's own masks stand; None where they take nothing.
+    across, up : list of Tick
+        Shares saved, and damages.
+    """
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    line: str
+    points: list[tuple[float, float, Budget]]
+    default: tuple[float, float] | None
+    across: list[Tick]
+    up: list[Tick]
+
+
+def budgets(decisions: Mapping[str, Any]) -> list[Budget]:
+    """Budgets that the run's removal order can meet; empty where nothing was ranked."""
+    rankings, costs = read_rankings(decisions), decisions["macs"]
+    total = sum(costs.values())
+    found: list[Budget] = []
+    for share in _SHARES if rankings and total else ():
+        try:
+            counts = counts_for_macs(rankings, share, costs)
+        except UserError:  # more than can go
+            break
+        damage = sum(ranking.damage_of(counts) for ranking in rankings)
+        saved = 1 - macs_left(rankings, counts, costs) / total
+        found.append(Budget(saved, removed_filters(rankings, counts), damage))
+    return found
+
+
+def default_budget(decisions: Mapping[str, Any], summary: Mapping[str, Any]) -> Budget | None:
+    """What the run's own masks take; None where that is nothing or was not measured."""
+    predicted = decisions.get("predicted")
+    before, after = summary.get("macs"), summary.get("macs_after")
+    if not predicted or not before or after is None or not decisions["verdicts"]:
+        return None
+    return Budget(1 - after / before, len(decisions["verdicts"]), float(predicted["damage"]))
+
+
+def draw_curve(known: Sequence[Budget], default: Budget | None) -> Curve | None:
+    """Lay out the curve; None for fewer than two budgets."""
+    if len(known) < 2:
+        return None
+    shown = [*known, *([default] if default else [])]
+    levels = [math.log10(max(one.damage, _LEAST)) for one in shown]
+    low, high = math.floor(min(levels)), math.ceil(max(levels))
+    high = max(high, low + 1)
+    widest = math.ceil(10 * max(one.saved for one in shown) - 1e-9) / 10
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+
+    def at(one: Budget) -> tuple[float, float]:
+        level = math.log10(max(one.damage, _LEAST))
+        x = _LEFT + one.saved / widest * (right - _LEFT)
+        y = bottom - (level - low) / (high - low) * (bottom - _TOP)
+        return round(x, 1), round(y, 1)
+
+    points = [(*at(one), one) for one in known]
+    step = max(1, round((high - low) / 5))
+    return Curve(
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=right,
+        top=_TOP,
+        bottom=bottom,
+        line="M" + "L".join(f"{x} {y}" for x, y, _ in points),
+        points=points,
+        default=at(default) if default else None,
+        across=[
+            Tick(round(_LEFT + share / widest * (right - _LEFT), 1), float(share))
+            for share in np.arange(0, widest + 0.01, 0.1).round(1)
+        ],
+        up=[
+            Tick(round(bottom - (level - low) / (high - low) * (bottom - _TOP), 1), 10.0**level)
+            for level in range(low, high + 1, step)
+        ],
+    )
