@@ -326,6 +326,25 @@ def report(run: RunArgument) -> None:
 
 @app.command()
 @exit_codes
+def figure(
+    run: RunArgument,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write: FILE.svg, .png or .pdf.", show_default=False)
+    ],
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which layer.", show_default="the network by depth")
+    ] = None,
+) -> None:
+    """Draw stimuli of RUN for a paper: a layer's in cluster order, or some of every depth."""
+    from prune_viz.figures import write_figure
+
+    check_output("--out", out, [])
+    what = write_figure(run, layer, out)
+    make_console().print(f"{one_line(what)}: {one_line(out)}", soft_wrap=True)
+
+
+@app.command()
+@exit_codes
 def review(
     run: RunArgument,
     port: Annotated[

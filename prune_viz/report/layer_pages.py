@@ -184,7 +184,7 @@ def layer_page(
     """
     row = rows[index]
     table = table.sort_values("filter")
-    cards = [_card(entry) for entry in table.to_dict("records")]
+    cards = [filter_card(entry) for entry in table.to_dict("records")]
     clusters = gallery(cards)
     order = [card.number for cluster in clusters for card in cluster.cards]
     kin = {
@@ -216,7 +216,8 @@ def layer_page(
     )
 
 
-def _card(entry: Mapping[Hashable, Any]) -> FilterCard:
+def filter_card(entry: Mapping[Hashable, Any]) -> FilterCard:
+    """What is shown of a filter, from its row of `filters.csv`."""
     return FilterCard(
         number=int(entry["filter"]),
         verdict=str(entry["verdict"]),
