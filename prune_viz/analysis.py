@@ -257,7 +257,7 @@ def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGrou
     if network.repeated:
         names = few(list(network.repeated))
         notes.append(f"Run several times when the model is called, looked at the first time: {names}.")
-    if not network.takes_batches():
+    if not network.takes_batches:
         notes.append("The model takes one input at a time, so its filters are not judged, only looked at.")
         return [], notes
     try:

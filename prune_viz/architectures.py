@@ -177,7 +177,8 @@ def _imported_factory(module_name: str, path: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"--arch: module {module_name} could not be imported ({problem})") from error
+        hint = f"; write {module_name.removesuffix('.py')}:{path}" if module_name.endswith(".py") else ""
+        raise UserError(f"--arch: module {module_name} could not be imported ({problem}){hint}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise UserError(f"--arch: {module_name} has no {path}{_near(part, dir(found))}")

@@ -21,6 +21,17 @@ from prune_viz.inert import read_inert, stub_for
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 
+# What else people have under the name of a model, by how it begins, and what to do.
+_OTHERS = (
+    (b"version https://git-lfs", "a git-LFS pointer, not the model itself; fetch it with: git lfs pull"),
+    (b"<!doctype html", "a web page, not a model; download the file itself"),
+    (b"<html", "a web page, not a model; download the file itself"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
+    (b"\x89hdf", "an HDF5 file, as Keras writes them; prune-viz reads PyTorch's checkpoints and safetensors"),
+    (b"gguf", "a GGUF file; prune-viz reads PyTorch's checkpoints and safetensors"),
+    (b"\x08", "perhaps an ONNX model; prune-viz needs the PyTorch checkpoint it was made from"),
+)
+
 # What training loops left beside the weights in files of the old format; stubs stand for it.
 _LEFT_BESIDE = (
     "argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"
@@ -73,7 +84,12 @@ def read_content(path: Path, trust_pickle: bool = False) -> Any:
         raise UserError(
             f"{path} is a pickle that torch.save did not write; save the state dict with torch.save"
         )
-    raise UserError(f"{path} is not a PyTorch checkpoint or safetensors file")
+    other = next((what for start, what in _OTHERS if head.lstrip().lower().startswith(start)), None)
+    if other is not None:
+        raise UserError(f"{path} is {other}")
+    raise UserError(
+        f"{path} is not a PyTorch checkpoint or safetensors file; save the model's state dict with torch.save"
+    )
 
 
 def _kind_of_archive(path: Path, size: int) -> str | None:
@@ -89,7 +105,10 @@ def _kind_of_archive(path: Path, size: int) -> str | None:
     if any("/models/" in name or name.endswith("archive_format") for name in names):
         return "an exported program"
     if not any(name.endswith("/data.pkl") for name in names):
-        raise UserError(f"{path} is a zip archive but not a PyTorch checkpoint")
+        what = "of numpy's arrays, " if names and all(name.endswith(".npy") for name in names) else ""
+        raise UserError(
+            f"{path} is a zip archive {what}but not a PyTorch checkpoint; save the state dict with torch.save"
+        )
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > size or not _has_one_directory(path, size):
         # No checkpoint that PyTorch wrote does.

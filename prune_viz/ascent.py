@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_viz.devices import as_batch
 from prune_viz.errors import LayerError
 from prune_viz.hooks import MapFunction
 from prune_viz.priors import Prior
@@ -154,7 +153,7 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
     map before the activation instead: a silent one where it is nearest to firing, a saturated one
     further on.
     """
-    images = as_batch(images.detach()).requires_grad_()
+    images = images.detach().requires_grad_()
     rows = torch.arange(len(images), device=images.device)
     before, after = maps(images)
     if not after.requires_grad:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_viz.ascent import roll, unit
-from prune_viz.devices import as_batch, is_out_of_memory
+from prune_viz.devices import is_out_of_memory
 from prune_viz.inputs import InputStatistics
 from prune_viz.objectives import Seen, Watched, norms_error, own_shares, pool, total_error
 from prune_viz.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
@@ -119,7 +119,7 @@ def _calibrate(
             for index, (part, stepper) in enumerate(zip(parts, steppers, strict=True)):
                 free = part.white.detach().requires_grad_()
                 moved, mirrored = _shift(images(free, part.contrast), random, photographs)
-                seen = watched.see(as_batch(moved), part.owners)
+                seen = watched.see(moved, part.owners)
                 pooled = pool([*known[:index], seen, *known[index + 1 :]], shares)
                 gradient = _gradient(total_error(pooled, seen.own, part.asked(mirrored)), free)
                 if gradient is None:
@@ -178,7 +178,7 @@ def _nearest(
     with torch.no_grad():
         for contrast in CONTRASTS:
             parts = [
-                _Part(chunk, contrast, own, watched.see(as_batch(images(chunk, contrast)), own))
+                _Part(chunk, contrast, own, watched.see(images(chunk, contrast), own))
                 for chunk, own in zip(chunks, whose, strict=True)
             ]
             if not parts[0].seen.norms:
@@ -192,7 +192,7 @@ def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor]) -> f
     shares = []
     with torch.no_grad():
         for part, end in zip(parts, ends, strict=True):
-            own = watched.see(as_batch(end), part.owners).own if part.owners else None
+            own = watched.see(end, part.owners).own if part.owners else None
             if own is not None and part.seen.own is not None:
                 shares.append(own_shares(own, part.seen.own))
     return float(torch.cat(shares).median()) if shares else None

@@ -7,9 +7,8 @@ several; a channel between an expansion and a projection passes a depthwise conv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.dependencies import UntraceableError, build_graph, tied_to
+from prune_viz.experiment import confirmed
 from prune_viz.layers import is_depthwise
-from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
 from prune_viz.tracing import norms_behind
 
@@ -100,10 +99,6 @@ class CouplingGroup:
         object.__setattr__(self, "layers", [places.module for places in self.writers])
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
-Reads = dict[str, list[torch.Tensor]]
-
-
 def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[CouplingGroup]:
     """Find the coupling groups of a model's convolutions.
 
@@ -148,7 +143,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
         if module not in seen:
             groups.append(_group_alone(len(groups), names[module], module.out_channels, note))
     norms = norms_behind(twin)
-    return [_confirmed(twin, group, norms, example) for group in groups]
+    return [confirmed(twin, group, norms, example) for group in groups]
 
 
 def _tied_group(
@@ -163,129 +158,6 @@ def _group_alone(number: int, name: str, channels: int, note: str) -> CouplingGr
     """The group of a convolution of which it is not known what goes with it."""
     every = np.arange(channels)
     return CouplingGroup(number, channels, [Places(name, every, every)], [], removable=False, note=note)
-
-
-def _confirmed(
-    model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
-) -> CouplingGroup:
-    """The group as it is, or not removable with what an experiment said against it."""
-    if not group.removable:
-        return group
-    try:
-        note = _experiment(model, group, norms, example)
-    except Exception as error:  # whatever a stranger's forward pass raises
-        note = f"its maps cannot be followed ({' '.join(str(error).split())[:80]})"
-    return replace(group, removable=not note, note=note)
-
-
-def _experiment(
-    model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
-) -> str:
-    """Disturb one channel while the readers' outputs are held, and say what moves that must not.
-
-    The library takes any operation without parameters for one that leaves channels apart. Here a channel
-    is jolted where it is written: behind that, nothing but the same channel at the readers may move, and
-    nothing the network returns. Then all channels are silenced: they must arrive silent.
-    """
-    modules = dict(model.named_modules())
-    jolted_channel = group.channels // 2
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(example.shape, generator=generator).to(example)
-    held: dict[str, list[torch.Tensor]] = {}
-
-    def run(changes: Sequence[tuple[str, list[int]]], change: Change) -> tuple[Reads, Any]:
-        taken: Reads = {places.module: [] for places in group.readers}
-        holding = bool(held)
-
-        def read(name: str) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-                taken[name].append(arguments[0].clone())
-                if not holding:
-                    held.setdefault(name, []).append(output.clone())
-                    return output
-                return held[name][len(taken[name]) - 1]
-
-            return hook
-
-        def write(indices: list[int]) -> Any:
-            def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-                changed = output.clone()
-                changed[:, indices] = change(output[:, indices])
-                return changed
-
-            return hook
-
-        hooks = [
-            modules[places.module].register_forward_hook(read(places.module)) for places in group.readers
-        ]
-        hooks += [modules[name].register_forward_hook(write(indices)) for name, indices in changes]
-        try:
-            with torch.no_grad():
-                return taken, model(noise)
-        finally:
-            for handle in hooks:
-                handle.remove()
-
-    before, output = run([], torch.zeros_like)
-    written = [
-        (norms.get(places.module, places.module), places.indices[places.channels == jolted_channel].tolist())
-        for places in group.writers
-        if jolted_channel in places.channels
-    ]
-    # Not by a constant, which a norm over positions would take away again.
-    jolted, jolted_output = run(written, lambda maps: maps + (1 + maps.abs().amax()) * _uneven(maps))
-    pairs = zip(tensors_of(output), tensors_of(jolted_output), strict=True)
-    if any(_moved(one, other) for one, other in pairs):
-        return "its maps are part of what the network returns"
-    scaled = [places for places in group.norms if modules[places.module].weight is not None]
-    passed = [(places.module, places.indices.tolist()) for places in (*group.writers, *scaled)]
-    with _unshifted(modules, [places for places in group.norms if places not in scaled]):
-        silenced, _ = run(passed, torch.zeros_like)
-    for places in group.readers:
-        axis = 1 if isinstance(modules[places.module], _ConvNd) else -1
-        all_own = torch.from_numpy(places.indices)
-        own = torch.from_numpy(places.indices[places.channels == jolted_channel])
-        for one, other, silent in zip(
-            before[places.module], jolted[places.module], silenced[places.module], strict=True
-        ):
-            rest = torch.ones(one.shape[axis], dtype=torch.bool)
-            rest[own] = False
-            kept = rest.nonzero().ravel()
-            if _moved(one.index_select(axis, kept), other.index_select(axis, kept)):
-                return f"something on the way to {places.module} mixes its channels"
-            if bool(silent.index_select(axis, all_own).abs().max() > 1e-6 * float(one.abs().max())):
-                return f"something on the way to {places.module} turns a silent channel into another value"
-    return ""
-
-
-def _uneven(maps: torch.Tensor) -> torch.Tensor:
-    """Noise between 0 and 1, the same for maps of one shape."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(maps.shape, generator=generator).to(maps)
-
-
-@contextmanager
-def _unshifted(modules: Mapping[str, Any], norms: Sequence[Places]) -> Iterator[None]:
-    """Norms without a scale of their own as masks leave them: with means of zero where channels go."""
-    kept = {
-        places.module: modules[places.module].running_mean.clone()
-        for places in norms
-        if modules[places.module].running_mean is not None
-    }
-    for places in norms:
-        if places.module in kept:
-            modules[places.module].running_mean[torch.from_numpy(places.indices)] = 0.0
-    try:
-        yield
-    finally:
-        for name, mean in kept.items():
-            modules[name].running_mean.copy_(mean)
-
-
-def _moved(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape != other.shape or not torch.allclose(
-        one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max())
-    )
 
 
 def _read_group(

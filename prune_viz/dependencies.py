@@ -12,11 +12,13 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import index_mapping
+from torch_pruning.dependency.group import Group
 
 from prune_viz.errors import brief
 from prune_viz.outputs import tensors_of
 
 _MOST_PLACES = 1 << 21  # of a group's channels in one module, the features behind a flatten included
+_MOST_ITEMS = 2048  # of a group before the library puts together what is in one module; DenseNet-201 has 198
 
 
 class UntraceableError(Exception):
@@ -74,21 +76,27 @@ def tied_to(graph: tp.DependencyGraph, convolution: _ConvNd, filters: Sequence[i
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Let the library give up where it would multiply places without end.
+    """Let the library give up where it would multiply places, or go round, without end.
 
     Where maps are reshaped on a way that comes back to itself, as in Swin v2, it spreads every channel over
-    more features each time round, until memory is gone.
+    more features each time round, until memory is gone; where parts of a map are written in place, as in
+    YOLO's heads, it finds new indices each time round.
     """
     kind = index_mapping._FlattenIndexMapping
-    spread = kind.__call__
+    spread, add = kind.__call__, Group.add_dep
 
     def bounded(mapping: Any, places: Any) -> Any:
         if not mapping.reverse and len(places) * mapping._stride > _MOST_PLACES:
             raise UntraceableError("its maps are reshaped in ways that the dependency graph cannot follow")
         return spread(mapping, places)
 
-    kind.__call__ = bounded
+    def counted(group: Any, dep: Any, idxs: Any) -> None:
+        if len(group.items) >= _MOST_ITEMS:
+            raise UntraceableError("the dependency graph goes round without end")
+        add(group, dep, idxs)
+
+    kind.__call__, Group.add_dep = bounded, counted
     try:
         yield
     finally:
-        kind.__call__ = spread
+        kind.__call__, Group.add_dep = spread, add

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from prune_viz.errors import UserError
 
@@ -32,11 +31,6 @@ def pick_device(name: str) -> torch.device:
     if not there.get(device.type, False):
         raise UserError(f"--device {name}: this machine has no such device; use --device auto")
     return device
-
-
-def as_batch(images: Tensor) -> Tensor:
-    """Images laid out in memory as convolutions like them."""
-    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images.contiguous()
 
 
 def is_out_of_memory(error: Exception) -> bool:

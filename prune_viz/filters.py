@@ -17,7 +17,7 @@ from prune_viz.errors import LayerError, UserError, brief
 from prune_viz.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
 from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
 from prune_viz.outputs import tensors_of
-from prune_viz.plain import plain_copy
+from prune_viz.plain import as_it_was, plain_copy
 
 
 class FilterNetwork:
@@ -42,6 +42,9 @@ class FilterNetwork:
         Every convolution that runs, in order of execution.
     skipped : list of str
         Names of convolutions that do not run when the model is called.
+    channels_last : bool
+        Whether the model computes the same with channels last in memory, which is faster; not where it views
+        maps as they usually lie.
     repeated : dict of str to int
         Convolutions that run several times, and how often; looked at is what they give first.
     overflowing : list of str
@@ -69,6 +72,7 @@ class FilterNetwork:
         calls, self.overflowing = _count_calls(model, self.input_shape, convolutions)
         self.skipped = [name for name in convolutions if name not in calls]
         self.repeated = {name: times for name, times in calls.items() if times > 1}
+        self.channels_last = _takes_channels_last(model, self.input_shape)
         self._row_by_row: set[str] = set()
         self._hooked: dict[str, HookedMaps] = {}
 
@@ -79,7 +83,7 @@ class FilterNetwork:
         if traced is not None:
             folded = tracing.fold_batch_norms(traced, _ordinary_input(self.input_shape))
             self._graph = folded.to(self.device).requires_grad_(False)
-            if len(self.input_shape) == 3:
+            if self.channels_last:
                 self._graph = self._graph.to(memory_format=torch.channels_last)
             self._taps = tracing.find_taps(self._graph)
         self.layers = [
@@ -95,9 +99,10 @@ class FilterNetwork:
             if canvas is not None:
                 raise UserError(f"--canvas {canvas} is too small for {name}, or not what the model takes")
             size = self.input_shape[1:]
-        if not takes_batches(
-            self._maps(name), _ordinary_input((self.input_shape[0], *size), 2).to(self.device)
-        ):
+            if not self._runs_on(name, size):
+                self._row_by_row.add(name)
+        pair = _ordinary_input((self.input_shape[0], *size), 2).to(self.device)
+        if not takes_batches(self._maps(name), self._laid_out(pair)):
             self._row_by_row.add(name)
         return Layer(name, describe(module), module.out_channels, depth, field, size)
 
@@ -117,6 +122,10 @@ class FilterNetwork:
                 return layer
         raise UserError(no_layer_message(name, [layer.name for layer in self.layers]))
 
+    def _laid_out(self, inputs: Tensor) -> Tensor:
+        """Inputs as the network computes with them in memory."""
+        return lay_channels_last(inputs) if self.channels_last else inputs.contiguous()
+
     def maps(self, name: str) -> MapFunction:
         """The network up to a layer's feature maps.
 
@@ -127,13 +136,16 @@ class FilterNetwork:
             (B, F, *spatial); the same tensor where no activation follows. It raises `LayerError` where the
             model fails.
         """
-        found = self._maps(name)
-        if name in self._row_by_row:
-            found = RowByRow(found)
+        plain = self._maps(name)
+
+        def checked(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return _floating(*plain(inputs))
+
+        found = RowByRow(checked) if name in self._row_by_row else checked
 
         def guarded(inputs: Tensor) -> tuple[Tensor, Tensor]:
             try:
-                return found(inputs)
+                return found(self._laid_out(inputs))
             except Exception as error:  # whatever a stranger's forward pass raises
                 if is_out_of_memory(error):
                     raise
@@ -158,20 +170,23 @@ class FilterNetwork:
             return False
         return True
 
+    @cached_property
     def takes_batches(self) -> bool:
-        """Whether the whole network gives twice as much for two inputs as for one."""
+        """Whether the whole network gives twice as much for two inputs as for one, along its batch axis."""
         try:
             one, two = (self._outputs(rows, self.input_shape[1:]) for rows in (1, 2))
         except Exception:  # whatever a stranger's forward pass raises
             return False
-        doubled = [len(more) == 2 * len(less) for less, more in zip(one, two, strict=False) if less.ndim]
-        return len(two) == 2 * len(one) or any(doubled)
+        return len(two) == 2 * len(one) or any(
+            _is_doubled(less.shape, more.shape) for less, more in zip(one, two, strict=False)
+        )
 
     def _outputs(self, rows: int, size: Sequence[int]) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), as_it_was(self._model):
             whole = self._graph or self._model
             device = next(whole.parameters()).device
-            return tensors_of(whole(torch.zeros(rows, self.input_shape[0], *size, device=device)))
+            blank = torch.zeros(rows, self.input_shape[0], *size, device=device)
+            return tensors_of(whole(self._laid_out(blank)))
 
     def norms(self, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """How strongly filters of several layers respond to the same inputs.
@@ -189,19 +204,24 @@ class FilterNetwork:
             L2 norms of the feature maps.
         """
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        tapped = [name for name in names if name in self._taps and name not in self._row_by_row]
+        whole = self.takes_batches
+        tapped = [name for name in names if whole and name in self._taps and name not in self._row_by_row]
         untapped = [name for name in names if name not in tapped]
         with torch.no_grad():
-            if self._graph is not None:
+            if self._graph is not None and tapped:
                 reader = tracing.NormReader(self._graph, [self._taps[name] for name in tapped])
                 for batch in batches:
-                    for name, norms in reader.norms(batch.float().to(self.device)).items():
+                    for name, norms in reader.norms(self._laid_out(batch.float().to(self.device))).items():
                         rows[name].append(norms.cpu())
             for name in untapped:
                 maps = self.maps(name)
                 for batch in batches:
-                    after = maps(batch.float().to(self.device))[1]
-                    rows[name].append(torch.linalg.vector_norm(after.flatten(2), dim=2).cpu())
+                    try:
+                        after = maps(batch.float().to(self.device))[1]
+                        found = torch.linalg.vector_norm(after.flatten(2), dim=2).cpu()
+                    except LayerError:  # told where its stimuli are sought
+                        found = torch.zeros(len(batch), self.layer(name).filters)
+                    rows[name].append(found)
         return {name: torch.cat(found) for name, found in rows.items()}
 
     def is_first(self, name: str) -> bool:
@@ -251,16 +271,16 @@ def _count_calls(
     overflowing: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
-            if not bool(torch.isfinite(output).all()):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(output)):
                 overflowing.append(name)
 
         return hook
 
     hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_it_was(model):
             model(_ordinary_input(input_shape).to(blank_input(model, input_shape).device))
     except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
         hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
@@ -274,6 +294,57 @@ def _count_calls(
     if not calls:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
     return calls, overflowing
+
+
+def lay_channels_last(inputs: Tensor) -> Tensor:
+    """Inputs with their channels last in memory, where they are pictures."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+
+
+def _takes_channels_last(model: nn.Module, input_shape: tuple[int, ...]) -> bool:
+    """Whether a model gives the same for channels last; its weights are laid out as usual again."""
+    if len(input_shape) != 3:
+        return False
+    example = blank_input(model, input_shape) + _ordinary_input(input_shape).to(
+        blank_input(model, input_shape)
+    )
+    try:
+        with torch.no_grad(), as_it_was(model):
+            usual = tensors_of(model(example))
+        model.to(memory_format=torch.channels_last)
+        with torch.no_grad(), as_it_was(model):
+            last = tensors_of(model(lay_channels_last(example)))
+            return all(
+                one.shape == other.shape
+                and torch.allclose(
+                    one, other, rtol=1e-2, atol=1e-3 * float(one.abs().max()) if one.numel() else 0
+                )
+                for one, other in zip(usual, last, strict=True)
+            )
+    except Exception:  # whatever a stranger's forward pass raises
+        return False
+    finally:
+        model.to(memory_format=torch.contiguous_format)
+
+
+def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:
+    """The maps as they are, if they are tensors of real numbers."""
+    if not isinstance(after, Tensor):
+        raise TypeError(f"it gives no maps but a {type(after).__name__}")
+    if not after.is_floating_point():
+        raise TypeError(f"its maps are {str(after.dtype).removeprefix('torch.')}, not real numbers")
+    return before, after
+
+
+def _is_doubled(one: Sequence[int], two: Sequence[int]) -> bool:
+    """Whether a shape is another's but for one axis, the first or one of length 1, that is twice as long."""
+    if len(one) != len(two):
+        return False
+    differing = [axis for axis, (less, more) in enumerate(zip(one, two, strict=True)) if less != more]
+    if len(differing) != 1:
+        return False
+    (axis,) = differing
+    return two[axis] == 2 * one[axis] and (axis == 0 or one[axis] == 1)
 
 
 def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:

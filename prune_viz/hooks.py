@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from prune_viz.plain import as_it_was, free_copy
 from prune_viz.tracing import ACTIVATION_NAMES
 
 MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -19,7 +19,7 @@ MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def hookable(model: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy of a model on a device, of which maps before activations can be looked at too."""
-    twin = copy.deepcopy(model).to(device).requires_grad_(False)
+    twin = free_copy(model).to(device).requires_grad_(False)
     modules: Iterator[Any] = twin.modules()
     for module in modules:
         if getattr(module, "inplace", False):
@@ -97,7 +97,8 @@ class HookedMaps:
             self._model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()
         ]
         try:
-            self._model(inputs)
+            with as_it_was(self._model):
+                self._model(inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -31,6 +31,7 @@ _PACKAGES = re.compile(
 _HOOKS = re.compile(r"_(state_dict|load_state_dict|forward|backward)(_pre|_post)?_hooks\w*")
 _INNER = ("_parameters", "_buffers", "_modules")
 _DEEPEST = 100  # things in things
+_MOST_LAYERS = 100_000  # of a network, one that stands in several others counted for each
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -141,7 +142,7 @@ def read_inert(path: Path) -> Any:
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(pickled) as stream:
                 read = _Reader(stream, archive, pickled.removesuffix("data.pkl")).load()
-        return _unwrapped(read, {}, _DEEPEST)
+        return _unwrapped(read, {}, _DEEPEST, {})
     except Exception as error:  # a stranger's pickle can be wrong in any way
         text = brief(error)
         raise UserError(f"{path} is damaged and cannot be read ({type(error).__name__}: {text})") from None
@@ -214,8 +215,11 @@ def _some(items: Any = ()) -> frozenset[str]:
     return frozenset(item for item in items if isinstance(item, str)) if type(items) is list else frozenset()
 
 
-def _unwrapped(value: Any, seen: dict[int, Any], depth: int) -> Any:
-    """The same with tensors themselves; what lies deeper than `depth` is left out."""
+def _unwrapped(value: Any, seen: dict[int, Any], depth: int, alive: dict[int, Any]) -> Any:
+    """The same with tensors themselves; what lies deeper than `depth` is left out.
+
+    `seen` holds what came of each thing, `alive` the things themselves, so that no other takes their place.
+    """
     if isinstance(value, _Values):
         return value.tensor
     if depth == 0 or isinstance(value, (_Maker, type)):
@@ -224,16 +228,18 @@ def _unwrapped(value: Any, seen: dict[int, Any], depth: int) -> Any:
         return seen[id(value)]
     if isinstance(value, Stub):
         seen[id(value)] = value
-        value.state = _unwrapped(value.state, seen, depth - 1)
+        value.state = _unwrapped(value.state, seen, depth - 1, alive)
     elif isinstance(value, dict):
         seen[id(value)] = value
         for key in list(value):
-            value[key] = _unwrapped(value[key], seen, depth - 1)
+            value[key] = _unwrapped(value[key], seen, depth - 1, alive)
     elif isinstance(value, list):
         seen[id(value)] = value
-        value[:] = [_unwrapped(item, seen, depth - 1) for item in value]
+        value[:] = [_unwrapped(item, seen, depth - 1, alive) for item in value]
     elif isinstance(value, tuple):
-        return tuple(_unwrapped(item, seen, depth - 1) for item in value)
+        alive[id(value)] = value
+        seen[id(value)] = tuple(_unwrapped(item, seen, depth - 1, alive) for item in value)
+        return seen[id(value)]
     return value
 
 
@@ -242,19 +248,36 @@ def is_network(stub: Any) -> bool:
     return isinstance(stub, Stub) and isinstance(stub.state, dict) and all(k in stub.state for k in _INNER)
 
 
-def weights_of(stub: Stub, prefix: str = "", depth: int = _DEEPEST) -> dict[str, Tensor]:
-    """The state dict of a network that a stub stands for."""
+def weights_of(stub: Stub) -> dict[str, Tensor]:
+    """The state dict of a network that a stub stands for.
+
+    Raises
+    ------
+    UserError
+        If its layers stand in one another so often that they could not be counted.
+    """
+    return _weights_of(stub, "", _DEEPEST, [_MOST_LAYERS])
+
+
+def _weights_of(stub: Any, prefix: str, depth: int, left: list[int]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if depth == 0 or not is_network(stub):
         return found
+    _count_down(left)
     skipped = stub.state.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):
         for name, value in _items(stub.state[kind]):
             if isinstance(value, Tensor) and not (kind == "_buffers" and name in skipped):
                 found[prefix + name] = value
     for name, child in _items(stub.state["_modules"]):
-        found.update(weights_of(child, f"{prefix}{name}.", depth - 1))
+        found.update(_weights_of(child, f"{prefix}{name}.", depth - 1, left))
     return found
+
+
+def _count_down(left: list[int]) -> None:
+    left[0] -= 1
+    if left[0] < 0:
+        raise UserError("the file's layers stand in one another without end")
 
 
 def _items(mapping: Any) -> list[tuple[str, Any]]:
@@ -270,6 +293,7 @@ def rebuild_network(stub: Stub) -> nn.Module:
         Naming what is not theirs, or not plain data.
     """
     try:
+        weights_of(stub)  # before anything that walks all layers by name
         return _rebuilt(stub, {}, _DEEPEST)
     except (KeyError, TypeError) as error:  # names that cannot be
         raise UserError(str(error)) from None
@@ -339,8 +363,15 @@ def _may_be_set(kind: type, name: Any) -> bool:
     return own is None or isinstance(own, (*_PLAIN, list, tuple))
 
 
-def _is_plain(value: Any, depth: int = 8) -> bool:
+def _is_plain(value: Any, depth: int = 8, plain: set[int] | None = None) -> bool:
+    """Whether there is nothing but plain data in a thing; what was found `plain` is not looked at again."""
+    plain = set() if plain is None else plain
+    if id(value) in plain:
+        return True
     if depth and type(value) in (list, tuple, frozenset, dict, OrderedDict):
         inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        return all(_is_plain(one, depth - 1) for one in inner)
+        if not all(_is_plain(one, depth - 1, plain) for one in inner):
+            return False
+        plain.add(id(value))
+        return True
     return type(value) in _PLAIN

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,19 +25,54 @@ def plain_copy(model: nn.Module) -> nn.Module:
     UserError
         If the model cannot be copied.
     """
-    # What hooks make anew at each call has a history, with which it could not be copied.
-    known: dict[int, Any] = {
-        id(made): made.detach()
-        for module in model.modules()
-        for made in vars(module).values()
-        if torch.is_tensor(made) and not made.is_leaf
-    }
-    try:
-        twin = copy.deepcopy(model, known).eval()
-    except RuntimeError as error:
-        raise UserError(f"the model cannot be copied ({brief(error)})") from None
+    twin = free_copy(model).eval()
     bake_parameters(twin)
     return twin
+
+
+def free_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model, without the history of tensors that it keeps beside its weights.
+
+    Such are made by hooks, anew at each call, or kept for later; with a history they cannot be copied.
+
+    Raises
+    ------
+    UserError
+        If the model cannot be copied.
+    """
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for kept in vars(module).values():
+            inner = list(kept.values()) if isinstance(kept, dict) else kept
+            for made in (kept, *(inner if isinstance(inner, (list, tuple)) else ())):
+                if torch.is_tensor(made) and not made.is_leaf:
+                    known[id(made)] = made.detach()
+    try:
+        return copy.deepcopy(model, known)
+    except Exception as error:  # whatever a stranger's module holds
+        raise UserError(f"the model cannot be copied ({brief(error)})") from None
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Let a model be run or traced, and give it back the attributes that it had before.
+
+    Networks that keep state from call to call, or what they saw, then do not take it from one use to another.
+    """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    # Containers stay the same objects: handles of hooks know them.
+    containers = [
+        (value, copy.copy(value))
+        for _, kept in attributes
+        for value in kept.values()
+        if type(value) in (dict, list, set, OrderedDict)
+    ]
+    try:
+        yield
+    finally:
+        for now, before in (*attributes, *containers):
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
 
 
 def bake_parameters(model: nn.Module) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from prune_viz import calibration
 from prune_viz.calibration import calibrate, enlarged, probes_for, variants
 from prune_viz.coupling import CouplingGroup
-from prune_viz.devices import as_batch
 from prune_viz.inputs import InputStatistics
 from prune_viz.opposites import weight_signs
 from prune_viz.outputs import class_probabilities, tensors_of
@@ -210,7 +209,7 @@ def _gather(
 
     def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
         for batch, held_out in batches:
-            yield as_batch(batch), held_out
+            yield batch, held_out
             progress.advance(len(batch))
 
     parts, counts, seen = [], [], {}
@@ -247,7 +246,7 @@ def _near(
     sets = [] if calibrated is None else islice(_variants(model, calibrated, seed), SENSED)
     for images in chain(sets, [] if examples is None else [examples]):
         for batch in torch.split(images, BATCH):
-            yield as_batch(batch)
+            yield batch
             progress.advance(len(batch))
 
 
@@ -275,7 +274,7 @@ def predictions_on(model: nn.Module, calibrated: Calibrated | None) -> Predictio
     confidences, classes = [], []
     with torch.no_grad():
         for batch in torch.split(calibrated.images, BATCH):
-            shares = class_probabilities(tensors_of(model(as_batch(batch.to(device)))))
+            shares = class_probabilities(tensors_of(model(batch.to(device))))
             if shares is None:
                 return None
             most = shares.max(dim=1)

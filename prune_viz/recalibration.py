@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune_viz.devices import as_batch, is_out_of_memory
+from prune_viz.devices import is_out_of_memory
 from prune_viz.outputs import output_change, tensors_of
 
 BATCH = 32
@@ -98,7 +98,7 @@ def _change(probes: Tensor, before: nn.Module, after: nn.Module) -> tuple[float,
     device = next(before.parameters()).device
     with torch.no_grad():
         for batch in torch.split(probes, BATCH):
-            images = as_batch(batch.to(device))
+            images = batch.to(device)
             change, unit = output_change(tensors_of(before(images)), tensors_of(after(images)))
             total += change * len(batch) / len(probes)
     return total, unit
@@ -172,7 +172,7 @@ def _run(
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            model(as_batch(probes.to(device)))
+            model(probes.to(device))
     finally:
         for handle in handles:
             handle.remove()

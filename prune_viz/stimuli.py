@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.ascent import climb, draw_noise, draw_shifts, images_at, norms, one_side, points_at
-from prune_viz.devices import as_batch, is_out_of_memory, pick_device, release_memory
+from prune_viz.devices import is_out_of_memory, pick_device, release_memory
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics, describe_inputs
@@ -366,7 +366,7 @@ class _Search:
         points, sound = climb(maps, filters, self.prior, canvas, points, shifts, turn.angle)
         images = images_at(points, self.prior, canvas)
         with torch.no_grad():
-            after = self.maps(as_batch(images.detach()))[1]
+            after = self.maps(images.detach())[1]
         activations = norms(after[list(range(len(filters))), filters])
         self.ceiling = self.bound * math.sqrt(after[0, 0].numel())
         found = (part[:count].cpu() for part in (points, images, activations, sound))

@@ -18,7 +18,7 @@ from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.errors import UserError, brief
 from prune_viz.filters import blank_input
 from prune_viz.masks import Masks, Merge, check_masks
-from prune_viz.plain import plain_copy
+from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.recalibration import copy_statistics, recalibrate_norms
 from prune_viz.reconciliation import channels_gone, groups_for_removal, reconcile_with_groups
 from prune_viz.tracing import norms_behind
@@ -297,7 +297,7 @@ def _counted(model: nn.Module, input_shape: Sequence[int]) -> FlopCounterMode:
     training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), as_it_was(model), counter:
         model(blank_input(model, input_shape))
     model.train(training)
     return counter

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from prune_viz.outputs import tensors_of
+from prune_viz.plain import as_it_was
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -82,7 +83,8 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
     if not are_names_safe(model):
         return None
     try:
-        graph = _ConvolutionTracer().trace(model)
+        with as_it_was(model):
+            graph = _ConvolutionTracer().trace(model)
         return fx.GraphModule(model, graph)
     except Exception:  # any code may run inside a stranger's forward pass, and raise anything
         return None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_viz import probes, redundancy
 from prune_viz.coupling import CouplingGroup
-from prune_viz.devices import as_batch
-from prune_viz.filters import FilterNetwork
+from prune_viz.filters import FilterNetwork, lay_channels_last
 from prune_viz.inputs import InputStatistics
-from prune_viz.plain import plain_copy
+from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.progress import Progress
 from prune_viz.redundancy import GroupVerdicts
 from prune_viz.responses import Moments, gather_moments, pool_moments
@@ -20,9 +20,19 @@ from prune_viz.runs import LayerTensors
 
 
 def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
-    """A copy of the model to run probes through, its batch norms unfolded."""
+    """A copy of the model to run probes through, its batch norms unfolded; it remembers nothing of a call."""
     twin = plain_copy(model).float().to(network.device)
-    return twin.to(memory_format=torch.channels_last) if len(network.input_shape) == 3 else twin
+    run = twin.forward
+
+    def forward(inputs: Tensor) -> Any:
+        with as_it_was(twin):
+            return run(inputs)
+
+    twin.forward = forward
+    if network.channels_last:
+        twin.to(memory_format=torch.channels_last)
+        twin.register_forward_pre_hook(lambda _, given: tuple(map(lay_channels_last, given)))
+    return twin
 
 
 def probe_groups(
@@ -72,7 +82,7 @@ def probe_groups(
 
     def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
         for batch, held_out in batches:
-            yield as_batch(batch), held_out
+            yield batch, held_out
             progress.advance(len(batch))
 
     stimuli = (torch.from_numpy(layers[name].images) for name in layers)

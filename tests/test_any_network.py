@@ -404,6 +404,189 @@ def test_masks_hold_over_the_older_norms(wrap: Callable[[nn.Module], nn.Module])
     assert set(model.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"}
 
 
+class Viewing(nn.Module):
+    """Flattens and shuffles by `view`, which minds how maps lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6 * 8 * 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.one(x)), 2)
+        x = x.view(len(x), 2, 3, 8, 8).transpose(1, 2).contiguous().view(x.size(0), 6, 8, 8)
+        return self.head(F.relu(self.two(x)).view(-1, 6 * 8 * 8))
+
+
+class Usual(Viewing):
+    """The same, with control flow on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.abs().sum()) >= 0 else x
+
+
+@pytest.mark.parametrize("make", [Viewing, Usual])
+def test_maps_may_be_viewed_as_they_usually_lie(make: Callable[[], nn.Module], capfd: Any) -> None:
+    model = make()
+    network = FilterNetwork(model, PICTURE)
+    assert not network.channels_last
+    assert FilterNetwork(Two(), PICTURE).channels_last
+    found = analyze(model, input_shape=PICTURE, steps=3)
+    assert (found.filters["activation"] > 0).mean() > 0.8
+    assert found.filters["damage"].notna().any()
+    assert capfd.readouterr().err == ""
+
+
+class Remembering(Two):
+    """Adds what it saw last, counts its calls, and is looked at by a hook that keeps maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+        self.seen: list[Tensor] = []
+        self.calls = 0
+        self.one.register_forward_hook(lambda module, given, output: self.seen.append(output))
+
+    def maps(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = F.relu(self.one(x))
+        if self.last is not None:
+            x = x + self.last
+        self.last = x
+        return F.relu(self.two(x))
+
+
+def test_networks_that_keep_state_are_looked_at_as_they_were() -> None:
+    model = Remembering().eval()
+    model(torch.rand(1, *PICTURE))
+    kept = model.last
+    found = analyze(model, input_shape=PICTURE, steps=3)
+    assert (found.filters["activation"] > 0).all()
+    assert found.filters["damage"].notna().any()
+    assert model.last is kept
+    assert model.calls == 1
+    assert len(model.one._forward_hooks) == 1
+    network = FilterNetwork(model, PICTURE)
+    x = torch.rand(2, *PICTURE)
+    torch.testing.assert_close(network.maps("two")(x)[1], network.maps("two")(x)[1])
+
+
+class Detecting(Two):
+    """Returns what passes a threshold: nothing, as a rule."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return scores, scores[scores > 1e6]
+
+
+class Sequential(nn.Module):
+    """Reads text off pictures: gives (columns, B, letters)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, (16, 3), padding=(0, 1))
+        self.reader, self.head = nn.LSTM(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = F.relu(self.two(F.relu(self.one(x))))
+        return self.head(self.reader(maps.squeeze(2).permute(2, 0, 1))[0])
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Detecting, PICTURE), (Sequential, (1, 16, 24))])
+def test_outputs_that_are_empty_or_sequences_are_judged(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = make()
+    assert group_of_layer(find_groups(model, torch.zeros(1, *shape)))["one"].removable
+    found = analyze(model, input_shape=shape, steps=3)
+    assert found.filters[found.filters["layer"] == "one"]["damage"].notna().all()
+
+
+class Standardised(nn.Conv2d):
+    """Gives its weights zero mean and deviation one, filter by filter, as BiT and NFNets do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        mean, deviation = flat.mean(dim=1)[:, None, None, None], flat.std(dim=1)[:, None, None, None]
+        return F.conv2d(x, (self.weight - mean) / (deviation + 1e-5), self.bias, self.stride, self.padding)
+
+
+class Padding(nn.Conv2d):
+    """Pads what it is given by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize(("kind", "removable"), [(Standardised, False), (Padding, True)])
+def test_what_computes_with_all_its_weights_together_keeps_what_it_reads(
+    kind: type[nn.Conv2d], removable: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), kind(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    groups = group_of_layer(find_groups(model, torch.zeros(1, *PICTURE)))
+    assert groups["0"].removable is removable
+    assert groups["2"].removable
+    if not removable:
+        assert groups["0"].note == "2 (Standardised) computes with all its weights together"
+
+
+class Written(Two):
+    """Writes parts of its output in place, as YOLO's heads do; the dependency graph goes round in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.det = nn.Conv2d(6, 14, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.det(self.maps(x))
+        count, _, height, width = found.shape
+        found = found.reshape(count, 2, 7, height, width).permute(0, 1, 3, 4, 2).contiguous()
+        boxes = found.sigmoid()
+        boxes[..., 0:2] = boxes[..., 0:2] * 2 - 0.5
+        boxes[..., 2:4] = (boxes[..., 2:4] * 2) ** 2
+        return torch.cat([boxes.view(count, -1, 7)], 1), found
+
+
+def test_graphs_that_go_round_are_given_up_on() -> None:
+    groups = group_of_layer(find_groups(Written(), torch.zeros(1, *PICTURE)))
+    assert groups["one"].removable
+    assert not groups["det"].removable
+    assert "goes round without end" in groups["det"].note
+
+
+class Complex(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = nn.Conv2d(6, 6, 3).to(torch.complex64)
+
+    def maps(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x)).to(torch.complex64)).abs()
+
+
+class WithMask(nn.Conv2d):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), torch.ones(len(x))
+
+
+class Partial(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = WithMask(6, 6, 3)
+
+    def maps(self, x: Tensor) -> Tensor:
+        return F.relu(self.two(F.relu(self.one(x)))[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "why"), [(Complex, "complex64, not real numbers"), (Partial, "no maps but a tuple")]
+)
+def test_maps_that_are_none_are_reported(make: Callable[[], nn.Module], why: str, tmp_path: Path) -> None:
+    found = analyze(make(), input_shape=PICTURE, steps=3, out=tmp_path / "run")
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert any(note.startswith("two could not be looked at") and why in note for note in notes)
+    assert found.filters[found.filters["layer"] == "one"]["activation"].gt(0).all()
+
+
 def test_outputs_of_all_makes_give_their_tensors() -> None:
     one, two = torch.zeros(1), torch.ones(1)
     assert tensors_of(Scores(one, two)) == [one, two]

@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -294,6 +294,45 @@ def test_a_pickled_network_does_not_say_how_large_its_inputs_are() -> None:
     network.input_shape = (3, 60_000, 60_000)
     with pytest.raises(UserError, match="too large to be ones"):
         default_input_shape(network)
+
+
+def _tuples() -> Any:
+    value: Any = ("x",)
+    for _ in range(60):
+        value = (value, value)
+    return {"a": value, "b": PurePosixPath("c")}  # which torch itself does not read
+
+
+def _in_one_another(layers: int = 60) -> nn.Module:
+    module: nn.Module = nn.Linear(1, 1)
+    for _ in range(layers):
+        module = nn.Sequential(module, module)
+    return module
+
+
+def _wide_attribute() -> nn.Module:
+    value: list[Any] = [1]
+    for _ in range(7):
+        value = [value] * 60
+    module = nn.Sequential(nn.Conv2d(1, 1, 1))
+    module.extra = value  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(_tuples, "holds no tensors"), (_in_one_another, "without end"), (_wide_attribute, None)],
+)
+def test_small_files_do_not_unfold_without_end(
+    tmp_path: Path, make: Callable[[], Any], says: str | None
+) -> None:
+    torch.save(make(), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_size < 2**16
+    if says is None:
+        load_model(tmp_path / "model.pt")
+        return
+    with pytest.raises(UserError, match=says):
+        load_model(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
