@@ -314,17 +314,19 @@ def _takes_channels_last(model: nn.Module, input_shape: tuple[int, ...]) -> bool
         model.to(memory_format=torch.channels_last)
         with torch.no_grad(), as_it_was(model):
             last = tensors_of(model(lay_channels_last(example)))
-            return all(
-                one.shape == other.shape
-                and torch.allclose(
-                    one, other, rtol=1e-2, atol=1e-3 * float(one.abs().max()) if one.numel() else 0
-                )
-                for one, other in zip(usual, last, strict=True)
-            )
+            return all(_alike(one, other) for one, other in zip(usual, last, strict=True))
     except Exception:  # whatever a stranger's forward pass raises
         return False
     finally:
         model.to(memory_format=torch.contiguous_format)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone; what is not finite counts as zero."""
+    if one.shape != other.shape or not one.numel():
+        return one.shape == other.shape
+    one, other = (tensor.nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other))
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-3 * float(one.abs().max()))
 
 
 def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:
