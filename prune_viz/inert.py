@@ -50,14 +50,19 @@ class Stub:
         Of what would have been called.
     state : object
         What it would have been given as its attributes.
+    arguments : tuple
+        What it would have been called with.
     """
 
     name = ""
     state: Any = None
+    arguments: Any = ()
 
     def __new__(cls, *arguments: Any, **named: Any) -> Stub:
         """A stub, whatever it is called with."""
-        return object.__new__(cls)
+        stub = object.__new__(cls)
+        stub.arguments = arguments
+        return stub
 
     def __call__(self, *arguments: Any, **named: Any) -> Stub:
         """What came of something that came of a name."""
@@ -229,6 +234,7 @@ def _unwrapped(value: Any, seen: dict[int, Any], depth: int, alive: dict[int, An
     if isinstance(value, Stub):
         seen[id(value)] = value
         value.state = _unwrapped(value.state, seen, depth - 1, alive)
+        value.arguments = _unwrapped(value.arguments, seen, depth - 1, alive)
     elif isinstance(value, dict):
         seen[id(value)] = value
         for key in list(value):

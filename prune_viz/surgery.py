@@ -72,7 +72,7 @@ def remove_filters(
     modules = dict(smaller.named_modules())
     try:
         graph = build_graph(smaller, example)
-        for group in groups:
+        for group in filter(lambda one: one.removable, groups):
             root = group.writers[0]
             keep = consistent[root.module].numpy()
             gone = [int(index) for index in root.indices if not keep[index]]

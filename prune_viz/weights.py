@@ -102,6 +102,9 @@ def _places(
         if own := tensors_in(content):
             yield path, own
         inner = content.items()
+    elif isinstance(content, Stub):
+        seen.add(id(content))
+        inner = ((str(place), part) for place, part in enumerate(content.arguments or ()))
     elif isinstance(content, (list, tuple)) and len(content) <= _LONGEST:
         seen.add(id(content))
         inner = ((str(place), part) for place, part in enumerate(content))

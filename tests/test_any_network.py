@@ -554,6 +554,28 @@ def test_graphs_that_go_round_are_given_up_on() -> None:
     assert "goes round without end" in groups["det"].note
 
 
+class Mel(nn.Module):
+    """A spectrum by convolution, its halves put together, and weighed: what the graph loses count of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Conv1d(1, 6, 8, stride=4)
+        self.register_buffer("bank", torch.rand(3, 5))
+        self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.spectrum(x)
+        power = (both[:, :3] ** 2 + both[:, 3:] ** 2).transpose(1, 2) @ self.bank
+        return self.head(F.relu(self.two(F.relu(self.one(power[:, None])))).mean(dim=(2, 3)))
+
+
+def test_filters_of_one_layer_are_removed_whatever_holds_another() -> None:
+    smaller = remove_filters(Mel(), {"one": mask_without(6, 2)}, torch.zeros(1, 1, 64))
+    assert smaller.one.out_channels == 5
+    assert smaller.spectrum.out_channels == 6
+
+
 class Complex(Two):
     def __init__(self) -> None:
         super().__init__()

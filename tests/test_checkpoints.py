@@ -346,6 +346,12 @@ def test_weights_are_found_in_lists_and_deep_down(file: Path) -> None:
     assert same(load_model(file, NET, key="1.1"), second)
 
 
+def test_of_a_compiled_network_the_weights_are_taken(file: Path) -> None:
+    model = seeded()
+    torch.save(torch.compile(model), file)
+    assert same(load_model(file, NET), model)
+
+
 def test_of_several_weights_the_plain_ones_are_taken_and_others_by_key(file: Path) -> None:
     plain, average, other = seeded(), seeded(), seeded()
     nn.init.ones_(average.conv.weight)
