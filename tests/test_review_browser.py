@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,22 @@ def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
             server.shutdown()
             thread.join()
             server.review_file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium: Any, scheme: str) -> None:
+    axe = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    one = Watched(chromium, color_scheme=scheme, bypass_csp=True)
+    for path in (run.report_page, page_of(run, "inner")):
+        page = one.open(path)
+        page.locator("#review").wait_for()
+        if path != run.report_page:
+            page.locator(".card .t").first.click()
+            page.keyboard.press("a")
+        page.evaluate(axe)
+        for shown in ("page", "keys"):
+            if shown == "keys":
+                page.keyboard.press("?")
+            found = page.evaluate("axe.run()")["violations"]
+            assert [(one["id"], one["nodes"][0]["html"]) for one in found] == [], (path.name, shown)
+    one.context.close()
