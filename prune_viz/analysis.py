@@ -27,12 +27,12 @@ from prune_viz import (
     responses,
     surgery,
 )
-from prune_viz.coupling import CouplingGroup
 from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.dependencies import UntraceableError
 from prune_viz.devices import pick_device
 from prune_viz.errors import LayerError, UserError, few, one_line
 from prune_viz.filters import FilterNetwork, blank_input
+from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.inputs import InputStatistics, read_inputs
 from prune_viz.layers import Layer, select_layers
 from prune_viz.masks import Masks, write_plain_masks
@@ -158,7 +158,7 @@ def analyze(
     stages = Stages()
     groups, notes = _couple(model, network)
     notes += unread
-    tied = coupling.group_of_layer(groups)
+    tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     cost = surgery.count_cost(model, network.input_shape)
     provenance: dict[str, Any] = {

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prune_viz.coupling import Passage, Places, passages
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
+from prune_viz.groups import Passage, Places, passages
 from prune_viz.masks import Masks, Merge, Predicted, read_beside, save_masks
 from prune_viz.origin import Origin
 from prune_viz.probes import read_images

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from prune_viz.coupling import CouplingGroup, passages
 from prune_viz.embedding import Embedding
+from prune_viz.groups import CouplingGroup, passages
 from prune_viz.layers import Layer
 from prune_viz.masks import Masks, Merge, Predicted, beside_json
 from prune_viz.origin import Origin

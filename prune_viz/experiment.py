@@ -10,18 +10,16 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz.errors import brief
+from prune_viz.groups import CouplingGroup, Places
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import as_it_was
-
-if TYPE_CHECKING:
-    from prune_viz.coupling import CouplingGroup, Places
 
 _PLAIN_READERS: tuple[Any, ...] = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

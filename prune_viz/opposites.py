@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from prune_viz.coupling import CouplingGroup
+from prune_viz.groups import CouplingGroup
 
 _COLLINEAR = 0.99  # cosine of weights from which they are one direction
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prune_viz import calibration
 from prune_viz.calibration import calibrate, enlarged, probes_for, variants
-from prune_viz.coupling import CouplingGroup
+from prune_viz.groups import CouplingGroup
 from prune_viz.inputs import InputStatistics
 from prune_viz.opposites import weight_signs
 from prune_viz.outputs import class_probabilities, tensors_of

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prune_viz.coupling import CouplingGroup, find_groups, passages
+from prune_viz.coupling import find_groups
 from prune_viz.dependencies import UntraceableError
 from prune_viz.errors import UserError, brief
+from prune_viz.groups import CouplingGroup, passages
 from prune_viz.masks import Masks, check_masks
 from prune_viz.plain import plain_copy
 

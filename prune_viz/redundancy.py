@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prune_viz.coupling import CouplingGroup
 from prune_viz.dead import are_silent, dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
+from prune_viz.groups import CouplingGroup
 from prune_viz.opposites import last_of_their_sign
 from prune_viz.probes import HELD_OUT
 from prune_viz.responses import Moments

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from prune_viz.coupling import CouplingGroup, Places
 from prune_viz.filters import FilterNetwork
+from prune_viz.groups import CouplingGroup, Places
 
 BATCH = 32
 POSITIONS = 64  # of a map that are sampled, a probe

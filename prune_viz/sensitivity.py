@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prune_viz.coupling import CouplingGroup
 from prune_viz.devices import is_out_of_memory
+from prune_viz.groups import CouplingGroup
 from prune_viz.outputs import are_probabilities, class_probabilities, tensors_of
 
 

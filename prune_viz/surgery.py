@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_viz.coupling import CouplingGroup, Places, group_of_layer
 from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.errors import UserError, brief
 from prune_viz.filters import blank_input
+from prune_viz.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.masks import Masks, Merge, check_masks
 from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.recalibration import copy_statistics, recalibrate_norms

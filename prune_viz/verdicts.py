@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz import probes, redundancy
-from prune_viz.coupling import CouplingGroup
 from prune_viz.filters import FilterNetwork, lay_channels_last
+from prune_viz.groups import CouplingGroup
 from prune_viz.inputs import InputStatistics
 from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.progress import Progress

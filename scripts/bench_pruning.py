@@ -39,8 +39,8 @@ from trained import Trained
 
 import prune_viz as pv
 from prune_viz import coupling
-from prune_viz.coupling import CouplingGroup
 from prune_viz.elimination import rebuild_all
+from prune_viz.groups import CouplingGroup
 from prune_viz.masks import Masks
 from prune_viz.plain import plain_copy
 from prune_viz.probes import load_probes

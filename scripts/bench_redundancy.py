@@ -51,7 +51,8 @@ from trained import Trained
 
 import prune_viz as pv
 from prune_viz import digits
-from prune_viz.coupling import CouplingGroup, find_groups
+from prune_viz.coupling import find_groups
+from prune_viz.groups import CouplingGroup
 from prune_viz.masks import Masks
 from prune_viz.redundancy import TOLERANCE
 from prune_viz.runs import RunDirectory

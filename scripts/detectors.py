@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from prune_viz.coupling import CouplingGroup
+from prune_viz.groups import CouplingGroup
 
 SAMPLES = 20_000  # positions on which maps are correlated
 

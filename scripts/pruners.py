@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_viz.coupling import CouplingGroup
+from prune_viz.groups import CouplingGroup
 from prune_viz.layers import is_depthwise
 from prune_viz.masks import Masks, Merge
 from prune_viz.tracing import norms_behind

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from prune_viz.analysis import analyze
 from prune_viz.ascent import climb, points_at
-from prune_viz.coupling import find_groups, group_of_layer
+from prune_viz.coupling import find_groups
 from prune_viz.errors import LayerError, UserError
 from prune_viz.filters import FilterNetwork
+from prune_viz.groups import group_of_layer
 from prune_viz.masking import apply_masks, make_permanent
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy

@@ -7,8 +7,9 @@ from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
-from prune_viz.coupling import find_groups, group_of_layer
+from prune_viz.coupling import find_groups
 from prune_viz.dependencies import UntraceableError
+from prune_viz.groups import group_of_layer
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 

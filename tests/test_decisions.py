@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from prune_viz.coupling import CouplingGroup, Places
 from prune_viz.decisions import explain
+from prune_viz.groups import CouplingGroup, Places
 from prune_viz.redundancy import ChannelVerdict
 
 

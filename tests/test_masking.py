@@ -8,8 +8,8 @@ import torch
 from networks import Dense, Plain, mask_without, randomise_norms
 from torch import nn
 
-from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
+from prune_viz.groups import Passage
 from prune_viz.masking import apply_masks, are_zero, make_permanent
 from prune_viz.masks import Masks, load_masks, save_masks
 from prune_viz.reconciliation import reconcile_masks

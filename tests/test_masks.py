@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import Plain, mask_without
 
-from prune_viz.coupling import Passage
 from prune_viz.errors import UserError
+from prune_viz.groups import Passage
 from prune_viz.masks import Masks, Merge, Predicted, load_masks, save_masks
 from prune_viz.origin import Origin, hash_model
 

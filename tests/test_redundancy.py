@@ -12,8 +12,9 @@ from networks import Plain, randomise_norms
 from torch import nn
 
 from prune_viz import redundancy
-from prune_viz.coupling import CouplingGroup, Places, find_groups, group_of_layer
+from prune_viz.coupling import find_groups
 from prune_viz.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
+from prune_viz.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.opposites import weight_signs
 from prune_viz.redundancy import GroupVerdicts, judge, rank
 from prune_viz.responses import Moments, gather_moments

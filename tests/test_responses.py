@@ -8,8 +8,9 @@ from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
 from prune_viz import responses
-from prune_viz.coupling import find_groups, group_of_layer
+from prune_viz.coupling import find_groups
 from prune_viz.filters import FilterNetwork
+from prune_viz.groups import group_of_layer
 from prune_viz.priors import tile
 from prune_viz.probes import NOISE_PROBES, make_probes, natural_noise, probe_size
 from prune_viz.redundancy import judge

@@ -11,7 +11,8 @@ from networks import Flattening, Plain, Residual, randomise_norms
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prune_viz.coupling import CouplingGroup, find_groups
+from prune_viz.coupling import find_groups
+from prune_viz.groups import CouplingGroup
 from prune_viz.outputs import class_probabilities
 from prune_viz.sensitivity import gather_sensitivities
 

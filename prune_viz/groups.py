@@ -1,0 +1,109 @@
+"""Coupling groups as plain data: filters that go only together, where they lie, and who reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a group's channels lie in one module: ``channels[k]`` is at index ``indices[k]``.
+
+    Attributes
+    ----------
+    module : str
+        The module's dotted name.
+    indices : ndarray of int, shape (K,)
+        Filters of a writer; input channels (or, behind a flatten, input features) of a reader.
+    channels : ndarray of int, shape (K,)
+        Channel of the group that lies there; a channel may lie at several indices.
+    """
+
+    module: str
+    indices: np.ndarray
+    channels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A norm's channel through which what filters write passes: silent once they all go.
+
+    Attributes
+    ----------
+    norm : str
+        The norm.
+    channel : int
+        Its channel.
+    filters : tuple of (str, int)
+        Layer and filter of all that writes it.
+    """
+
+    norm: str
+    channel: int
+    filters: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class CouplingGroup:
+    """Filters that can only be removed together.
+
+    Attributes
+    ----------
+    number : int
+        Index in the list of groups.
+    channels : int
+        How many channels there are to keep or remove.
+    writers : list of Places
+        Convolutions whose filters are tied to the channels, depthwise ones on the way included.
+    readers : list of Places
+        Convolutions and linear layers that read the channels.
+    removable : bool
+        Whether the network can be made smaller by a channel of this group.
+    note : str
+        Why not, where `removable` is False.
+    norms : list of Places
+        Norms that the channels pass on their way to the readers, those behind a concatenation included.
+        A silent channel stays silent only where their scales and shifts are zero too.
+    """
+
+    number: int
+    channels: int
+    writers: list[Places]
+    readers: list[Places]
+    removable: bool = True
+    note: str = ""
+    norms: list[Places] = field(default_factory=list)
+    layers: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", [places.module for places in self.writers])
+
+
+def passages(writers: Sequence[Places], norms: Sequence[Places], gone: Set[int]) -> list[Passage]:
+    """Through which channels of norms a group's channels pass that go.
+
+    Parameters
+    ----------
+    writers, norms : sequence of Places
+        The group's (`CouplingGroup`).
+    gone : set of int
+        Its channels that go.
+    """
+    filters: dict[int, list[tuple[str, int]]] = {}
+    for places in writers:
+        for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True):
+            filters.setdefault(channel, []).append((places.module, index))
+    return [
+        Passage(places.module, index, tuple(filters[channel]))
+        for places in norms
+        for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True)
+        if channel in gone
+    ]
+
+
+def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:
+    """The group in which each convolution is a writer."""
+    return {layer: group for group in groups for layer in group.layers}
