@@ -110,7 +110,7 @@ def test_strangers_names_are_escaped(run: RunDirectory) -> None:
         parsed = Tags(text)
         assert not any(key.startswith("on") for _, attributes in parsed.tags for key in attributes), name
         assert not any(attributes.get("src") == "x" for _, attributes in parsed.tags), name
-        assert [tag for tag, _ in parsed.tags].count("script") == 3, name
+        assert [tag for tag, _ in parsed.tags].count("script") == (5 if "layers" in name else 4), name
         assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", text), name
         assert shown in parsed.text, name
 

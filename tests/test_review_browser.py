@@ -205,9 +205,45 @@ def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium:
             page.locator(".card .t").first.click()
             page.keyboard.press("a")
         page.evaluate(axe)
-        for shown in ("page", "keys"):
+        for shown in ("page", "keys", "filter") if path != run.report_page else ("page", "keys"):
             if shown == "keys":
                 page.keyboard.press("?")
+            if shown == "filter":
+                page.keyboard.press("Escape")
+                page.locator("#f3").focus()
+                page.keyboard.press("o")
+                page.locator("#filter").wait_for()
             found = page.evaluate("axe.run()")["violations"]
             assert [(one["id"], one["nodes"][0]["html"]) for one in found] == [], (path.name, shown)
     one.context.close()
+
+
+def test_a_filter_is_opened_large_by_link_key_and_click(run: RunDirectory, watched: Watched) -> None:
+    page = watched.open(run.report_page, "#inner/3")  # leads to the layer's page
+    panel = page.locator("#filter")
+    panel.wait_for()
+    assert page.url.startswith(page_of(run, "inner").as_uri())
+    assert panel.get_by_role("heading").first.inner_text() == "Filter 3"
+    picture = panel.get_by_role("img", name="Stimulus of filter 3")
+    assert picture.bounding_box()["width"] > 200
+    row = run.read_filters().set_index(["layer", "filter"]).loc[("inner", 3)]
+    assert panel.locator("[data-part=reason]").inner_text() == row["reason"]
+    responses = run.read_layer(next(r.file for r in run.layers() if r.name == "inner")).responses
+    shares = responses[3] / responses.max(axis=0).clip(1e-9)
+    shares[3] = -1
+    first = panel.locator("[data-part=fires] button").first
+    assert first.locator("b").inner_text() == str(shares.argmax())
+    first.click()
+    assert page.url.endswith(f"#inner/{shares.argmax()}")
+    page.keyboard.press("ArrowRight")
+    following = (int(shares.argmax()) + 1) % 8
+    assert panel.get_by_role("heading").first.inner_text() == f"Filter {following}"
+    page.keyboard.press("Escape")
+    assert panel.is_hidden()
+    assert page.url.endswith(f"#f{following}")
+    page.locator("#f5").focus()
+    page.keyboard.press("o")
+    assert panel.get_by_role("heading").first.inner_text() == "Filter 5"
+    panel.get_by_role("button", name="Close").click()
+    page.locator("#f6 b").click()
+    assert page.url.endswith("#inner/6")

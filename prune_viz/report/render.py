@@ -19,6 +19,7 @@ from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
 from prune_viz.report import map_drawing, sprites, wording
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
+from prune_viz.report.neighbours import panel_data
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.report.review_data import review_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
@@ -78,12 +79,9 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     network = network_page(run.path, provenance, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
-    reviewed = review_data([row.record.name for row in rows], decisions, filters, identity(run))
-    # Parsed, not written as an object, in which a name could be more than a name.
-    _write(
-        folder / "assets" / "run.js",
-        f"window.pruneVizRun = JSON.parse({json.dumps(json.dumps(reviewed))});\n",
-    )
+    pages = {row.record.name: row.page for row in rows}
+    reviewed = review_data(pages, decisions, filters, identity(run))
+    _write_data(folder / "assets" / "run.js", "pruneVizRun", reviewed)
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
     overview = map_drawing.draw_map(rows, filters)
@@ -167,6 +165,8 @@ def _write_layer(
         *_map_styles(page.map, small.layout.side),
     ]
     _write(folder / f"{record.slug}.css", "\n".join(styles) + "\n")
+    panels = panel_data(page, tensors.responses, network.damage_unit)
+    _write_data(folder / f"{record.slug}.js", "pruneVizLayer", panels)
     text = templates.get_template("layer.html.j2").render(
         page=page,
         network=network,
@@ -239,6 +239,14 @@ def _map_styles(page: Map, pixels: int) -> Iterable[str]:
     for tile in page.tiles:
         x, y = f"{tile.left:.2f}%", f"{tile.top:.2f}%"
         yield f"#m{tile.card.number}{{left:{x};top:{y};translate:-{x} -{y}}}"
+
+
+def _write_data(path: Path, name: str, data: Any) -> None:
+    """Write plain data as a script that gives it a name.
+
+    It is parsed, not written as an object, in which a name could be more than a name.
+    """
+    _write(path, f"window.{name} = JSON.parse({json.dumps(json.dumps(data))});\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 
 def review_data(
-    layers: Sequence[str], decisions: Mapping[str, Any], filters: pd.DataFrame, run: str
+    pages: Mapping[str, str], decisions: Mapping[str, Any], filters: pd.DataFrame, run: str
 ) -> dict[str, Any]:
     """Gather what a review counts with, as plain data.
 
     Parameters
     ----------
-    layers : sequence of str
-        Names of the layers, in the order of the report's pages.
+    pages : mapping of str to str
+        The file name of each layer's page, in the order of the pages.
     decisions : mapping
         `decisions.json`.
     filters : DataFrame
@@ -28,7 +28,7 @@ def review_data(
     Returns
     -------
     dict
-        ``layers``: ``name, group`` (None for none), ``channels`` (that of each
+        ``layers``: ``name, page, group`` (None for none), ``channels`` (that of each
         filter), ``damage`` (of each) and ``flagged`` (numbers); ``groups``: ``id, channels, removable, note,
         layers, reads``; ``macs`` of each module; ``run``, ``unit`` of the damage and ``filters``, how many.
     """
@@ -40,12 +40,13 @@ def review_data(
     }
     tables = {str(name): table.sort_values("filter") for name, table in filters.groupby("layer")}
     listed = []
-    for name in layers:
+    for name, page in pages.items():
         table = tables[name]
         group, channels = places.get(name, (None, {}))
         listed.append(
             {
                 "name": name,
+                "page": page,
                 "group": group,
                 "channels": [channels.get(number, number) for number in table["filter"].tolist()],
                 "damage": [_short(damage) for damage in table["damage"].tolist()],

@@ -1,0 +1,85 @@
+"""Who else fires on a filter's stimulus and which filters respond alike, as the panel of a filter shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from prune_viz.report import wording
+from prune_viz.report.layer_pages import LayerPage
+
+SHOWN = 6  # filters of each kind
+
+
+def panel_data(page: LayerPage, responses: np.ndarray, unit: str) -> dict[str, Any]:
+    """What the panels of a layer's filters show, as plain data.
+
+    Parameters
+    ----------
+    page : LayerPage
+        The layer's page.
+    responses : ndarray, shape (F, F)
+        ``responses[i, j]``: norm of filter j's feature map on stimulus i.
+    unit : {"nats", "output", "readers"}
+        Of damage.
+
+    Returns
+    -------
+    dict
+        ``filters``, by number: ``verdict, reason, figures`` (pairs of a name and a text), ``fires`` and
+        ``alike`` (pairs of another filter and a share, 0 to 1, the largest first).
+    """
+    fires, alike = firing(responses), similar(responses)
+    cards = {card.number: card for cluster in page.clusters for card in cluster.cards}
+    filters = []
+    for number in sorted(cards):
+        card = cards[number]
+        figures = [
+            ("Activation", wording.activation(card.activation)),
+            ("Rebuilt, R²", wording.r_squared(card.score)),
+            ("Damage", wording.damage(card.damage, unit)),
+            ("Cluster", str(card.cluster) if card.cluster >= 0 else "none"),
+        ]
+        filters.append(
+            {
+                "verdict": card.verdict,
+                "reason": wording.printable(card.reason),
+                "figures": figures,
+                "fires": fires[number],
+                "alike": alike[number],
+            }
+        )
+    return {"filters": filters}
+
+
+def firing(responses: np.ndarray) -> list[list[tuple[int, float]]]:
+    """For each stimulus the other filters that fire most on it, as shares of their own strongest response."""
+    finite = np.nan_to_num(responses.astype(np.float32), posinf=0.0, neginf=0.0)
+    peaks = finite.max(axis=0)
+    shares = np.where(peaks > 0, finite / np.where(peaks > 0, peaks, 1), 0)
+    return _strongest(shares)
+
+
+def similar(responses: np.ndarray) -> list[list[tuple[int, float]]]:
+    """For each filter those whose responses to all stimuli are most alike: the cosine of their profiles."""
+    finite = np.nan_to_num(responses.astype(np.float32), posinf=0.0, neginf=0.0)
+    lengths = np.linalg.norm(finite, axis=0)
+    unit = finite / np.where(lengths > 0, lengths, 1)
+    return _strongest(unit.T @ unit)
+
+
+def _strongest(shares: np.ndarray) -> list[list[tuple[int, float]]]:
+    """The largest few of each row but the diagonal, above zero."""
+    count = len(shares)
+    apart = shares.copy()
+    np.fill_diagonal(apart, -1)
+    shown = min(SHOWN, count - 1)
+    if shown < 1:
+        return [[] for _ in range(count)]
+    order = np.argsort(-apart, axis=1, kind="stable")[:, :shown]
+    largest = np.take_along_axis(apart, order, axis=1).clip(max=1).round(3)
+    return [
+        [(other, share) for other, share in zip(others, row, strict=True) if share > 0]
+        for others, row in zip(order.tolist(), largest.tolist(), strict=True)
+    ]

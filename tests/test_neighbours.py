@@ -1,0 +1,34 @@
+"""Who fires on a filter's stimulus, and who responds alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prune_viz.report.neighbours import SHOWN, firing, similar
+
+
+def test_who_fires_is_told_by_its_own_strongest_response() -> None:
+    responses = np.array([[4.0, 1.0, 0.0], [2.0, 2.0, 0.0], [1.0, 0.5, 0.0]])
+    assert firing(responses) == [[(1, 0.5)], [(0, 0.5)], [(0, 0.25), (1, 0.25)]]
+
+
+def test_who_responds_alike_is_told_whatever_its_strength() -> None:
+    responses = np.random.default_rng(0).random((9, 9))
+    responses[:, 4] = 3 * responses[:, 7]
+    found = similar(responses)
+    assert found[4][0] == (7, 1.0)
+    assert found[7][0] == (4, 1.0)
+    assert all(len(row) == SHOWN for row in found)
+    columns = responses / np.linalg.norm(responses, axis=0)
+    cosine = columns.T @ columns
+    for number, row in enumerate(found):
+        assert [share for _, share in row] == sorted((share for _, share in row), reverse=True)
+        for other, share in row:
+            assert other != number
+            assert share == pytest.approx(cosine[number, other], abs=6e-4)
+
+
+def test_what_is_not_finite_fires_nowhere_and_one_filter_has_no_neighbours() -> None:
+    assert firing(np.array([[np.nan, 1.0], [np.inf, 2.0]])) == [[(1, 0.5)], []]
+    assert similar(np.ones((1, 1))) == firing(np.ones((1, 1))) == [[]]
