@@ -14,7 +14,7 @@ from prune_viz.errors import UserError
 
 _SHARES = tuple(step / 20 for step in range(1, 15))  # of the multiply-accumulates, on the curve
 _WIDTH, _HEIGHT = 720, 280  # of the drawing, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 28, 16, 56
+_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 28, 16, 56
 _LEAST = 1e-9  # damage below it is drawn there
 
 
