@@ -103,7 +103,7 @@ def resolve_architecture(spec: str, kwargs: Mapping[str, Any] | None = None) -> 
         else:
             factory, defaults = _imported_factory(home, name), {}
         try:
-            model = factory(**defaults, **kwargs)
+            model = factory(**{**defaults, **kwargs})
         except Exception as error:
             raise UserError(f"--arch {spec} could not be built: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):

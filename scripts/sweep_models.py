@@ -64,8 +64,7 @@ def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
     if spec in TRAINED:
         return TRAINED[spec]()
     name = spec.partition(":")[2]
-    inception = name in ("googlenet", "inception_v3")
-    model = resolve_architecture(spec, {"init_weights": False} if inception else {}).eval()
+    model = resolve_architecture(spec).eval()
     if any(part in name for part in ("rcnn", "retinanet", "fcos")):
         model.transform.min_size, model.transform.max_size = (96,), 96  # type: ignore[union-attr]
     shapes = next((shapes for part, shapes in SHAPES.items() if part in name), None)

@@ -431,6 +431,12 @@ def test_factories_may_be_dotted_and_lie_in_the_current_directory(tmp_path: Path
     assert sys.path == before
 
 
+def test_arguments_may_say_otherwise_than_is_usual() -> None:
+    model = resolve_architecture("torchvision:googlenet", {"transform_input": False, "aux_logits": False})
+    assert not model.transform_input
+    assert resolve_architecture("torchvision:googlenet").transform_input
+
+
 def test_detection_backbones_are_not_downloaded(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("download")
