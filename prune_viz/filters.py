@@ -18,6 +18,7 @@ from prune_viz.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_b
 from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import as_it_was, plain_copy
+from prune_viz.receptive_field import receptive_field
 
 
 class FilterNetwork:
@@ -93,7 +94,7 @@ class FilterNetwork:
     def _layer(self, depth: int, name: str, module: _ConvNd, canvas: int | None) -> Layer:
         field = None
         if self._graph is not None and name in self._taps:
-            field = tracing.receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
+            field = receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
         size = choose_canvas(self.input_shape[1:], field, canvas)
         if not self._runs_on(name, size):
             if canvas is not None:

@@ -1,4 +1,4 @@
-"""Seeing the network as a graph: batch norms folded, cut at a filter's feature map, receptive fields.
+"""Seeing the network as a graph: batch norms folded, cut at a filter's feature map.
 
 The model is traced with `torch.fx`; convolutions stay whole whatever their class. Where tracing fails
 (control flow that depends on data), `prune_viz.filters` falls back on hooks.
@@ -39,11 +39,6 @@ ACTIVATION_NAMES = {function.__name__ for function in _ACTIVATION_FUNCTIONS} | _
 ACTIVATION_NAMES |= {"prelu", "rrelu", "softsign"}
 _SAFE_NAME = re.compile(r"[\w .+/:,=@()<>-]*")
 _PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_POOL_FUNCTIONS = {
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d,
-    torch.max_pool2d, torch.max_pool3d,
-}  # fmt: skip
 
 
 class _ConvolutionTracer(fx.Tracer):
@@ -111,7 +106,7 @@ def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:
             continue
         norm, before = None, node
         follower = _only_user(before)
-        if follower is not None and isinstance(modules.get(_module_name(follower)), _BatchNorm):
+        if follower is not None and isinstance(modules.get(module_name(follower)), _BatchNorm):
             norm, before = str(follower.target), follower
             follower = _only_user(before)
         after = follower if follower is not None and _is_activation(follower, modules) else before
@@ -123,13 +118,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _module_name(node: fx.Node) -> str:
+def module_name(node: fx.Node) -> str:
+    """Name of the module that a node calls; empty where it calls none."""
     return str(node.target) if node.op == "call_module" else ""
 
 
 def _is_activation(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return isinstance(modules[_module_name(node)], ACTIVATIONS)
+        return isinstance(modules[module_name(node)], ACTIVATIONS)
     if node.op == "call_function":
         return node.target in _ACTIVATION_FUNCTIONS
     return node.op == "call_method" and node.target in _ACTIVATION_METHODS
@@ -184,9 +180,9 @@ def _fold(traced: fx.GraphModule) -> fx.GraphModule:
     modules = dict(folded.named_modules())
     calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]
     for node in list(folded.graph.nodes):
-        conv = modules.get(_module_name(node))
+        conv = modules.get(module_name(node))
         norm_node = _only_user(node)
-        norm = modules.get(_module_name(norm_node)) if norm_node is not None else None
+        norm = modules.get(module_name(norm_node)) if norm_node is not None else None
         if (
             norm_node is None
             or not isinstance(conv, _ConvNd)
@@ -249,7 +245,7 @@ def cut(traced: fx.GraphModule, tap: Tap) -> fx.GraphModule:
     The result shares the parameters of `traced`, runs nothing behind the tap, and never overwrites the
     map before the activation.
     """
-    needed = _ancestors(tap.after)
+    needed = ancestors(tap.after)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
@@ -306,11 +302,12 @@ def upper_bound(traced: fx.GraphModule, tap: Tap) -> float:
 def has_convolution_before(traced: fx.GraphModule, call: fx.Node) -> bool:
     """Whether the output of any convolution reaches `call`."""
     modules = dict(traced.named_modules())
-    names = [_module_name(node) for node in _ancestors(call) if node is not call]
+    names = [module_name(node) for node in ancestors(call) if node is not call]
     return any(isinstance(modules.get(name), _ConvNd) for name in names)
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -337,71 +334,3 @@ def _forbid_inplace(part: fx.GraphModule, node: fx.Node) -> None:
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
     part.recompile()
-
-
-def receptive_field(traced: fx.GraphModule, node: fx.Node, axes: int) -> tuple[int, ...] | None:
-    """Input pixels that one position of a map sees, along each spatial axis; None if unbounded.
-
-    Sizes and strides of convolutions and pools are carried along every path to `node`, and the widest
-    path counts. Anything that pools globally, resizes or flattens makes the field unbounded, and so does a
-    convolution over other axes than the input's, as over a spectrogram.
-    """
-    modules = dict(traced.named_modules())
-    needed = _ancestors(node)
-    fields: dict[fx.Node, tuple[list[float], list[float]] | None] = {}
-    for current in traced.graph.nodes:
-        if current not in needed:
-            continue
-        inputs = [fields[parent] for parent in current.all_input_nodes if parent in fields]
-        known = [field for field in inputs if field is not None]
-        if current.op == "placeholder":
-            fields[current] = ([1.0] * axes, [1.0] * axes)
-        elif not known:
-            fields[current] = None
-        else:
-            sizes = [max(field[0][axis] for field in known) for axis in range(axes)]
-            jumps = [max(field[1][axis] for field in known) for axis in range(axes)]
-            window = _window(current, modules, axes)
-            if window is None:
-                return None
-            for axis, (extent, stride) in enumerate(window):
-                sizes[axis] += (extent - 1) * jumps[axis]
-                jumps[axis] *= stride
-            fields[current] = (sizes, jumps)
-    reached = fields[node]
-    return None if reached is None else tuple(math.ceil(size) for size in reached[0])
-
-
-def _window(node: fx.Node, modules: dict[str, nn.Module], axes: int) -> list[tuple[float, float]] | None:
-    """Extent and stride of what `node` slides over its input; None if it sees everything."""
-    unit = [(1.0, 1.0)] * axes
-    if node.op == "call_module":
-        module: Any = modules[_module_name(node)]
-        name = type(module).__name__
-        if isinstance(module, _ConvNd) and len(module.kernel_size) != axes:
-            return None
-        if isinstance(module, _ConvTransposeNd):
-            return [
-                (1 + math.ceil(d * (k - 1) / s), 1 / s)
-                for k, d, s in zip(module.kernel_size, module.dilation, module.stride, strict=True)
-            ]
-        if isinstance(module, (_ConvNd, *_POOLS)):
-            sizes = _per_axis(module.kernel_size, axes)
-            dilations = _per_axis(getattr(module, "dilation", 1), axes)
-            strides = _per_axis(module.stride, axes)
-            return [(d * (k - 1) + 1, s) for k, d, s in zip(sizes, dilations, strides, strict=True)]
-        if "Adaptive" in name or "Upsample" in name or isinstance(module, (nn.Linear, nn.Flatten)):
-            return None
-        return unit
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_function" and node.target in _POOL_FUNCTIONS:
-        size = node.args[1] if len(node.args) > 1 else node.kwargs["kernel_size"]
-        stride = (node.args[2] if len(node.args) > 2 else node.kwargs.get("stride")) or size
-        extents, strides = _per_axis(size, axes), _per_axis(stride, axes)
-        return [(float(k), float(s)) for k, s in zip(extents, strides, strict=True)]
-    seeing_all = ("adaptive", "interpolate", "mean", "flatten", "linear", "matmul", "upsample")
-    return None if any(word in name for word in seeing_all) else unit
-
-
-def _per_axis(value: Any, axes: int) -> Sequence[Any]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
