@@ -70,15 +70,17 @@ def test_deciding_by_mouse_and_keys_gives_the_masks(
     page = watched.open(page_of(run, "inner"))
     assert totals(page)["reviewed"].startswith("0 of ")
     kept, gone = flagged
-    case = page.locator(f"#e{kept}")
+    case = page.locator(f".case[data-filter='{kept}']")
     case.get_by_role("button", name="Keep").click()
     assert case.get_by_role("button", name="Keep").get_attribute("aria-pressed") == "true"
-    assert page.locator(f"#f{kept}").get_attribute("data-decided") == "keep"  # the gallery knows
+    assert (
+        page.locator(f".card[data-filter='{kept}']").get_attribute("data-decided") == "keep"
+    )  # the gallery knows
     assert page.get_by_role("status").inner_text() == f"Filter {kept} stays"
-    page.locator(f"#f{gone}").focus()
+    page.locator(f".card[data-filter='{gone}']").focus()
     page.keyboard.press("a")
     other = next(number for number in range(8) if number not in flagged)
-    page.locator(f"#f{other} .t").click()
+    page.locator(f".card[data-filter='{other}'] .t").click()
     page.keyboard.press("a")
     assert totals(page)["reviewed"].startswith("2 of ")
     review = saved(page, tmp_path / "review.json")
@@ -98,19 +100,19 @@ def test_deciding_by_mouse_and_keys_gives_the_masks(
 def test_what_goes_together_is_decided_together_and_undone(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "outer"))
     before = totals(page)
-    page.locator("#f3").hover()
-    page.locator("#f3").get_by_role("button", name="Remove").click()
+    page.locator(".card[data-filter='3']").hover()
+    page.locator(".card[data-filter='3']").get_by_role("button", name="Remove").click()
     assert totals(page) != before
     page.goto(page_of(run, "stem").as_uri())  # another page of the same review
-    assert page.locator("#f3").get_attribute("data-decided") == "remove"
-    page.locator("#f3").focus()
+    assert page.locator(".card[data-filter='3']").get_attribute("data-decided") == "remove"
+    page.locator(".card[data-filter='3']").focus()
     page.keyboard.press("u")
-    assert page.locator("#f3").get_attribute("data-decided") == ""
+    assert page.locator(".card[data-filter='3']").get_attribute("data-decided") == ""
     page.keyboard.press("z")
-    assert page.locator("#f3").get_attribute("data-decided") == "remove"
+    assert page.locator(".card[data-filter='3']").get_attribute("data-decided") == "remove"
     page.keyboard.press("r")
     page.goto(page_of(run, "outer").as_uri())
-    assert page.locator("#f3").get_attribute("data-decided") == "keep"
+    assert page.locator(".card[data-filter='3']").get_attribute("data-decided") == "keep"
 
 
 def test_many_are_decided_at_once(run: RunDirectory, watched: Watched) -> None:
@@ -125,9 +127,9 @@ def test_many_are_decided_at_once(run: RunDirectory, watched: Watched) -> None:
     page.get_by_role("button", name="Undo").click()
     assert page.locator(".card[data-decided=keep]").count() == 0
     assert page.get_by_role("button", name="Undo").is_disabled()
-    page.locator("#redundant").get_by_role("button", name="Keep all").click()
-    count = page.locator("#redundant .case").count()
-    assert page.locator("#redundant .case[data-decided=keep]").count() == count >= 1
+    page.locator(".evidence.redundant").get_by_role("button", name="Keep all").click()
+    count = page.locator(".evidence.redundant .case").count()
+    assert page.locator(".evidence.redundant .case[data-decided=keep]").count() == count >= 1
     page.keyboard.press("Escape")
     page.keyboard.press("?")
     assert page.get_by_role("dialog").is_visible()
@@ -157,9 +159,9 @@ def test_a_review_is_opened_again(run: RunDirectory, watched: Watched, tmp_path:
     for file, decided in ((other, ""), (mine, "remove")):
         page.locator("#review input[type=file]").set_input_files(file)
         page.wait_for_timeout(100)
-        assert page.locator("#f2").get_attribute("data-decided") == decided
+        assert page.locator(".card[data-filter='2']").get_attribute("data-decided") == decided
     page.reload()  # kept in the browser
-    assert page.locator("#f2").get_attribute("data-decided") == "remove"
+    assert page.locator(".card[data-filter='2']").get_attribute("data-decided") == "remove"
 
 
 def test_what_cannot_go_offers_no_decision(run: RunDirectory, watched: Watched) -> None:
@@ -177,7 +179,7 @@ def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
             one.page.goto(server.url)
             one.page.get_by_role("link", name="inner").last.click()
             one.page.locator("#review").wait_for()
-            one.page.locator("#f2").focus()
+            one.page.locator(".card[data-filter='2']").focus()
             with one.page.expect_response(lambda answer: answer.request.method == "PUT"):
                 one.page.keyboard.press("a")
             assert read_review(server.review_file, run).decisions == {("inner", 2): "remove"}
@@ -185,7 +187,7 @@ def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
             with one.page.expect_response("**/review.json"):
                 one.page.reload()  # the run directory knows best
             one.page.wait_for_timeout(100)
-            assert one.page.locator("#f2").get_attribute("data-decided") == "remove"
+            assert one.page.locator(".card[data-filter='2']").get_attribute("data-decided") == "remove"
             one.context.close()
             assert [text for text in one.wrong if "404" not in text] == []  # there was no review at first
         finally:
@@ -210,7 +212,7 @@ def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium:
                 page.keyboard.press("?")
             if shown == "filter":
                 page.keyboard.press("Escape")
-                page.locator("#f3").focus()
+                page.locator(".card[data-filter='3']").focus()
                 page.keyboard.press("o")
                 page.locator("#filter").wait_for()
             found = page.evaluate("axe.run()")["violations"]
@@ -240,10 +242,10 @@ def test_a_filter_is_opened_large_by_link_key_and_click(run: RunDirectory, watch
     assert panel.get_by_role("heading").first.inner_text() == f"Filter {following}"
     page.keyboard.press("Escape")
     assert panel.is_hidden()
-    assert page.url.endswith(f"#f{following}")
-    page.locator("#f5").focus()
+    assert page.url.endswith(f"-{following}")
+    page.locator(".card[data-filter='5']").focus()
     page.keyboard.press("o")
     assert panel.get_by_role("heading").first.inner_text() == "Filter 5"
     panel.get_by_role("button", name="Close").click()
-    page.locator("#f6 b").click()
+    page.locator(".card[data-filter='6'] b").click()
     assert page.url.endswith("#inner/6")

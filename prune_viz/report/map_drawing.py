@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prune_viz.report import layout
 from prune_viz.report.pages import LayerRow
+from prune_viz.report.review_data import packed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WIDTH = 1000  # of the drawing, in its own units
+WIDTH = 2000  # of the drawing, in its own units, of which each dot takes whole ones
 HEIGHT = 0.62  # of its width
 SIDE = 0.046  # of a stimulus on it, as a share of its width
 _MARGIN = 0.03
 _GAP = 1.3  # sides between two stimuli
 _MOST = 110  # stimuli
+_STEPS = 65534  # of a place on the map, for the browser; the next number stands for none
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,6 @@ class ShownStimulus:
     """A stimulus drawn on the map; `left` and `top` in percent as in `layer_pages.MapTile`."""
 
     tile: int
-    place: int  # of its layer among those on the map
     row: LayerRow
     filter: int
     left: float
@@ -70,6 +71,10 @@ class NetworkMap:
         In order of depth.
     stimuli : list of ShownStimulus
         Some filters' stimuli, spread over the map.
+    data : dict
+        For the browser: ``places`` (x and y of each filter in 1/65534 of the width, 65535 for none) and
+        ``clusters`` (within its layer, -1 for none), both `packed`, filters in the order of the layers; and
+        ``dot``, a dot's diameter in units of the width.
     """
 
     width: int
@@ -77,6 +82,7 @@ class NetworkMap:
     dot: float
     layers: list[LayerDots]
     stimuli: list[ShownStimulus]
+    data: dict[str, Any]
 
 
 def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | None:
@@ -94,29 +100,31 @@ def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | No
     NetworkMap or None
         None if no filter has a place, as in runs of older versions.
     """
+    import pandas as pd
+
     if "network_x" not in filters:
         return None
-    known = filters[np.isfinite(filters[["network_x", "network_y"]].to_numpy(dtype=float)).all(axis=1)]
+    tables = dict(tuple(filters.groupby("layer", sort=False)))
+    ordered = pd.concat([tables[row.record.name].sort_values("filter") for row in rows])
+    placed = np.isfinite(ordered[["network_x", "network_y"]].to_numpy(dtype=float)).all(axis=1)
+    known = ordered[placed]
     if not len(known):
         return None
     centres = layout.fit(known[["network_x", "network_y"]].to_numpy(dtype=float), HEIGHT, _MARGIN)
-    dot = float(np.clip(WIDTH * np.sqrt(0.1 * HEIGHT / len(known)), 2.2, 8))
+    dot = float(np.clip(WIDTH * np.sqrt(0.1 * HEIGHT / len(known)), 4.4, 16))
     by_name = {row.record.name: row for row in rows}
-    place_of = {row.record.name: place for place, row in enumerate(rows)}
     layer_of, verdicts = known["layer"].to_numpy(), known["verdict"].to_numpy()
     layers = []
     for row in rows:
         own = layer_of == row.record.name
         points = [WIDTH * centres[own & (verdicts == verdict)] for verdict in ("keep", "redundant", "dead")]
-        r = round(max(0.85 * dot, 2.6), 1)
+        r = round(max(0.85 * dot, 5.2))
         layers.append(
             LayerDots(
                 row,
-                _marks(points[0], "h0"),
+                _dots(points[0]),
                 _marks(points[1], f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z"),
-                _marks(
-                    points[2], f"m-{r}-{r}l{2 * r:.1f} {2 * r:.1f}m0-{2 * r:.1f}l-{2 * r:.1f} {2 * r:.1f}"
-                ),
+                _marks(points[2], f"m-{r}-{r}l{2 * r} {2 * r}m0-{2 * r}l-{2 * r} {2 * r}"),
             )
         )
     chosen = spread(centres, verdicts == "keep")
@@ -124,7 +132,6 @@ def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | No
     stimuli = [
         ShownStimulus(
             tile,
-            place_of[layer_of[index]],
             by_name[layer_of[index]],
             int(numbers[index]),
             float(100 * (centres[index, 0] - SIDE / 2) / (1 - SIDE)),
@@ -132,11 +139,30 @@ def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | No
         )
         for tile, index in enumerate(chosen)
     ]
-    return NetworkMap(WIDTH, round(WIDTH * HEIGHT), round(dot, 2), layers, stimuli)
+    places = np.full((len(ordered), 2), _STEPS + 1, dtype=np.uint16)
+    places[placed] = (_STEPS * centres).round()
+    data = {
+        "places": packed(places),
+        "clusters": packed(ordered["cluster"].to_numpy(np.int16)),
+        "dot": round(dot / WIDTH, 5),
+    }
+    return NetworkMap(WIDTH, round(WIDTH * HEIGHT), round(dot, 2), layers, stimuli, data)
 
 
 def _marks(points: np.ndarray, mark: str) -> str:
-    return "".join(f"M{x:.5g} {y:.5g}{mark}" for x, y in points)
+    return "".join(f"M{x} {y}{mark}" for x, y in points.round().astype(int).tolist())
+
+
+def _dots(points: np.ndarray) -> str:
+    """Dots from left to right, each from the one before, which takes the fewest characters."""
+    whole = points.round().astype(int)
+    whole = whole[np.lexsort((whole[:, 1], whole[:, 0]))]
+    if not len(whole):
+        return ""
+    steps = np.diff(whole, axis=0).tolist()
+    return f"M{whole[0, 0]} {whole[0, 1]}h0" + "".join(
+        f"m{x}{y}h0" if y < 0 else f"m{x} {y}h0" for x, y in steps
+    )
 
 
 def spread(centres: np.ndarray, kept: np.ndarray) -> list[int]:

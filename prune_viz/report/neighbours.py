@@ -27,30 +27,24 @@ def panel_data(page: LayerPage, responses: np.ndarray, unit: str) -> dict[str, A
     Returns
     -------
     dict
-        ``filters``, by number: ``verdict, reason, figures`` (pairs of a name and a text), ``fires`` and
-        ``alike`` (pairs of another filter and a share, 0 to 1, the largest first).
+        Each with an entry a filter, by number: ``reasons``; ``figures``, pairs of a name and the filters'
+        texts; ``fires`` and ``alike``, pairs of another filter and a share, 0 to 1, the largest first.
     """
-    fires, alike = firing(responses), similar(responses)
-    cards = {card.number: card for cluster in page.clusters for card in cluster.cards}
-    filters = []
-    for number in sorted(cards):
-        card = cards[number]
-        figures = [
-            ("Activation", wording.activation(card.activation)),
-            ("Rebuilt, R²", wording.r_squared(card.score)),
-            ("Damage", wording.damage(card.damage, unit)),
-            ("Cluster", str(card.cluster) if card.cluster >= 0 else "none"),
-        ]
-        filters.append(
-            {
-                "verdict": card.verdict,
-                "reason": wording.printable(card.reason),
-                "figures": figures,
-                "fires": fires[number],
-                "alike": alike[number],
-            }
-        )
-    return {"filters": filters}
+    cards = sorted(
+        (card for cluster in page.clusters for card in cluster.cards), key=lambda card: card.number
+    )
+    return {
+        "reasons": [wording.printable(card.reason) for card in cards],
+        "figures": [
+            ("Verdict", [card.verdict for card in cards]),
+            ("Activation", [wording.activation(card.activation) for card in cards]),
+            ("Rebuilt, R²", [wording.r_squared(card.score) for card in cards]),
+            ("Damage", [wording.damage(card.damage, unit) for card in cards]),
+            ("Cluster", [str(card.cluster) if card.cluster >= 0 else "none" for card in cards]),
+        ],
+        "fires": firing(responses),
+        "alike": similar(responses),
+    }
 
 
 def firing(responses: np.ndarray) -> list[list[tuple[int, float]]]:

@@ -58,6 +58,8 @@ class LayerRow:
     ----------
     record : LayerRecord
         What `run.json` says of it.
+    place : int
+        Which of the pages of layers it is, from 0; what tells its filters' names on pages from others'.
     page : str
         File name of its page in ``report/layers/``, safe in a URL.
     counts : Counts
@@ -65,6 +67,7 @@ class LayerRow:
     """
 
     record: LayerRecord
+    place: int
     page: str
     counts: Counts
 
@@ -134,7 +137,7 @@ def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[La
     """
     rows = []
     tables = dict(tuple(filters.groupby("layer", sort=False)))
-    for record in records:
+    for place, record in enumerate(records):
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", record.slug):
             raise UserError("run.json names a layer file that prune-viz would not write; run analyze again")
         table = tables.get(record.name)
@@ -147,7 +150,7 @@ def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[La
             raise UserError(
                 "filters.csv holds a verdict other than keep, redundant or dead; run analyze again"
             )
-        rows.append(LayerRow(record, f"{record.slug}.html", counts))
+        rows.append(LayerRow(record, place, f"{record.slug}.html", counts))
     return rows
 
 

@@ -37,6 +37,12 @@ CONTENT_SECURITY_POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
+# In the order in which they run: each builds on those before.
+SCRIPTS = (
+    "pages", "decisions", "selection", "preview", "lasso", "report", "review", "layer_map", "network_map",
+    "panel",
+)  # fmt: skip
+
 
 @dataclass
 class _Strip:
@@ -79,9 +85,8 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     network = network_page(run.path, provenance, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
-    pages = {row.record.name: row.page for row in rows}
-    reviewed = review_data(pages, decisions, filters, identity(run))
-    _write_data(folder / "assets" / "run.js", "pruneVizRun", reviewed)
+    reviewed = review_data(rows, decisions, filters, identity(run))
+    _write_data(folder / "run.js", "window.pruneVizRun", reviewed)
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
     overview = map_drawing.draw_map(rows, filters)
@@ -129,7 +134,7 @@ def _environment() -> jinja2.Environment:
             )
         }
     )  # fmt: skip
-    environment.globals.update(saving=wording.saving, policy=CONTENT_SECURITY_POLICY)
+    environment.globals.update(saving=wording.saving, policy=CONTENT_SECURITY_POLICY, scripts=SCRIPTS)
     return environment
 
 
@@ -153,6 +158,7 @@ def _write_layer(
     templates: jinja2.Environment,
 ) -> None:
     record = page.row.record
+    place = page.row.place
     plan = sprites.sheets(record.slug, page.order, record.canvas)
     small = sprites.thumbnails(record.slug, page.order, page.map.side / 100 * _MAP_WIDTH)
     sprites.write_layer_sheets(folder, tensors.images, plan, small, statistics)
@@ -160,20 +166,21 @@ def _write_layer(
         folder / f"{record.slug}-responses.png", tensors.responses, np.array(page.order)
     )
     styles = [
-        *_sheet_styles("t", plan),
-        *_sheet_styles("m", [small]),
-        *_map_styles(page.map, small.layout.side),
+        *_sheet_styles(f"t{place}-", plan),
+        *_sheet_styles(f"m{place}-", [small]),
+        *_map_styles(page.map, place, small.layout.side),
     ]
     _write(folder / f"{record.slug}.css", "\n".join(styles) + "\n")
     panels = panel_data(page, tensors.responses, network.damage_unit)
-    _write_data(folder / f"{record.slug}.js", "pruneVizLayer", panels)
+    _write_text_data(folder / f"{record.slug}.js", f"(window.pruneVizLayers ||= {{}})[{place}]", panels)
     text = templates.get_template("layer.html.j2").render(
         page=page,
         network=network,
         record=record,
         root="../",
+        main=f"layer-{place}",
         channels=tensors.images.shape[1],
-        place=network.rows.index(page.row),
+        place=place,
     )
     _write(folder / page.row.page, text)
 
@@ -187,9 +194,13 @@ def _write_network(
     templates: jinja2.Environment,
     **parts: Any,
 ) -> None:
-    _write_strip(folder, "depth", "t", strip, [])
+    _write_strip(folder, "depth", "s", strip, [])
     _write_strip(folder, "network", "n", shown, map_drawing.styles(overview) if overview else [])
-    text = templates.get_template("index.html.j2").render(network=network, map=overview, root="", **parts)
+    if overview:
+        _write_data(folder / "network.js", "window.pruneVizNetwork", overview.data)
+    text = templates.get_template("index.html.j2").render(
+        network=network, map=overview, root="", main="main", **parts
+    )
     _write(folder / "index.html", text)
 
 
@@ -234,11 +245,11 @@ def _sheet_styles(prefix: str, plan: Iterable[sprites.Sheet]) -> Iterable[str]:
             yield f".{prefix}{number}{{background-position:{x:.4f}% {y:.4f}%}}"
 
 
-def _map_styles(page: Map, pixels: int) -> Iterable[str]:
-    yield f".map{{--shape:1/{page.height};--side:{page.side:.3f}%;--least:{pixels // 2 + 1}px}}"
+def _map_styles(page: Map, place: int, pixels: int) -> Iterable[str]:
+    yield f"#map-{place}{{--shape:1/{page.height};--side:{page.side:.3f}%;--least:{pixels // 2 + 1}px}}"
     for tile in page.tiles:
         x, y = f"{tile.left:.2f}%", f"{tile.top:.2f}%"
-        yield f"#m{tile.card.number}{{left:{x};top:{y};translate:-{x} -{y}}}"
+        yield f"#m{place}-{tile.card.number}{{left:{x};top:{y};translate:-{x} -{y}}}"
 
 
 def _write_data(path: Path, name: str, data: Any) -> None:
@@ -246,7 +257,17 @@ def _write_data(path: Path, name: str, data: Any) -> None:
 
     It is parsed, not written as an object, in which a name could be more than a name.
     """
-    _write(path, f"window.{name} = JSON.parse({json.dumps(json.dumps(data))});\n")
+    _write(path, f"{name} = JSON.parse({_quoted(data)});\n")
+
+
+def _write_text_data(path: Path, name: str, data: Any) -> None:
+    """Write plain data as a script that gives its JSON a name, to be parsed when it is needed."""
+    _write(path, f"{name} = {_quoted(data)};\n")
+
+
+def _quoted(data: Any) -> str:
+    """The JSON of `data` as a string of JavaScript, in which nothing can end a script element."""
+    return json.dumps(json.dumps(data, separators=(",", ":"))).replace("<", "\\u003c")
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,23 +1,29 @@
-"""What the browser needs to know of a run for a review: what goes together, what that saves and costs."""
+"""What the browser needs to know of a run: its filters, what goes together, what that saves and costs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import base64
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from prune_viz.report.pages import LayerRow
+from prune_viz.report.wording import printable
+
+_LETTERS = {"keep": "k", "redundant": "r", "dead": "d"}
 
 
 def review_data(
-    pages: Mapping[str, str], decisions: Mapping[str, Any], filters: pd.DataFrame, run: str
+    rows: Sequence[LayerRow], decisions: Mapping[str, Any], filters: pd.DataFrame, run: str
 ) -> dict[str, Any]:
     """Gather what a review counts with, as plain data.
 
     Parameters
     ----------
-    pages : mapping of str to str
-        The file name of each layer's page, in the order of the pages.
+    rows : sequence of LayerRow
+        All layers, in the order of their pages.
     decisions : mapping
         `decisions.json`.
     filters : DataFrame
@@ -28,9 +34,10 @@ def review_data(
     Returns
     -------
     dict
-        ``layers``: ``name, page, group`` (None for none), ``channels`` (that of each
-        filter), ``damage`` (of each) and ``flagged`` (numbers); ``groups``: ``id, channels, removable, note,
-        layers, reads``; ``macs`` of each module; ``run``, ``unit`` of the damage and ``filters``, how many.
+        ``layers``: ``name``, how that is ``shown``, ``page``, ``group`` (None for none), ``channels`` (of the
+        filters; None where the numbers are the same), ``verdicts`` (a letter a filter) and ``damage``
+        (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of each module;
+        ``run``, ``unit`` of the damage and ``filters``, how many.
     """
     ranked = {entry["group"] for entry in decisions["removal_order"] if entry["channels"]}
     places = {
@@ -40,17 +47,20 @@ def review_data(
     }
     tables = {str(name): table.sort_values("filter") for name, table in filters.groupby("layer")}
     listed = []
-    for name, page in pages.items():
-        table = tables[name]
-        group, channels = places.get(name, (None, {}))
+    for row in rows:
+        table = tables[row.record.name]
+        group, placed = places.get(row.record.name, (None, {}))
+        numbers = table["filter"].tolist()
+        channels = [placed.get(number, number) for number in numbers]
         listed.append(
             {
-                "name": name,
-                "page": page,
+                "name": row.record.name,
+                "shown": printable(row.record.name),
+                "page": row.page,
                 "group": group,
-                "channels": [channels.get(number, number) for number in table["filter"].tolist()],
-                "damage": [_short(damage) for damage in table["damage"].tolist()],
-                "flagged": table.loc[table["verdict"] != "keep", "filter"].tolist(),
+                "channels": None if channels == numbers else channels,
+                "verdicts": "".join(_LETTERS[verdict] for verdict in table["verdict"]),
+                "damage": packed(np.nan_to_num(table["damage"].to_numpy(np.float32))),
             }
         )
     return {
@@ -72,6 +82,6 @@ def review_data(
     }
 
 
-def _short(damage: float) -> float:
-    """A damage to three figures; 0 where it is unknown."""
-    return float(f"{damage:.3g}") if math.isfinite(damage) else 0.0
+def packed(numbers: np.ndarray) -> str:
+    """Numbers as the base64 of their bytes, little-endian, for a typed array in the browser."""
+    return base64.b64encode(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()).decode("ascii")

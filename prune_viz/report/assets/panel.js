@@ -1,83 +1,77 @@
-// The panel of one filter: large, with who fires on its stimulus and who responds alike; #layer/filter opens it.
-(function () {
+// The panel of one filter, large, with all that is known of it; `#layer/filter` opens it on any page.
+(function (pruneViz) {
   "use strict";
-  const run = window.pruneVizRun;
-  if (!run) return;
-
-  // A link may name a layer and a filter, on whatever page it is opened.
-  const named = function () {
-    const cut = location.hash.lastIndexOf("/");
-    if (cut < 1) return null;
-    let layer = location.hash.slice(1, cut);
-    try { layer = decodeURIComponent(layer); } catch { return null; }
-    const filter = Number(location.hash.slice(cut + 1));
-    const place = run.layers.findIndex(function (one) { return one.name === layer; });
-    return place >= 0 && run.layers[place].channels[filter] !== undefined ? { place: place, filter: filter } : null;
-  };
-  const main = document.getElementById("main");
-  const here = main.dataset.layer === undefined ? -1 : Number(main.dataset.layer);
-  const follow = function () {
-    const found = named();
-    if (!found) return;
-    if (found.place !== here) location.href = (here < 0 ? "layers/" : "") + run.layers[found.place].page + location.hash;
-    else open(found.filter);
-  };
-
+  const run = pruneViz.run, main = pruneViz.main, place = pruneViz.place;
   const panel = document.getElementById("filter");
-  const data = window.pruneVizLayer;
-  let shown = -1;
+  const text = (window.pruneVizLayers || {})[place];
+  const follow = function () {
+    const found = pruneViz.named();
+    if (!found) return;
+    if (found.place !== place) location.href = pruneViz.link(found.place, found.filter);
+    else if (text) open(found.filter);
+  };
+
+  let data = null, shown = -1; // what the layer's script holds, once it is needed
   const part = function (name) { return panel.querySelector("[data-part=" + name + "]"); };
-  const tile = function (number) {
-    const picture = document.createElement("span");
-    picture.className = "t t" + number;
+  const make = function (tag, content, options) {
+    const node = Object.assign(document.createElement(tag), options);
+    node.append(...[content].flat());
+    return node;
+  };
+  const tile = function (kind, number, label) {
+    const picture = make("span", [], { className: pruneViz.picture(kind, place, number) });
     picture.setAttribute("role", "img");
-    picture.setAttribute("aria-label", "Stimulus of filter " + number);
+    picture.setAttribute("aria-label", label + " of filter " + number);
     return picture;
   };
   const others = function (list) {
     return list.map(function (pair) {
-      const item = document.createElement("li");
-      const button = document.createElement("button");
-      button.type = "button";
-      const name = document.createElement("b");
-      name.textContent = pair[0];
-      const share = document.createElement("span");
-      share.textContent = Math.round(100 * pair[1]) + "\u202f%";
-      button.append(tile(pair[0]), name, share);
+      const share = Math.round(100 * pair[1]) + "\u202f%";
+      const inner = [tile("t", pair[0], "Stimulus"), make("b", String(pair[0])), make("span", share)];
+      const button = make("button", inner, { type: "button" });
       button.addEventListener("click", function () { open(pair[0]); });
-      item.append(button);
-      return item;
+      return make("li", button);
     });
   };
+  // A window on one of the run's example images: the class brings the image, the style the place.
+  const crop = function (one) {
+    const [image, left, top, width, height] = one;
+    const picture = make("span", [], { className: "t i" + image });
+    picture.style.backgroundSize = 100 / width + "% " + 100 / height + "%";
+    picture.style.backgroundPosition = (width < 1 ? (100 * left) / (1 - width) : 0) + "% " + (height < 1 ? (100 * top) / (1 - height) : 0) + "%";
+    picture.setAttribute("role", "img");
+    picture.setAttribute("aria-label", "Part of image " + image);
+    return make("li", picture);
+  };
+  const fill = function (name, nodes) {
+    part(name).replaceChildren(...nodes);
+    part(name).closest("section").hidden = !nodes.length;
+  };
   const open = function (number) {
-    const one = data && data.filters[number];
-    if (!panel || !one) return;
+    data = data || JSON.parse(text);
+    if (data.reasons[number] === undefined) return;
     shown = number;
     part("title").textContent = "Filter " + number;
-    part("picture").replaceChildren(tile(number));
-    part("reason").textContent = one.reason;
-    part("figures").replaceChildren(...one.figures.map(function (pair) {
-      const row = document.createElement("div");
-      const name = document.createElement("dt"), value = document.createElement("dd");
-      name.textContent = pair[0];
-      value.textContent = pair[1];
-      row.append(name, value);
-      return row;
+    part("layer").textContent = run.layers[place].shown;
+    part("picture").replaceChildren(tile("t", number, "Stimulus"));
+    part("reason").textContent = data.reasons[number];
+    part("figures").replaceChildren(...data.figures.map(function (pair) {
+      return make("div", [make("dt", pair[0]), make("dd", pair[1][number])]);
     }));
-    part("fires").replaceChildren(...others(one.fires));
-    part("alike").replaceChildren(...others(one.alike));
-    part("fires").closest("section").hidden = !one.fires.length;
-    part("alike").closest("section").hidden = !one.alike.length;
-    const link = "#" + encodeURIComponent(run.layers[here].name) + "/" + number;
+    fill("weights", data.weights ? [tile("w", number, "Weights")] : []);
+    fill("crops", data.crops ? data.crops[number].map(crop) : []);
+    fill("fires", others(data.fires[number]));
+    fill("alike", others(data.alike[number]));
+    const link = "#" + encodeURIComponent(run.layers[place].name) + "/" + number;
     if (location.hash !== link) history.replaceState(null, "", link);
     if (!panel.open) panel.showModal();
     panel.focus(); // what was chosen in it is there no more
   };
-  if (panel && data) {
+  if (text) {
     panel.tabIndex = -1;
     panel.addEventListener("close", function () {
-      history.replaceState(null, "", "#f" + shown);
-      const card = document.getElementById("f" + shown);
+      history.replaceState(null, "", "#f" + place + "-" + shown);
+      const card = document.getElementById("f" + place + "-" + shown);
       if (card) card.scrollIntoView({ block: "nearest" });
     });
     panel.addEventListener("click", function (event) { if (event.target === panel) panel.close(); });
@@ -85,7 +79,7 @@
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!step) return;
       event.preventDefault();
-      open((shown + step + data.filters.length) % data.filters.length);
+      open((shown + step + data.reasons.length) % data.reasons.length);
     });
     document.addEventListener("keydown", function (event) {
       const item = event.target.closest("[data-filter]");
@@ -102,4 +96,4 @@
   }
   addEventListener("hashchange", follow);
   follow();
-})();
+})(window.pruneViz);

@@ -1,52 +1,15 @@
-// Reviewing: accept or overrule verdicts, undo, live totals, review.json. Pages read without this file.
-(function () {
+// Reviewing: the bar with its totals, the controls on cards, and the keys. Pages read without this file.
+(function (pruneViz) {
   "use strict";
-  const run = window.pruneVizRun;
+  const run = pruneViz.run, place = pruneViz.place, main = pruneViz.main;
+  const decisions = pruneViz.decisions, selection = pruneViz.selection;
   const bar = document.getElementById("review");
-  if (!run || !bar) return;
-
-  // Channels: what is decided together, a channel of a coupling group or a filter that is in none.
-  const groups = new Map(run.groups.map(function (group) { return [group.id, group]; }));
-  const channels = new Map(); // key -> { group, size, flagged, damage, removable }
-  const keys = new Map(); // layer -> the key of each filter
-  run.layers.forEach(function (layer) {
-    const group = groups.get(layer.group);
-    const flagged = new Set(layer.flagged);
-    keys.set(layer.name, layer.channels.map(function (channel, filter) {
-      const key = group ? group.id + ":" + channel : layer.name + "/" + filter;
-      const one = channels.get(key) || { group: group && group.id, size: 0, flagged: false, damage: 0 };
-      one.size += 1;
-      one.flagged = one.flagged || flagged.has(filter);
-      one.removable = group ? group.removable : one.flagged;
-      one.damage = Math.max(one.damage, layer.damage[filter]);
-      channels.set(key, one);
-      return key;
-    }));
-  });
-  const keyOf = function (layer, filter) { return (keys.get(layer) || [])[filter]; };
-  const decidable = Array.from(channels.values()).filter(function (one) { return one.flagged; }).length;
-
-  // What was decided: key -> { layer, filter, decision }.
-  const shelf = "prune-viz/review/" + run.run;
-  const served = location.protocol === "http:" && new URL("../review.json", document.currentScript.src);
-  let decided = {};
-  const past = [];
-  const remember = function () {
-    try { localStorage.setItem(shelf, JSON.stringify(decided)); } catch { /* private windows keep nothing */ }
-    if (served) put();
-  };
-  const recall = function () {
-    try { decided = JSON.parse(localStorage.getItem(shelf)) || {}; } catch { decided = {}; }
-  };
+  if (!decisions) return;
 
   // Controls of what can be decided on this page.
-  const at = run.layers[Number(document.getElementById("main").dataset.layer)];
-  const layer = at && at.name;
-  const items = Array.from(document.querySelectorAll("[data-filter]")).filter(function (item) {
-    const one = channels.get(keyOf(layer, Number(item.dataset.filter)));
-    return one && one.removable;
-  });
-  const keyAt = function (item) { return keyOf(layer, Number(item.dataset.filter)); };
+  const numbered = Array.from(main.querySelectorAll("[data-filter]"));
+  const number = function (item) { return Number(item.dataset.filter); };
+  const items = numbered.filter(function (item) { return decisions.removable(place, number(item)); });
   items.forEach(function (item) {
     const box = document.createElement("span");
     box.className = "decide";
@@ -60,95 +23,32 @@
       box.append(button);
     });
     item.append(box);
-    item.tabIndex = -1;
   });
-  if (items.length) items[0].tabIndex = 0;
+  numbered.forEach(function (item, index) { item.tabIndex = index ? -1 : 0; });
 
-  const decide = function (chosen, decision) {
-    const before = {};
-    chosen.forEach(function (item) {
-      const key = keyAt(item);
-      if (key in before) return;
-      before[key] = decided[key] || null;
-      if (decision) decided[key] = { layer: layer, filter: Number(item.dataset.filter), decision: decision };
-      else delete decided[key];
-    });
-    const count = Object.keys(before).length;
-    if (!count) return;
-    past.push(before);
-    remember();
-    show();
+  const say = function (text) { bar.querySelector("[role=status]").textContent = text; };
+  decisions.complain(say);
+  const decide = function (filters, decision) {
+    if (!filters.length) return;
+    const count = decisions.decide(filters, decision);
+    const one = filters.length === 1;
     const words = { remove: ["goes", "go"], keep: ["stays", "stay"] }[decision] || ["is undecided", "are undecided"];
-    say(count === 1 ? "Filter " + chosen[0].dataset.filter + " " + words[0] : count + " filters " + words[1]);
+    if (one) say(count ? "Filter " + filters[0][1] + " " + words[0] : "Filter " + filters[0][1] + " cannot be removed");
+    else say(count ? count + " filters " + words[1] : "None of these can be removed");
   };
-  const undo = function () {
-    const before = past.pop();
-    if (!before) return say("Nothing to undo");
-    Object.keys(before).forEach(function (key) {
-      if (before[key]) decided[key] = before[key];
-      else delete decided[key];
-    });
-    remember();
-    show();
-    say("Undone");
-  };
+  const pairs = function (list) { return list.map(function (item) { return [place, number(item)]; }); };
 
-  // Totals, as prune_viz.budgets counts them.
-  const totals = function () {
-    let filters = 0, damage = 0, reviewed = 0, added = 0;
-    const gone = new Map();
-    channels.forEach(function (one, key) {
-      const decision = decided[key] && decided[key].decision;
-      if (decision && one.flagged) reviewed += 1;
-      if (!(decision ? decision === "remove" : one.flagged)) return;
-      filters += one.size;
-      damage += one.damage;
-      if (!one.flagged) added += one.size;
-      gone.set(one.group, (gone.get(one.group) || 0) + 1);
-    });
-    const written = new Map(), read = new Map();
-    run.groups.forEach(function (group) {
-      const share = (gone.get(group.id) || 0) / group.channels;
-      group.layers.forEach(function (name) { written.set(name, (written.get(name) ?? 1) - share); });
-      Object.keys(group.reads).forEach(function (name) {
-        read.set(name, (read.get(name) ?? 1) - share * group.reads[name]);
-      });
-    });
-    let all = 0, left = 0;
-    Object.keys(run.macs).forEach(function (name) {
-      all += run.macs[name];
-      left += run.macs[name] * (written.get(name) ?? 1) * (read.get(name) ?? 1);
-    });
-    return { filters: filters, damage: damage, reviewed: reviewed, added: added, macs: all ? 1 - left / all : 0 };
-  };
+  // Totals and what each card shows.
   const percent = function (share) { return (100 * share).toFixed(1) + "\u202f%"; };
   const sized = function (damage) {
     if (run.unit === "nats") return (damage >= 1e-9 ? Number(damage.toPrecision(2)) : "below 1e-9") + "\u202fnats";
     const small = damage > 0 && damage < 0.001;
     return (small ? Number((100 * damage).toPrecision(2)) + "\u202f%" : percent(damage)) + (run.unit === "output" ? " of the output" : " of what reads it");
   };
-
-  const put = function () {
-    fetch(served, { method: "PUT", body: JSON.stringify(review()), headers: { "Content-Type": "application/json" } })
-      .then(function (answer) { if (!answer.ok) say("Not saved: the run has changed, or the server ended"); })
-      .catch(function () { say("Not saved: the server does not answer"); });
-  };
-  const review = function () {
-    return { format: 1, run: run.run, decisions: Object.values(decided) };
-  };
-  const save = function () {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([JSON.stringify(review(), null, 1)], { type: "application/json" }));
-    link.download = "review.json";
-    link.click();
-    setTimeout(function () { URL.revokeObjectURL(link.href); }, 1000);
-    say(Object.keys(decided).length + " decisions saved as review.json");
-  };
-
   const show = function () {
-    const now = totals();
+    const now = decisions.totals();
     const fields = {
-      reviewed: now.reviewed + " of " + decidable + " reviewed",
+      reviewed: now.reviewed + " of " + now.decidable + " reviewed",
       filters: now.filters + " of " + run.filters + " filters go" + (now.added ? ", " + now.added + " of them added" : ""),
       macs: percent(now.macs) + " fewer multiply-accumulates",
       damage: "damage " + sized(now.damage),
@@ -157,41 +57,74 @@
       bar.querySelector("[data-total=" + name + "]").textContent = fields[name];
     });
     items.forEach(function (item) {
-      const one = decided[keyAt(item)];
-      item.dataset.decided = one ? one.decision : "";
+      const decided = decisions.of(place, number(item));
+      item.dataset.decided = decided;
       item.querySelectorAll(".decide button").forEach(function (button) {
-        button.setAttribute("aria-pressed", String(Boolean(one) && one.decision === button.dataset.decision));
+        button.setAttribute("aria-pressed", String(decided === button.dataset.decision));
       });
     });
-    bar.querySelector("[data-do=undo]").disabled = !past.length;
+    bar.querySelector("[data-do=undo]").disabled = !decisions.undoable();
   };
-  const say = function (text) { bar.querySelector("[role=status]").textContent = text; };
+  const mark = function () {
+    const chosen = selection.of(place);
+    numbered.forEach(function (item) { item.classList.toggle("chosen", chosen.has(number(item))); });
+    const count = selection.listed().length;
+    bar.dataset.chosen = count || "";
+    bar.querySelector("[data-total=chosen]").textContent = count ? count + " selected" : "";
+  };
+  decisions.listen(show);
+  selection.listen(mark);
 
-  // Choosing several.
-  const chosen = new Set();
+  const save = function () {
+    const review = decisions.file();
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(review, null, 1)], { type: "application/json" }));
+    link.download = "review.json";
+    link.click();
+    setTimeout(function () { URL.revokeObjectURL(link.href); }, 1000);
+    say(review.decisions.length + " decisions saved as review.json");
+  };
+  bar.querySelector("input[type=file]").addEventListener("change", function (event) {
+    const file = event.target.files[0];
+    event.target.value = "";
+    if (!file) return;
+    file.text().then(function (text) {
+      const count = decisions.open(text);
+      say(count === null ? "That review is of another run" : count + " decisions read");
+    }).catch(function () { say("That file is not a review"); });
+  });
+
+  const finish = function (decision) { decide(selection.listed(), decision); selection.clear(); };
+  const help = document.getElementById("keys");
+  const acts = {
+    undo: function () { say(decisions.undo() ? "Undone" : "Nothing to undo"); },
+    save: save,
+    help: function () { help.showModal(); },
+    clear: selection.clear,
+    remove: function () { finish("remove"); },
+    keep: function () { finish("keep"); },
+    undecide: function () { finish(null); },
+    load: function () { bar.querySelector("input[type=file]").click(); },
+  };
+
   let last = null;
-  const choose = function (item, on) {
-    chosen[on ? "add" : "delete"](item);
-    item.classList.toggle("chosen", on);
-    bar.dataset.chosen = chosen.size || "";
-    bar.querySelector("[data-total=chosen]").textContent = chosen.size ? chosen.size + " selected" : "";
+  const shown = function () { return numbered.filter(function (item) { return item.getClientRects().length; }); };
+  const toggle = function (item) {
+    selection.set(pairs([item]), !item.classList.contains("chosen"));
+    last = item;
   };
-  const free = function () { Array.from(chosen).forEach(function (item) { choose(item, false); }); };
-  const acting = function (item) { return chosen.size ? Array.from(chosen) : item ? [item] : []; };
-  const shown = function () { return items.filter(function (item) { return item.getClientRects().length; }); };
-
   document.addEventListener("click", function (event) {
     const button = event.target.closest(".decide button");
     if (button) {
       const item = button.closest("[data-filter]");
       const on = button.getAttribute("aria-pressed") !== "true";
-      decide(chosen.has(item) ? Array.from(chosen) : [item], on ? button.dataset.decision : null);
+      decide(item.classList.contains("chosen") ? selection.listed() : pairs([item]), on ? button.dataset.decision : null);
       return;
     }
     const every = event.target.closest("[data-every]");
     if (every) {
       const within = shown().filter(function (item) { return every.closest("section").contains(item); });
-      return decide(within, every.value || null);
+      return decide(pairs(within), every.value || null);
     }
     const act = event.target.closest("#review [data-do]");
     if (act) return acts[act.dataset.do]();
@@ -200,10 +133,10 @@
     if (event.shiftKey && last) {
       const list = shown();
       const ends = [list.indexOf(last), list.indexOf(card)].sort(function (a, b) { return a - b; });
-      list.slice(ends[0], ends[1] + 1).forEach(function (item) { choose(item, true); });
+      selection.set(pairs(list.slice(ends[0], ends[1] + 1)), true);
       getSelection().removeAllRanges();
-    } else choose(card, !chosen.has(card));
-    last = card;
+      last = card;
+    } else toggle(card);
   });
 
   // Keys: one stop for tab; j and k go on and back.
@@ -212,76 +145,35 @@
     if (!list.length) return;
     const here = list.indexOf(document.activeElement.closest("[data-filter]"));
     const next = list[here < 0 ? (step > 0 ? 0 : list.length - 1) : (here + step + list.length) % list.length];
-    items.forEach(function (item) { item.tabIndex = item === next ? 0 : -1; });
+    numbered.forEach(function (item) { item.tabIndex = item === next ? 0 : -1; });
     next.focus();
-  };
-  const help = document.getElementById("keys");
-  const acts = {
-    undo: undo,
-    save: save,
-    help: function () { help.showModal(); },
-    clear: function () { free(); },
-    remove: function () { decide(Array.from(chosen), "remove"); free(); },
-    keep: function () { decide(Array.from(chosen), "keep"); free(); },
-    undecide: function () { decide(Array.from(chosen), null); free(); },
-    load: function () { bar.querySelector("input[type=file]").click(); },
-  };
-  bar.querySelector("input[type=file]").addEventListener("change", function (event) {
-    const file = event.target.files[0];
-    if (file) file.text().then(load).catch(function () { say("That file is not a review"); });
-    event.target.value = "";
-  });
-  const parse = function (read) {
-    const found = {};
-    read.decisions.forEach(function (one) {
-      const key = keyOf(one.layer, one.filter);
-      const known = one.decision === "remove" || one.decision === "keep";
-      if (key && known) found[key] = { layer: one.layer, filter: one.filter, decision: one.decision };
-    });
-    return found;
-  };
-  const load = function (text) {
-    const read = JSON.parse(text);
-    if (read.run !== run.run) return say("That review is of another run");
-    const before = decided;
-    decided = parse(read);
-    const touched = Object.keys({ ...before, ...decided });
-    past.push(Object.fromEntries(touched.map(function (key) { return [key, before[key] || null]; })));
-    remember();
-    show();
-    say(read.decisions.length + " decisions read");
   };
   document.addEventListener("keydown", function (event) {
     if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("input, dialog")) return;
     const item = event.target.closest("[data-filter]");
+    const acting = function () {
+      const chosen = selection.listed();
+      return chosen.length ? chosen : item ? pairs([item]) : [];
+    };
     const pressed = {
-      a: function () { decide(acting(item), "remove"); },
-      r: function () { decide(acting(item), "keep"); },
-      u: function () { decide(acting(item), null); },
-      x: function () { if (item) { choose(item, !chosen.has(item)); last = item; } },
+      a: function () { decide(acting(), "remove"); },
+      r: function () { decide(acting(), "keep"); },
+      u: function () { decide(acting(), null); },
+      x: function () { if (item) toggle(item); },
       j: function () { go(1); },
       k: function () { go(-1); },
-      z: undo,
+      z: acts.undo,
       s: save,
-      "?": function () { help.showModal(); },
-      Escape: free,
+      "?": acts.help,
+      Escape: selection.clear,
     };
     if (!Object.hasOwn(pressed, event.key)) return;
     event.preventDefault();
     pressed[event.key]();
   });
-  addEventListener("storage", function (event) { if (event.key === shelf) { recall(); show(); } });
 
   bar.hidden = false;
   document.documentElement.classList.add("reviewing");
-  recall();
   show();
-  // Served, the run directory knows best.
-  if (served) {
-    fetch(served).then(function (answer) { return answer.ok ? answer.json() : null; }).then(function (saved) {
-      if (!saved || saved.run !== run.run) return;
-      decided = parse(saved);
-      show();
-    }).catch(function () { say("The server does not answer"); });
-  }
-})();
+  mark();
+})(window.pruneViz);
