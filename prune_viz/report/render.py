@@ -18,8 +18,10 @@ from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
 from prune_viz.report import map_drawing, sprites, wording
+from prune_viz.report.damage_histogram import draw_histogram
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
 from prune_viz.report.neighbours import panel_data
+from prune_viz.report.orientation import LayerOrientation, draw_orientation, layer_orientation
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.report.review_data import review_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
@@ -92,6 +94,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     overview = map_drawing.draw_map(rows, filters)
     strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
+    oriented: list[LayerOrientation | None] = []
     progress.start("report", len(rows))
     for index, row in enumerate(rows):
         progress.note(row.record.name)
@@ -100,10 +103,16 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         _write_layer(folder / "layers", page, network, tensors, statistics, templates)
         strip.add(row.record, tensors.images)
         shown.add(row.record, tensors.images)
+        kept = (tables[row.record.name].sort_values("filter")["verdict"] == "keep").to_numpy()
+        oriented.append(layer_orientation(row, tensors.images, kept))
         progress.advance()
     known = budgets(decisions)
-    curve = draw_curve(known, default_budget(decisions, provenance["summary"]))
-    _write_network(folder, network, strip, overview, shown, templates, budgets=known, curve=curve)
+    parts = {
+        "budgets": known,
+        "curve": draw_curve(known, default_budget(decisions, provenance["summary"])),
+        "orientation": draw_orientation([one for one in oriented if one is not None]),
+    }
+    _write_network(folder, network, strip, overview, shown, templates, parts)
     progress.finish()
 
 
@@ -181,6 +190,9 @@ def _write_layer(
         main=f"layer-{place}",
         channels=tensors.images.shape[1],
         place=place,
+        histogram=draw_histogram(
+            [card for cluster in page.clusters for card in cluster.cards], network.damage_unit
+        ),
     )
     _write(folder / page.row.page, text)
 
@@ -192,7 +204,7 @@ def _write_network(
     overview: map_drawing.NetworkMap | None,
     shown: _Strip,
     templates: jinja2.Environment,
-    **parts: Any,
+    parts: dict[str, Any],
 ) -> None:
     _write_strip(folder, "depth", "s", strip, [])
     _write_strip(folder, "network", "n", shown, map_drawing.styles(overview) if overview else [])

@@ -1,0 +1,165 @@
+"""A measured sign of growing abstraction: how much of a stimulus lies along one angle, by depth.
+
+Near the input stimuli are lines at one angle; the deeper the layer, the more angles one stimulus takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune_viz.report.pages import LayerRow
+
+_WIDTH, _HEIGHT = 720, 200  # of the drawing, in its own units
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+_FEWEST = 3  # layers in which a trend can be seen
+_STEADY = 0.5  # rank correlation from which a change with depth is called one
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LayerOrientation:
+    """What a layer's stimuli are, 0 (all angles alike) to 1 (one angle): median and quartiles."""
+
+    row: LayerRow
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class OrientationCurve:
+    """Orientation by depth, drawn.
+
+    Attributes
+    ----------
+    width, height, left, right, top, bottom : float
+        Of the drawing and of its axes.
+    line, band : str
+        SVG path data: the medians, and what lies between the quartiles.
+    points : list of (float, float, LayerOrientation)
+        Where each layer's median stands.
+    ticks : list of (float, float)
+        Places on the axis and their values.
+    correlation : float
+        Spearman's, of the medians with depth.
+    finding : str
+        What that says, in a sentence.
+    """
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    line: str
+    band: str
+    points: list[tuple[float, float, LayerOrientation]]
+    ticks: list[tuple[float, float]]
+    correlation: float
+    finding: str
+
+
+def orientation(images: np.ndarray) -> np.ndarray:
+    """How much of each stimulus's contrast lies along one angle.
+
+    The coherence of the structure tensor over the whole stimulus: with the eigenvalues ``a >= b`` of the
+    mean outer product of its gradients, ``(a - b) / (a + b)`` [1]_.
+
+    Parameters
+    ----------
+    images : ndarray, shape (F, C, H, W)
+
+    Returns
+    -------
+    ndarray of float64, shape (F,)
+        In [0, 1]; NaN for a stimulus without contrast.
+
+    References
+    ----------
+    .. [1] J. Bigun, G. H. Granlund, "Optimal orientation detection of linear symmetry", ICCV 1987.
+    """
+    if min(images.shape[2:]) < 2:
+        return np.full(len(images), np.nan)
+    parts = []
+    for begin in range(0, len(images), _BATCH):
+        finite = np.nan_to_num(images[begin : begin + _BATCH].astype(np.float64), posinf=0.0, neginf=0.0)
+        down, across = np.gradient(finite, axis=(2, 3))
+        xx, yy, xy = (
+            (one * other).mean(axis=(1, 2, 3))
+            for one, other in ((across, across), (down, down), (across, down))
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts.append(np.sqrt((xx - yy) ** 2 + 4 * xy**2) / (xx + yy))
+    return np.concatenate(parts)
+
+
+def layer_orientation(row: LayerRow, images: np.ndarray, kept: np.ndarray) -> LayerOrientation | None:
+    """What the stimuli of a layer's `kept` filters are; None unless they are pictures with contrast."""
+    if images.ndim != 4:
+        return None
+    values = orientation(images[kept])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return LayerOrientation(row, median, low, high)
+
+
+def draw_orientation(layers: Sequence[LayerOrientation]) -> OrientationCurve | None:
+    """Lay out the curve; None for fewer than three layers, in which no trend could be seen."""
+    if len(layers) < _FEWEST:
+        return None
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    step = (right - _LEFT) / (len(layers) - 1)
+
+    def up(value: float) -> float:
+        return round(bottom - value * (bottom - _TOP), 1)
+
+    across = [round(_LEFT + step * index, 1) for index in range(len(layers))]
+    points = [(x, up(one.median), one) for x, one in zip(across, layers, strict=True)]
+    edge = [f"{x} {up(one.high)}" for x, one in zip(across, layers, strict=True)]
+    edge += [f"{x} {up(one.low)}" for x, one in zip(reversed(across), reversed(layers), strict=True)]
+    correlation = _rank_correlation(np.array([one.median for one in layers]))
+    return OrientationCurve(
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=right,
+        top=_TOP,
+        bottom=bottom,
+        line="M" + "L".join(f"{x} {y}" for x, y, _ in points),
+        band="M" + "L".join(edge) + "Z",
+        points=points,
+        ticks=[(up(value), value) for value in (0.0, 0.5, 1.0)],
+        correlation=correlation,
+        finding=_finding(layers, correlation),
+    )
+
+
+def _rank_correlation(values: np.ndarray) -> float:
+    """Spearman's, of values with their order; 0 where all are the same."""
+    import pandas as pd
+
+    ranks = pd.Series(values).rank().to_numpy()
+    order = np.arange(len(values))
+    if np.ptp(ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(ranks, order)[0, 1])
+
+
+def _finding(layers: Sequence[LayerOrientation], correlation: float) -> str:
+    third = max(1, len(layers) // 3)
+    first, last = (
+        100 * float(np.median([one.median for one in part])) for part in (layers[:third], layers[-third:])
+    )
+    what = f"from {first:.0f}\u202f% in the first third of the layers to {last:.0f}\u202f% in the last"
+    rank = f"rank correlation with depth {correlation:+.2f}".replace("-", "\u2212")
+    if correlation <= -_STEADY:
+        return f"It falls {what} ({rank}): the deeper, the more abstract."
+    if correlation >= _STEADY:
+        return f"Here it rises, {what} ({rank})."
+    return f"Here it does not change steadily with depth: it goes {what} ({rank})."
