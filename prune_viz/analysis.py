@@ -31,6 +31,7 @@ from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.dependencies import UntraceableError
 from prune_viz.devices import pick_device
 from prune_viz.errors import LayerError, UserError, few, one_line
+from prune_viz.exciting import find_exciting_parts, write_exciting_parts
 from prune_viz.filters import FilterNetwork, blank_input
 from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.inputs import InputStatistics, read_inputs
@@ -185,7 +186,7 @@ def analyze(
     with progress:
         key = _stimuli_key(provenance)
         ascents = {"prior": prior, "steps": steps, "seed": seed, "statistics": statistics}
-        notes += _find_stimuli(network, records, run, stages, progress, ascents, key)
+        notes += _find_stimuli(model, network, records, run, stages, progress, ascents, key)
         found = LayerFiles(run, records)
         judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
         with stages.timed("probes"):
@@ -212,6 +213,11 @@ def analyze(
         provenance["damage_unit"] = measured.unit
         with stages.timed("embedding"):
             embeddings, places = embed_network(network, chosen, found, seed, progress)
+        if examples is not None:
+            with stages.timed("examples"):
+                parts = find_exciting_parts(network, chosen, examples, statistics)
+            if parts is not None:
+                write_exciting_parts(parts, {one.name: one.slug for one in records}, run.examples_file)
         table = filter_table(chosen, found, embeddings, places, tied, verdicts)
         counts_of_layers = {layer.name: layer.filters for layer in network.layers}
         origin = Origin(str(source["sha256"]), weights_sha256)
@@ -290,6 +296,7 @@ def _stimuli_key(provenance: Mapping[str, Any]) -> str:
 
 
 def _find_stimuli(
+    model: nn.Module,
     network: FilterNetwork,
     records: Sequence[LayerRecord],
     run: RunDirectory,
@@ -330,6 +337,7 @@ def _find_stimuli(
                     as_stored(stimuli.images).numpy(),
                     stimuli.activations.numpy().astype(np.float32),
                     matrix,
+                    _weights(model, record.name) if network.reads_input(record.name) else None,
                 )
             metadata = {"key": key, "layer": record.name, "derailed": derailed, "failed": failed}
             run.write_layer(record.file, tensors, metadata)
@@ -342,6 +350,11 @@ def _find_stimuli(
             )
     progress.finish()
     return notes
+
+
+def _weights(model: nn.Module, name: str) -> np.ndarray:
+    module: Any = model.get_submodule(name)
+    return np.array(module.weight.detach().float().cpu())
 
 
 def _nothing_seen(record: LayerRecord, channels: int) -> LayerTensors:

@@ -310,18 +310,28 @@ def apply(
 
 @app.command()
 @exit_codes
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    single_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it as one file too, for a mail.", show_default=False),
+    ] = None,
+) -> None:
     """Write the report of RUN again, from what the run directory holds."""
+    from prune_viz.report import write_report
+    from prune_viz.report.single_file import write_single_file
     from prune_viz.runs import RunDirectory
 
+    if single_file is not None:
+        check_output("--single-file", single_file, [])
     directory = RunDirectory(run)
-    directory.read_provenance()
-
-    from prune_viz.report import write_report
-
     with make_progress() as progress:
         page = write_report(directory, progress)
-    make_console().print(f"report: {one_line(page)}", soft_wrap=True)
+    console = make_console()
+    console.print(f"report: {one_line(page)}", soft_wrap=True)
+    if single_file is not None:
+        size = write_single_file(directory, single_file)
+        console.print(f"in one file: {one_line(single_file)} ({size / 1e6:.1f} MB)", soft_wrap=True)
 
 
 @app.command()

@@ -189,8 +189,10 @@ class FilterNetwork:
             blank = torch.zeros(rows, self.input_shape[0], *size, device=device)
             return tensors_of(whole(self._laid_out(blank)))
 
-    def norms(self, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-        """How strongly filters of several layers respond to the same inputs.
+    def read(
+        self, names: Sequence[str], batches: Sequence[Tensor], reading: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """What is read of several layers' feature maps on the same inputs.
 
         Parameters
         ----------
@@ -198,11 +200,13 @@ class FilterNetwork:
             The layers.
         batches : sequence of Tensor, each shape (B, C, *size)
             Inputs of a size that the network `takes`.
+        reading : callable
+            From maps, shape (B, F, *map), to what is kept of them, shape (B, F, ...). A layer that cannot be
+            looked at is read as a map of one zero.
 
         Returns
         -------
-        dict of str to Tensor, shape (all inputs, F)
-            L2 norms of the feature maps.
+        dict of str to Tensor, shape (all inputs, F, ...)
         """
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         whole = self.takes_batches
@@ -210,26 +214,33 @@ class FilterNetwork:
         untapped = [name for name in names if name not in tapped]
         with torch.no_grad():
             if self._graph is not None and tapped:
-                reader = tracing.NormReader(self._graph, [self._taps[name] for name in tapped])
+                reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
                 for batch in batches:
-                    for name, norms in reader.norms(self._laid_out(batch.float().to(self.device))).items():
-                        rows[name].append(norms.cpu())
+                    for name, found in reader.read(self._laid_out(batch.float().to(self.device))).items():
+                        rows[name].append(found.cpu())
             for name in untapped:
                 maps = self.maps(name)
                 for batch in batches:
                     try:
                         after = maps(batch.float().to(self.device))[1]
-                        found = torch.linalg.vector_norm(after.flatten(2), dim=2).cpu()
                     except LayerError:  # told where its stimuli are sought
-                        found = torch.zeros(len(batch), self.layer(name).filters)
-                    rows[name].append(found)
-        return {name: torch.cat(found) for name, found in rows.items()}
+                        after = torch.zeros(len(batch), self.layer(name).filters, *[1] * (batch.ndim - 2))
+                    rows[name].append(reading(after).cpu())
+        return {name: torch.cat(parts) for name, parts in rows.items()}
 
     def is_first(self, name: str) -> bool:
         """Whether a layer's filters see the input through no other convolution."""
         if self._graph is None or name not in self._taps:
             return next(layer.depth for layer in self.layers if layer.name == name) == 0
         return not tracing.has_convolution_before(self._graph, self._taps[name].call)
+
+    def reads_input(self, name: str) -> bool:
+        """Whether a layer is known to read the input itself, whole."""
+        if self._graph is None or name not in self._taps:
+            return False
+        module: Any = self._graph.get_submodule(name)
+        whole = module.groups == 1 and not module.transposed
+        return whole and self._taps[name].call.all_input_nodes[0].op == "placeholder"
 
     def has_activation(self, name: str) -> bool:
         """Whether an activation follows a layer; taken to be so where that is unknown."""

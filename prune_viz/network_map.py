@@ -122,7 +122,7 @@ def common_profiles(network: FilterNetwork, layers: Sequence[str], stimuli: Sequ
         for images in stimuli
         for start in range(0, len(images), BATCH)
     ]
-    norms = network.norms(layers, batches)
+    norms = network.read(layers, batches, lambda maps: torch.linalg.vector_norm(maps.flatten(2), dim=2))
     responses = [np.nan_to_num(norms[name].numpy(), nan=0.0, posinf=0.0) for name in layers]
     return np.vstack([response_profiles(one) for one in responses])
 

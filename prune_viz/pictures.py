@@ -130,6 +130,18 @@ def draw_pictures(
     return np.stack([_fitted(one, side) for one in pixels])
 
 
+def draw_inputs(images: np.ndarray, side: int, statistics: InputStatistics | None) -> np.ndarray:
+    """Draw inputs that are pictures, shape (N, C, H, W), with the pixels that they had.
+
+    Where those are not known, or are not of one or three channels, as `draw_pictures` does.
+    """
+    if statistics is None or images.shape[1] not in (1, 3):
+        return draw_pictures(images, side, colour_axes(images, statistics), statistics)
+    pixels = _as_pixels(images, statistics) + _by_channel(statistics.mean, images.ndim)
+    levels = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.stack([_fitted(np.broadcast_to(one, (*one.shape[:2], 3)), side) for one in levels])
+
+
 def _fitted(pixels: np.ndarray, side: int) -> np.ndarray:
     """Scale (H, W, 3) to fit a square; small canvases keep their pixels visible."""
     height, width = pixels.shape[:2]

@@ -8,7 +8,8 @@
     decisions.json        verdicts, coupling groups, removal order, merges
     moments.safetensors   second moments of every group's channels, for masks at any budget
     probes.safetensors    calibrated probes
-    layers/NNN-name.safetensors   images, activations, responses of a layer
+    examples.safetensors  example images, and which parts of them excite each filter most
+    layers/NNN-name.safetensors   images, activations, responses of a layer, a first layer's weights
     report/index.html     the report
 """
 
@@ -92,11 +93,14 @@ class LayerTensors:
         L2 norm of each filter's feature map on its own stimulus.
     responses : ndarray of float32, shape (F, F)
         ``responses[i, j]``: L2 norm of filter j's feature map on stimulus i.
+    weights : ndarray of float32, shape (F, C, *kernel), or None
+        Of a layer that reads the input itself, each filter all its channels.
     """
 
     images: np.ndarray
     activations: np.ndarray
     responses: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @contextmanager
@@ -199,6 +203,11 @@ class RunDirectory:
         return self.path / "probes.safetensors"
 
     @property
+    def examples_file(self) -> Path:
+        """Example images, and which parts of them excite each filter most."""
+        return self.path / "examples.safetensors"
+
+    @property
     def filters_file(self) -> Path:
         """The table of filters."""
         return self.path / "filters.csv"
@@ -240,7 +249,7 @@ class RunDirectory:
         merges = merges_beside(self.masks_file)
         probes = probes_beside(self.masks_file)
         files = (self.masks_file, merges, probes, self.decisions_file, self.filters_file, self.moments_file)
-        for file in files:
+        for file in (*files, self.examples_file):
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(exist_ok=True)
 
@@ -291,7 +300,9 @@ class RunDirectory:
         """Write a layer's tensors, with `metadata` (strings) in the file's header."""
         from safetensors.numpy import save_file
 
-        arrays = {name: np.ascontiguousarray(array) for name, array in vars(tensors).items()}
+        arrays = {
+            name: np.ascontiguousarray(array) for name, array in vars(tensors).items() if array is not None
+        }
         with written_aside(self.path / file) as aside:
             save_file(arrays, aside, metadata=dict(metadata))
 

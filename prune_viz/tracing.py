@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -257,26 +257,29 @@ def cut(traced: fx.GraphModule, tap: Tap) -> fx.GraphModule:
     return part
 
 
-class NormReader(fx.Interpreter):
-    """Runs a traced model, taking the L2 norms of feature maps at some taps as they pass."""
+class MapReader(fx.Interpreter):
+    """Runs a traced model, reading feature maps at some taps as they pass."""
 
-    def __init__(self, traced: fx.GraphModule, taps: Sequence[Tap]) -> None:
+    def __init__(
+        self, traced: fx.GraphModule, taps: Sequence[Tap], reading: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__(traced)
         self._convs = {tap.after: tap.conv for tap in taps}
-        self._norms: dict[str, torch.Tensor] = {}
+        self._reading = reading
+        self._read: dict[str, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a map is read at once, since a later node may overwrite it."""
         result = super().run_node(n)
         if n in self._convs:
-            self._norms[self._convs[n]] = torch.linalg.vector_norm(result.flatten(2), dim=2)
+            self._read[self._convs[n]] = self._reading(result)
         return result
 
-    def norms(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Norms by convolution, each shape (B, F), of inputs of shape (B, C, *size)."""
-        self._norms = {}
+    def read(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is read of each convolution's maps, of inputs of shape (B, C, *size)."""
+        self._read = {}
         self.run(inputs)
-        return self._norms
+        return self._read
 
 
 def upper_bound(traced: fx.GraphModule, tap: Tap) -> float:

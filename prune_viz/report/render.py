@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from prune_viz.errors import UserError
+from prune_viz.exciting import ExcitingParts, read_exciting_parts
 from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
@@ -30,6 +31,7 @@ from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
 
 _STRIP_COLUMNS = 8
 _STRIP_SIDE = 96
+_WEIGHTS_SIDE = 96
 _MAP_WIDTH = 1120  # CSS pixels, on a wide screen
 
 # In Chromium 'self' covers the neighbouring files of a page opened from disk (tests/test_report_browser.py
@@ -94,13 +96,16 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     overview = map_drawing.draw_map(rows, filters)
     strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
+    examples = read_exciting_parts(run.examples_file, {row.record.name: row.record.slug for row in rows})
+    _write_examples(folder, examples)
     oriented: list[LayerOrientation | None] = []
     progress.start("report", len(rows))
     for index, row in enumerate(rows):
         progress.note(row.record.name)
         tensors = _read_layer(run, row.record)
         page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
-        _write_layer(folder / "layers", page, network, tensors, statistics, templates)
+        windows = examples.windows[row.record.name] if examples else None
+        _write_layer(folder / "layers", page, network, tensors, statistics, windows, templates)
         strip.add(row.record, tensors.images)
         shown.add(row.record, tensors.images)
         kept = (tables[row.record.name].sort_values("filter")["verdict"] == "keep").to_numpy()
@@ -164,6 +169,7 @@ def _write_layer(
     network: NetworkPage,
     tensors: LayerTensors,
     statistics: InputStatistics | None,
+    windows: np.ndarray | None,
     templates: jinja2.Environment,
 ) -> None:
     record = page.row.record
@@ -179,8 +185,14 @@ def _write_layer(
         *_sheet_styles(f"m{place}-", [small]),
         *_map_styles(page.map, place, small.layout.side),
     ]
+    if tensors.weights is not None:
+        layout = sprites.grid(record.filters, _WEIGHTS_SIDE)
+        sheet = sprites.Sheet(f"{record.slug}-weights.png", layout, tuple(range(record.filters)))
+        sprites.write_weights(folder / sheet.file, tensors.weights, layout)
+        styles += _sheet_styles(f"w{place}-", [sheet])
     _write(folder / f"{record.slug}.css", "\n".join(styles) + "\n")
-    panels = panel_data(page, tensors.responses, network.damage_unit)
+    places = {row.record.name: row.place for row in network.rows}
+    panels = panel_data(page, tensors, network.damage_unit, places, windows)
     _write_text_data(folder / f"{record.slug}.js", f"(window.pruneVizLayers ||= {{}})[{place}]", panels)
     text = templates.get_template("layer.html.j2").render(
         page=page,
@@ -214,6 +226,18 @@ def _write_network(
         network=network, map=overview, root="", main="main", **parts
     )
     _write(folder / "index.html", text)
+
+
+def _write_examples(folder: Path, examples: ExcitingParts | None) -> None:
+    """Write example images, each a file, and a style sheet that shows one in the class `i` + its number."""
+    (folder / "examples").mkdir()
+    rules = []
+    for number, picture in enumerate(examples.pictures if examples else ()):
+        file = f"examples/{number}.jpg"
+        side = len(picture)
+        sprites.write_sheet(folder / file, picture[None], sprites.Grid(1, side, 1, 1))
+        rules.append(f'.i{number}{{background-image:url("{file}")}}')
+    _write(folder / "examples.css", "\n".join(rules) + "\n")
 
 
 def _write_strip(folder: Path, name: str, prefix: str, strip: _Strip, styles: Iterable[str]) -> None:

@@ -124,15 +124,26 @@ def write_sheet(path: Path, tiles: Sequence[np.ndarray] | np.ndarray, layout: Gr
 
     Noise, which compresses badly and shows it least, gets a lower quality.
     """
-    sheet = Image.new("RGB", (layout.columns * layout.side, layout.rows * layout.side), (GREY,) * 3)
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, layout.columns)
-        sheet.paste(Image.fromarray(tile), (column * layout.side, row * layout.side))
+    sheet = _composed(tiles, layout)
     colour = "4:2:0" if layout.side % 16 == 0 else "4:4:4"  # whole blocks in every tile
     for quality in _QUALITIES:
         sheet.save(path, "JPEG", quality=quality, subsampling=colour, optimize=True)
         if path.stat().st_size <= _BYTES_A_TILE * layout.tiles:
             break
+
+
+def write_weights(path: Path, weights: np.ndarray, layout: Grid) -> None:
+    """Write a first layer's weights, shape (F, C, *kernel), as one PNG with a tile a filter."""
+    tiles = draw_pictures(weights, layout.side, colour_axes(weights))
+    _composed(tiles, layout).save(path, "PNG", optimize=True)
+
+
+def _composed(tiles: Sequence[np.ndarray] | np.ndarray, layout: Grid) -> Image.Image:
+    sheet = Image.new("RGB", (layout.columns * layout.side, layout.rows * layout.side), (GREY,) * 3)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, layout.columns)
+        sheet.paste(Image.fromarray(tile), (column * layout.side, row * layout.side))
+    return sheet
 
 
 def write_response_matrix(path: Path, responses: np.ndarray, order: np.ndarray, limit: int = 640) -> None:

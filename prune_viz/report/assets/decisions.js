@@ -27,7 +27,8 @@
 
   // What was decided: key -> { layer, filter, decision }. Served, the run directory keeps it too.
   const shelf = "prune-viz/review/" + run.run;
-  const served = location.protocol === "http:" && new URL("../review.json", document.currentScript.src);
+  const source = document.currentScript.src; // none where all is in one file
+  const served = source && location.protocol === "http:" && new URL("../review.json", source);
   const listeners = [];
   const past = [];
   let decided = {};

@@ -45,6 +45,7 @@
     if (together || to === place) return fragment;
     return (place < 0 ? "layers/" : "") + run.layers[to].page + fragment;
   };
+  const page = function (to) { return url(to, to === place || together ? "#layer-" + to : ""); };
   const link = function (to, filter) {
     return url(to, "#" + encodeURIComponent(run.layers[to].name) + "/" + filter);
   };
@@ -68,7 +69,7 @@
   };
 
   window.pruneViz = {
-    run: run, main: main, place: place, named: named, link: link, picture: picture, unpack: unpack,
+    run: run, main: main, place: place, named: named, page: page, link: link, picture: picture, unpack: unpack,
     verdict: function (layer, filter) {
       return { k: "keep", r: "redundant", d: "dead" }[run.layers[layer].verdicts[filter]];
     },

@@ -35,10 +35,10 @@
   };
   // A window on one of the run's example images: the class brings the image, the style the place.
   const crop = function (one) {
-    const [image, left, top, width, height] = one;
+    const [image, left, top] = one, rest = 1 - data.side;
     const picture = make("span", [], { className: "t i" + image });
-    picture.style.backgroundSize = 100 / width + "% " + 100 / height + "%";
-    picture.style.backgroundPosition = (width < 1 ? (100 * left) / (1 - width) : 0) + "% " + (height < 1 ? (100 * top) / (1 - height) : 0) + "%";
+    picture.style.backgroundSize = 100 / data.side + "%";
+    if (rest > 0) picture.style.backgroundPosition = left / rest / 10 + "% " + top / rest / 10 + "%";
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", "Part of image " + image);
     return make("li", picture);
@@ -57,6 +57,10 @@
     part("reason").textContent = data.reasons[number];
     part("figures").replaceChildren(...data.figures.map(function (pair) {
       return make("div", [make("dt", pair[0]), make("dd", pair[1][number])]);
+    }));
+    fill("readers", data.readers.map(function (pair) {
+      const name = make("code", pair[0]);
+      return make("li", pair[1] < 0 ? name : make("a", name, { href: pruneViz.page(pair[1]) }));
     }));
     fill("weights", data.weights ? [tile("w", number, "Weights")] : []);
     fill("crops", data.crops ? data.crops[number].map(crop) : []);
