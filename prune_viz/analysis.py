@@ -354,7 +354,7 @@ def _find_stimuli(
 
 def _weights(model: nn.Module, name: str) -> np.ndarray:
     module: Any = model.get_submodule(name)
-    return np.array(module.weight.detach().float().cpu())
+    return np.asarray(module.weight.detach().float().cpu().numpy())
 
 
 def _nothing_seen(record: LayerRecord, channels: int) -> LayerTensors:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import shlex
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
@@ -38,9 +34,7 @@ from prune_viz.options import (
     RunArgument,
     TrustPickle,
 )
-from prune_viz.terminal import make_console, make_progress, print_summary
-
-P = ParamSpec("P")
+from prune_viz.terminal import exit_codes, make_console, make_progress, print_summary
 
 app = typer.Typer(
     name="prune-viz",
@@ -48,36 +42,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn what `command` raises into one line on standard error and the exit code for it.
-
-    2 for what the user gave, 130 for an interrupt, 1 for anything else. With the environment variable
-    ``PRUNE_VIZ_TRACEBACK`` set, the traceback of anything else is shown too.
-    """
-
-    @functools.wraps(command)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            line, code = f"error: {one_line(error)}", 2
-        except KeyboardInterrupt:
-            line, code = "interrupted", 130
-        except typer.Exit:
-            raise
-        except Exception as error:
-            if os.environ.get("PRUNE_VIZ_TRACEBACK"):
-                traceback.print_exc()
-            what = one_line(f"{type(error).__name__}: {error}")
-            line, code = f"failed: {what} (PRUNE_VIZ_TRACEBACK=1 shows where)", 1
-        else:
-            return
-        print(line, file=sys.stderr)
-        raise typer.Exit(code)
-
-    return guarded
 
 
 def _show_version(wanted: bool) -> None:

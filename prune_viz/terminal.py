@@ -1,19 +1,26 @@
-"""What the command line shows: consoles, progress and the summary of an analysis."""
+"""What the command line shows: consoles, progress, the summary of an analysis, and how it ends."""
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-from prune_viz.errors import one_line
+import typer
+
+from prune_viz.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from prune_viz.analysis import Analysis
     from prune_viz.progress import Progress
+
+P = ParamSpec("P")
 
 
 def make_console() -> Console:
@@ -60,3 +67,33 @@ def _grid(console: Console) -> Any:
     for number in range(5):
         table.add_column(justify="left" if number == 0 else "right")
     return table
+
+
+def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what `command` raises into one line on standard error and the exit code for it.
+
+    2 for what the user gave, 130 for an interrupt, 1 for anything else. With the environment variable
+    ``PRUNE_VIZ_TRACEBACK`` set, the traceback of anything else is shown too.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            line, code = f"error: {one_line(error)}", 2
+        except KeyboardInterrupt:
+            line, code = "interrupted", 130
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if os.environ.get("PRUNE_VIZ_TRACEBACK"):
+                traceback.print_exc()
+            what = one_line(f"{type(error).__name__}: {error}")
+            line, code = f"failed: {what} (PRUNE_VIZ_TRACEBACK=1 shows where)", 1
+        else:
+            return
+        print(line, file=sys.stderr)
+        raise typer.Exit(code)
+
+    return guarded
