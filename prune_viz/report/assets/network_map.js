@@ -4,6 +4,7 @@
   const run = pruneViz.run, main = pruneViz.main, packed = window.pruneVizNetwork;
   const map = main.querySelector(".network");
   if (!map || !packed) return;
+  const REST = 60; // milliseconds that the pointer rests before a picture is fetched
   const NEAR = 12; // pixels from a filter that still point at it
   const CELLS = 64; // across, of the grid in which neighbours are sought
   const MOST = 60; // selected filters that are drawn
@@ -83,8 +84,13 @@
     paint.setTransform(scale, 0, 0, scale, 0, 0);
     paint.clearRect(0, 0, width, height);
     const dot = (packed.dot * width) / 2;
-    const ink = getComputedStyle(map).color;
+    const { color: ink, backgroundColor: ground } = getComputedStyle(map);
     if (lit >= 0) {
+      // A veil over the others: fading them would draw all of them anew.
+      paint.globalAlpha = 0.78;
+      paint.fillStyle = ground;
+      paint.fillRect(0, 0, width, height);
+      paint.globalAlpha = 1;
       paint.fillStyle = tint(lit);
       dots(range(lit), Math.max(1.35 * dot, 2));
     }
@@ -104,6 +110,7 @@
     if (!pending) requestAnimationFrame(draw);
     pending = true;
   };
+  let waiting = 0;
   const light = function (place, index) {
     if (place === lit && index === current) return;
     lit = place;
@@ -137,6 +144,7 @@
   };
   const leave = function () {
     light(-1, -1);
+    clearTimeout(waiting);
     pruneViz.preview.hide();
   };
   map.addEventListener("pointermove", function (event) {
@@ -145,7 +153,8 @@
     if (index === current) return;
     if (index < 0) return leave();
     light(layerOf[index], index);
-    describe(index);
+    clearTimeout(waiting);
+    waiting = setTimeout(describe, REST, index);
   });
   map.addEventListener("pointerleave", leave);
   map.addEventListener("click", function (event) {
