@@ -20,7 +20,7 @@ from prune_viz.errors import UserError
 from prune_viz.progress import Progress
 from prune_viz.report import layout, map_drawing, render, sprites, wording, write_report
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
-from prune_viz.report.pages import Counts, depth_rows, finding, layer_rows
+from prune_viz.report.pages import Counts, certainty, depth_rows, finding, layer_rows
 from prune_viz.runs import LayerTensors, RunDirectory
 
 
@@ -540,6 +540,20 @@ def test_stimuli_by_depth_are_spread_over_the_network_and_kept() -> None:
     assert sum(bool(depth.band) for depth in depths) == 3
     tiles = [tile.tile for depth in depths for tile in depth.tiles]
     assert tiles == list(range(64))
+
+
+def test_certainty_tells_the_worst_rebuilt_and_the_whole_damage() -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(
+        {"verdict": ["redundant", "redundant", "dead", "keep"], "score": [0.9991, 0.99123, np.nan, 0.2]}
+    )
+    told = certainty(table, {"damage": 0.0045, "unit": "nats"})
+    assert "R² of at least 0.9912." in told
+    assert told.endswith("move the output by 0.0045\u202fnats.")
+    assert "R² of 0.9991." in certainty(table.iloc[[0, 3]], None)
+    assert certainty(table.iloc[[3]], {"damage": 0.0, "unit": "nats"}) == ""
+    assert "move what reads the filters by 10\u202f%" in certainty(table, {"damage": 0.1, "unit": "readers"})
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,9 @@ def draw_histogram(cards: Sequence[FilterCard], unit: str) -> DamageHistogram | 
         told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items() if count)
         bars.append(Bar(f"{_range(index, unit)}: {told}", parts))
     decades = range(first, last + 1, _A_DECADE * max(1, round((last - first) / _A_DECADE / 6)))
+    ticks = [(along(index), wording.magnitude(_edge(index), unit)) for index in decades]
+    if before:
+        ticks.insert(0, (round(_LEFT + step / 2, 1), "none"))
     return DamageHistogram(
         width=_WIDTH,
         height=_HEIGHT,
@@ -98,7 +101,7 @@ def draw_histogram(cards: Sequence[FilterCard], unit: str) -> DamageHistogram | 
         right=right,
         bottom=bottom,
         bars=bars,
-        across=[(along(index), wording.magnitude(_edge(index), unit)) for index in decades],
+        across=ticks,
         up=[(float(_TOP), wording.count(tallest)), (float(bottom), "0")],
     )
 

@@ -116,6 +116,7 @@ class NetworkPage:
     title: str
     subtitle: list[str]
     finding: str
+    certainty: str
     counts: Counts
     savings: list[Saving]
     notes: list[str]
@@ -155,7 +156,11 @@ def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[La
 
 
 def network_page(
-    run: Path, provenance: Mapping[str, Any], rows: Sequence[LayerRow], filters: pd.DataFrame
+    run: Path,
+    provenance: Mapping[str, Any],
+    decisions: Mapping[str, Any],
+    rows: Sequence[LayerRow],
+    filters: pd.DataFrame,
 ) -> NetworkPage:
     """Gather what the page of the network shows.
 
@@ -165,6 +170,8 @@ def network_page(
         The run directory, as the commands on the page should name it.
     provenance : mapping
         `run.json`.
+    decisions : mapping
+        `decisions.json`.
     rows : sequence of LayerRow
         From `layer_rows`.
     filters : DataFrame
@@ -186,6 +193,7 @@ def network_page(
             f"input {wording.size(model['input_shape'])}",
         ],
         finding=finding(counts),
+        certainty=certainty(filters, decisions.get("predicted")),
         counts=counts,
         savings=savings,
         notes=[str(note) for note in provenance["notes"]],
@@ -212,6 +220,32 @@ def finding(counts: Counts) -> str:
         parts.append(f"{who} do{'es' * (counts.dead == 1)} nothing")
     whole = wording.plural(counts.filters, "filter")
     return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}."
+
+
+def certainty(filters: pd.DataFrame, predicted: Mapping[str, Any] | None) -> str:
+    """Say how sure the finding is: how well what is redundant was rebuilt, and what all that goes will cost.
+
+    Parameters
+    ----------
+    filters : DataFrame
+        `filters.csv`.
+    predicted : mapping or None
+        The ``damage`` of the run's masks and its ``unit``, where that was predicted.
+    """
+    sentences = []
+    scores = filters.loc[filters["verdict"] == "redundant", "score"].dropna()
+    if len(scores):
+        least = wording.r_squared(float(scores.min()))
+        each = f"at least {least}" if len(scores) > 1 else least
+        sentences.append(
+            "On probes that the fit did not see, what is called redundant is rebuilt from filters that stay "
+            f"with an R² of {each}."
+        )
+    if predicted is not None and (filters["verdict"] != "keep").any():
+        size = wording.damage(float(predicted["damage"]), str(predicted["unit"]))
+        whose = "what reads the filters" if predicted["unit"] == "readers" else "the output"
+        sentences.append(f"Removing it all is predicted to move {whose} by {size}.")
+    return " ".join(sentences)
 
 
 def depth_rows(rows: Sequence[LayerRow], filters: pd.DataFrame) -> list[DepthRow]:

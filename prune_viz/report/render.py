@@ -86,7 +86,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{run.filters_file} cannot be read ({error}); run analyze again") from None
     rows = layer_rows(run.layers(), filters)
-    network = network_page(run.path, provenance, rows, filters)
+    network = network_page(run.path, provenance, decisions, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
     reviewed = review_data(rows, decisions, filters, identity(run))
