@@ -122,9 +122,15 @@ def common_profiles(network: FilterNetwork, layers: Sequence[str], stimuli: Sequ
         for images in stimuli
         for start in range(0, len(images), BATCH)
     ]
-    norms = network.read(layers, batches, lambda maps: torch.linalg.vector_norm(maps.flatten(2), dim=2))
+    norms = network.read(layers, batches, map_norms)
     responses = [np.nan_to_num(norms[name].numpy(), nan=0.0, posinf=0.0) for name in layers]
     return np.vstack([response_profiles(one) for one in responses])
+
+
+def map_norms(maps: Tensor) -> Tensor:
+    """L2 norm of each feature map: (B, F, *map) to (B, F)."""
+    found: Tensor = torch.linalg.vector_norm(maps.flatten(2), dim=2)
+    return found
 
 
 def place_filters(pictures: np.ndarray, profiles: np.ndarray, live: np.ndarray, seed: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from prune_viz.errors import LayerError, UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.groups import group_of_layer
 from prune_viz.masking import apply_masks, make_permanent
+from prune_viz.network_map import map_norms
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
 from prune_viz.priors import make_prior
@@ -333,14 +334,14 @@ def test_rows_of_a_batch_give_what_they_give_alone(
         together = torch.linalg.vector_norm(maps(inputs)[1].flatten(2), dim=2)
         alone = [torch.linalg.vector_norm(maps(row[None])[1].flatten(2), dim=2) for row in inputs]
         torch.testing.assert_close(together, torch.cat(alone))
-        torch.testing.assert_close(network.norms([layer], [inputs])[layer], together)
+        torch.testing.assert_close(network.read([layer], [inputs], map_norms)[layer], together)
     model = make().eval()
     if make is Film:  # by hand: every frame alone
         model.load_state_dict(network._model.state_dict())
         with torch.no_grad():
             frames = [model.one(inputs[:, :, frame]).relu() for frame in range(3)]
         expected = torch.linalg.vector_norm(torch.stack(frames, dim=2).flatten(2), dim=2)
-        torch.testing.assert_close(network.norms(["one"], [inputs])["one"], expected)
+        torch.testing.assert_close(network.read(["one"], [inputs], map_norms)["one"], expected)
 
 
 def test_a_silent_map_made_row_by_row_is_pulled_up() -> None:

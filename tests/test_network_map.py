@@ -11,7 +11,7 @@ from networks import Concatenating, Plain, Residual, Untraceable, randomise_norm
 from torch import Tensor, nn
 
 from prune_viz.filters import FilterNetwork
-from prune_viz.network_map import common_profiles, embed_network, place_filters
+from prune_viz.network_map import common_profiles, embed_network, map_norms, place_filters
 from prune_viz.responses import response_matrix
 from prune_viz.runs import LayerTensors
 from prune_viz.stimuli import ascend
@@ -41,7 +41,7 @@ def test_norms_in_one_pass_are_those_of_each_layer(model: type[nn.Module]) -> No
     network = FilterNetwork(randomise_norms(model()), (3, 16, 16))
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     names = [layer.name for layer in network.layers]
-    norms = network.norms(names, [images[:3], images[3:]])
+    norms = network.read(names, [images[:3], images[3:]], map_norms)
     assert list(norms) == names
     for name in names:
         np.testing.assert_allclose(norms[name], response_matrix(network, name, images), rtol=1e-4, atol=1e-5)
