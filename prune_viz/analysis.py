@@ -186,7 +186,7 @@ def analyze(
     with progress:
         key = _stimuli_key(provenance)
         ascents = {"prior": prior, "steps": steps, "seed": seed, "statistics": statistics}
-        notes += _find_stimuli(model, network, records, run, stages, progress, ascents, key)
+        notes += _find_stimuli(network, records, run, stages, progress, ascents, key)
         found = LayerFiles(run, records)
         judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
         with stages.timed("probes"):
@@ -296,7 +296,6 @@ def _stimuli_key(provenance: Mapping[str, Any]) -> str:
 
 
 def _find_stimuli(
-    model: nn.Module,
     network: FilterNetwork,
     records: Sequence[LayerRecord],
     run: RunDirectory,
@@ -333,11 +332,12 @@ def _find_stimuli(
                 failed, tensors = one_line(error), _nothing_seen(record, network.input_shape[0])
             else:
                 derailed = ", ".join(map(str, stimuli.derailed))
+                weights = network.input_weights(record.name)
                 tensors = LayerTensors(
                     as_stored(stimuli.images).numpy(),
                     stimuli.activations.numpy().astype(np.float32),
                     matrix,
-                    _weights(model, record.name) if network.reads_input(record.name) else None,
+                    None if weights is None else weights.float().cpu().numpy(),
                 )
             metadata = {"key": key, "layer": record.name, "derailed": derailed, "failed": failed}
             run.write_layer(record.file, tensors, metadata)
@@ -350,11 +350,6 @@ def _find_stimuli(
             )
     progress.finish()
     return notes
-
-
-def _weights(model: nn.Module, name: str) -> np.ndarray:
-    module: Any = model.get_submodule(name)
-    return np.asarray(module.weight.detach().float().cpu().numpy())
 
 
 def _nothing_seen(record: LayerRecord, channels: int) -> LayerTensors:

@@ -33,7 +33,8 @@ class ExcitingParts:
         The images, oblong ones on a square ground.
     windows : dict of str to ndarray of float32, shape (F, K, 4)
         By layer: for each filter, the most exciting part first, the number of a picture (-1: no more excite
-        it) and the part's left and upper edge and side, in units of the picture's side.
+        it) and the part's left and upper edge and side in units of the picture's. The side is the same for a
+        whole layer.
     """
 
     pictures: np.ndarray
@@ -45,8 +46,9 @@ def find_exciting_parts(
 ) -> ExcitingParts | None:
     """Search example images for what excites each filter of some layers most.
 
-    A part lies about the place of a feature map's largest value, and is as large as what that place sees,
-    within reason.
+    A part lies about the place of a feature map's largest value, and is as large as what that place sees, but
+    for two bounds: not so small that nothing around it shows, and no larger than the layer's canvas, since of
+    a large receptive field mostly the middle counts.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ def find_exciting_parts(
     Returns
     -------
     ExcitingParts or None
-        None for inputs that are no pictures.
+        None for inputs that are no pictures, and where none excites any filter.
     """
     if examples.ndim != 4:
         return None
@@ -74,6 +76,8 @@ def find_exciting_parts(
     chosen = {layer.name: _windows(found[layer.name].numpy(), layer, size) for layer in layers}
     used = np.unique(np.concatenate([windows[..., 0].ravel() for windows in chosen.values()]))
     used = used[used >= 0].astype(int)
+    if not len(used):
+        return None
     for windows in chosen.values():
         here = windows[..., 0] >= 0
         windows[..., 0][here] = np.searchsorted(used, windows[..., 0][here])
@@ -82,7 +86,12 @@ def find_exciting_parts(
 
 
 def _peaks(maps: Tensor) -> Tensor:
-    """The largest value of each map and its place, down and across, as shares: (B, F, H, W) to (B, F, 3)."""
+    """The largest value of each map and its place, down and across, as shares: (B, F, H, W) to (B, F, 3).
+
+    Maps over other axes than the picture's have no such place, and count as not excited.
+    """
+    if maps.ndim != 4:
+        return torch.zeros(*maps.shape[:2], 3)
     values, places = maps.flatten(2).max(dim=2)
     height, width = maps.shape[2:]
     down, across = places // width, places % width
@@ -115,15 +124,25 @@ def write_exciting_parts(parts: ExcitingParts, files: Mapping[str, str], path: P
         save_file({"pictures": np.ascontiguousarray(parts.pictures), **arrays}, aside)
 
 
-def read_exciting_parts(path: Path, files: Mapping[str, str]) -> ExcitingParts | None:
-    """Read what `write_exciting_parts` wrote; None where there is none, or it is damaged."""
+def read_exciting_parts(
+    path: Path, files: Mapping[str, str], filters: Mapping[str, int]
+) -> ExcitingParts | None:
+    """Read what `write_exciting_parts` wrote of layers with so many `filters`.
+
+    None where there is none, or it is damaged or of other layers.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         arrays = load_file(path)
-        return ExcitingParts(
-            arrays["pictures"], {name: arrays[f"windows/{file}"] for name, file in files.items()}
-        )
+        pictures = arrays["pictures"]
+        windows = {name: arrays[f"windows/{file}"] for name, file in files.items()}
     except (OSError, SafetensorError, KeyError):
         return None
+    fits = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[3] == 3
+    fits = fits and all(
+        found.ndim == 3 and found.shape[::2] == (filters[name], 4) and (found[..., 0] < len(pictures)).all()
+        for name, found in windows.items()
+    )
+    return ExcitingParts(pictures, windows) if fits else None

@@ -192,7 +192,7 @@ class FilterNetwork:
     def read(
         self, names: Sequence[str], batches: Sequence[Tensor], reading: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """What is read of several layers' feature maps on the same inputs.
+        """Run inputs and keep what `reading` makes of several layers' feature maps.
 
         Parameters
         ----------
@@ -202,11 +202,12 @@ class FilterNetwork:
             Inputs of a size that the network `takes`.
         reading : callable
             From maps, shape (B, F, *map), to what is kept of them, shape (B, F, ...). A layer that cannot be
-            looked at is read as a map of one zero.
+            traced nor looked at is read as a map of one zero.
 
         Returns
         -------
         dict of str to Tensor, shape (all inputs, F, ...)
+            By layer.
         """
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         whole = self.takes_batches
@@ -234,13 +235,18 @@ class FilterNetwork:
             return next(layer.depth for layer in self.layers if layer.name == name) == 0
         return not tracing.has_convolution_before(self._graph, self._taps[name].call)
 
-    def reads_input(self, name: str) -> bool:
-        """Whether a layer is known to read the input itself, whole."""
+    def input_weights(self, name: str) -> Tensor | None:
+        """Weights, (F, C, *kernel), of a layer known to read the input itself, all channels by every filter.
+
+        None for others: those of a grouped or transposed convolution are laid out otherwise, and no pictures.
+        """
         if self._graph is None or name not in self._taps:
-            return False
-        module: Any = self._graph.get_submodule(name)
-        whole = module.groups == 1 and not module.transposed
-        return whole and self._taps[name].call.all_input_nodes[0].op == "placeholder"
+            return None
+        module: Any = self._model.get_submodule(name)
+        reads_input = self._taps[name].call.all_input_nodes[0].op == "placeholder"
+        return (
+            module.weight.detach() if reads_input and module.groups == 1 and not module.transposed else None
+        )
 
     def has_activation(self, name: str) -> bool:
         """Whether an activation follows a layer; taken to be so where that is unknown."""

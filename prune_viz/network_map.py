@@ -26,6 +26,7 @@ from prune_viz.filters import FilterNetwork
 from prune_viz.layers import Layer
 from prune_viz.priors import tile
 from prune_viz.progress import Progress
+from prune_viz.responses import map_norms
 from prune_viz.runs import LayerTensors
 
 COMMON_STIMULI = 384  # about; that all filters are shown
@@ -125,12 +126,6 @@ def common_profiles(network: FilterNetwork, layers: Sequence[str], stimuli: Sequ
     norms = network.read(layers, batches, map_norms)
     responses = [np.nan_to_num(norms[name].numpy(), nan=0.0, posinf=0.0) for name in layers]
     return np.vstack([response_profiles(one) for one in responses])
-
-
-def map_norms(maps: Tensor) -> Tensor:
-    """L2 norm of each feature map: (B, F, *map) to (B, F)."""
-    found: Tensor = torch.linalg.vector_norm(maps.flatten(2), dim=2)
-    return found
 
 
 def place_filters(pictures: np.ndarray, profiles: np.ndarray, live: np.ndarray, seed: int) -> np.ndarray:

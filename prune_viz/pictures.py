@@ -131,9 +131,20 @@ def draw_pictures(
 
 
 def draw_inputs(images: np.ndarray, side: int, statistics: InputStatistics | None) -> np.ndarray:
-    """Draw inputs that are pictures, shape (N, C, H, W), with the pixels that they had.
+    """Draw inputs that are pictures with the pixels that they had.
 
-    Where those are not known, or are not of one or three channels, as `draw_pictures` does.
+    Parameters
+    ----------
+    images : ndarray, shape (N, C, H, W)
+        In the model's own input units.
+    side : int
+        Side of a tile in pixels.
+    statistics : InputStatistics or None
+        The normalisation. Without it, and for other than one or three channels, `draw_pictures` draws.
+
+    Returns
+    -------
+    ndarray of uint8, shape (N, side, side, 3)
     """
     if statistics is None or images.shape[1] not in (1, 3):
         return draw_pictures(images, side, colour_axes(images, statistics), statistics)

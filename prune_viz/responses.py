@@ -48,9 +48,14 @@ def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.nd
     with torch.no_grad():
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH].float()
-            after = maps(batch.to(network.device))[1]
-            rows.append(torch.linalg.vector_norm(after.flatten(2), dim=2).cpu())
+            rows.append(map_norms(maps(batch.to(network.device))[1]).cpu())
     return torch.cat(rows).numpy()
+
+
+def map_norms(maps: Tensor) -> Tensor:
+    """L2 norm of each feature map: (B, F, *map) to (B, F)."""
+    found: Tensor = torch.linalg.vector_norm(maps.flatten(2), dim=2)
+    return found
 
 
 @dataclass

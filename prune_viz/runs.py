@@ -248,8 +248,16 @@ class RunDirectory:
         shutil.rmtree(self.path / "report", ignore_errors=True)
         merges = merges_beside(self.masks_file)
         probes = probes_beside(self.masks_file)
-        files = (self.masks_file, merges, probes, self.decisions_file, self.filters_file, self.moments_file)
-        for file in (*files, self.examples_file):
+        files = (
+            self.masks_file,
+            merges,
+            probes,
+            self.decisions_file,
+            self.filters_file,
+            self.moments_file,
+            self.examples_file,
+        )
+        for file in files:
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(exist_ok=True)
 

@@ -5,9 +5,9 @@
     .venv/bin/python scripts/bench_report.py RUN               # any run; EfficientNet-lite0's, 2 minutes
     .venv/bin/python scripts/bench_report.py                   # 26,000 made-up filters, 4 minutes
 
-Times are medians of several openings in new windows, from asking for the page until it has been drawn with
-its scripts run; frames are those between two movements of the pointer over the map. Needs Chromium. The last
-line is one JSON object.
+The report of RUN is written anew. Times are medians of several openings in new windows, from asking for the
+page until it has been drawn with its scripts run; frames are those between two movements of the pointer over
+the map. Needs Chromium. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ PLOTS: dict[str, tuple[Callable[[np.ndarray, Path], None], str, str]] = {
     "bokeh": (
         write_bokeh,
         "body > div",
-        "window.Bokeh && Object.keys(Bokeh.index).length || (Bokeh.index.roots || []).length",
+        "window.Bokeh && (Object.keys(Bokeh.index).length || (Bokeh.index.roots || []).length)",
     ),
 }
 

@@ -24,11 +24,11 @@ from prune_viz.errors import LayerError, UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.groups import group_of_layer
 from prune_viz.masking import apply_masks, make_permanent
-from prune_viz.network_map import map_norms
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
 from prune_viz.priors import make_prior
 from prune_viz.reconciliation import reconcile_masks
+from prune_viz.responses import map_norms
 from prune_viz.surgery import remove_filters
 
 PICTURE = (3, 16, 16)

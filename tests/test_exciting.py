@@ -88,17 +88,49 @@ def test_signals_have_no_pictures() -> None:
     assert find_exciting_parts(network, network.layers, torch.randn(4, 1, 64), None) is None
 
 
+class Unrolled(nn.Module):
+    """Pictures, read as signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv1d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)).flatten(2))
+
+
+def test_maps_that_are_no_pictures_and_what_nothing_excites() -> None:
+    network = FilterNetwork(Unrolled(), (3, 16, 16))
+    found = find_exciting_parts(network, network.layers, torch.randn(4, 3, 16, 16), None)
+    assert found is not None
+    assert (found.windows["second"][..., 0] == -1).all()
+    assert (found.windows["first"][..., 0] >= 0).any()
+    dead = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    nn.init.constant_(dead[0].bias, -1e3)
+    network = FilterNetwork(dead, (3, 16, 16))
+    assert find_exciting_parts(network, network.layers, torch.randn(4, 3, 16, 16), None) is None
+
+
 def test_what_was_written_is_read_and_what_is_damaged_is_not(tmp_path: Path) -> None:
     parts = ExcitingParts(np.zeros((2, 8, 8, 3), np.uint8), {"a/../<b>": np.ones((4, 6, 4), np.float32)})
-    path, files = tmp_path / "examples.safetensors", {"a/../<b>": "000-a-b"}
+    path, files, counts = tmp_path / "examples.safetensors", {"a/../<b>": "000-a-b"}, {"a/../<b>": 4}
     write_exciting_parts(parts, files, path)
-    again = read_exciting_parts(path, files)
+    again = read_exciting_parts(path, files, counts)
     assert again is not None
     assert np.array_equal(again.windows["a/../<b>"], parts.windows["a/../<b>"])
-    assert read_exciting_parts(path, {"other": "001-other"}) is None
+    assert read_exciting_parts(path, {"other": "001-other"}, {"other": 4}) is None
+    assert read_exciting_parts(path, files, {"a/../<b>": 5}) is None
+    for wrong in (
+        ExcitingParts(parts.pictures.astype(np.float32), parts.windows),
+        ExcitingParts(parts.pictures[..., 0], parts.windows),
+        ExcitingParts(parts.pictures[:1], parts.windows),  # of which there is no second
+    ):
+        write_exciting_parts(wrong, files, path)
+        assert read_exciting_parts(path, files, counts) is None
     path.write_bytes(path.read_bytes()[:-9])
-    assert read_exciting_parts(path, files) is None
-    assert read_exciting_parts(tmp_path / "none", files) is None
+    assert read_exciting_parts(path, files, counts) is None
+    assert read_exciting_parts(tmp_path / "none", files, counts) is None
 
 
 def test_weights_are_kept_of_what_reads_the_input(tmp_path: Path) -> None:
@@ -108,3 +140,23 @@ def test_weights_are_kept_of_what_reads_the_input(tmp_path: Path) -> None:
     found = {record.name: run.read_layer(record.file).weights for record in run.layers()}
     assert found["conv2"] is found["conv3"] is None
     assert np.array_equal(found["conv1"], model.conv1.weight.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("first", "kept"),
+    [
+        (nn.Conv2d(3, 6, 3), True),
+        (nn.Conv2d(3, 6, 3, groups=3), False),
+        (nn.ConvTranspose2d(3, 6, 3), False),
+    ],
+)
+def test_weights_are_kept_where_each_filter_reads_all_channels(first: nn.Module, kept: bool) -> None:
+    network = FilterNetwork(nn.Sequential(first, nn.ReLU(), nn.Conv2d(6, 2, 1)), (3, 12, 12))
+    found = network.input_weights("0")
+    assert (found is not None) == kept
+    assert found is None or torch.equal(found, first.weight)
+    assert network.input_weights("2") is None
+
+
+def test_where_a_network_cannot_be_traced_no_layer_is_known_to_read_the_input() -> None:
+    assert FilterNetwork(Untraceable().eval(), (3, 16, 16)).input_weights("conv1") is None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from browser import Watched
 from report_fixture import HOSTILE, Plan, write_run
+from test_report_browser import VEILED
 
 from prune_viz.report import write_report
 from prune_viz.runs import RunDirectory
@@ -84,7 +85,11 @@ def test_pointing_at_any_filter_of_the_network_shows_it_and_a_click_opens_it(
         "name => getComputedStyle(document.querySelector('#preview .t')).backgroundImage.includes(name)",
         arg=sheet,
     )
-    assert network.evaluate("node => node.classList.contains('lit')")
+    assert page.evaluate(VEILED) > 0.9
+    page.mouse.move(2, 2)
+    preview.wait_for(state="hidden")
+    page.wait_for_timeout(100)
+    assert page.evaluate(VEILED) == 0
     page.mouse.click(box["x"] + at[index, 0] * box["width"], box["y"] + at[index, 1] * box["width"])
     page.locator("#filter").wait_for()
     assert page.url.startswith(layer_page(run, layer).as_uri())
@@ -166,6 +171,25 @@ def test_a_lasso_on_a_layer_selects_its_cards_and_shift_adds(run: RunDirectory, 
     assert page.locator(chosen).count() == 40
     page.keyboard.press("Escape")
     assert page.locator(chosen).count() == page.locator(".map a.chosen").count() == 0
+
+
+def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Watched) -> None:
+    page = watched.open(run.report_page)
+    page.locator(".network").scroll_into_view_if_needed()
+    box = page.locator(".network").bounding_box()
+    page.mouse.move(box["x"] + 2, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 2, box["y"] + 50)
+    page.mouse.up()  # outside
+    page.mouse.move(box["x"] + 90, box["y"] + 80, steps=4)
+    page.mouse.move(box["x"] + 200, box["y"] + 220, steps=4)
+    assert "drawing" not in page.locator(".network").get_attribute("class")
+    # No picture comes up while one is drawn.
+    page.mouse.down()
+    page.mouse.move(box["x"] + 260, box["y"] + 120, steps=8)
+    page.wait_for_timeout(150)
+    assert page.locator("#preview").is_hidden()
+    page.mouse.up()
 
 
 def test_the_table_of_layers_narrows_to_what_is_typed(run: RunDirectory, watched: Watched) -> None:

@@ -11,8 +11,8 @@ from networks import Concatenating, Plain, Residual, Untraceable, randomise_norm
 from torch import Tensor, nn
 
 from prune_viz.filters import FilterNetwork
-from prune_viz.network_map import common_profiles, embed_network, map_norms, place_filters
-from prune_viz.responses import response_matrix
+from prune_viz.network_map import common_profiles, embed_network, place_filters
+from prune_viz.responses import map_norms, response_matrix
 from prune_viz.runs import LayerTensors
 from prune_viz.stimuli import ascend
 

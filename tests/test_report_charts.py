@@ -1,4 +1,4 @@
-"""Charts of the report: how oriented stimuli are by depth, and how damage is distributed."""
+"""Charts of the report: how coherent stimuli are by depth, and how damage is distributed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ import re
 import numpy as np
 import pytest
 
+from prune_viz.report.coherence import LayerCoherence, coherence, draw_coherence, layer_coherence
 from prune_viz.report.damage_histogram import draw_histogram
 from prune_viz.report.layer_pages import FilterCard
-from prune_viz.report.orientation import (
-    LayerOrientation,
-    draw_orientation,
-    layer_orientation,
-    orientation,
-)
 from prune_viz.report.pages import Counts, LayerRow
 from prune_viz.runs import LayerRecord
 
@@ -27,28 +22,29 @@ def grating(angle: float) -> np.ndarray:
     return np.sin(0.7 * (math.cos(angle) * ACROSS + math.sin(angle) * DOWN))
 
 
-def test_orientation_of_lines_rings_and_crossings_is_known() -> None:
+def test_coherence_of_lines_rings_and_crossings_is_known() -> None:
     rings = np.cos(0.8 * np.hypot(DOWN, ACROSS)) * np.exp(-(DOWN**2 + ACROSS**2) / 150)
     images = np.stack([grating(0), grating(1.1), rings, grating(0.4) + grating(0.4 + math.pi / 2)])
-    found = orientation(images[:, None])
+    found = coherence(images[:, None])
     assert found[:2] == pytest.approx(1, abs=0.01)  # the ends of a slanted one's rows are cut
     assert found[2] == pytest.approx(0, abs=1e-6)
     assert found[3] == pytest.approx(0, abs=0.02)
 
 
-def test_orientation_pools_channels_and_does_not_mind_scale() -> None:
+def test_coherence_pools_channels_and_does_not_mind_scale() -> None:
     both = np.stack([grating(0), 2 * grating(math.pi / 2)])[None]
-    assert orientation(both)[0] == pytest.approx((4 - 1) / (4 + 1), abs=1e-6)  # of squared contrasts
-    assert orientation(1e-3 * both)[0] == pytest.approx(orientation(both)[0])
+    assert coherence(both)[0] == pytest.approx((4 - 1) / (4 + 1), abs=1e-6)  # of squared contrasts
+    assert coherence(1e-3 * both)[0] == pytest.approx(coherence(both)[0])
 
 
 def test_what_has_no_angle_is_left_out() -> None:
     flat = np.ones((1, 3, 8, 8))
-    assert np.isnan(orientation(flat)).all()
-    assert np.isnan(orientation(np.ones((2, 1, 1, 8)))).all()
-    assert layer_orientation(row(0), flat, np.array([True])) is None
-    assert layer_orientation(row(0), np.ones((2, 1, 16)), np.array([True, True])) is None  # a signal
-    some = layer_orientation(
+    assert np.isnan(coherence(flat)).all()
+    assert np.isnan(coherence(np.ones((2, 1, 1, 8)))).all()
+    assert layer_coherence(row(0), flat, np.array([True])) is None
+    assert layer_coherence(row(0), np.ones((2, 1, 16)), np.array([True, True])) is None  # a signal
+    assert layer_coherence(row(0), grating(0)[None, None], np.array([False])) is None  # none is kept
+    some = layer_coherence(
         row(0), np.stack([grating(0), flat[0, 0, 0, 0] + 0 * DOWN])[:, None], np.ones(2, bool)
     )
     assert some is not None
@@ -61,33 +57,31 @@ def row(place: int) -> LayerRow:
     )
 
 
-def layers(medians: list[float]) -> list[LayerOrientation]:
-    return [LayerOrientation(row(i), m, m / 2, (1 + m) / 2) for i, m in enumerate(medians)]
+def layers(medians: list[float]) -> list[LayerCoherence]:
+    return [LayerCoherence(row(i), m, m / 2, (1 + m) / 2) for i, m in enumerate(medians)]
 
 
 @pytest.mark.parametrize(
-    ("medians", "says", "rank"),
+    ("medians", "says"),
     [
-        ([0.9, 0.8, 0.5, 0.3, 0.2, 0.1], "falls from 85", -1.0),
-        ([0.1, 0.2, 0.3], "rises, from 10", 1.0),
-        ([0.2, 0.9, 0.1, 0.8, 0.2, 0.7], "does not change steadily", None),
-        ([0.5, 0.5, 0.5], "does not change steadily", 0.0),
+        ([0.9, 0.8, 0.5, 0.3, 0.2, 0.1], ["It falls from 85", "15", "\u22121.00"]),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], ["it rises, from 15", "+1.00"]),
+        ([0.2, 0.9, 0.1, 0.8, 0.2, 0.7], ["does not change steadily", "+0.03"]),
+        ([0.5] * 6, ["does not change steadily", "+0.00"]),
+        ([0.3, 0.2, 0.1], ["goes from 30", "so few layers show no trend"]),
     ],
 )
-def test_the_sentence_says_what_was_measured(medians: list[float], says: str, rank: float | None) -> None:
-    curve = draw_orientation(layers(medians))
+def test_the_sentence_says_what_was_measured(medians: list[float], says: list[str]) -> None:
+    curve = draw_coherence(layers(medians))
     assert curve is not None
-    assert says in curve.finding
-    if rank is not None:
-        assert curve.correlation == pytest.approx(rank)
-    heights = [y for _, y, _ in curve.points]
-    assert (
-        np.argsort(heights, kind="stable").tolist() == np.argsort(-np.array(medians), kind="stable").tolist()
-    )
+    assert [part for part in says if part not in curve.finding] == []
+    heights = np.array([y for _, y, _ in curve.points])
+    nought, whole = (place for place, value in curve.ticks if value in (0.0, 1.0))
+    assert (nought - heights) / (nought - whole) == pytest.approx(medians, abs=1e-3)
 
 
 def test_two_layers_have_no_trend() -> None:
-    assert draw_orientation(layers([0.9, 0.1])) is None
+    assert draw_coherence(layers([0.9, 0.1])) is None
 
 
 def card(number: int, verdict: str, damage: float) -> FilterCard:
@@ -126,3 +120,14 @@ def test_unknown_damage_has_no_histogram_and_nothing_but_zero_has_one() -> None:
     only = draw_histogram([card(0, "dead", 0.0)], "output")
     assert only is not None
     assert len(only.bars) == 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "says"), [("readers", "1e-06 % to 3.2e-06 %"), ("nats", "1e-08 nats to 3.2e-08 nats")]
+)
+def test_bars_of_little_damage_are_told_apart(unit: str, says: str) -> None:
+    drawn = draw_histogram([card(0, "keep", 2e-8), card(1, "keep", 2e-7)], unit)
+    assert drawn is not None
+    labels = [bar.label.replace("\u202f", " ") for bar in drawn.bars]
+    assert labels[0].startswith(says)
+    assert labels[0] != labels[1]

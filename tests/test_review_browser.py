@@ -242,7 +242,7 @@ def test_a_filter_is_opened_large_by_link_key_and_click(run: RunDirectory, watch
     assert panel.get_by_role("heading").first.inner_text() == f"Filter {following}"
     page.keyboard.press("Escape")
     assert panel.is_hidden()
-    assert page.url.endswith(f"-{following}")
+    page.wait_for_url(f"**#f1-{following}")
     page.locator(".card[data-filter='5']").focus()
     page.keyboard.press("o")
     assert panel.get_by_role("heading").first.inner_text() == "Filter 5"

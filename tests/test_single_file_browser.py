@@ -37,13 +37,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_images(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A network that was analysed with example images, each of a colour of its own."""
+    """A network that was analysed with example images: red across, green down, of a blue of their own."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     (folder / "data").mkdir()
     for number in range(12):
-        colour = random.integers(40, 215, size=3)
-        picture = np.clip(colour + random.integers(-40, 41, size=(64, 64, 3)), 0, 255).astype(np.uint8)
+        along = np.linspace(20, 235, 64)
+        ramps = np.stack([*np.meshgrid(along, along), np.full((64, 64), 20.0 * number)], axis=2)
+        picture = np.clip(ramps + random.integers(-15, 16, size=ramps.shape), 0, 255).astype(np.uint8)
         Image.fromarray(picture).save(folder / "data" / f"{number}.png")
     pv.analyze(
         randomise_norms(Plain()), input_shape=(3, 64, 64), steps=4, data=folder / "data", out=folder / "run"
@@ -75,6 +76,15 @@ def test_one_file_holds_every_page_and_asks_for_nothing(whole: Path, watched: Wa
     assert page.locator("h1:visible").inner_text() == printable(HOSTILE)
     page.go_back()
     page.locator("#layer-2").wait_for()
+    page.goto(whole.as_uri() + "#layer-0")
+    page.locator("#layer-0").wait_for()
+    page.goto(whole.as_uri())
+    page.locator("#main").wait_for()
+    page.locator(".layers tbody a").nth(1).click()
+    page.locator("#layer-1").wait_for()
+    page.go_back()
+    page.locator("#main").wait_for()
+    assert shown(page) == ["main"]
     assert {url.partition("#")[0] for url in watched.requests if not url.startswith("data:")} == {
         whole.as_uri()
     }
@@ -152,7 +162,8 @@ def test_the_panel_shows_weights_readers_and_what_excites_a_filter_in_real_image
     panel = page.locator("#filter")
     panel.wait_for()
     files = {record.name: record.slug for record in with_images.layers()}
-    parts = read_exciting_parts(with_images.examples_file, files)
+    counts = {record.name: record.filters for record in with_images.layers()}
+    parts = read_exciting_parts(with_images.examples_file, files, counts)
     assert parts is not None
     windows = [window for window in parts.windows["conv1"][2] if window[0] >= 0]
     crops = panel.locator("[data-part=crops] .t")
@@ -165,7 +176,8 @@ def test_the_panel_shows_weights_readers_and_what_excites_a_filter_in_real_image
         assert np.asarray(picture).mean(axis=(0, 1)) == pytest.approx(wanted, abs=6)
     weights = panel.locator("[data-part=weights] .t")
     assert weights.is_visible()
-    assert "weights.png" in weights.evaluate("node => getComputedStyle(node).backgroundImage") or together
+    drawn = weights.evaluate("node => getComputedStyle(node).backgroundImage")
+    assert ("data:image/png" if together else "weights.png") in drawn
     readers = panel.locator("[data-part=readers] a")
     assert readers.all_inner_texts() == ["conv2"]
     readers.first.click()

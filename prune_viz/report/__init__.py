@@ -1,6 +1,8 @@
 """The HTML report of a run: opens from disk, asks the network for nothing.
 
-`pages` and `layer_pages` say what is shown, `sprites` and `layout` draw it, `render` writes it down.
+What is shown, as plain data: `pages`, `layer_pages`, `neighbours`, and for the browser `run_data` and
+`panel_data`. Where it lies: `layout`, `map_drawing`, and the charts `savings`, `coherence` and
+`damage_histogram`. How it is written: `wording`, `sprites`, `render`, and `single_file`.
 """
 
 from __future__ import annotations

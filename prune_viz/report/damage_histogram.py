@@ -38,7 +38,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class DamageHistogram:
-    """A layer's histogram of damage; `across` and `up` are places on the axes and their texts."""
+    """A layer's histogram of damage.
+
+    Attributes
+    ----------
+    width, height, left, right, bottom : float
+        Of the drawing and of its axes.
+    bars : list of Bar
+        From the least damage to the most.
+    across, up : list of (float, str)
+        Places on the axes and their texts.
+    """
 
     width: float
     height: float
@@ -59,6 +69,10 @@ def draw_histogram(cards: Sequence[FilterCard], unit: str) -> DamageHistogram | 
         The layer's filters.
     unit : {"nats", "output", "readers"}
         Of damage.
+
+    Returns
+    -------
+    DamageHistogram or None
     """
     known = [card for card in cards if math.isfinite(card.damage)]
     if not known:
@@ -120,5 +134,10 @@ def _edge(index: int) -> float:
 
 def _range(index: int, unit: str) -> str:
     if index == 0:
-        return f"below {wording.damage(_edge(1), unit)}"
-    return f"{wording.damage(_edge(index), unit)} to {wording.damage(_edge(index + 1), unit)}"
+        return f"below {_told(_edge(1), unit)}"
+    return f"{_told(_edge(index), unit)} to {_told(_edge(index + 1), unit)}"
+
+
+def _told(damage: float, unit: str) -> str:
+    value, name = (damage, "nats") if unit == "nats" else (100 * damage, "%")
+    return f"{value:.2g}\u202f{name}"

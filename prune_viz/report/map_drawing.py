@@ -10,12 +10,12 @@ import numpy as np
 
 from prune_viz.report import layout
 from prune_viz.report.pages import LayerRow
-from prune_viz.report.review_data import packed
+from prune_viz.report.run_data import packed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WIDTH = 2000  # of the drawing, in its own units, of which each dot takes whole ones
+WIDTH = 2000  # of the drawing, in its own units; dots stand on whole ones, which keeps their paths short
 HEIGHT = 0.62  # of its width
 SIDE = 0.046  # of a stimulus on it, as a share of its width
 _MARGIN = 0.03

@@ -1,78 +1,10 @@
-"""Who else fires on a filter's stimulus and which filters respond alike, as the panel of a filter shows."""
+"""Who else fires on a filter's stimulus, and which filters respond alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from prune_viz.report import wording
-from prune_viz.report.layer_pages import LayerPage
-from prune_viz.runs import LayerTensors
-
 SHOWN = 6  # filters of each kind
-
-
-def panel_data(
-    page: LayerPage,
-    tensors: LayerTensors,
-    unit: str,
-    places: Mapping[str, int],
-    windows: np.ndarray | None,
-) -> dict[str, Any]:
-    """What the panels of a layer's filters show, as plain data.
-
-    Parameters
-    ----------
-    page : LayerPage
-        The layer's page.
-    tensors : LayerTensors
-        The layer's tensors.
-    unit : {"nats", "output", "readers"}
-        Of damage.
-    places : mapping of str to int
-        The place of each layer's page.
-    windows : ndarray, shape (F, K, 4), or None
-        The parts of example images that excite each filter most (`exciting.ExcitingParts`).
-
-    Returns
-    -------
-    dict
-        Each with an entry a filter, by number: ``reasons``; ``figures``, pairs of a name and the filters'
-        texts; ``fires`` and ``alike``, pairs of another filter and a share, 0 to 1, the largest first; and
-        ``crops``, triples of a picture, left and upper edge in thousandths (None without example images).
-        Of all filters: ``readers``, pairs of a name and a place (-1 for none); ``weights``, whether theirs
-        are drawn; and ``side`` of a crop as a share of its picture.
-    """
-    readers = page.coupling.readers if page.coupling else []
-    cards = sorted(
-        (card for cluster in page.clusters for card in cluster.cards), key=lambda card: card.number
-    )
-    return {
-        "reasons": [wording.printable(card.reason) for card in cards],
-        "figures": [
-            ("Verdict", [card.verdict for card in cards]),
-            ("Activation", [wording.activation(card.activation) for card in cards]),
-            ("Rebuilt, R²", [wording.r_squared(card.score) for card in cards]),
-            ("Damage", [wording.damage(card.damage, unit) for card in cards]),
-            ("Cluster", [str(card.cluster) if card.cluster >= 0 else "none" for card in cards]),
-        ],
-        "fires": firing(tensors.responses),
-        "alike": similar(tensors.responses),
-        "readers": [(wording.printable(name), places.get(name, -1)) for name in readers],
-        "weights": tensors.weights is not None,
-        "crops": None if windows is None else [_crops(row) for row in windows],
-        "side": 1.0 if windows is None else round(float(windows[0, 0, 3]), 4),
-    }
-
-
-def _crops(windows: np.ndarray) -> list[tuple[int, int, int]]:
-    return [
-        (int(picture), round(1000 * float(left)), round(1000 * float(top)))
-        for picture, left, top, _ in windows
-        if picture >= 0
-    ]
 
 
 def firing(responses: np.ndarray) -> list[list[tuple[int, float]]]:

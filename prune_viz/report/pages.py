@@ -244,7 +244,7 @@ def certainty(filters: pd.DataFrame, predicted: Mapping[str, Any] | None) -> str
     if predicted is not None and (filters["verdict"] != "keep").any():
         size = wording.damage(float(predicted["damage"]), str(predicted["unit"]))
         whose = "what reads the filters" if predicted["unit"] == "readers" else "the output"
-        sentences.append(f"Removing it all is predicted to move {whose} by {size}.")
+        sentences.append(f"Removing all that can go is predicted to move {whose} by {size}.")
     return " ".join(sentences)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from prune_viz.errors import UserError
 from prune_viz.exciting import ExcitingParts, read_exciting_parts
@@ -19,12 +20,12 @@ from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
 from prune_viz.report import map_drawing, sprites, wording
+from prune_viz.report.coherence import LayerCoherence, draw_coherence, layer_coherence
 from prune_viz.report.damage_histogram import draw_histogram
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
-from prune_viz.report.neighbours import panel_data
-from prune_viz.report.orientation import LayerOrientation, draw_orientation, layer_orientation
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
-from prune_viz.report.review_data import review_data
+from prune_viz.report.panel_data import panel_data
+from prune_viz.report.run_data import run_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
 from prune_viz.review import identity
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
@@ -32,6 +33,7 @@ from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
 _STRIP_COLUMNS = 8
 _STRIP_SIDE = 96
 _WEIGHTS_SIDE = 96
+_PHOTO_QUALITY = 82
 _MAP_WIDTH = 1120  # CSS pixels, on a wide screen
 
 # In Chromium 'self' covers the neighbouring files of a page opened from disk (tests/test_report_browser.py
@@ -89,16 +91,18 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     network = network_page(run.path, provenance, decisions, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
-    reviewed = review_data(rows, decisions, filters, identity(run))
+    reviewed = run_data(rows, decisions, filters, identity(run))
     _write_data(folder / "run.js", "window.pruneVizRun", reviewed)
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.get("inputs"))
     overview = map_drawing.draw_map(rows, filters)
     strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
-    examples = read_exciting_parts(run.examples_file, {row.record.name: row.record.slug for row in rows})
+    files = {row.record.name: row.record.slug for row in rows}
+    counts = {row.record.name: row.record.filters for row in rows}
+    examples = read_exciting_parts(run.examples_file, files, counts)
     _write_examples(folder, examples)
-    oriented: list[LayerOrientation | None] = []
+    coherences: list[LayerCoherence | None] = []
     progress.start("report", len(rows))
     for index, row in enumerate(rows):
         progress.note(row.record.name)
@@ -109,13 +113,13 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         strip.add(row.record, tensors.images)
         shown.add(row.record, tensors.images)
         kept = (tables[row.record.name].sort_values("filter")["verdict"] == "keep").to_numpy()
-        oriented.append(layer_orientation(row, tensors.images, kept))
+        coherences.append(layer_coherence(row, tensors.images, kept))
         progress.advance()
     known = budgets(decisions)
     parts = {
         "budgets": known,
         "curve": draw_curve(known, default_budget(decisions, provenance["summary"])),
-        "orientation": draw_orientation([one for one in oriented if one is not None]),
+        "coherence": draw_coherence([one for one in coherences if one is not None]),
     }
     _write_network(folder, network, strip, overview, shown, templates, parts)
     progress.finish()
@@ -202,6 +206,7 @@ def _write_layer(
         main=f"layer-{place}",
         channels=tensors.images.shape[1],
         place=place,
+        examples=windows is not None,
         histogram=draw_histogram(
             [card for cluster in page.clusters for card in cluster.cards], network.damage_unit
         ),
@@ -230,12 +235,13 @@ def _write_network(
 
 def _write_examples(folder: Path, examples: ExcitingParts | None) -> None:
     """Write example images, each a file, and a style sheet that shows one in the class `i` + its number."""
+    if examples is None:
+        return
     (folder / "examples").mkdir()
     rules = []
-    for number, picture in enumerate(examples.pictures if examples else ()):
+    for number, picture in enumerate(examples.pictures):
         file = f"examples/{number}.jpg"
-        side = len(picture)
-        sprites.write_sheet(folder / file, picture[None], sprites.Grid(1, side, 1, 1))
+        Image.fromarray(picture).save(folder / file, "JPEG", quality=_PHOTO_QUALITY)
         rules.append(f'.i{number}{{background-image:url("{file}")}}')
     _write(folder / "examples.css", "\n".join(rules) + "\n")
 

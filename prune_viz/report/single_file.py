@@ -54,7 +54,7 @@ def write_single_file(run: RunDirectory, out: Path) -> int:
     if expected > LIMIT:
         raise UserError(
             f"--single-file: the report would take {expected / 1e6:.0f} MB, more than the "
-            f"{LIMIT / 1e6:.0f} MB that a mail holds; pack {folder} into an archive instead"
+            f"{LIMIT / 1e6:.0f} MB that a mail holds; share the folder {folder} instead"
         )
     text = _bundled(folder, [record.slug for record in run.layers()])
     write_text(out, text)
@@ -62,23 +62,16 @@ def write_single_file(run: RunDirectory, out: Path) -> int:
 
 
 def _bundled(folder: Path, slugs: Sequence[str]) -> str:
+    layers, assets = folder / "layers", folder / "assets"
     first = _read(folder / "index.html")
-    files = [folder / "index.html", *(folder / "layers" / f"{slug}.html" for slug in slugs)]
     places = {"index": "main", **{slug: f"layer-{place}" for place, slug in enumerate(slugs)}}
-    pages = [_page(file, places) for file in files]
-    sheets = [
-        folder / "assets" / "report.css",
-        *(folder / f"{name}.css" for name in ("depth", "network", "examples")),
-    ]
-    sheets += [folder / "layers" / f"{slug}.css" for slug in slugs]
-    scripts = [
-        folder / "run.js",
-        folder / "network.js",
-        *(folder / "layers" / f"{slug}.js" for slug in slugs),
-    ]
-    scripts += [folder / "assets" / f"{name}.js" for name in SCRIPTS]
-    styles = [_style(file) for file in sheets]
-    codes = [_read(file) for file in scripts if file.exists()]
+    pages = [_page(first, folder, places)]
+    pages += [_page(_read(layers / f"{slug}.html"), layers, places) for slug in slugs]
+    sheets = [assets / "report.css", folder / "depth.css", folder / "network.css"]
+    sheets += _present(folder / "examples.css") + [layers / f"{slug}.css" for slug in slugs]
+    scripts = [folder / "run.js", *_present(folder / "network.js")]
+    scripts += [layers / f"{slug}.js" for slug in slugs] + [assets / f"{name}.js" for name in SCRIPTS]
+    styles, codes = [_style(file) for file in sheets], [_read(file) for file in scripts]
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hashes(styles)}; script-src {_hashes(codes)}; "
         "base-uri 'none'; form-action 'none'"
@@ -86,9 +79,7 @@ def _bundled(folder: Path, slugs: Sequence[str]) -> str:
     head, _, rest = first.partition("</head>")
     head = re.sub(r'<link rel="stylesheet"[^>]*>|<script [^>]*></script>', "", head)
     head = re.sub(r'(http-equiv="Content-Security-Policy" content=")[^"]*', lambda tag: tag[1] + policy, head)
-    head = re.sub(
-        r'(rel="icon" href=")[^"]*', lambda tag: tag[1] + _data(folder / "assets" / "icon.png"), head
-    )
+    head = re.sub(r'(rel="icon" href=")[^"]*', lambda tag: tag[1] + _data(assets / "icon.png"), head)
     body = _PAGE.sub(lambda _: "".join(pages), rest)
     return "".join(
         [
@@ -102,13 +93,18 @@ def _bundled(folder: Path, slugs: Sequence[str]) -> str:
     )
 
 
-def _page(file: Path, places: dict[str, str]) -> str:
+def _present(file: Path) -> list[Path]:
+    """What only some reports have: one without maps, or without example images, does without it."""
+    return [file] if file.exists() else []
+
+
+def _page(text: str, folder: Path, places: dict[str, str]) -> str:
     """What is a page's own, links to other pages leading to their places in the file."""
-    found = _PAGE.search(_read(file))
+    found = _PAGE.search(text)
     if found is None:
-        raise UserError(f"{file} was written by another version of prune-viz; write the report again")
+        raise UserError(f"{folder} was written by another version of prune-viz; write the report again")
     text = _LINK.sub(lambda link: f'href="{link[2] or "#" + places[link[1]]}"', found[1])
-    return _SOURCE.sub(lambda source: f'src="{_data(file.parent / source[1])}"', text)
+    return _SOURCE.sub(lambda source: f'src="{_data(folder / source[1])}"', text)
 
 
 def _style(file: Path) -> str:

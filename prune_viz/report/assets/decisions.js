@@ -7,7 +7,7 @@
   // Channels: what is decided together, a channel of a coupling group or a filter that is in none.
   const groups = new Map(run.groups.map(function (group) { return [group.id, group]; }));
   const channels = new Map(); // key -> { group, size, flagged, damage, removable }
-  const keys = run.layers.map(function (layer, place) {
+  const keys = run.layers.map(function (layer) {
     const group = groups.get(layer.group);
     const damage = pruneViz.unpack(layer.damage, Float32Array);
     return Array.from(layer.verdicts, function (verdict, filter) {
@@ -22,6 +22,7 @@
       return key;
     });
   });
+  const removable = function (place, filter) { return channels.get(keys[place][filter]).removable; };
   const places = new Map(run.layers.map(function (layer, place) { return [layer.name, place]; }));
   const decidable = Array.from(channels.values()).filter(function (one) { return one.flagged; }).length;
 
@@ -49,22 +50,22 @@
       .catch(function () { complaint("Not saved: the server does not answer"); });
   };
 
-  // Decide on filters, pairs of a place and a number; tells how many channels that were.
+  // Decide on filters, pairs of a place and a number; tells how many of them can be decided on.
   const decide = function (filters, decision) {
     const before = {};
-    filters.forEach(function (pair) {
+    const able = filters.filter(function (pair) { return removable(...pair); });
+    able.forEach(function (pair) {
       const key = keys[pair[0]][pair[1]];
-      if (key in before || !channels.get(key).removable) return;
+      if (key in before) return;
       before[key] = decided[key] || null;
       if (decision) decided[key] = { layer: run.layers[pair[0]].name, filter: pair[1], decision: decision };
       else delete decided[key];
     });
-    const count = Object.keys(before).length;
-    if (count) {
+    if (able.length) {
       past.push(before);
       changed();
     }
-    return count;
+    return able.length;
   };
   const undo = function () {
     const before = past.pop();
@@ -141,7 +142,7 @@
   pruneViz.decisions = {
     decide: decide, undo: undo, totals: totals, file: file, open: open,
     of: function (place, filter) { return (decided[keys[place][filter]] || { decision: "" }).decision; },
-    removable: function (place, filter) { return channels.get(keys[place][filter]).removable; },
+    removable: removable,
     undoable: function () { return past.length > 0; },
     listen: function (listener) { listeners.push(listener); },
     complain: function (say) { complaint = say; },

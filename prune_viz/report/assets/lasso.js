@@ -34,6 +34,7 @@
     });
     map.addEventListener("pointermove", function (event) {
       if (!line) return;
+      if (!(event.buttons & 1)) return end(); // let go outside of the map
       const here = at(event), last = line[line.length - 1];
       const far = Math.hypot(here[0] - last[0], here[1] - last[1]);
       if (far < (drawing ? 2 : LEAST)) return;

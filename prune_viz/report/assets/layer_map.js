@@ -36,8 +36,7 @@
     const found = tiles.filter(function (tile) {
       return shown(tile) && inside(...centre(tile));
     });
-    if (!more) pruneViz.selection.clear();
-    pruneViz.selection.set(found.map(function (tile) { return [place, number(tile)]; }), true);
+    pruneViz.selection.take(found.map(function (tile) { return [place, number(tile)]; }), more);
   });
   map.addEventListener("pointerover", function (event) {
     const tile = event.target.closest("a");

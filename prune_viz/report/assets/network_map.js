@@ -8,6 +8,7 @@
   const NEAR = 12; // pixels from a filter that still point at it
   const CELLS = 64; // across, of the grid in which neighbours are sought
   const MOST = 60; // selected filters that are drawn
+  const STEPS = 65534, NOWHERE = 65535; // as map_drawing.py packs places
 
   // Filters in the order of layers: where they lie, in units of the map's width.
   const raw = pruneViz.unpack(packed.places, Uint16Array);
@@ -17,9 +18,9 @@
     starts.push(layerOf.length);
     for (let filter = 0; filter < layer.verdicts.length; filter += 1) layerOf.push(place);
   });
-  const known = function (index) { return raw[2 * index] !== 65535; };
-  const x = function (index) { return raw[2 * index] / 65534; };
-  const y = function (index) { return raw[2 * index + 1] / 65534; };
+  const known = function (index) { return raw[2 * index] !== NOWHERE; };
+  const x = function (index) { return raw[2 * index] / STEPS; };
+  const y = function (index) { return raw[2 * index + 1] / STEPS; };
   const pair = function (index) { return [layerOf[index], index - starts[layerOf[index]]]; };
   const shown = function (index) {
     return known(index) && (main.dataset.show === "all" || pruneViz.verdict(...pair(index)) === main.dataset.show);
@@ -71,7 +72,7 @@
     else paint.fill();
   };
   const range = function (place) {
-    return run.layers[place] ? Array.from(run.layers[place].verdicts, function (_, filter) { return starts[place] + filter; }) : [];
+    return Array.from(run.layers[place].verdicts, function (_, filter) { return starts[place] + filter; });
   };
   let lit = -1, current = -1, pending = false;
   const draw = function () {
@@ -115,10 +116,10 @@
     if (place === lit && index === current) return;
     lit = place;
     current = index;
-    map.classList.toggle("lit", place >= 0);
     redraw();
   };
   const describe = function (index) {
+    if (lasso.drawing()) return;
     const [place, filter] = pair(index);
     const lines = [[run.layers[place].shown], ["Filter", filter], ["Verdict", pruneViz.verdict(place, filter)]];
     if (clusters[index] >= 0) lines.push(["Cluster", clusters[index]]);
@@ -133,8 +134,7 @@
     layerOf.forEach(function (_, index) {
       if (shown(index) && inside(x(index) * width, y(index) * width)) found.push(pair(index));
     });
-    if (!more) pruneViz.selection.clear();
-    pruneViz.selection.set(found, true);
+    pruneViz.selection.take(found, more);
   });
   const under = function (event) {
     const tile = event.target.closest(".t");

@@ -32,7 +32,7 @@
     document.title = main.dataset.title;
     document.querySelector("body > .skip").hash = main.id;
     addEventListener("hashchange", function () {
-      if (location.hash && wanted() !== main) location.reload();
+      if (wanted() !== main) location.reload();
     });
     addEventListener("load", function () {
       const target = !named() && document.getElementById(location.hash.slice(1));
@@ -50,7 +50,8 @@
     return url(to, "#" + encodeURIComponent(run.layers[to].name) + "/" + filter);
   };
 
-  // Pictures of another layer's filters come with its style sheet, once that is needed.
+  // The class that shows a filter's stimulus ("t", small "m") or weights ("w"), as render.py writes them. Those of
+  // another layer come with its style sheet, once that is needed.
   const styled = new Set(together ? run.layers.keys() : [place]);
   const picture = function (kind, layer, filter) {
     if (!styled.has(layer)) {

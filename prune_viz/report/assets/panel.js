@@ -33,7 +33,8 @@
       return make("li", button);
     });
   };
-  // A window on one of the run's example images: the class brings the image, the style the place.
+  // A window on one of the run's example images: the class brings the image, the style the place, which
+  // panel_data.py gives in thousandths.
   const crop = function (one) {
     const [image, left, top] = one, rest = 1 - data.side;
     const picture = make("span", [], { className: "t i" + image });
@@ -66,7 +67,7 @@
     fill("crops", data.crops ? data.crops[number].map(crop) : []);
     fill("fires", others(data.fires[number]));
     fill("alike", others(data.alike[number]));
-    const link = "#" + encodeURIComponent(run.layers[place].name) + "/" + number;
+    const link = pruneViz.link(place, number);
     if (location.hash !== link) history.replaceState(null, "", link);
     if (!panel.open) panel.showModal();
     panel.focus(); // what was chosen in it is there no more

@@ -13,7 +13,7 @@
     return line;
   };
   pruneViz.preview = {
-    // `picture` is the class of a tile, `lines` pairs of texts, `at` the box of what is pointed at.
+    // `picture` is the class of a tile, `lines` a text or a name and a value each, `at` the box of what is pointed at.
     show: function (picture, lines, at) {
       card.firstElementChild.className = picture;
       card.lastElementChild.replaceChildren(...lines.map(row));

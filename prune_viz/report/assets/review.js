@@ -34,7 +34,7 @@
     const one = filters.length === 1;
     const words = { remove: ["goes", "go"], keep: ["stays", "stay"] }[decision] || ["is undecided", "are undecided"];
     if (one) say(count ? "Filter " + filters[0][1] + " " + words[0] : "Filter " + filters[0][1] + " cannot be removed");
-    else say(count ? count + " filters " + words[1] : "None of these can be removed");
+    else say(count ? count + (count === 1 ? " filter " + words[0] : " filters " + words[1]) : "None of these can be removed");
   };
   const pairs = function (list) { return list.map(function (item) { return [place, number(item)]; }); };
 

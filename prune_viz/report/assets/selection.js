@@ -20,6 +20,15 @@
   };
   const of = function (place) { return chosen.get(place) || new Set(); };
 
+  const put = function (filters, on) {
+    filters.forEach(function (pair) {
+      if (!chosen.has(pair[0])) chosen.set(pair[0], new Set());
+      chosen.get(pair[0])[on ? "add" : "delete"](pair[1]);
+    });
+    changed();
+  };
+  const drop = function () { here().forEach(function (place) { chosen.delete(place); }); };
+
   pruneViz.selection = {
     of: of,
     listed: function () {
@@ -27,15 +36,14 @@
         return Array.from(of(place)).sort(function (a, b) { return a - b; }).map(function (number) { return [place, number]; });
       });
     },
-    set: function (filters, on) {
-      filters.forEach(function (pair) {
-        if (!chosen.has(pair[0])) chosen.set(pair[0], new Set());
-        chosen.get(pair[0])[on ? "add" : "delete"](pair[1]);
-      });
-      changed();
+    set: put,
+    // What a lasso found, instead of what was selected or in addition.
+    take: function (filters, more) {
+      if (!more) drop();
+      put(filters, true);
     },
     clear: function () {
-      here().forEach(function (place) { chosen.delete(place); });
+      drop();
       changed();
     },
     listen: function (listener) { listeners.push(listener); },

@@ -15,10 +15,10 @@ from prune_viz.report.wording import printable
 _LETTERS = {"keep": "k", "redundant": "r", "dead": "d"}
 
 
-def review_data(
+def run_data(
     rows: Sequence[LayerRow], decisions: Mapping[str, Any], filters: pd.DataFrame, run: str
 ) -> dict[str, Any]:
-    """Gather what a review counts with, as plain data.
+    """Gather what every page of the report knows of the run, as plain data.
 
     Parameters
     ----------
@@ -35,9 +35,9 @@ def review_data(
     -------
     dict
         ``layers``: ``name``, how that is ``shown``, ``page``, ``group`` (None for none), ``channels`` (of the
-        filters; None where the numbers are the same), ``verdicts`` (a letter a filter) and ``damage``
-        (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of each module;
-        ``run``, ``unit`` of the damage and ``filters``, how many.
+        filters; None where the numbers are the same), ``verdicts`` (a letter a filter: k, r or d) and
+        ``damage`` (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of
+        each module; ``run``, ``unit`` of the damage and ``filters``, how many.
     """
     ranked = {entry["group"] for entry in decisions["removal_order"] if entry["channels"]}
     places = {

@@ -14,14 +14,15 @@ from prune_viz.report.pages import LayerRow
 
 _WIDTH, _HEIGHT = 720, 200  # of the drawing, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
-_FEWEST = 3  # layers in which a trend can be seen
+_FEWEST = 3  # layers that are drawn
+_TREND = 6  # layers from which a rank correlation says something
 _STEADY = 0.5  # rank correlation from which a change with depth is called one
 _BATCH = 64
 
 
 @dataclass(frozen=True)
-class LayerOrientation:
-    """What a layer's stimuli are, 0 (all angles alike) to 1 (one angle): median and quartiles."""
+class LayerCoherence:
+    """Coherence of a layer's stimuli, 0 (all angles alike) to 1 (one angle): median and quartiles."""
 
     row: LayerRow
     median: float
@@ -30,40 +31,35 @@ class LayerOrientation:
 
 
 @dataclass(frozen=True)
-class OrientationCurve:
-    """Orientation by depth, drawn.
+class CoherenceCurve:
+    """Coherence by depth, drawn.
 
     Attributes
     ----------
-    width, height, left, right, top, bottom : float
+    width, height, left, right : float
         Of the drawing and of its axes.
     line, band : str
         SVG path data: the medians, and what lies between the quartiles.
-    points : list of (float, float, LayerOrientation)
+    points : list of (float, float, LayerCoherence)
         Where each layer's median stands.
     ticks : list of (float, float)
         Places on the axis and their values.
-    correlation : float
-        Spearman's, of the medians with depth.
     finding : str
-        What that says, in a sentence.
+        What that says, in a sentence, with Spearman's correlation of the medians with depth.
     """
 
     width: float
     height: float
     left: float
     right: float
-    top: float
-    bottom: float
     line: str
     band: str
-    points: list[tuple[float, float, LayerOrientation]]
+    points: list[tuple[float, float, LayerCoherence]]
     ticks: list[tuple[float, float]]
-    correlation: float
     finding: str
 
 
-def orientation(images: np.ndarray) -> np.ndarray:
+def coherence(images: np.ndarray) -> np.ndarray:
     """How much of each stimulus's contrast lies along one angle.
 
     The coherence of the structure tensor over the whole stimulus: with the eigenvalues ``a >= b`` of the
@@ -97,20 +93,20 @@ def orientation(images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def layer_orientation(row: LayerRow, images: np.ndarray, kept: np.ndarray) -> LayerOrientation | None:
-    """What the stimuli of a layer's `kept` filters are; None unless they are pictures with contrast."""
-    if images.ndim != 4:
+def layer_coherence(row: LayerRow, images: np.ndarray, kept: np.ndarray) -> LayerCoherence | None:
+    """Coherence of the stimuli of a layer's `kept` filters; None unless some are pictures with contrast."""
+    if images.ndim != 4 or not kept.any():
         return None
-    values = orientation(images[kept])
+    values = coherence(images[kept])
     values = values[np.isfinite(values)]
     if not len(values):
         return None
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    return LayerOrientation(row, median, low, high)
+    return LayerCoherence(row, median, low, high)
 
 
-def draw_orientation(layers: Sequence[LayerOrientation]) -> OrientationCurve | None:
-    """Lay out the curve; None for fewer than three layers, in which no trend could be seen."""
+def draw_coherence(layers: Sequence[LayerCoherence]) -> CoherenceCurve | None:
+    """Lay out the curve; None for fewer than three layers."""
     if len(layers) < _FEWEST:
         return None
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
@@ -124,18 +120,15 @@ def draw_orientation(layers: Sequence[LayerOrientation]) -> OrientationCurve | N
     edge = [f"{x} {up(one.high)}" for x, one in zip(across, layers, strict=True)]
     edge += [f"{x} {up(one.low)}" for x, one in zip(reversed(across), reversed(layers), strict=True)]
     correlation = _rank_correlation(np.array([one.median for one in layers]))
-    return OrientationCurve(
+    return CoherenceCurve(
         width=_WIDTH,
         height=_HEIGHT,
         left=_LEFT,
         right=right,
-        top=_TOP,
-        bottom=bottom,
         line="M" + "L".join(f"{x} {y}" for x, y, _ in points),
         band="M" + "L".join(edge) + "Z",
         points=points,
         ticks=[(up(value), value) for value in (0.0, 0.5, 1.0)],
-        correlation=correlation,
         finding=_finding(layers, correlation),
     )
 
@@ -151,13 +144,15 @@ def _rank_correlation(values: np.ndarray) -> float:
     return float(np.corrcoef(ranks, order)[0, 1])
 
 
-def _finding(layers: Sequence[LayerOrientation], correlation: float) -> str:
+def _finding(layers: Sequence[LayerCoherence], correlation: float) -> str:
     third = max(1, len(layers) // 3)
     first, last = (
         100 * float(np.median([one.median for one in part])) for part in (layers[:third], layers[-third:])
     )
     what = f"from {first:.0f}\u202f% in the first third of the layers to {last:.0f}\u202f% in the last"
     rank = f"rank correlation with depth {correlation:+.2f}".replace("-", "\u2212")
+    if len(layers) < _TREND:
+        return f"Here it goes {what}; so few layers show no trend."
     if correlation <= -_STEADY:
         return f"It falls {what} ({rank}): the deeper, the more abstract."
     if correlation >= _STEADY:
