@@ -288,6 +288,8 @@ def report(
 
     if single_file is not None:
         check_output("--single-file", single_file, [])
+        if single_file.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"--single-file {single_file} lies in the run directory; name a file elsewhere")
     directory = RunDirectory(run)
     with make_progress() as progress:
         page = write_report(directory, progress)

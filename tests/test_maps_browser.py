@@ -192,6 +192,30 @@ def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Wat
     page.mouse.up()
 
 
+def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, watched: Watched) -> None:
+    page = watched.open(layer_page(run, 2))
+    page.locator(".card .t").first.click()
+    page.locator(".map").scroll_into_view_if_needed()
+    box = page.locator(".map").bounding_box()
+    page.mouse.move(box["x"] + 3, box["y"] + 3)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 3, box["y"] + 3, steps=5)
+    page.mouse.move(box["x"] + box["width"] - 3, box["y"] + 300, steps=5)
+    page.keyboard.press("Escape")
+    page.mouse.up()
+    assert page.locator("[data-total=chosen]").inner_text() == "1 selected"
+
+
+def test_a_control_click_on_the_network_opens_a_window_of_its_own(
+    run: RunDirectory, watched: Watched
+) -> None:
+    page = watched.open(run.report_page)
+    with watched.context.expect_page() as opened:
+        page.locator(".network .t").first.click(modifiers=["Control"])
+    opened.value.locator("#filter").wait_for()
+    assert page.url == run.report_page.as_uri()
+
+
 def test_the_table_of_layers_narrows_to_what_is_typed(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     find = page.get_by_role("searchbox")

@@ -137,6 +137,41 @@ def test_many_are_decided_at_once(run: RunDirectory, watched: Watched) -> None:
     assert page.get_by_role("dialog").is_hidden()
 
 
+def test_keys_decide_on_what_is_in_focus_not_on_what_is_hidden(run: RunDirectory, watched: Watched) -> None:
+    page = watched.open(page_of(run, "inner"))
+    page.locator(".card.keep .t").first.click()
+    page.locator(".show label", has_text="redundant").click()
+    page.keyboard.press("j")  # from the choice of verdicts, too
+    number = page.evaluate("document.activeElement.dataset.filter")
+    page.keyboard.press("a")
+    decided = page.evaluate("pruneViz.decisions.file().decisions")
+    assert [one["filter"] for one in decided] == [int(number)]
+    page.keyboard.press("?")
+    page.keyboard.press("ArrowRight")
+    assert page.get_by_role("dialog").is_visible()
+    assert page.url.startswith(page_of(run, "inner").as_uri())
+
+
+def test_a_double_click_opens_and_neither_it_nor_the_number_selects(
+    run: RunDirectory, watched: Watched
+) -> None:
+    page = watched.open(page_of(run, "inner"))
+    panel = page.locator("#filter")
+    page.locator(".card[data-filter='2'] .t").dblclick()
+    panel.wait_for()
+    box = panel.bounding_box()
+    page.mouse.click(box["x"] + 8, box["y"] + 8)  # its padding
+    assert panel.is_visible()
+    page.keyboard.press("Alt+ArrowRight")
+    assert panel.get_by_role("heading").first.inner_text() == "Filter 2"
+    page.mouse.click(box["x"] - 20, box["y"] + 20)
+    panel.wait_for(state="hidden")
+    page.locator(".card[data-filter='3'] b").click()
+    panel.wait_for()
+    page.keyboard.press("Escape")
+    assert page.locator(".card.chosen").count() == 0
+
+
 def test_j_and_k_go_from_filter_to_filter(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "inner"))
     here = "document.activeElement.id"
@@ -160,6 +195,14 @@ def test_a_review_is_opened_again(run: RunDirectory, watched: Watched, tmp_path:
         page.locator("#review input[type=file]").set_input_files(file)
         page.wait_for_timeout(100)
         assert page.locator(".card[data-filter='2']").get_attribute("data-decided") == decided
+    more = [
+        *decisions,
+        {"layer": "inner", "filter": 99, "decision": "keep"},
+        {"layer": "x", "filter": 0, "decision": "keep"},
+    ]
+    mine.write_text(json.dumps({"format": 1, "run": identity(run), "decisions": more}))
+    page.locator("#review input[type=file]").set_input_files(mine)
+    page.get_by_role("status").filter(has_text="1 decision read").wait_for()
     page.reload()  # kept in the browser
     assert page.locator(".card[data-filter='2']").get_attribute("data-decided") == "remove"
 

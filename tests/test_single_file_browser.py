@@ -111,6 +111,20 @@ def test_reviewing_and_links_to_filters_work_in_one_file(whole: Path, watched: W
     assert shown(page) == ["layer-0"]
 
 
+def test_going_back_closes_the_panel(whole: Path, watched: Watched) -> None:
+    page = watched.open(whole, "#layer-0")
+    panel = page.locator("#filter")
+    page.evaluate("location.hash = 'features.0/3'")
+    panel.wait_for()
+    page.go_back()
+    panel.wait_for(state="hidden")
+    assert page.url.endswith("#layer-0")
+    for wrong in ("features.0/", "features.0/0x2", "features.0/99", "nowhere/1", "%/1"):
+        page.evaluate("hash => { location.hash = hash; }", wrong)
+        page.wait_for_timeout(50)
+        assert panel.is_hidden()
+
+
 def test_one_file_reads_without_javascript_and_has_no_two_of_an_id(whole: Path, chromium: Any) -> None:
     one = Watched(chromium, java_script_enabled=False)
     page = one.open(whole)
@@ -144,6 +158,12 @@ def test_a_report_too_large_for_a_mail_is_refused(whole: Path, monkeypatch: pyte
     assert "more than the 0 MB" in result.stderr
     assert not out.exists()
     monkeypatch.undo()
+    before = (run / "filters.csv").read_bytes()
+    for inside in ("filters.csv", "report/index.html", "new.html"):
+        result = CliRunner().invoke(app, ["report", str(run), "--single-file", str(run / inside)])
+        assert result.exit_code == 2
+        assert "lies in the run directory" in result.stderr
+    assert (run / "filters.csv").read_bytes() == before
     result = CliRunner().invoke(app, ["report", str(run), "--single-file", str(out)])
     assert result.exit_code == 0
     assert "in one file:" in result.stdout

@@ -36,7 +36,9 @@
   let complaint = function () {};
   const tell = function () { listeners.forEach(function (listener) { listener(); }); };
   const changed = function () {
-    try { localStorage.setItem(shelf, JSON.stringify(decided)); } catch { /* private windows keep nothing */ }
+    try { localStorage.setItem(shelf, JSON.stringify(decided)); } catch {
+      setTimeout(complaint, 0, "This browser keeps nothing: save the review before you leave the page");
+    }
     if (served) put();
     tell();
   };
@@ -111,9 +113,10 @@
   const parse = function (read) {
     const found = {};
     read.decisions.forEach(function (one) {
-      const key = (keys[places.get(one.layer)] || [])[one.filter];
+      const place = places.get(one.layer);
+      const key = (keys[place] || [])[one.filter];
       const known = one.decision === "remove" || one.decision === "keep";
-      if (key && known) found[key] = { layer: one.layer, filter: one.filter, decision: one.decision };
+      if (key && known && removable(place, one.filter)) found[key] = { layer: one.layer, filter: one.filter, decision: one.decision };
     });
     return found;
   };
@@ -126,7 +129,7 @@
     const touched = Object.keys({ ...before, ...decided });
     past.push(Object.fromEntries(touched.map(function (key) { return [key, before[key] || null]; })));
     changed();
-    return read.decisions.length;
+    return Object.keys(decided).length;
   };
 
   addEventListener("storage", function (event) { if (event.key === shelf) { recall(); tell(); } });

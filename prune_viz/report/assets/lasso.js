@@ -59,6 +59,11 @@
       end();
     });
     map.addEventListener("pointercancel", end);
+    addEventListener("keydown", function (event) {
+      if (event.key !== "Escape" || !drawing) return;
+      event.stopPropagation(); // what was selected stays
+      end();
+    }, { capture: true });
     return { drawing: function () { return drawing; } };
   };
 })(window.pruneViz);

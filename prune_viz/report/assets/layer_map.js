@@ -62,6 +62,7 @@
   map.addEventListener("focusin", function (event) { stop(event.target); });
   map.addEventListener("keydown", function (event) {
     if (event.key === "Escape") return leave();
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (!step) return;
     event.preventDefault();

@@ -161,7 +161,9 @@
     const index = event.detail ? under(event) : -1; // the return key goes where the link does
     if (index < 0) return;
     event.preventDefault();
-    location.href = pruneViz.link(...pair(index));
+    const link = pruneViz.link(...pair(index));
+    if (event.ctrlKey || event.metaKey || event.shiftKey) open(link);
+    else location.href = link;
   });
   map.addEventListener("focusin", function (event) {
     const link = event.target.closest("[data-place]");
@@ -194,6 +196,7 @@
     return item;
   };
   const list = function () {
+    leave(); // a tile that goes away is not left
     const chosen = pruneViz.selection.listed();
     const layers = new Set(chosen.map(function (one) { return one[0]; }));
     listing.hidden = !chosen.length;

@@ -7,11 +7,11 @@
 
   // A link may name a layer and a filter, `#layer/filter`, on whatever page it is opened.
   const named = function () {
-    const cut = location.hash.lastIndexOf("/");
-    if (cut < 1) return null;
-    let layer = location.hash.slice(1, cut);
-    try { layer = decodeURIComponent(layer); } catch { return null; }
-    const filter = Number(location.hash.slice(cut + 1));
+    const parts = /^#(.*)\/(\d+)$/.exec(location.hash);
+    if (!parts) return null;
+    let layer = "";
+    try { layer = decodeURIComponent(parts[1]); } catch { return null; }
+    const filter = Number(parts[2]);
     const place = run.layers.findIndex(function (one) { return one.name === layer; });
     return place >= 0 && run.layers[place].verdicts[filter] ? { place: place, filter: filter } : null;
   };

@@ -6,12 +6,13 @@
   const text = (window.pruneVizLayers || {})[place];
   const follow = function () {
     const found = pruneViz.named();
-    if (!found) return;
-    if (found.place !== place) location.href = pruneViz.link(found.place, found.filter);
+    if (!found) return close(); // gone back to before it was opened
+    if (found.place !== place) location.replace(pruneViz.link(found.place, found.filter));
     else if (text) open(found.filter);
   };
 
   let data = null, shown = -1; // what the layer's script holds, once it is needed
+  const close = function () { if (panel.open) panel.close(); };
   const part = function (name) { return panel.querySelector("[data-part=" + name + "]"); };
   const make = function (tag, content, options) {
     const node = Object.assign(document.createElement(tag), options);
@@ -75,20 +76,31 @@
   if (text) {
     panel.tabIndex = -1;
     panel.addEventListener("close", function () {
+      if (!pruneViz.named()) return;
       history.replaceState(null, "", "#f" + place + "-" + shown);
       const card = document.getElementById("f" + place + "-" + shown);
       if (card) card.scrollIntoView({ block: "nearest" });
     });
-    panel.addEventListener("click", function (event) { if (event.target === panel) panel.close(); });
+    // A click beside it closes it: one that began there too, and no second half of a double click.
+    const beside = function (event) {
+      const box = panel.getBoundingClientRect();
+      return event.clientX < box.left || event.clientX > box.right || event.clientY < box.top || event.clientY > box.bottom;
+    };
+    let pressed = false;
+    panel.addEventListener("pointerdown", function (event) { pressed = beside(event); });
+    panel.addEventListener("click", function (event) {
+      if (event.target === panel && event.detail === 1 && pressed && beside(event)) panel.close();
+    });
     panel.addEventListener("keydown", function (event) {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (!step) return;
+      if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
       event.preventDefault();
       open((shown + step + data.reasons.length) % data.reasons.length);
     });
     document.addEventListener("keydown", function (event) {
       const item = event.target.closest("[data-filter]");
-      if (event.key === "o" && item && !event.target.closest("input, dialog")) open(Number(item.dataset.filter));
+      const free = !event.altKey && !event.ctrlKey && !event.metaKey && !event.target.closest("dialog");
+      if (event.key === "o" && item && free) open(Number(item.dataset.filter));
     });
     main.addEventListener("dblclick", function (event) {
       const item = event.target.closest(".card[data-filter]");

@@ -68,7 +68,7 @@
   // Left and right go to the layer before and after.
   document.addEventListener("keydown", function (event) {
     const free = !event.defaultPrevented && !event.altKey && !event.ctrlKey && !event.metaKey && !event.shiftKey;
-    if (!free || event.target.closest("input, pre, .scroll, [data-map]")) return;
+    if (!free || event.target.closest("input, dialog, pre, .scroll, [data-map]")) return;
     const rel = { ArrowLeft: "prev", ArrowRight: "next" }[event.key];
     const link = rel && document.querySelector(".top:not([hidden]) a[rel=" + rel + "]");
     if (link) link.click();

@@ -90,7 +90,7 @@
     if (!file) return;
     file.text().then(function (text) {
       const count = decisions.open(text);
-      say(count === null ? "That review is of another run" : count + " decisions read");
+      say(count === null ? "That review is of another run" : count + (count === 1 ? " decision read" : " decisions read"));
     }).catch(function () { say("That file is not a review"); });
   });
 
@@ -129,14 +129,19 @@
     const act = event.target.closest("#review [data-do]");
     if (act) return acts[act.dataset.do]();
     const card = event.target.closest(".card[data-filter]");
-    if (!card || event.target.closest("a")) return;
-    if (event.shiftKey && last) {
-      const list = shown();
+    if (!card || event.target.closest("a, b") || event.detail > 1) return; // the number, and a double click, open it
+    const list = shown();
+    if (event.shiftKey && list.includes(last)) {
       const ends = [list.indexOf(last), list.indexOf(card)].sort(function (a, b) { return a - b; });
       selection.set(pairs(list.slice(ends[0], ends[1] + 1)), true);
       getSelection().removeAllRanges();
       last = card;
     } else toggle(card);
+  });
+
+  document.addEventListener("dblclick", function (event) {
+    const card = event.target.closest(".card[data-filter]");
+    if (card && !event.target.closest("a, b, button")) toggle(card); // its first click was not meant to select
   });
 
   // Keys: one stop for tab; j and k go on and back.
@@ -149,11 +154,11 @@
     next.focus();
   };
   document.addEventListener("keydown", function (event) {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("input, dialog")) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("input:not([type=radio]), dialog")) return;
     const item = event.target.closest("[data-filter]");
+    // What is in focus, alone unless it is one of those selected; what is selected where nothing is in focus.
     const acting = function () {
-      const chosen = selection.listed();
-      return chosen.length ? chosen : item ? pairs([item]) : [];
+      return item && !item.classList.contains("chosen") ? pairs([item]) : selection.listed();
     };
     const pressed = {
       a: function () { decide(acting(), "remove"); },

@@ -7,7 +7,7 @@
   try {
     chosen = new Map(JSON.parse(sessionStorage.getItem(shelf)).map(function (pair) {
       return [pair[0], new Set(pair[1])];
-    }));
+    }).filter(function (pair) { return pruneViz.run.layers[pair[0]]; }));
   } catch { /* nothing was selected, or nothing is kept */ }
   const changed = function () {
     const listed = Array.from(chosen, function (pair) { return [pair[0], Array.from(pair[1])]; });
