@@ -111,7 +111,8 @@ def test_every_known_damage_stands_in_its_bar() -> None:
     assert all(drawn.left <= part.x and part.x + part.width <= drawn.right for part in parts)
     # The mark of a power of ten stands where the bar begins whose least damage it is.
     ticks = {label.replace("\u202f", " "): x for x, label in drawn.across}
-    assert ticks["10⁻⁵ nats"] == places[1]
+    assert "10⁻⁵ nats" not in ticks  # too near to "none"
+    assert ticks["10⁻⁴ nats"] == pytest.approx(places[2] + (places[2] - places[1]), abs=0.2)
     assert ticks["0.1 nats"] == places[3]
 
 
@@ -120,6 +121,12 @@ def test_unknown_damage_has_no_histogram_and_nothing_but_zero_has_one() -> None:
     only = draw_histogram([card(0, "dead", 0.0)], "output")
     assert only is not None
     assert len(only.bars) == 1
+    near = draw_histogram([card(0, "dead", 0.0), *(card(i, "keep", 10.0**-i) for i in range(1, 9))], "nats")
+    assert near is not None
+    for drawn in (only, near):
+        places = [place for place, _ in drawn.across]
+        assert drawn.across[0][1] == "none"
+        assert min(np.diff(places), default=99) > 60  # or labels run into each other
 
 
 @pytest.mark.parametrize(

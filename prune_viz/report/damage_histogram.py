@@ -15,6 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 14, 46
 _LEAST = -9  # power of ten; what is below stands in the first bar
 _A_DECADE = 2  # bars
 _GAP = 2.0
+_APART = 64.0  # the least between the middles of two labels
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def draw_histogram(cards: Sequence[FilterCard], unit: str) -> DamageHistogram | 
     decades = range(first, last + 1, _A_DECADE * max(1, round((last - first) / _A_DECADE / 6)))
     ticks = [(along(index), wording.magnitude(_edge(index), unit)) for index in decades]
     if before:
-        ticks.insert(0, (round(_LEFT + step / 2, 1), "none"))
+        nothing = round(_LEFT + step / 2, 1)
+        ticks = [(nothing, "none"), *(tick for tick in ticks if tick[0] - nothing > _APART)]
     return DamageHistogram(
         width=_WIDTH,
         height=_HEIGHT,
