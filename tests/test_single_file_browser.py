@@ -90,6 +90,14 @@ def test_one_file_holds_every_page_and_asks_for_nothing(whole: Path, watched: Wa
     }
 
 
+def test_the_sample_report_opens(watched: Watched) -> None:
+    sample = Path(__file__).parents[1] / "reports" / "demo.html"
+    assert sample.stat().st_size < 3_000_000
+    page = watched.open(sample, "#layer-1")
+    assert shown(page) == ["layer-1"]
+    assert page.locator("#review").is_visible()
+
+
 def test_reviewing_and_links_to_filters_work_in_one_file(whole: Path, watched: Watched) -> None:
     page = watched.open(whole, "#features.0/3")
     page.locator("#filter").wait_for()
