@@ -26,8 +26,9 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
     """Shape of one input, without the batch, where nobody said it.
 
     The first of these that applies: the model's own ``input_shape`` attribute, a tuple of positive
-    integers; for a ``torchvision:NAME`` or ``timm:NAME`` what its published weights take; 224 by 224.
-    Channels are those of the first registered convolution.
+    integers, or ``image_size``, one, as vision transformers have it; for a ``torchvision:NAME`` or
+    ``timm:NAME`` what its published weights take; 224 by 224. Channels are those of the first registered
+    convolution.
 
     Raises
     ------
@@ -37,11 +38,7 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
     """
     own = getattr(model, "input_shape", None)
     if isinstance(own, tuple) and own and all(isinstance(size, int) and size > 0 for size in own):
-        if math.prod(own) > LARGEST_INPUT:
-            raise UserError(
-                f"the model names inputs of shape {own}, too large to be ones: give --input-shape"
-            )
-        return own
+        return _sane(own)
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
         raise UserError("the model has no convolution, so it has no filters to look at")
@@ -49,7 +46,16 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
         raise UserError(
             "the model does not take pictures: say what it takes with --input-shape, sizes by commas"
         )
+    side = getattr(model, "image_size", None)
+    if isinstance(side, int) and side > 0:
+        return _sane((first.in_channels, side, side))
     return (first.in_channels, *(_published_inputs(arch).size or (224, 224)))
+
+
+def _sane(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > LARGEST_INPUT:
+        raise UserError(f"the model names inputs of shape {shape}, too large to be ones: give --input-shape")
+    return shape
 
 
 def default_normalisation(

@@ -460,6 +460,15 @@ def test_default_input_shape(spec: str, kwargs: dict, shape: tuple[int, ...]) ->
     assert default_input_shape(resolve_architecture(spec, kwargs), spec) == shape
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"image_size": 98}])
+def test_a_transformer_says_what_its_positions_take(kwargs: dict) -> None:
+    spec = "torchvision:vit_h_14"  # its published weights take 518 pixels, the plain network 224
+    with torch.device("meta"):
+        model = resolve_architecture(spec, kwargs)
+    side = kwargs.get("image_size", 224)
+    assert default_input_shape(model, spec) == (3, side, side)
+
+
 def test_default_input_shape_is_not_guessed_where_it_cannot_be() -> None:
     assert default_input_shape(nn.Conv2d(5, 2, 3)) == (5, 224, 224)
     with pytest.raises(UserError, match="--input-shape"):

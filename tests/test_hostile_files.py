@@ -289,9 +289,10 @@ def test_networks_are_put_together_from_plain_data_alone(tmp_path: Path, attribu
     assert isinstance(load_model(tmp_path / "model.pt", *CONV), nn.Conv2d)  # the weights can be had
 
 
-def test_a_pickled_network_does_not_say_how_large_its_inputs_are() -> None:
+@pytest.mark.parametrize("attribute", [{"input_shape": (3, 60_000, 60_000)}, {"image_size": 60_000}])
+def test_a_pickled_network_does_not_say_how_large_its_inputs_are(attribute: dict[str, Any]) -> None:
     network = nn.Sequential(nn.Conv2d(3, 2, 3))
-    network.input_shape = (3, 60_000, 60_000)
+    vars(network).update(attribute)
     with pytest.raises(UserError, match="too large to be ones"):
         default_input_shape(network)
 
