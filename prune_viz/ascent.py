@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from prune_viz.priors import Prior
 
 SLACK = 0.1  # the coordinate beyond white ones, at the start; at zero it would stay there
 JITTER = 1 / 12  # of the canvas, each way
+# Steps of each round and the angle of its first, in radians; the last takes more or fewer if asked to.
+ROUNDS = ((12, 0.4), (32, 0.3), (132, 0.2))
+OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
 STILL = 0.5  # share of the steps, the last ones, without jitter
 
 
@@ -78,6 +83,41 @@ def climb(
         length = angle * 0.5 * (1 + math.cos(math.pi * step / len(shifts)))
         points = unit(math.cos(length) * points + math.sin(length) * unit(direction))
     return points, sound
+
+
+@dataclass(frozen=True)
+class Round:
+    """One climb in a filter's ascent: its place among them, how many steps, and how far the first goes."""
+
+    number: int
+    steps: int
+    angle: float  # in radians
+
+
+def rounds(steps: int, activation: bool) -> list[Round]:
+    """The rounds that `steps` allow; the last takes what the others leave."""
+    *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS
+    allowed = []
+    for length, angle in shorter:
+        allowed.append((min(length, steps), angle))
+        steps -= allowed[-1][0]
+    allowed.append((steps, last))
+    return [Round(number, length, angle) for number, (length, angle) in enumerate(allowed) if length > 0]
+
+
+class StoppedError(Exception):
+    """A search was told to stop before its end."""
+
+
+def until(stop: threading.Event | None, maps: MapFunction) -> MapFunction:
+    """Maps that are given until `stop` is set; then `StoppedError` is raised."""
+
+    def stoppable(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        if stop is not None and stop.is_set():
+            raise StoppedError
+        return maps(inputs)
+
+    return stoppable
 
 
 def one_side(maps: MapFunction, sign: int) -> MapFunction:

@@ -18,10 +18,10 @@ from torch import nn
 from prune_viz.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.archives import read_content
 from prune_viz.errors import UserError, few
+from prune_viz.files import sha256
 from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
 from prune_viz.inert import Stub, rebuild_network, weights_of
 from prune_viz.recognition import recognise, shapes_of
-from prune_viz.runs import sha256
 from prune_viz.weights import (
     StateDict,
     check_finite,

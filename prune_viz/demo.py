@@ -16,8 +16,9 @@ from torch import nn
 
 from prune_viz.digits import DigitsNet, Planted, accuracy, found, load_digits, plant, train, train_digits_net
 from prune_viz.errors import UserError
+from prune_viz.files import written_aside
 from prune_viz.progress import Progress
-from prune_viz.runs import FORMAT, RunDirectory, written_aside
+from prune_viz.runs import FORMAT, RunDirectory
 
 if TYPE_CHECKING:
     import pandas as pd

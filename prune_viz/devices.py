@@ -1,10 +1,18 @@
-"""Where the work is done: picking a device, laying out its inputs, telling when its memory is exhausted."""
+"""Where the work is done: picking a device, and batches that fit its memory."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from prune_viz.errors import UserError
+
+WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
 
 
 def pick_device(name: str) -> torch.device:
@@ -51,7 +59,74 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in words for phrase in told)
 
 
-def release_memory(device: torch.device) -> None:
+def workers_on(device: torch.device) -> int:
+    """How many threads of work a device keeps busy: a CPU one a core, each of its own, others one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let operations of torch run in the thread that calls them alone.
+
+    Several threads with a task each are faster than one task whose operations are spread over them, and give
+    the same to the bit however many they are, which those do not.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def filled_up(count: int) -> Tensor:
+    """Which of `count` rows make a batch that rounds as all do: they repeat up to a multiple of `WHOLE`."""
+    return torch.arange(WHOLE * math.ceil(count / WHOLE)) % count
+
+
+def in_batches(count: int, batch: int, work: Callable[[slice], Any], device: torch.device) -> int:
+    """Do work on rows in batches, halving them whenever memory runs out.
+
+    Parameters
+    ----------
+    count : int
+        How many rows there are.
+    batch : int
+        Rows at a time.
+    work : callable
+        Told which rows are next.
+    device : torch.device
+        Where it works.
+
+    Returns
+    -------
+    int
+        Rows at a time that fitted.
+
+    Raises
+    ------
+    UserError
+        If memory does not suffice for a single row.
+    """
+    done = 0
+    while done < count:
+        size = min(batch, count - done)
+        try:
+            work(slice(done, done + size))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError("not enough memory for a single input; give a smaller --canvas") from None
+            batch = size // 2
+        else:
+            done += size
+            continue
+        _release_memory(device)  # only here has the error let go of what it held
+    return batch
+
+
+def _release_memory(device: torch.device) -> None:
     """Give back what the device's allocator keeps for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

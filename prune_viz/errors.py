@@ -17,6 +17,14 @@ class LayerError(UserError):
     """One layer cannot be looked at; the message says why. Others can."""
 
 
+class IncompleteError(Exception):
+    """Part of the work failed. What is done is kept; the message says what is not, and why."""
+
+
+class RunInterruptedError(KeyboardInterrupt):
+    """Someone interrupted a run. What is done is kept."""
+
+
 def one_line(text: object) -> str:
     """Make a stranger's text safe for a terminal: one line, without control characters."""
     words = " ".join(str(text).split())

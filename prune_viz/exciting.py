@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics
 from prune_viz.layers import Layer
 from prune_viz.pictures import draw_inputs
-from prune_viz.runs import written_aside
 
 SHOWN = 6  # parts a filter, each of another image
 MOST_IMAGES = 192  # that are searched
@@ -117,11 +117,8 @@ def _windows(peaks: np.ndarray, layer: Layer, size: np.ndarray) -> np.ndarray:
 
 def write_exciting_parts(parts: ExcitingParts, files: Mapping[str, str], path: Path) -> None:
     """Write them to `path`; `files` gives each layer a name that is safe in a file."""
-    from safetensors.numpy import save_file
-
     arrays = {f"windows/{files[name]}": windows for name, windows in parts.windows.items()}
-    with written_aside(path) as aside:
-        save_file({"pictures": np.ascontiguousarray(parts.pictures), **arrays}, aside)
+    write_arrays(path, {"pictures": parts.pictures, **arrays})
 
 
 def read_exciting_parts(
@@ -131,14 +128,14 @@ def read_exciting_parts(
 
     None where there is none, or it is damaged or of other layers.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    read = read_arrays(path)
+    if read is None:
+        return None
+    arrays = read[0]
     try:
-        arrays = load_file(path)
         pictures = arrays["pictures"]
         windows = {name: arrays[f"windows/{file}"] for name, file in files.items()}
-    except (OSError, SafetensorError, KeyError):
+    except KeyError:
         return None
     fits = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[3] == 3
     fits = fits and all(

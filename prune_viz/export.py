@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.errors import UserError, brief
+from prune_viz.files import written_aside
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
-from prune_viz.runs import written_aside
 from prune_viz.tracing import are_names_safe
 
 TOLERANCE = 1e-4  # largest difference of outputs, as a share of the largest output

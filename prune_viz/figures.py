@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from prune_viz.errors import UserError
+from prune_viz.files import written_aside
 from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.layers import no_layer_message
 from prune_viz.pictures import colour_axes, draw_pictures
 from prune_viz.report.layer_pages import filter_card, gallery
 from prune_viz.report.pages import depth_rows, layer_rows
-from prune_viz.runs import LayerRecord, RunDirectory, written_aside
+from prune_viz.runs import LayerRecord, RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

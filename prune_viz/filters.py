@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -76,6 +77,7 @@ class FilterNetwork:
         self.channels_last = _takes_channels_last(model, self.input_shape)
         self._row_by_row: set[str] = set()
         self._hooked: dict[str, HookedMaps] = {}
+        self._alone = threading.RLock()
 
         traced = tracing.trace(model)
         self._graph: fx.GraphModule | None = None
@@ -157,7 +159,7 @@ class FilterNetwork:
     def _maps(self, name: str) -> MapFunction:
         if self._graph is not None and name in self._taps:
             return tracing.cut(self._graph, self._taps[name])
-        return self._hooked.setdefault(name, HookedMaps(self._hookable, name))
+        return self._hooked.setdefault(name, HookedMaps(self._hookable, name, self._alone))
 
     @cached_property
     def _hookable(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,18 +40,22 @@ class HookedMaps:
         The network, as `hookable` gives it; hooks hang on it only while it runs.
     conv : str
         Name of the convolution.
+    alone : threading.RLock
+        Held while the model runs with hooks on it; one a model.
     """
 
-    def __init__(self, model: nn.Module, conv: str) -> None:
+    def __init__(self, model: nn.Module, conv: str, alone: threading.RLock) -> None:
         self._model = model
+        self._alone = alone
         self._conv = self._before = conv
         self.has_activation: bool | None = None  # known after the first run
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Give the maps before and after the activation; the same one where none was found."""
-        if self.has_activation is None:
-            self._follow(inputs)
-        return self._run(inputs)
+        with self._alone:
+            if self.has_activation is None:
+                self._follow(inputs)
+            return self._run(inputs)
 
     def _follow(self, inputs: Tensor) -> None:
         """Extend the tap over the norm and the activation that take the convolution's output."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.errors import UserError
+from prune_viz.files import write_json, written_aside
 from prune_viz.groups import Passage
 from prune_viz.origin import Origin
 from prune_viz.probes import read_images, write_images
-from prune_viz.runs import FORMAT, merges_beside, probes_beside, write_json, written_aside
+from prune_viz.runs import FORMAT, merges_beside, probes_beside
 
 
 @dataclass(frozen=True)

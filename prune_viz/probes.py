@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_viz.files import read_arrays, write_arrays
 from prune_viz.inputs import InputStatistics
 from prune_viz.leaves import dead_leaves
 from prune_viz.priors import make_prior, tile
 from prune_viz.responses import BATCH
-from prune_viz.runs import LayerTensors, written_aside
+from prune_viz.runs import LayerTensors
 
 NOISE_PROBES = 256
 HELD_OUT = 1 / 4  # share of the probes that no fit sees
@@ -205,10 +206,7 @@ def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
 
 def write_images(images: Tensor, path: Path, told: Mapping[str, str] | None = None) -> None:
     """Write probes alone, shape (N, C, *size), and what is told of them."""
-    from safetensors.torch import save_file
-
-    with written_aside(path) as aside:
-        save_file({"images": images.contiguous().cpu()}, aside, dict(told or {}))
+    write_arrays(path, {"images": images.cpu().numpy()}, told)
 
 
 def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
@@ -232,10 +230,7 @@ def read_images(path: Path) -> Tensor | None:
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]] | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("images"), file.metadata() or {}
-    except (OSError, SafetensorError):
+    read = read_arrays(path)
+    if read is None or "images" not in read[0]:
         return None
+    return torch.from_numpy(read[0]["images"]), read[1]

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,9 +29,16 @@ def versions() -> dict[str, str]:
 
 
 class Stages:
-    """Seconds a stage and peak memory up to its end."""
+    """Seconds a stage and peak memory up to its end.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    log : callable, optional
+        Told of each stage that ends.
+    """
+
+    def __init__(self, log: Callable[..., None] | None = None) -> None:
+        self._log = log
         self._seconds: dict[str, float] = {}
         self._peak: dict[str, float] = {}
 
@@ -42,8 +49,11 @@ class Stages:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
             self._peak[name] = peak_mib()
+        if self._log is not None:
+            self._log("stage done", stage=name, seconds=round(seconds, 2), peak_mib=round(peak_mib(), 1))
 
     def listed(self) -> list[dict[str, Any]]:
         """A dict a stage, ``name, seconds, peak_mib``, in the order in which they first ran."""

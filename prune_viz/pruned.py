@@ -14,12 +14,12 @@ from torch import nn
 from prune_viz.checkpoints import Checkpoint
 from prune_viz.errors import UserError
 from prune_viz.export import export_model
+from prune_viz.files import written_aside
 from prune_viz.masking import apply_masks, are_zero, make_permanent
 from prune_viz.masks import Masks, check_masks, load_masks
 from prune_viz.plain import parametrised, plain_copy
 from prune_viz.recalibration import change_on
 from prune_viz.reconciliation import reconcile_masks
-from prune_viz.runs import written_aside
 from prune_viz.surgery import count_cost, remove_filters
 
 

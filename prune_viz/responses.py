@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from prune_viz.devices import filled_up, in_batches
 from prune_viz.filters import FilterNetwork
 from prune_viz.groups import CouplingGroup, Places
 
@@ -26,7 +27,9 @@ BATCH = 32
 POSITIONS = 64  # of a map that are sampled, a probe
 
 
-def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.ndarray:
+def response_matrix(
+    network: FilterNetwork, layer: str, images: Tensor, batch: int | None = None
+) -> np.ndarray:
     """How strongly each filter of a layer fires on each stimulus.
 
     Parameters
@@ -37,6 +40,8 @@ def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.nd
         The layer's name.
     images : Tensor, shape (N, C, *canvas)
         Stimuli.
+    batch : int, optional
+        Most at a time, where memory is short.
 
     Returns
     -------
@@ -44,12 +49,16 @@ def response_matrix(network: FilterNetwork, layer: str, images: Tensor) -> np.nd
         ``[i, j]`` is the L2 norm of filter j's feature map on image i.
     """
     maps = network.maps(layer)
-    rows = []
+    norms = torch.zeros(len(images), network.layer(layer).filters)
+
+    def respond(part: slice) -> None:
+        rows = images[part].float()
+        whole = rows[filled_up(len(rows))]
+        norms[part] = map_norms(maps(whole.to(network.device))[1])[: len(rows)].cpu()
+
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH].float()
-            rows.append(map_norms(maps(batch.to(network.device))[1]).cpu())
-    return torch.cat(rows).numpy()
+        in_batches(len(images), min(BATCH, batch or BATCH), respond, network.device)
+    return norms.numpy()
 
 
 def map_norms(maps: Tensor) -> Tensor:

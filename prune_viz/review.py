@@ -17,9 +17,10 @@ import numpy as np
 
 from prune_viz.budgets import masks_for_channels, read_rankings
 from prune_viz.errors import UserError, few
+from prune_viz.files import sha256, write_json
 from prune_viz.masks import Masks, Predicted, read_beside, save_masks
 from prune_viz.probes import read_images
-from prune_viz.runs import RunDirectory, sha256, write_json
+from prune_viz.runs import RunDirectory
 
 FORMAT = 1
 REMOVE, KEEP = "remove", "keep"

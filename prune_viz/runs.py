@@ -9,18 +9,17 @@
     moments.safetensors   second moments of every group's channels, for masks at any budget
     probes.safetensors    calibrated probes
     examples.safetensors  example images, and which parts of them excite each filter most
+    log.jsonl             what happened when, an event a line
+    tasks/                pieces of layers that are not whole yet
     layers/NNN-name.safetensors   images, activations, responses of a layer, a first layer's weights
     report/index.html     the report
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prune_viz.errors import UserError
+from prune_viz.errors import UserError, brief
+from prune_viz.files import ASIDE, read_arrays, write_arrays, write_json, written_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +39,7 @@ FILTER_COLUMNS = [
     "layer", "filter", "verdict", "representative", "score", "cluster", "x", "y", "activation", "damage",
     "reason", "network_x", "network_y",
 ]  # fmt: skip
+_LOCK = ".lock"
 _FIGURES = ["score", "x", "y", "network_x", "network_y", "activation", "damage"]
 
 
@@ -103,46 +104,6 @@ class LayerTensors:
     weights: np.ndarray | None = None
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; rename it into place if all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all. NaN becomes null."""
-    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=True) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
 def merges_beside(masks_file: Path) -> Path:
     """Where the merges of masks stand that were made for a budget."""
     return masks_file.with_suffix(".merges.json")
@@ -151,12 +112,6 @@ def merges_beside(masks_file: Path) -> Path:
 def probes_beside(masks_file: Path) -> Path:
     """Where the calibrated probes stand of masks that lie outside their run."""
     return masks_file.with_suffix(".probes.safetensors")
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def slug(depth: int, name: str) -> str:
@@ -208,50 +163,97 @@ class RunDirectory:
         return self.path / "examples.safetensors"
 
     @property
+    def log_file(self) -> Path:
+        """What happened when, an event a line."""
+        return self.path / "log.jsonl"
+
+    @property
+    def layers_folder(self) -> Path:
+        """The layers' tensors."""
+        return self.path / "layers"
+
+    @property
+    def tasks_folder(self) -> Path:
+        """Pieces of layers that are not whole yet."""
+        return self.path / "tasks"
+
+    @property
     def filters_file(self) -> Path:
         """The table of filters."""
         return self.path / "filters.csv"
 
-    def claim(self, model_sha256: str, fresh: bool) -> None:
-        """Make sure that a run of this model may be written here, and clear away what an earlier one said.
+    @contextmanager
+    def claimed(self, model_sha256: str, fresh: bool) -> Iterator[None]:
+        """Hold the directory for a run of this model, and clear away what an earlier one concluded.
 
         Raises
         ------
         UserError
-            If the directory cannot be written, holds another model's run or something that is no run.
+            If the directory cannot be written, another process works in it, or it holds another model's run
+            or something that is no run.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; give --out a directory")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not (self.path / "run.json").exists():
-                raise UserError(
-                    f"{self.path} holds something that is not a prune-viz run; give another --out"
-                )
-            try:
-                there = self.read_provenance()["model"]["sha256"]
-            except (UserError, KeyError, TypeError):
-                there = None
-            if there != model_sha256 and not fresh:
-                raise UserError(
-                    f"{self.path} holds another model's run; give another --out, or --fresh to replace it"
-                )
+        from filelock import FileLock, Timeout
+
+        self._check_owner(model_sha256, fresh)
+        lock = FileLock(self.path / _LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); give another --out") from None
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another prune-viz is at work in {self.path}: wait until it ends, or give another --out"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise UserError(f"{self.path} cannot be written ({brief(error)}); give another --out") from None
+        with lock:
+            self._check_owner(model_sha256, fresh)
+            self._clear(fresh)
+            yield
+
+    def in_use(self) -> bool:
+        """Whether a process holds the directory for a run."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self.path / _LOCK, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except (OSError, NotImplementedError):  # not one that this user may hold
+            return False
+
+    def _check_owner(self, model_sha256: str, fresh: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; give --out a directory")
+        there = list(self.path.iterdir()) if self.path.is_dir() else []
+        if all(file.name == _LOCK or file.suffix == ASIDE for file in there):
+            return
+        if not (self.path / "run.json").exists():
+            raise UserError(f"{self.path} holds something that is not a prune-viz run; give another --out")
+        try:
+            owner = self.read_provenance()["model"]["sha256"]
+        except (UserError, KeyError, TypeError):
+            owner = None
+        if owner != model_sha256 and not fresh:
+            raise UserError(
+                f"{self.path} holds another model's run; give another --out, or --fresh to replace it"
+            )
+
+    def _clear(self, fresh: bool) -> None:
+        """Take away halves of a run that died and conclusions of an earlier one; with `fresh`, everything."""
+        for file in self.path.rglob(f".*{ASIDE}"):
+            file.unlink(missing_ok=True)
         if fresh:
-            shutil.rmtree(self.path / "layers", ignore_errors=True)
+            shutil.rmtree(self.layers_folder, ignore_errors=True)
+            shutil.rmtree(self.tasks_folder, ignore_errors=True)
             self.probes_file.unlink(missing_ok=True)
+            self.log_file.unlink(missing_ok=True)
         # While a run is under way, no verdicts of an earlier one stand beside its provenance.
         shutil.rmtree(self.path / "report", ignore_errors=True)
-        merges = merges_beside(self.masks_file)
-        probes = probes_beside(self.masks_file)
         files = (
             self.masks_file,
-            merges,
-            probes,
+            merges_beside(self.masks_file),
+            probes_beside(self.masks_file),
             self.decisions_file,
             self.filters_file,
             self.moments_file,
@@ -259,7 +261,6 @@ class RunDirectory:
         )
         for file in files:
             file.unlink(missing_ok=True)
-        (self.path / "layers").mkdir(exist_ok=True)
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         """Write `run.json`."""
@@ -304,15 +305,10 @@ class RunDirectory:
             for record in records
         ]
 
-    def write_layer(self, file: str, tensors: LayerTensors, metadata: Mapping[str, str]) -> None:
-        """Write a layer's tensors, with `metadata` (strings) in the file's header."""
-        from safetensors.numpy import save_file
-
-        arrays = {
-            name: np.ascontiguousarray(array) for name, array in vars(tensors).items() if array is not None
-        }
-        with written_aside(self.path / file) as aside:
-            save_file(arrays, aside, metadata=dict(metadata))
+    def write_layer(self, file: str, tensors: LayerTensors, told: Mapping[str, str]) -> None:
+        """Write a layer's tensors, with strings `told` in the file's header."""
+        arrays = {name: array for name, array in vars(tensors).items() if array is not None}
+        write_arrays(self.path / file, arrays, told)
 
     def read_layer(self, file: str) -> LayerTensors:
         """Read a layer's tensors.
@@ -322,31 +318,20 @@ class RunDirectory:
         UserError
             If the file is missing or damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        read = read_arrays(self.path / file)
+        if read is None:
+            raise UserError(f"{self.path / file} is missing or damaged; run analyze again")
+        return LayerTensors(**read[0])
 
-        try:
-            return LayerTensors(**load_file(self.path / file))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise UserError(f"{self.path / file} cannot be read ({error}); run analyze again") from None
-
-    def layer_metadata(self, file: str) -> dict[str, str] | None:
-        """The header strings of a layer's file, or None if there is no such complete file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path / file, framework="numpy") as tensors:
-                return tensors.metadata() or {}
-        except (OSError, SafetensorError):
-            return None
+    def layer_told(self, file: str) -> dict[str, str]:
+        """The strings in a layer's file; empty if there is no such file, or it is damaged."""
+        read = read_arrays(self.path / file)
+        return {} if read is None else read[1]
 
     def write_moments(self, moments: Mapping[int, np.ndarray]) -> None:
         """Write each group's second moments, (channels + 1, channels + 1), at single precision."""
-        from safetensors.numpy import save_file
-
         arrays = {str(number): matrix.astype(np.float32) for number, matrix in moments.items()}
-        with written_aside(self.moments_file) as aside:
-            save_file(arrays, aside)
+        write_arrays(self.moments_file, arrays)
 
     def read_moments(self) -> dict[int, np.ndarray]:
         """Read each group's second moments.
@@ -356,13 +341,10 @@ class RunDirectory:
         UserError
             If the file is missing or damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            return {int(number): matrix for number, matrix in load_file(self.moments_file).items()}
-        except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{self.moments_file} cannot be read ({error}); run analyze again") from None
+        read = read_arrays(self.moments_file)
+        if read is None:
+            raise UserError(f"{self.moments_file} is missing or damaged; run analyze again")
+        return {int(number): matrix for number, matrix in read[0].items()}
 
     def write_filters(self, table: pd.DataFrame) -> None:
         """Write `filters.csv`, columns `FILTER_COLUMNS` in that order."""

@@ -14,15 +14,28 @@ climbs for one sign and for the other, and the better goes on.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prune_viz.ascent import climb, draw_noise, draw_shifts, images_at, norms, one_side, points_at
-from prune_viz.devices import is_out_of_memory, pick_device, release_memory
+from prune_viz.ascent import (
+    Round,
+    climb,
+    draw_noise,
+    draw_shifts,
+    images_at,
+    norms,
+    one_side,
+    points_at,
+    rounds,
+    until,
+)
+from prune_viz.devices import WHOLE, filled_up, in_batches, one_thread_each, pick_device, workers_on
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics, describe_inputs
@@ -36,16 +49,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS = 176
-# Steps of each round and the angle of its first, in radians; the last takes more or fewer if asked to.
-ROUNDS = ((12, 0.4), (32, 0.3), (132, 0.2))
-OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
 LEAVE = 0.3  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
 LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
 CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
 RESTARTS = 3  # for filters that stay silent
 BATCH = {"cpu": 48, "cuda": 256, "mps": 64}
 HALF_LIMIT = 65504.0  # the largest number of half precision
-WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
 _POOL_VALUES = 2**26  # of the inputs searched for together: 256 MiB, held as points and as images
 
 
@@ -134,8 +143,8 @@ def maximize(
         Size of the stimuli along each axis; from the receptive field by default.
     seed : int
         Seed of the starting noise and the jitter. A filter's stimulus depends on the model, the
-        options, the seed, the layer and the filter alone: on the CPU to the bit, in batches of `WHOLE`
-        or more.
+        options, the seed, the layer and the filter alone: on CPUs of a kind to the bit, in batches of
+        `WHOLE` or more, however many threads there are.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     mean, std : float or sequence of float, optional
@@ -157,7 +166,17 @@ def maximize(
     check_finite(model)
     statistics = describe_inputs(input_shape[0], mean, std, images)
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
-    return ascend(network, layer, filters, prior=prior, steps=steps, seed=seed, statistics=statistics)
+    wanted = list(range(network.layer(layer).filters)) if filters is None else list(filters)
+    workers = workers_on(network.device)
+    share = max(1, WHOLE * math.ceil(len(wanted) / (WHOLE * workers)))
+
+    def search(begin: int) -> Stimuli:
+        torch.set_num_threads(1)
+        chosen = wanted[begin : begin + share]
+        return ascend(network, layer, chosen, prior=prior, steps=steps, seed=seed, statistics=statistics)
+
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        return _joined(list(pool.map(search, range(0, max(len(wanted), 1), share))))
 
 
 def ascend(
@@ -170,6 +189,8 @@ def ascend(
     seed: int = 0,
     statistics: InputStatistics | None = None,
     fed: Tensor | None = None,
+    batch: int | None = None,
+    stop: threading.Event | None = None,
     progress: Progress | None = None,
 ) -> Stimuli:
     """Find stimuli in a prepared network; parameters not named here are those of `maximize`.
@@ -181,6 +202,10 @@ def ascend(
     fed : Tensor, shape (F, C, *canvas), optional
         For a depthwise layer, stimuli of the filters that feed `filters`, found with the same options;
         found here if not given. They are rounded to half precision, as a run keeps them.
+    batch : int, optional
+        Most filters at a time, where memory is short.
+    stop : threading.Event, optional
+        Once set, the next step raises `StoppedError`.
     progress : Progress, optional
         Advanced by each filter that is done.
     """
@@ -195,23 +220,29 @@ def ascend(
     feeder = network.feeder(layer)
     if feeder is not None and fed is None:
         fed = ascend(
-            network, feeder, wanted, prior=prior, steps=steps, seed=seed, statistics=statistics
-        ).images
+            network, feeder, wanted, prior=prior, steps=steps, seed=seed, statistics=statistics, batch=batch,
+            stop=stop,
+        ).images  # fmt: skip
     progress = progress or Progress()
     pool = max(1, _POOL_VALUES // (network.input_shape[0] * math.prod(found.canvas)))
     parts = []
     for start in range(0, len(wanted), pool):
         part = slice(start, start + pool)
-        search = _Search(network, found, wanted[part], prior, statistics, seed)
+        search = _Search(network, found, wanted[part], prior, statistics, seed, batch, stop)
         parts.append(search.run(steps, None if fed is None else fed[part], progress))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Stimuli]) -> Stimuli:
+    """Stimuli of several sets of filters of a layer, one after the other."""
     return Stimuli(
-        layer,
-        wanted,
+        parts[0].layer,
+        [number for part in parts for number in part.filters],
         torch.cat([part.images for part in parts]),
         torch.cat([part.activations for part in parts]),
         torch.cat([part.steps for part in parts]),
         [number for part in parts for number in part.derailed],
-        statistics,
+        parts[0].statistics,
     )
 
 
@@ -226,26 +257,6 @@ def check_options(prior: str, steps: int) -> None:
 def as_stored(images: Tensor) -> Tensor:
     """Stimuli as a run keeps them: at half precision, where their values fit it."""
     return images.clamp(-HALF_LIMIT, HALF_LIMIT).half()
-
-
-@dataclass(frozen=True)
-class Round:
-    """One climb in a filter's ascent: its place among them, how many steps, and how far the first goes."""
-
-    number: int
-    steps: int
-    angle: float  # in radians
-
-
-def rounds(steps: int, activation: bool) -> list[Round]:
-    """The rounds that `steps` allow; the last takes what the others leave."""
-    *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS
-    allowed = []
-    for length, angle in shorter:
-        allowed.append((min(length, steps), angle))
-        steps -= allowed[-1][0]
-    allowed.append((steps, last))
-    return [Round(number, length, angle) for number, (length, angle) in enumerate(allowed) if length > 0]
 
 
 @dataclass(frozen=True)
@@ -268,10 +279,13 @@ class _Search:
         prior: str,
         statistics: InputStatistics | None,
         seed: int,
+        batch: int | None,
+        stop: threading.Event | None,
     ) -> None:
         self.layer, self.filters, self.seed, self.device = layer, filters, seed, network.device
+        self.statistics = statistics
         self.shape = (network.input_shape[0], *layer.canvas)
-        self.maps = network.maps(layer.name)
+        self.maps = until(stop, network.maps(layer.name))
         self.prior = make_prior(prior, self.shape[0], layer.canvas, network.device, statistics)
         full = LARGEST_CANVAS[len(layer.canvas)] ** len(layer.canvas)
         self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)
@@ -280,7 +294,7 @@ class _Search:
         self.activation = network.has_activation(layer.name)
         self.bound = network.upper_bound(layer.name)
         self.ceiling = math.inf
-        self.batch = BATCH[network.device.type]
+        self.batch = min(BATCH[network.device.type], batch or BATCH[network.device.type])
         self.points = torch.zeros(len(filters), math.prod(self.shape) + 1)
         self.images = torch.zeros(len(filters), *self.shape)
         self.activations = torch.full((len(filters),), math.nan)
@@ -305,7 +319,15 @@ class _Search:
         derailed = [
             number for number, sound in zip(self.filters, self.sound.tolist(), strict=True) if not sound
         ]
-        return Stimuli(self.layer.name, self.filters, self.images, self.activations, self.steps, derailed)
+        return Stimuli(
+            self.layer.name,
+            self.filters,
+            self.images,
+            self.activations,
+            self.steps,
+            derailed,
+            self.statistics,
+        )
 
     def _start(self, first: Round, fed: Tensor | None) -> None:
         """The first round: from the stimulus of what feeds the filter, from noise, from broad patterns.
@@ -328,30 +350,16 @@ class _Search:
 
     def _round(self, rows: Tensor, turn: Round, start: _Start | None = None) -> None:
         """Let some rows climb, batch by batch; halve the batch whenever memory runs out."""
-        done = 0
-        while done < len(rows):
-            chunk = rows[done : done + self.batch]
-            try:
-                self._climb(chunk, turn, start or _Start())
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(chunk) == 1:
-                    raise UserError(
-                        f"{self.layer.name}: not enough memory for a single input of {self.shape}; "
-                        "give a smaller --canvas"
-                    ) from None
-                self.batch = min(self.batch, len(chunk)) // 2
-            else:
-                done += len(chunk)
-                continue
-            release_memory(self.device)  # only here has the error let go of what it held
+        begin = start or _Start()
+        self.batch = in_batches(
+            len(rows), self.batch, lambda part: self._climb(rows[part], turn, begin), self.device
+        )
 
     def _climb(self, rows: Tensor, turn: Round, start: _Start) -> None:
         """One climb of one batch, and what it found taken over."""
         count = len(rows)
         if self.batch >= WHOLE:
-            rows = rows[torch.arange(WHOLE * math.ceil(count / WHOLE)) % count]
+            rows = rows[filled_up(count)]
         filters = [self.filters[row] for row in rows.tolist()]
         canvas = self.layer.canvas
         if turn.number == 0:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from prune_viz.errors import UserError, one_line
+from prune_viz.errors import IncompleteError, RunInterruptedError, UserError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,6 +82,10 @@ def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except UserError as error:
             line, code = f"error: {one_line(error)}", 2
+        except RunInterruptedError:
+            line, code = "interrupted: what is done is kept, and the same command goes on from there", 130
+        except IncompleteError as error:
+            line, code = f"incomplete: {one_line(error)}", 1
         except KeyboardInterrupt:
             line, code = "interrupted", 130
         except typer.Exit:

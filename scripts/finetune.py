@@ -37,10 +37,10 @@ from prune_viz.arguments import check_output, parse_kwargs, parse_numbers, parse
 from prune_viz.checkpoints import load_checkpoint
 from prune_viz.devices import pick_device
 from prune_viz.errors import UserError, one_line
+from prune_viz.files import sha256, written_aside
 from prune_viz.masking import apply_masks, make_permanent
 from prune_viz.masks import load_masks
 from prune_viz.pruned import check_origin, check_plain, save_checkpoint
-from prune_viz.runs import sha256, written_aside
 from prune_viz.weights import check_finite
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory, slug, write_json
+from prune_viz.files import write_json
+from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory, slug
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>\"'&../..{{7*7}}\x1b[31m\x07\u202etxt.\u00e9\u4e16"

@@ -13,7 +13,7 @@ from networks import Concatenating, Plain, Residual, Untraceable, randomise_norm
 from PIL import Image
 from torch import Tensor, nn
 
-from prune_viz import analysis as module
+from prune_viz import tasks
 from prune_viz.analysis import Analysis, analyze
 from prune_viz.coupling import find_groups
 from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
@@ -106,7 +106,6 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     assert provenance["model"]["sha256"] == hash_model(planted[0])
     assert {stage["name"] for stage in provenance["stages"]} >= {
         "stimuli",
-        "responses",
         "probes",
         "verdicts",
         "report",
@@ -155,33 +154,33 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
     planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Analysis
 ) -> None:
     done: list[str] = []
-    ascend = module.ascend
+    ascend = tasks.ascend
 
-    def stopping(network, layer, **options):
+    def stopping(network, layer, *rest, **options):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(layer)
-        return ascend(network, layer, **options)
+        return ascend(network, layer, *rest, **options)
 
-    monkeypatch.setattr(module, "ascend", stopping)
+    monkeypatch.setattr(tasks, "ascend", stopping)
     with pytest.raises(KeyboardInterrupt):
-        analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut")
-    assert json.loads((tmp_path / "cut" / "run.json").read_text())["state"] == "running"
+        analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", workers=1)
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["state"] == "stopped"
     assert not (tmp_path / "cut" / "masks.pt").exists()
     rest: list[str] = []
 
-    def noting(network, layer, **options):
+    def noting(network, layer, *filters, **options):
         rest.append(layer)
-        return ascend(network, layer, **options)
+        return ascend(network, layer, *filters, **options)
 
-    monkeypatch.setattr(module, "ascend", noting)
-    result = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut")
+    monkeypatch.setattr(tasks, "ascend", noting)
+    result = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", workers=1)
     assert done == ["conv1", "conv2"]
     assert rest == ["conv3", "conv4"]
     pd.testing.assert_frame_equal(result.filters, run.filters)
     # Other options reuse nothing.
     rest.clear()
-    analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=3)
+    analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=3, workers=1)
     assert rest == ["conv1", "conv2", "conv3", "conv4"]
 
 

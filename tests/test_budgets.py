@@ -201,9 +201,9 @@ def test_without_a_budget_the_verdicts_masks_come_back(runs: dict[str, Path], tm
     assert load_masks(run / "masks.pt").merges != merges
     write_masks(run, tmp_path / "elsewhere.pt")
     assert load_masks(tmp_path / "elsewhere.pt").merges == merges
-    RunDirectory(shutil.copytree(run, tmp_path / "again")).claim(
-        RunDirectory(run).read_provenance()["model"]["sha256"], fresh=False
-    )
+    again = RunDirectory(shutil.copytree(run, tmp_path / "again"))
+    with again.claimed(again.read_provenance()["model"]["sha256"], fresh=False):
+        pass
     assert not list((tmp_path / "again").glob("*.merges.json"))  # nor would they outlive a new analysis
     write_masks(run)
     assert (run / "masks.pt").read_bytes() == verdicts

@@ -13,7 +13,7 @@ from prune_viz import cli
 from prune_viz.demo import save_demo_model
 from prune_viz.digits import Digits, DigitsNet, accuracy, plant
 from prune_viz.errors import UserError
-from prune_viz.runs import sha256
+from prune_viz.files import sha256
 
 DIGITS = ["--arch", "prune_viz.demo:DigitsNet"]
 RUNNER = CliRunner()

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 import prune_viz as pv
 from prune_viz import cli
 from prune_viz.errors import UserError
+from prune_viz.files import sha256
 from prune_viz.review import Review, identity, read_review, reviewed_masks, write_review
 from prune_viz.review_server import ReviewServer
-from prune_viz.runs import RunDirectory, sha256
+from prune_viz.runs import RunDirectory
 
 
 def residual_with_a_copy() -> Residual:

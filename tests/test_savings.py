@@ -8,10 +8,11 @@ import pytest
 from report_fixture import write_run
 
 from prune_viz.budgets import counts_for_macs, read_rankings
+from prune_viz.files import write_json
 from prune_viz.report import write_report
 from prune_viz.report.savings import Budget, budgets, default_budget, draw_curve
 from prune_viz.report.wording import magnitude
-from prune_viz.runs import RunDirectory, write_json
+from prune_viz.runs import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from networks import Plain, Residual, randomise_norms
 from torch import Tensor, nn
 
 from prune_viz import stimuli as module
-from prune_viz.ascent import draw_noise, images_at, points_at
+from prune_viz.ascent import OPEN_ROUNDS, ROUNDS, draw_noise, images_at, points_at, rounds
 from prune_viz.devices import pick_device
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.priors import NaturalPrior, make_prior
-from prune_viz.stimuli import OPEN_ROUNDS, ROUNDS, STEPS, ascend, maximize, rounds
+from prune_viz.stimuli import STEPS, ascend, maximize
 
 LINEAR = {
     "2d": (nn.Conv2d(3, 4, 3, padding=1), (3, 10, 10)),

@@ -1,0 +1,206 @@
+"""From stimuli to what follows from them: verdicts, masks, places on maps, and their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from prune_viz import calibration, leaves, objectives, ranking, surgery
+from prune_viz.decisions import decisions_json, filter_table, masks_of
+from prune_viz.errors import UserError
+from prune_viz.exciting import find_exciting_parts, write_exciting_parts
+from prune_viz.files import write_json
+from prune_viz.filters import FilterNetwork, blank_input
+from prune_viz.groups import CouplingGroup, group_of_layer
+from prune_viz.inputs import InputStatistics
+from prune_viz.layers import Layer
+from prune_viz.masks import Masks, write_plain_masks
+from prune_viz.network_map import embed_network
+from prune_viz.origin import Origin
+from prune_viz.probes import Calibrated, load_probes, save_probes
+from prune_viz.progress import Progress
+from prune_viz.provenance import Stages
+from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups
+from prune_viz.runs import LayerFiles, LayerRecord, RunDirectory
+from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is analysed.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The network as it was given.
+    network : FilterNetwork
+        It, prepared.
+    layers : list of Layer
+        Those looked at.
+    records : list of LayerRecord
+        The same as the run directory has them.
+    groups : list of CouplingGroup
+        Of all layers.
+    statistics : InputStatistics or None
+        What is known of the model's inputs.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images, in the model's own input units.
+    seed : int
+        Of all that is random.
+    origin : Origin
+        What model it is.
+    """
+
+    model: nn.Module
+    network: FilterNetwork
+    layers: list[Layer]
+    records: list[LayerRecord]
+    groups: list[CouplingGroup]
+    statistics: InputStatistics | None
+    examples: Tensor | None
+    seed: int
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Conclusions:
+    """What follows from the stimuli.
+
+    Attributes
+    ----------
+    filters : DataFrame
+        A row a filter, columns `runs.FILTER_COLUMNS`.
+    masks : Masks
+        Consistent over coupling groups.
+    told : dict
+        For `run.json`: ``calibration, damage_unit, summary``.
+    notes : list of str
+        For the report.
+    """
+
+    filters: pd.DataFrame
+    masks: Masks
+    told: dict[str, Any]
+    notes: list[str]
+
+
+def conclude(
+    subject: Subject, run: RunDirectory, key: str, stages: Stages, progress: Progress
+) -> Conclusions:
+    """Probe, judge, rank and embed the filters of layers whose stimuli are in the run directory.
+
+    Parameters
+    ----------
+    subject : Subject
+        What is analysed.
+    run : RunDirectory
+        Where stimuli are, and conclusions go.
+    key : str
+        From `tasks.stimuli_key`.
+    stages : Stages
+        Told how long what takes.
+    progress : Progress
+        Told how the work goes.
+    """
+    model, network, seed, statistics = subject.model, subject.network, subject.seed, subject.statistics
+    groups, examples, notes = subject.groups, subject.examples, []
+    found = LayerFiles(run, subject.records)
+    judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
+    with stages.timed("probes"):
+        twin = probing_copy(model, network)
+        moments = probe_groups(twin, network, judged, found, examples, seed, statistics, progress)
+    with stages.timed("verdicts"):
+        verdicts = judge_groups(groups, moments, progress)
+    calibrated = None
+    if judged:
+        with stages.timed("calibration"):
+            calibrated = _calibrate(twin, subject, run, found, progress, key)
+    if calibrated is None:
+        run.probes_file.unlink(missing_ok=True)  # an earlier run's
+    with stages.timed("ranking"):
+        near = None if calibrated is None else calibrated.images
+        measured = measure_groups(twin, judged, moments, near, examples, seed, progress)
+        ranked = rank_groups(verdicts, measured)
+        verdicts = ranked.verdicts
+    predicted = ranking.predictions_on(twin, calibrated)
+    if judged:
+        count = 0 if examples is None else len(examples)
+        notes.append(ranking.describe(calibrated, predicted, count, measured.unit))
+    with stages.timed("embedding"):
+        embeddings, places = embed_network(network, subject.layers, found, seed, progress)
+    if examples is not None:
+        with stages.timed("examples"):
+            parts = find_exciting_parts(network, subject.layers, examples, statistics)
+        if parts is not None:
+            write_exciting_parts(parts, {one.name: one.slug for one in subject.records}, run.examples_file)
+    table = filter_table(subject.layers, found, embeddings, places, group_of_layer(groups), verdicts)
+    counts_of_layers = {layer.name: layer.filters for layer in network.layers}
+    masks = masks_of(table, groups, verdicts, counts_of_layers, subject.origin, measured.unit)
+    masks.probes = near
+    run.write_filters(table)
+    macs = surgery.count_macs(model, network.input_shape)
+    decisions = decisions_json(
+        table, groups, verdicts, masks, dict(model.named_modules()), macs, measured.unit
+    )
+    write_json(run.decisions_file, decisions)
+    run.write_moments(ranked.moments)
+    write_plain_masks(masks, run.masks_file)
+    with stages.timed("removal"):
+        summary = _summary(subject, table, masks, notes)
+    told = {
+        "calibration": ranking.summary(calibrated, predicted),
+        "damage_unit": measured.unit,
+        "summary": summary,
+    }
+    return Conclusions(table, masks, told, notes)
+
+
+def _calibrate(
+    twin: nn.Module,
+    subject: Subject,
+    run: RunDirectory,
+    found: LayerFiles,
+    progress: Progress,
+    key: str,
+) -> Calibrated | None:
+    """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
+    settings = [calibration.SETTINGS, objectives.SETTINGS, leaves.SETTINGS]
+    key = hashlib.sha256(json.dumps([key, list(found), settings]).encode()).hexdigest()
+    calibrated = load_probes(run.probes_file, key)
+    if calibrated is None:
+        shape, statistics = subject.network.input_shape, subject.statistics
+        calibrated = calibrated_probes(twin, found, shape, subject.seed, statistics, progress)
+        if calibrated is not None:
+            save_probes(calibrated, run.probes_file, key)
+    return calibrated
+
+
+def _summary(subject: Subject, table: pd.DataFrame, masks: Masks, notes: list[str]) -> dict[str, Any]:
+    """Counts of filters by verdict, and the network's size before and after."""
+    shape = subject.network.input_shape
+    before = surgery.count_cost(subject.model, shape)
+    after = _cost_after(subject.model, masks, shape, before, notes)
+    counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in ("keep", "redundant", "dead")}
+    return {
+        "filters": len(table), **counts, "parameters": before[0], "parameters_after": after[0],
+        "macs": before[1], "macs_after": after[1],
+    }  # fmt: skip
+
+
+def _cost_after(
+    model: nn.Module, masks: Masks, input_shape: tuple[int, ...], cost: tuple[int, int], notes: list[str]
+) -> tuple[int, int]:
+    """Parameters and MACs once the masked filters are removed for real."""
+    if not masks.removed:
+        return cost
+    try:
+        smaller = surgery.remove_filters(model, masks, blank_input(model, input_shape))
+        return surgery.count_cost(smaller, input_shape)
+    except UserError as error:
+        notes.append(f"What removal saves could not be measured: {error}")
+        return cost

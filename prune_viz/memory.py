@@ -1,0 +1,112 @@
+"""How much memory a run may take, and how many filters at a time fit it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from prune_viz.devices import WHOLE
+from prune_viz.errors import UserError
+from prune_viz.filters import FilterNetwork
+from prune_viz.stimuli import BATCH
+
+SHARE = 0.8  # of what is free that a run takes where it is not told how much
+SLACK = 1.3  # of what a climb holds, for what the allocator keeps and libraries work with
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU as the system says, or what its container may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such limit
+            continue
+    return max(int(free), 0)
+
+
+class MemoryPlan:
+    """How many tasks at a time, and how many filters at a time in each.
+
+    On a CPU the budget is for the whole process, what it holds already included; on others it is for what is
+    taken of their own memory.
+
+    Parameters
+    ----------
+    network : FilterNetwork
+        The prepared network.
+    budget : int or None
+        Bytes; by default `SHARE` of what is free.
+    workers : int
+        How many tasks there may be at a time.
+
+    Raises
+    ------
+    UserError
+        If the budget does not suffice for a single filter.
+    """
+
+    def __init__(self, network: FilterNetwork, budget: int | None, workers: int) -> None:
+        self._network = network
+        held = psutil.Process(os.getpid()).memory_info().rss if network.device.type == "cpu" else 0
+        self.budget = int(SHARE * free_memory(network.device)) + held if budget is None else budget
+        self._left = self.budget - held
+        self._taken: dict[str, int] = {}
+        row = self.taken(network.layers[-1].name)
+        if row > self._left:
+            raise UserError(
+                f"--memory {in_words(self.budget)} is too little: {in_words(held)} are taken, and one filter "
+                f"of {network.layers[-1].name} takes {in_words(row)} more; give more, or a smaller --canvas"
+            )
+        self.workers = max(1, min(workers, self._left // (WHOLE * row)))
+
+    def batch(self, layer: str) -> int:
+        """How many filters of a layer fit at a time in each task; at least one."""
+        fitting = self._left // (self.workers * self.taken(layer))
+        most = BATCH[self._network.device.type]
+        return int(max(1, min(most, fitting if fitting < WHOLE else fitting // WHOLE * WHOLE)))
+
+    def taken(self, layer: str) -> int:
+        """Bytes that the ascent of one filter of a layer takes, measured on one forward pass."""
+        if layer not in self._taken:
+            self._taken[layer] = _bytes_of_climb(self._network, layer)
+        return self._taken[layer]
+
+
+def _bytes_of_climb(network: FilterNetwork, name: str) -> int:
+    """What one input's step holds: all that its backward pass reads, and the largest of it a few times."""
+    canvas = network.layer(name).canvas
+    sums, largest = [], []
+    for rows in (1, 2):
+        images = torch.zeros(rows, network.input_shape[0], *canvas, device=network.device, requires_grad=True)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            maps = network.maps(name)(images * 1)  # held, so that no storage is freed and found again
+        sums.append(sum(kept.values()))
+        largest.append(max((tensor.nbytes for tensor in (*maps, images)), default=0))
+        largest[-1] = max([largest[-1], *kept.values()])
+    # What does not grow with the rows, the weights, is there already.
+    return int(SLACK * (sums[1] - sums[0] + 3 * (largest[1] - largest[0]) + 8 * images.nbytes / 2))
+
+
+def in_words(count: float) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,44 @@
+"""What happened in a run, an event a line, for people and scripts that watch: `log.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prune_viz.errors import UserError
+from prune_viz.files import plain
+
+
+def now() -> str:
+    """The time, to the second, as ISO 8601 has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class RunLog:
+    """Appends events to a file; a run that is taken up again goes on in the same one.
+
+    Parameters
+    ----------
+    path : Path
+        The file; a line an event, each a JSON object with ``time`` and ``event`` and what belongs to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, event: str, **told: Any) -> None:
+        """Append an event.
+
+        Raises
+        ------
+        UserError
+            If it cannot be written.
+        """
+        line = json.dumps({"time": now(), "event": event, **plain(told)})
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
