@@ -82,6 +82,7 @@ def analyze(
     data: str | Path | None = None,
     engine: str = "local",
     workers: int | None = None,
+    gpus_per_task: float = 1.0,
     memory: int | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -109,6 +110,8 @@ def analyze(
         Where stimuli are sought: on this machine, or on a Ray cluster (`prune_viz.ray_engine`).
     workers : int, optional
         How many tasks at a time; by default a CPU's cores, of other devices one, of a cluster all it takes.
+    gpus_per_task : float
+        Of a GPU, how much each task on a Ray cluster takes.
     memory : int, optional
         Bytes that the search for stimuli may take (`prune_viz.memory.MemoryPlan`).
     fresh : bool
@@ -134,6 +137,8 @@ def analyze(
     progress = progress or Progress()
     check_finite(model)
     check_options(prior, steps)
+    if engine not in ("local", "ray"):
+        raise UserError(f"--engine is local or ray, not {engine!r}")
     if canvas is not None and canvas < 1:
         raise UserError(f"--canvas must be at least 1, not {canvas}")
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
@@ -164,9 +169,10 @@ def analyze(
 
     def make_engine(told: Progress) -> Engine:
         if engine == "ray":
-            from prune_viz.ray_engine import RayEngine
+            from prune_viz.ray_engine import RayEngine, Work
 
-            return RayEngine(model, network, canvas, settings, workers, told)
+            work = Work(model, network.input_shape, canvas, network.device.type, settings)
+            return RayEngine(work, workers, gpus_per_task, told)
         plan = MemoryPlan(network, memory, workers or workers_on(network.device))
         return LocalEngine(network, settings, plan.workers, plan.batch, told)
 

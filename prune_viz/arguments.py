@@ -54,6 +54,30 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         ) from None
 
 
+def parse_memory(text: str | None) -> int | None:
+    """Read ``--memory``, in bytes; raises `UserError` unless it is a size such as 8G, 500M or 1.5GiB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.ASCII | re.I)
+    size = 0 if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    if size <= 0:
+        raise UserError(f"--memory {text}: expected a size such as 8G or 500M")
+    return size
+
+
+def check_budget(**given: float | None) -> dict[str, float]:
+    """The one of ``ratio, macs, tolerance`` that was given, or none; raises `UserError` for nonsense."""
+    budget = {name: value for name, value in given.items() if value is not None}
+    if len(budget) > 1:
+        raise UserError(f"give one of --{' and --'.join(budget)}, not both")
+    for name, value in budget.items():
+        if not value >= 0:
+            raise UserError(f"--{name} must be at least 0, not {value:g}")
+        if name != "tolerance" and value >= 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
+    return budget
+
+
 def check_device(name: str) -> None:
     """Raise `UserError` unless `name` is one that ``--device`` takes."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import typer
 
 from prune_viz import __version__
 from prune_viz.arguments import (
+    check_budget,
     check_device,
     check_output,
     check_writable,
     parse_kwargs,
+    parse_memory,
     parse_numbers,
     parse_shapes,
 )
@@ -23,18 +26,25 @@ from prune_viz.errors import UserError, one_line
 from prune_viz.options import (
     Arch,
     ArchKwargs,
+    AsJson,
     Code,
     Compensate,
+    Engine,
+    EngineName,
     Example,
+    GpusPerTask,
     InputShapes,
     Key,
+    Memory,
     Mode,
     ModelFile,
     Prior,
+    Quiet,
     RunArgument,
     TrustPickle,
+    Workers,
 )
-from prune_viz.terminal import exit_codes, make_console, make_progress, print_summary
+from prune_viz.terminal import exit_codes, make_console, make_progress, print_status, print_summary
 
 app = typer.Typer(
     name="prune-viz",
@@ -105,14 +115,28 @@ def analyze(
         Path | None,
         typer.Option(metavar="DIR", help="Example images, unlabelled: what is natural is measured on them."),
     ] = None,
+    engine: Engine = EngineName.local,
+    workers: Workers = None,
+    gpus_per_task: GpusPerTask = 1.0,
+    memory: Memory = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do again what the run directory already holds.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take, from a short trial.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Find the redundant and dead filters of MODEL; write stimuli, masks and a report."""
+    """Find the redundant and dead filters of MODEL; write stimuli, masks and a report.
+
+    A run that was cut short is taken up where it stopped. Exit codes: 0 done, 2 something that was given is
+    wrong, 1 anything else, a failed task for instance, 130 interrupted.
+    """
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
     check_device(device)
+    budget = parse_memory(memory)
     out = out or Path("reports") / model.stem
     check_writable(out)
 
@@ -120,7 +144,8 @@ def analyze(
     from prune_viz.architectures import default_normalisation
     from prune_viz.loading import hold_as_told, input_shape_of, load_as_told
 
-    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle)
+    silent = quiet or as_json
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent)
     checkpoint = hold_as_told(checkpoint, shapes, example)
     shape = input_shape_of(checkpoint)
     if normalisation == (None, None):
@@ -138,12 +163,32 @@ def analyze(
         canvas=canvas,
         seed=seed,
         device=device,
+        engine=engine.value,
+        workers=workers,
+        gpus_per_task=gpus_per_task,
+        memory=budget,
         fresh=fresh,
-        progress=make_progress(),
+        progress=make_progress(silent),
         source=checkpoint.source,
         **options,
     )
-    print_summary(result, out, make_console())
+    if as_json:
+        print(json.dumps({**result.summary, "out": str(out)}))
+    print_summary(result, out, make_console(silent))
+
+
+@app.command()
+@exit_codes
+def status(run: RunArgument, as_json: AsJson = False) -> None:
+    """Say what of RUN is done, failed and left."""
+    from prune_viz.runs import RunDirectory
+    from prune_viz.status import read_status
+
+    found = read_status(RunDirectory(run))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_status(found, make_console())
 
 
 @app.command()
@@ -179,15 +224,7 @@ def masks(
     ] = None,
 ) -> None:
     """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts."""
-    given = {"ratio": ratio, "macs": macs, "tolerance": tolerance}
-    budget = {name: value for name, value in given.items() if value is not None}
-    if len(budget) > 1:
-        raise UserError(f"give one of --{' and --'.join(budget)}, not both")
-    for name, value in budget.items():
-        if not value >= 0:
-            raise UserError(f"--{name} must be at least 0, not {value:g}")
-        if name != "tolerance" and value >= 1:
-            raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
+    budget = check_budget(ratio=ratio, macs=macs, tolerance=tolerance)
     if round_to != 1 and not budget:
         raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
     if review is not None and budget:

@@ -135,7 +135,7 @@ def see_through(
             piece = future.result()
             pieces.add(task, piece)
             finished += 1
-            log("task done", task=task.title, file=task.file, seconds=round(piece.seconds, 3))
+            log("task done", task=task.title, seconds=round(piece.seconds, 3), worker=piece.worker)
             advance(task)
         if len(failures) >= HOPELESS and not finished:
             waiting.clear()

@@ -91,8 +91,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], told: Mapping[str
         aside.write_bytes(save(arrays, told))
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
-    """What `write_arrays` wrote, arrays and strings; None where there is nothing, or not just that."""
+def read_arrays(path: Path, strict: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+    """What `write_arrays` wrote, arrays and strings; None where there is nothing, or not just that.
+
+    With `strict` false, files without a digest count too, as earlier versions wrote them.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -102,7 +105,8 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | No
     except (OSError, SafetensorError, ValueError, TypeError):
         return None
     digest = told.pop(_DIGEST, None)
-    return (arrays, told) if digest == _digest(arrays, told) else None
+    sound = not strict if digest is None else digest == _digest(arrays, told)
+    return (arrays, told) if sound else None
 
 
 def read_header(path: Path) -> dict[str, str] | None:

@@ -21,6 +21,7 @@ def load_as_told(
     code: Path | None,
     key: str | None,
     trust_pickle: bool,
+    silent: bool = False,
 ) -> Checkpoint:
     """Read a model, and say what reading it decided by itself."""
     if code is not None:
@@ -28,7 +29,7 @@ def load_as_told(
             raise UserError(f"--code {code} is not a directory")
         sys.path.append(str(code.absolute()))  # last, see current_directory_importable
     checkpoint = load_checkpoint(model, arch, kwargs, trust_pickle, key)
-    console = make_console()
+    console = make_console(silent)
     for line in checkpoint.describe():
         console.print(one_line(line), soft_wrap=True)
     return checkpoint

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_viz.devices import WHOLE
-from prune_viz.errors import UserError
+from prune_viz.errors import LayerError, UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.stimuli import BATCH
 
@@ -61,24 +61,29 @@ class MemoryPlan:
         self.budget = int(SHARE * free_memory(network.device)) + held if budget is None else budget
         self._left = self.budget - held
         self._taken: dict[str, int] = {}
-        row = self.taken(network.layers[-1].name)
+        # The deepest layer's ascent holds most; one that cannot be looked at is passed over.
+        names = [layer.name for layer in reversed(network.layers)]
+        row, deepest = next(((taken, name) for name in names if (taken := self.taken(name))), (1, ""))
         if row > self._left:
             raise UserError(
                 f"--memory {in_words(self.budget)} is too little: {in_words(held)} are taken, and one filter "
-                f"of {network.layers[-1].name} takes {in_words(row)} more; give more, or a smaller --canvas"
+                f"of {deepest} takes {in_words(row)} more; give more, or a smaller --canvas"
             )
         self.workers = max(1, min(workers, self._left // (WHOLE * row)))
 
     def batch(self, layer: str) -> int:
         """How many filters of a layer fit at a time in each task; at least one."""
-        fitting = self._left // (self.workers * self.taken(layer))
+        fitting = self._left // (self.workers * max(1, self.taken(layer)))
         most = BATCH[self._network.device.type]
         return int(max(1, min(most, fitting if fitting < WHOLE else fitting // WHOLE * WHOLE)))
 
     def taken(self, layer: str) -> int:
-        """Bytes that the ascent of one filter of a layer takes, measured on one forward pass."""
+        """Bytes that the ascent of one filter of a layer takes, measured; 0 where it cannot be looked at."""
         if layer not in self._taken:
-            self._taken[layer] = _bytes_of_climb(self._network, layer)
+            try:
+                self._taken[layer] = _bytes_of_climb(self._network, layer)
+            except LayerError:
+                self._taken[layer] = 0
         return self._taken[layer]
 
 

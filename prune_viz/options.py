@@ -30,6 +30,13 @@ class Compensate(StrEnum):
     merge = "merge"
 
 
+class EngineName(StrEnum):
+    """Where stimuli are sought."""
+
+    local = "local"
+    ray = "ray"
+
+
 ModelFile = Annotated[
     Path,
     typer.Argument(
@@ -80,3 +87,21 @@ Example = Annotated[
         "(or signals) are varied, the rest is held.",
     ),
 ]
+Engine = Annotated[
+    EngineName, typer.Option(help="Seek stimuli on this machine, or on a Ray cluster (RAY_ADDRESS).")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tasks at a time.", show_default="a CPU's cores, a cluster's room"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Memory that the search may take, as in 8G.", show_default="most of what is free"
+    ),
+]
+GpusPerTask = Annotated[
+    float, typer.Option(min=0.01, metavar="R", help="With --engine ray: of a GPU, what each task takes.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

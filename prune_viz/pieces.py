@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from prune_viz.errors import UserError
 from prune_viz.files import read_arrays, write_arrays
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
 from prune_viz.tasks import Piece, Task, join_pieces
@@ -42,7 +43,7 @@ class Pieces:
         for task in tasks:
             self._tasks[task.layer].append(task)
         self.told = {name: run.layer_told(file) for name, file in self._files.items()}
-        self.whole = {name for name, told in self.told.items() if told.get("key") == key}
+        self.whole = {name for name, told in self.told.items() if told.get("run") == key}
         self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
         for name in self._files:
             self._complete(name)
@@ -50,7 +51,8 @@ class Pieces:
     def add(self, task: Task, piece: Piece) -> None:
         """Keep a result, and write the layer's file once all are there."""
         arrays = {name: getattr(piece, name) for name in ("images", "activations", "responses")}
-        write_arrays(self._run.path / task.file, arrays, {"key": task.key, **_told(piece)})
+        told = {"key": task.key, **self._told(task.layer, piece)}
+        write_arrays(self._run.path / task.file, arrays, told)
         self.done.add(task)
         self._complete(task.layer)
 
@@ -68,15 +70,20 @@ class Pieces:
         tasks = self._tasks[name]
         if name in self.whole or not self.done.issuperset(tasks):
             return
-        pieces = [self._read(task) for task in tasks]
-        joined = join_pieces(piece for piece in pieces if piece is not None)
+        joined = join_pieces(self._sound(task) for task in tasks)
         weights = None if joined.failed else self._weights(name)
         tensors = LayerTensors(joined.images, joined.activations, joined.responses, weights)
-        self.told[name] = {"key": self._key, "layer": name, **_told(joined)}
+        self.told[name] = self._told(name, joined)
         self._run.write_layer(self._files[name], tensors, self.told[name])
         self.whole.add(name)
         for task in tasks:
             (self._run.path / task.file).unlink(missing_ok=True)
+
+    def _sound(self, task: Task) -> Piece:
+        piece = self._read(task)
+        if piece is None:
+            raise UserError(f"{self._run.path / task.file} was damaged meanwhile; the same command goes on")
+        return piece
 
     def _read(self, task: Task) -> Piece | None:
         read = read_arrays(self._run.path / task.file)
@@ -84,9 +91,17 @@ class Pieces:
             return None
         arrays, told = read
         derailed = tuple(int(number) for number in told["derailed"].split(", ") if number)
-        return Piece(**arrays, derailed=derailed, failed=told["failed"], seconds=float(told["seconds"]))
+        return Piece(
+            arrays["images"], arrays["activations"], arrays["responses"], derailed, told["failed"],
+            float(told["seconds"]),
+        )  # fmt: skip
 
-
-def _told(piece: Piece) -> dict[str, str]:
-    derailed = ", ".join(map(str, piece.derailed))
-    return {"derailed": derailed, "failed": piece.failed, "seconds": f"{piece.seconds:.3f}"}
+    def _told(self, layer: str, piece: Piece) -> dict[str, str]:
+        return {
+            "run": self._key,
+            "layer": layer,
+            "filters": str(len(piece.activations)),
+            "derailed": ", ".join(map(str, piece.derailed)),
+            "failed": piece.failed,
+            "seconds": f"{piece.seconds:.3f}",
+        }

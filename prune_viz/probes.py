@@ -211,7 +211,7 @@ def write_images(images: Tensor, path: Path, told: Mapping[str, str] | None = No
 
 def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
     """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
-    read = _read(path)
+    read = _read(path, strict=key is not None)
     if read is None or key not in (None, read[1].get("key")):
         return None
     images, told = read
@@ -225,12 +225,12 @@ def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
 
 def read_images(path: Path) -> Tensor | None:
     """Read probes alone, shape (N, C, *size); None where there are none."""
-    read = _read(path)
+    read = _read(path, strict=False)
     return None if read is None else read[0]
 
 
-def _read(path: Path) -> tuple[Tensor, dict[str, str]] | None:
-    read = read_arrays(path)
+def _read(path: Path, strict: bool) -> tuple[Tensor, dict[str, str]] | None:
+    read = read_arrays(path, strict)
     if read is None or "images" not in read[0]:
         return None
     return torch.from_numpy(read[0]["images"]), read[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class RunLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._begun = False
 
     def __call__(self, event: str, **told: Any) -> None:
         """Append an event.
@@ -38,7 +40,12 @@ class RunLog:
         """
         line = json.dumps({"time": now(), "event": event, **plain(told)})
         try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            with self._path.open("ab+") as stream:
+                if not self._begun and stream.tell() > 0:
+                    stream.seek(-1, os.SEEK_END)
+                    if stream.read(1) != b"\n":  # left by a process that was killed
+                        stream.write(b"\n")
+                self._begun = True
+                stream.write(line.encode() + b"\n")
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}") from None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,6 +107,8 @@ class Piece:
         Why the layer cannot be looked at; empty if it can.
     seconds : float
         How long it took.
+    worker : str
+        Who did it: host and process.
     """
 
     images: np.ndarray
@@ -113,6 +117,7 @@ class Piece:
     derailed: tuple[int, ...]
     failed: str
     seconds: float
+    worker: str = ""
 
 
 def stimuli_key(provenance: Mapping[str, Any]) -> str:
@@ -182,7 +187,7 @@ def do_task(
     progress : Progress, optional
         Advanced by each filter that is done.
     """
-    layer = network.layer(task.layer)
+    layer, worker = network.layer(task.layer), f"{platform.node()}/{os.getpid()}"
     start = time.perf_counter()
     try:
         stimuli = ascend(
@@ -203,7 +208,7 @@ def do_task(
         blank = np.zeros((task.filters, network.input_shape[0], *layer.canvas), dtype=np.float16)
         unknown = np.full(task.filters, np.nan, dtype=np.float32)
         nothing = np.zeros((task.filters, layer.filters), dtype=np.float32)
-        return Piece(blank, unknown, nothing, (), one_line(error), time.perf_counter() - start)
+        return Piece(blank, unknown, nothing, (), one_line(error), time.perf_counter() - start, worker)
     return Piece(
         as_stored(stimuli.images).numpy(),
         stimuli.activations.numpy().astype(np.float32),
@@ -211,6 +216,7 @@ def do_task(
         tuple(stimuli.derailed),
         "",
         time.perf_counter() - start,
+        worker,
     )
 
 

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
-def make_console() -> Console:
-    """A console that takes nothing it is given for markup."""
+def make_console(silent: bool = False) -> Console:
+    """A console that takes nothing it is given for markup; a silent one prints nothing."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False)
+    return Console(markup=False, highlight=False, quiet=silent)
 
 
-def make_progress() -> Progress:
-    """Bars where someone watches, silence elsewhere."""
+def make_progress(silent: bool = False) -> Progress:
+    """Bars where someone watches, silence elsewhere and where it is asked for."""
     from prune_viz.progress import BarProgress, Progress
 
-    return BarProgress() if sys.stderr.isatty() else Progress()
+    return BarProgress() if sys.stderr.isatty() and not silent else Progress()
 
 
 def print_summary(result: Analysis, out: Path, console: Console) -> None:
@@ -57,6 +57,28 @@ def print_summary(result: Analysis, out: Path, console: Console) -> None:
     console.print(f"took {summary['seconds']:,.0f} s and at most {summary['peak_mib']:,.0f} MiB")
     for what, path in (("report", run.report_page), ("masks", run.masks_file), ("table", run.filters_file)):
         console.print(f"{what + ':':<8}{one_line(path)}", soft_wrap=True)
+
+
+def print_status(found: Mapping[str, Any], console: Console) -> None:
+    """Print how far a run is, with the layers that are not done."""
+    share = f"{found['done'] / max(found['filters'], 1):.1%}"
+    done = sum(layer["done"] == layer["filters"] for layer in found["layers"])
+    why = f" ({one_line(found['stopped_by'])})" if found["stopped_by"] else ""
+    console.print(f"{found['state']}{why}", soft_wrap=True)
+    console.print(
+        f"stimuli: {found['done']:,} of {found['filters']:,} filters ({share}), {found['left']:,} left"
+    )
+    console.print(f"layers:  {done:,} of {len(found['layers']):,}")
+    left = _grid(console)
+    for layer in found["layers"]:
+        if 0 < layer["done"] < layer["filters"]:
+            left.add_row(one_line(layer["name"]), f"{layer['done']:,}", "of", f"{layer['filters']:,}")
+    if left.row_count:
+        console.print(left)
+    for failed in found["failed"]:
+        console.print(f"failed:  {one_line(failed['task'])}: {one_line(failed['error'])}", soft_wrap=True)
+    if found["state"] == "stopped":
+        console.print("the same analyze command goes on from there")
 
 
 def _grid(console: Console) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import copy
 import json
 from pathlib import Path
@@ -157,15 +158,18 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
     ascend = tasks.ascend
 
     def stopping(network, layer, *rest, **options):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(layer)
+        if len(done) < 2:
+            done.append(layer)
+        else:  # Ctrl-C while the third is under way
+            _thread.interrupt_main()
+            assert options["stop"].wait(30)
         return ascend(network, layer, *rest, **options)
 
     monkeypatch.setattr(tasks, "ascend", stopping)
     with pytest.raises(KeyboardInterrupt):
         analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", workers=1)
-    assert json.loads((tmp_path / "cut" / "run.json").read_text())["state"] == "stopped"
+    stopped = json.loads((tmp_path / "cut" / "run.json").read_text())
+    assert (stopped["state"], stopped["stopped_by"]) == ("stopped", "interrupted")
     assert not (tmp_path / "cut" / "masks.pt").exists()
     rest: list[str] = []
 
@@ -331,7 +335,7 @@ def test_calibrated_probes_are_used_again(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("calibrated again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("prune_viz.analysis.calibrated_probes", never)
+        patched.setattr("prune_viz.conclusions.calibrated_probes", never)
         analyze(model, **options)
         assert (out / "filters.csv").read_bytes() == first
         with pytest.raises(AssertionError, match="calibrated again"):
