@@ -43,7 +43,12 @@ class Pieces:
         for task in tasks:
             self._tasks[task.layer].append(task)
         self.told = {name: run.layer_told(file) for name, file in self._files.items()}
-        self.whole = {name for name, told in self.told.items() if told.get("run") == key}
+        whole = {one.name: {"run": key, "layer": one.name, "filters": str(one.filters)} for one in records}
+        self.whole = {
+            name
+            for name, told in self.told.items()
+            if "key" not in told and whole[name].items() <= told.items()
+        }
         self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
         for name in self._files:
             self._complete(name)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prune_viz.errors import UserError, brief
+from prune_viz.errors import UserError
 from prune_viz.files import ASIDE, read_arrays, write_arrays, write_json, written_aside
 
 if TYPE_CHECKING:
@@ -203,8 +203,10 @@ class RunDirectory:
             raise UserError(
                 f"another prune-viz is at work in {self.path}: wait until it ends, or give another --out"
             ) from None
-        except (OSError, NotImplementedError) as error:
-            raise UserError(f"{self.path} cannot be written ({brief(error)}); give another --out") from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); give another --out") from None
+        except NotImplementedError:
+            raise UserError(f"{self.path} lies where no file can be locked; give another --out") from None
         with lock:
             self._check_owner(model_sha256, fresh)
             self._clear(fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from prune_viz.progress import Progress
 
 P = ParamSpec("P")
+# What a disk refuses with.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def make_console(silent: bool = False) -> Console:
@@ -113,10 +116,14 @@ def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
         except typer.Exit:
             raise
         except Exception as error:
-            if os.environ.get("PRUNE_VIZ_TRACEBACK"):
-                traceback.print_exc()
-            what = one_line(f"{type(error).__name__}: {error}")
-            line, code = f"failed: {what} (PRUNE_VIZ_TRACEBACK=1 shows where)", 1
+            if isinstance(error, OSError) and error.errno in _DISK:
+                where = f"{one_line(error.filename)}: " if error.filename else ""
+                line, code = f"error: {where}{error.strerror}", 2
+            else:
+                if os.environ.get("PRUNE_VIZ_TRACEBACK"):
+                    traceback.print_exc()
+                what = one_line(f"{type(error).__name__}: {error}")
+                line, code = f"failed: {what} (PRUNE_VIZ_TRACEBACK=1 shows where)", 1
         else:
             return
         print(line, file=sys.stderr)
