@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,28 +17,24 @@ import pandas as pd
 import torch
 from torch import nn
 
-from prune_viz import coupling, redundancy, surgery
-from prune_viz.conclusions import Subject, conclude
-from prune_viz.dependencies import UntraceableError
-from prune_viz.devices import pick_device, workers_on
+from prune_viz import redundancy, surgery
+from prune_viz.conclusions import conclude
+from prune_viz.devices import workers_on
 from prune_viz.engines import Engine, LocalEngine, see_through
-from prune_viz.errors import RunInterruptedError, UserError, few, one_line
-from prune_viz.filters import FilterNetwork, blank_input
-from prune_viz.groups import CouplingGroup, group_of_layer
-from prune_viz.inputs import read_inputs
-from prune_viz.layers import Layer, select_layers
+from prune_viz.errors import RunInterruptedError, UserError, one_line
+from prune_viz.estimate import Estimate, estimate_run
+from prune_viz.filters import FilterNetwork
 from prune_viz.masks import Masks
 from prune_viz.memory import MemoryPlan
-from prune_viz.origin import Origin, hash_model
 from prune_viz.pieces import Pieces
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, peak_mib, versions
 from prune_viz.report import write_report
 from prune_viz.run_log import RunLog, now
-from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory, slug
+from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory
 from prune_viz.stimuli import STEPS, check_options
+from prune_viz.subjects import Subject, prepare_subject
 from prune_viz.tasks import Settings, Task, plan_tasks, stimuli_key
-from prune_viz.weights import check_finite
 
 
 @dataclass(frozen=True)
@@ -135,21 +132,15 @@ def analyze(
         If some tasks failed. What is done is kept, and the same call goes on.
     """
     progress = progress or Progress()
-    check_finite(model)
     check_options(prior, steps)
     if engine not in ("local", "ray"):
         raise UserError(f"--engine is local or ray, not {engine!r}")
-    if canvas is not None and canvas < 1:
-        raise UserError(f"--canvas must be at least 1, not {canvas}")
-    network = FilterNetwork(model, input_shape, canvas, pick_device(device))
-    if network.overflowing:
-        raise UserError(
-            f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
-        )
-    chosen = select_layers(network.layers, layers)
-    statistics, examples, unread = read_inputs(network.input_shape, mean, std, data, out)
-    weights_sha256 = hash_model(model)
-    source = {"sha256": weights_sha256, **(source or {})}
+    source = dict(source or {})
+    subject = prepare_subject(
+        model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
+        data=data, out=out, file_sha256=source.get("sha256"),
+    )  # fmt: skip
+    network = subject.network
     options = {
         "prior": prior,
         "steps": steps,
@@ -159,13 +150,8 @@ def analyze(
         "device": str(network.device),
         "tolerance": redundancy.TOLERANCE,
     }
-    groups, notes = _couple(model, network)
-    tied = group_of_layer(groups)
-    records = [_record(layer, tied.get(layer.name)) for layer in chosen]
-    origin = Origin(str(source["sha256"]), weights_sha256)
-    subject = Subject(model, network, chosen, records, groups, statistics, examples, seed, origin)
-    provenance = {**_provenance(subject, source, options), "notes": notes + unread}
-    settings = Settings(prior, steps, seed, statistics)
+    provenance = _provenance(subject, source, options)
+    settings = Settings(prior, steps, seed, subject.statistics)
 
     def make_engine(told: Progress) -> Engine:
         if engine == "ray":
@@ -182,6 +168,41 @@ def analyze(
         run = RunDirectory(Path(folder))
         result = _run(subject, run, provenance, make_engine, fresh, progress, report=False)
         return replace(result, layers=dict(result.layers), out=None)
+
+
+def estimate(
+    model: nn.Module,
+    *,
+    input_shape: Sequence[int],
+    out: str | Path | None = None,
+    layers: Sequence[str] = (),
+    prior: str = "natural",
+    steps: int = STEPS,
+    canvas: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    data: str | Path | None = None,
+    workers: int | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Say what `analyze` would take on this machine, from a short trial; nothing is written.
+
+    Parameters and errors are those of `analyze`.
+    """
+    check_options(prior, steps)
+    start = time.perf_counter()
+    subject = prepare_subject(
+        model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
+        data=data, out=out, file_sha256=None,
+    )  # fmt: skip
+    settings = Settings(prior, steps, seed, subject.statistics)
+    prepared = time.perf_counter() - start
+    with progress or Progress() as told:
+        found = estimate_run(subject, settings, memory, workers, told)
+    return replace(found, seconds={"preparation": prepared, **found.seconds})
 
 
 def _run(
@@ -288,7 +309,7 @@ def _provenance(subject: Subject, source: Mapping[str, Any], options: Mapping[st
         "format": FORMAT,
         "model": {
             "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, "held_inputs": None,
-            **source,
+            **source, "sha256": subject.origin.file,
             "class_name": type(subject.model).__name__, "parameters": cost[0], "macs": cost[1],
             "input_shape": list(subject.network.input_shape),
         },
@@ -300,29 +321,5 @@ def _provenance(subject: Subject, source: Mapping[str, Any], options: Mapping[st
         "threads": torch.get_num_threads(),
         "started": now(),
         "layers": [asdict(record) for record in subject.records],
+        "notes": list(subject.notes),
     }  # fmt: skip
-
-
-def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGroup], list[str]]:
-    """Coupling groups, and notes for the report where something had to be left out."""
-    notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
-    if network.repeated:
-        names = few(list(network.repeated))
-        notes.append(f"Run several times when the model is called, looked at the first time: {names}.")
-    if not network.takes_batches:
-        notes.append("The model takes one input at a time, so its filters are not judged, only looked at.")
-        return [], notes
-    try:
-        return coupling.find_groups(model, blank_input(model, network.input_shape)), notes
-    except UntraceableError as error:
-        notes.append(
-            f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
-            "only silent ones are called dead."
-        )
-        return [], notes
-
-
-def _record(layer: Layer, group: CouplingGroup | None) -> LayerRecord:
-    number = None if group is None else group.number
-    file = f"layers/{slug(layer.depth, layer.name)}.safetensors"
-    return LayerRecord(**vars(layer), group=number, file=file)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +42,15 @@ from prune_viz.options import (
     TrustPickle,
     Workers,
 )
-from prune_viz.terminal import exit_codes, make_console, make_progress, print_status, print_summary
+from prune_viz.terminal import (
+    exit_codes,
+    make_console,
+    make_progress,
+    print_estimate,
+    print_status,
+    print_summary,
+)
+from prune_viz.viewing import figure, report, review
 
 app = typer.Typer(
     name="prune-viz",
@@ -150,25 +156,35 @@ def analyze(
     shape = input_shape_of(checkpoint)
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
-    options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    options: dict[str, Any] = {
+        "input_shape": shape,
+        "mean": normalisation[0],
+        "std": normalisation[1],
+        "data": data,
+        "out": out,
+        "layers": layers or (),
+        "prior": prior.value,
+        "canvas": canvas,
+        "seed": seed,
+        "device": device,
+        "workers": workers,
+        "memory": budget,
+        "progress": make_progress(silent),
+        **({} if steps is None else {"steps": steps}),
+    }
+    if dry_run:
+        if engine is not EngineName.local:
+            raise UserError("--dry-run tells what a run on this machine takes: leave out --engine")
+        estimate = analysis.estimate(checkpoint.model, **options)
+        if as_json:
+            print(json.dumps(estimate.as_json()))
+        print_estimate(estimate, make_console(silent))
+        return
     result = analysis.analyze(
         checkpoint.model,
-        input_shape=shape,
-        mean=normalisation[0],
-        std=normalisation[1],
-        data=data,
-        out=out,
-        layers=layers or (),
-        prior=prior.value,
-        canvas=canvas,
-        seed=seed,
-        device=device,
         engine=engine.value,
-        workers=workers,
         gpus_per_task=gpus_per_task,
-        memory=budget,
         fresh=fresh,
-        progress=make_progress(silent),
         source=checkpoint.source,
         **options,
     )
@@ -309,77 +325,8 @@ def apply(
     console.print(f"written to {one_line(out)}", soft_wrap=True)
 
 
-@app.command()
-@exit_codes
-def report(
-    run: RunArgument,
-    single_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write it as one file too, for a mail.", show_default=False),
-    ] = None,
-) -> None:
-    """Write the report of RUN again, from what the run directory holds."""
-    from prune_viz.report import write_report
-    from prune_viz.report.single_file import write_single_file
-    from prune_viz.runs import RunDirectory
-
-    if single_file is not None:
-        check_output("--single-file", single_file, [])
-        if single_file.resolve().is_relative_to(run.resolve()):
-            raise UserError(f"--single-file {single_file} lies in the run directory; name a file elsewhere")
-    directory = RunDirectory(run)
-    with make_progress() as progress:
-        page = write_report(directory, progress)
-    console = make_console()
-    console.print(f"report: {one_line(page)}", soft_wrap=True)
-    if single_file is not None:
-        size = write_single_file(directory, single_file)
-        console.print(f"in one file: {one_line(single_file)} ({size / 1e6:.1f} MB)", soft_wrap=True)
-
-
-@app.command()
-@exit_codes
-def figure(
-    run: RunArgument,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where to write: FILE.svg, .png or .pdf.", show_default=False)
-    ],
-    layer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which layer.", show_default="the network by depth")
-    ] = None,
-) -> None:
-    """Draw stimuli of RUN for a paper: a layer's in cluster order, or some of every depth."""
-    from prune_viz.figures import write_figure
-
-    check_output("--out", out, [])
-    what = write_figure(run, layer, out)
-    make_console().print(f"{one_line(what)}: {one_line(out)}", soft_wrap=True)
-
-
-@app.command()
-@exit_codes
-def review(
-    run: RunArgument,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Where to listen; 0 is any that is free.")
-    ] = 0,
-) -> None:
-    """Serve the report of RUN to this machine alone; what is decided in it is saved as RUN/review.json."""
-    from prune_viz.review_server import ReviewServer
-    from prune_viz.runs import RunDirectory
-
-    directory = RunDirectory(run)
-    directory.read_decisions()
-    console = make_console()
-    with ReviewServer(directory, port) as server:
-        console.print(f"open {server.url}", soft_wrap=True)
-        console.print("Ctrl-C ends")
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
-        file = server.review_file
-    if file.exists():
-        masks = shlex.join(["prune-viz", "masks", str(run), "--review", str(file)])
-        console.print(f"saved in {one_line(file)}; masks: {one_line(masks)}", soft_wrap=True)
+for _view in (report, figure, review):
+    app.command()(_view)
 
 
 @app.command()

@@ -8,63 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from prune_viz import calibration, leaves, objectives, ranking, surgery
 from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.errors import UserError
 from prune_viz.exciting import find_exciting_parts, write_exciting_parts
 from prune_viz.files import write_json
-from prune_viz.filters import FilterNetwork, blank_input
-from prune_viz.groups import CouplingGroup, group_of_layer
-from prune_viz.inputs import InputStatistics
-from prune_viz.layers import Layer
+from prune_viz.filters import blank_input
+from prune_viz.groups import group_of_layer
 from prune_viz.masks import Masks, write_plain_masks
 from prune_viz.network_map import embed_network
-from prune_viz.origin import Origin
 from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages
 from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups
-from prune_viz.runs import LayerFiles, LayerRecord, RunDirectory
+from prune_viz.runs import LayerFiles, RunDirectory
+from prune_viz.subjects import Subject
 from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is analysed.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The network as it was given.
-    network : FilterNetwork
-        It, prepared.
-    layers : list of Layer
-        Those looked at.
-    records : list of LayerRecord
-        The same as the run directory has them.
-    groups : list of CouplingGroup
-        Of all layers.
-    statistics : InputStatistics or None
-        What is known of the model's inputs.
-    examples : Tensor or None, shape (N, C, *size)
-        The user's images, in the model's own input units.
-    seed : int
-        Of all that is random.
-    origin : Origin
-        What model it is.
-    """
-
-    model: nn.Module
-    network: FilterNetwork
-    layers: list[Layer]
-    records: list[LayerRecord]
-    groups: list[CouplingGroup]
-    statistics: InputStatistics | None
-    examples: Tensor | None
-    seed: int
-    origin: Origin
 
 
 @dataclass(frozen=True)

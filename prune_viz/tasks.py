@@ -133,6 +133,11 @@ def stimuli_key(provenance: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def task_filters(network: FilterNetwork) -> int:
+    """How many filters a task has at most."""
+    return BATCHES * BATCH[network.device.type]
+
+
 def plan_tasks(network: FilterNetwork, records: Sequence[LayerRecord], key: str) -> list[Task]:
     """Cut layers into tasks, in order of depth.
 
@@ -146,7 +151,7 @@ def plan_tasks(network: FilterNetwork, records: Sequence[LayerRecord], key: str)
         From `stimuli_key`.
     """
     names = {record.name for record in records}
-    size = BATCHES * BATCH[network.device.type]
+    size = task_filters(network)
     tasks = []
     for record in records:
         feeder = network.feeder(record.name)

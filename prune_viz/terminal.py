@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prune_viz.analysis import Analysis
+    from prune_viz.estimate import Estimate
     from prune_viz.progress import Progress
 
 P = ParamSpec("P")
@@ -62,6 +63,28 @@ def print_summary(result: Analysis, out: Path, console: Console) -> None:
         console.print(f"{what + ':':<8}{one_line(path)}", soft_wrap=True)
 
 
+def print_estimate(estimate: Estimate, console: Console) -> None:
+    """Print what an analysis would take: a row a layer, then the stages, memory and disk."""
+    table = _grid(console, "layer", "filters", "canvas", "at a time", "seconds")
+    for cost in estimate.layers:
+        layer = cost.layer
+        canvas = "x".join(map(str, layer.canvas))
+        name, seconds = one_line(layer.name), f"{cost.seconds:,.1f}"
+        table.add_row(name, f"{layer.filters:,}", canvas, f"{cost.batch}", seconds)
+    console.print(table)
+    stages = _grid(console)
+    for stage, taken in (*estimate.seconds.items(), ("in all", estimate.total)):
+        stages.add_row(stage, f"{taken:,.0f} s")
+    console.print(stages)
+    filters = sum(cost.layer.filters for cost in estimate.layers)
+    console.print(
+        f"{filters:,} filters, {estimate.workers} tasks at a time (a layer's seconds are shared by them)"
+    )
+    console.print(
+        f"at most {estimate.memory / 2**20:,.0f} MiB of memory, {estimate.disk / 2**20:,.0f} MiB on disk"
+    )
+
+
 def print_status(found: Mapping[str, Any], console: Console) -> None:
     """Print how far a run is, with the layers that are not done."""
     share = f"{found['done'] / max(found['filters'], 1):.1%}"
@@ -84,13 +107,14 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
         console.print("the same analyze command goes on from there")
 
 
-def _grid(console: Console) -> Any:
+def _grid(console: Console, *titles: str) -> Any:
+    """A table of five columns, with titles or without."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE if console.is_terminal else None, show_header=False, pad_edge=False)
-    for number in range(5):
-        table.add_column(justify="left" if number == 0 else "right")
+    table = Table(box=box.SIMPLE if console.is_terminal else None, show_header=bool(titles), pad_edge=False)
+    for number, title in enumerate(titles or [""] * 5):
+        table.add_column(title, justify="left" if number == 0 else "right")
     return table
 
 

@@ -24,6 +24,7 @@ from prune_viz.status import read_status
 
 PROGRAM = str(Path(tortured.__file__))
 KILLS = 24
+LONG = 300  # steps
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +104,26 @@ def forks() -> multiprocessing.context.BaseContext:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(
-    undisturbed: Path, tmp_path: Path, forks: multiprocessing.context.BaseContext
+    tmp_path: Path, forks: multiprocessing.context.BaseContext
 ) -> None:
     chance = random.Random(8)
     out, kills, most_lost, found = tmp_path / "run", 0, 0, set()
+    warm = forks.Process(target=tortured.network)
+    warm.start()
+    warm.join()
     while kills < KILLS:
-        if kills == KILLS // 2 and out.exists():  # the second half begins anew
-            shutil.rmtree(out)
+        if kills % 6 == 0:  # begin anew
+            shutil.rmtree(out, ignore_errors=True)
         before = done(out)
-        process = forks.Process(target=tortured.run, args=(out, 2))
+        process = forks.Process(target=tortured.run, args=(out, 2, 0, LONG))
         process.start()
-        # Half of the kills while stimuli are sought, half at any time.
-        process.join(chance.uniform(0, 3.5) if kills % 2 else chance.uniform(0, 16))
+        if kills % 6 < 4:  # most while stimuli are sought, some at any time
+            more = before + 4 * chance.randint(0, 6)
+            while process.is_alive() and done(out) < more:
+                time.sleep(0.01)
+            process.join(chance.uniform(0, 0.5))
+        else:
+            process.join(chance.uniform(0, 12))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
@@ -129,9 +138,10 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(
             if (out / "run.json").exists() and process.exitcode:
                 assert read_status(RunDirectory(out))["state"] != "running"
     assert most_lost == 0  # what was done stays done, whatever comes after
-    assert len(found) >= 4  # the kills struck at several stages
-    finish(out)
-    assert_equal(undisturbed, out)
+    assert len(found) >= 10  # the kills struck at many moments
+    finish(out, "2", "0", str(LONG))
+    finish(tmp_path / "undisturbed", "1", "0", str(LONG))
+    assert_equal(tmp_path / "undisturbed", out)
     assert not list(out.rglob(f"*{ASIDE}"))
     print(f"{kills} kills survived, at {sorted(found)} filters done")
 

@@ -1,4 +1,4 @@
-"""A run of many small tasks, for tests that kill it: `python tests/tortured.py OUT [WORKERS]`."""
+"""A run of many small tasks, to be killed: `python tests/tortured.py OUT [WORKERS [SEED [STEPS]]]`."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def network() -> Mobile:
     return model
 
 
-def run(out: str | Path, workers: int = 1, seed: int = 0) -> None:
+def run(out: str | Path, workers: int = 1, seed: int = 0, steps: int = 40) -> None:
     """Analyse it in tasks of four filters."""
     torch.set_num_threads(1)
     stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
     calibration.PROBES = calibration.MOST_PROBES = 32
-    analyze(network(), input_shape=(3, 16, 16), out=out, workers=workers, steps=40, seed=seed)
+    analyze(network(), input_shape=(3, 16, 16), out=out, workers=workers, steps=steps, seed=seed)
 
 
 if __name__ == "__main__":

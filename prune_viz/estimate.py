@@ -1,0 +1,334 @@
+"""What an analysis would take, from a short trial: `analyze --dry-run`.
+
+A few filters of a few layers are searched for as in a run, as many at a time; between those layers what a
+filter takes goes with the time of a forward pass. What follows the stimuli is timed on a few inputs and grows
+with their number, verdicts with the cube of the channels of a group. Only the maps of filters and the report
+count by the filter at rates measured once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_viz import calibration, probes, ranking, redundancy
+from prune_viz.calibration import VARIANTS, calibrate, enlarged, probes_for
+from prune_viz.devices import WHOLE, one_thread_each, workers_on
+from prune_viz.engines import LocalEngine
+from prune_viz.errors import LayerError
+from prune_viz.filters import FilterNetwork
+from prune_viz.groups import CouplingGroup
+from prune_viz.layers import Layer
+from prune_viz.memory import MemoryPlan
+from prune_viz.priors import tile
+from prune_viz.probes import Start, natural_noise, probe_size
+from prune_viz.progress import Progress
+from prune_viz.provenance import peak_mib
+from prune_viz.responses import Moments, gather_moments
+from prune_viz.sensitivity import gather_sensitivities
+from prune_viz.subjects import Subject
+from prune_viz.tasks import Piece, Settings, Task, task_filters
+from prune_viz.verdicts import probing_copy
+
+LAYERS, FILTERS = 8, 16  # tried
+ROWS = 8  # inputs on which what follows is timed
+GROUPS = (48, 384)  # channels of the groups on which verdicts are timed, about
+# What maps and report take, in seconds, once and a filter; and the bytes of a report a filter.
+ONCE, A_FILTER = 8.0, 0.003
+REPORT_BYTES = 4500
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer's stimuli would take.
+
+    Attributes
+    ----------
+    layer : Layer
+        The layer.
+    seconds : float
+        Of work, shared by the workers.
+    batch : int
+        Filters at a time.
+    """
+
+    layer: Layer
+    seconds: float
+    batch: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an analysis would take.
+
+    Attributes
+    ----------
+    layers : list of LayerCost
+        In order of depth.
+    seconds : dict of str to float
+        By stage.
+    memory, disk : int
+        Bytes: the most at a time, and what the run directory would hold.
+    workers : int
+        Tasks at a time.
+    """
+
+    layers: list[LayerCost]
+    seconds: dict[str, float]
+    memory: int
+    disk: int
+    workers: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return {
+            "layers": [
+                {
+                    "name": cost.layer.name, "filters": cost.layer.filters, "canvas": cost.layer.canvas,
+                    "batch": cost.batch, "seconds": cost.seconds,
+                }
+                for cost in self.layers
+            ],
+            "filters": sum(cost.layer.filters for cost in self.layers),
+            "workers": self.workers, "seconds": self.total, "stages": self.seconds,
+            "memory": self.memory, "disk": self.disk,
+        }  # fmt: skip
+
+
+def estimate_run(
+    subject: Subject, settings: Settings, memory: int | None, workers: int | None, progress: Progress
+) -> Estimate:
+    """What an analysis on this machine would take.
+
+    Parameters
+    ----------
+    subject : Subject
+        What would be analysed.
+    settings : Settings
+        What stimuli depend on.
+    memory : int or None
+        Bytes that the search may take.
+    workers : int or None
+        Tasks at a time.
+    progress : Progress
+        Told how the trial goes.
+
+    Raises
+    ------
+    UserError
+        If the memory does not suffice for one filter.
+    """
+    network, layers = subject.network, subject.layers
+    plan = MemoryPlan(network, memory, workers or workers_on(network.device))
+    names = {layer.name for layer in layers}
+    judged = [group for group in subject.groups if group.removable and names.issuperset(group.layers)]
+    costs = estimate_stimuli(network, layers, settings, plan, progress)
+    seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
+    held = most_memory(plan, costs)
+    twin = probing_copy(subject.model, network)
+    examples = 0 if subject.examples is None else len(subject.examples)
+    seconds.update(estimate_conclusions(twin, network, layers, judged, subject.seed, examples))
+    disk = disk_bytes(layers, network.input_shape[0], judged)
+    return Estimate(costs, seconds, held, disk, plan.workers)
+
+
+def estimate_stimuli(
+    network: FilterNetwork, layers: Sequence[Layer], settings: Settings, plan: MemoryPlan, progress: Progress
+) -> list[LayerCost]:
+    """What the stimuli of layers would take.
+
+    Parameters
+    ----------
+    network : FilterNetwork
+        The prepared network.
+    layers : sequence of Layer
+        Which.
+    settings : Settings
+        What stimuli depend on.
+    plan : MemoryPlan
+        How many at a time.
+    progress : Progress
+        Told how the trial goes.
+    """
+    progress.start("trial", len(layers) + LAYERS)
+    with one_thread_each():
+        passes = [_forward_seconds(network, layer, progress) for layer in layers]
+    weights = np.array([layer.filters * one for layer, one in zip(layers, passes, strict=True)])
+    middles = (np.cumsum(weights) - weights / 2) / weights.sum()
+    shares = (np.arange(LAYERS) + 0.5) / LAYERS
+    tried = sorted({int(np.abs(middles - share).argmin()) for share in shares})
+    seconds = _try(network, [layers[index] for index in tried], settings, plan)
+    progress.advance(LAYERS)
+    progress.finish()
+    ratios = [seconds[layers[index].name] / passes[index] for index in tried]
+    a_filter = np.interp(np.arange(len(layers)), tried, ratios) * passes
+    return [
+        LayerCost(layer, float(one * layer.filters), plan.batch(layer.name))
+        for layer, one in zip(layers, a_filter, strict=True)
+    ]
+
+
+def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -> float:
+    """Seconds of a forward pass up to a layer's maps, the least of a few."""
+    images = torch.zeros(WHOLE, network.input_shape[0], *layer.canvas, device=network.device)
+    maps, best = network.maps(layer.name), float("inf")
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            with suppress(LayerError):
+                float(maps(images)[1].flatten()[0])  # waits for a device that works on its own
+            best = min(best, time.perf_counter() - start)
+    progress.advance()
+    return best
+
+
+def _try(
+    network: FilterNetwork, layers: Sequence[Layer], settings: Settings, plan: MemoryPlan
+) -> dict[str, float]:
+    """Seconds a filter of layers, tried side by side as a run does."""
+    feeders = {layer.name: network.feeder(layer.name) for layer in layers}
+    names = dict.fromkeys([*(feeder for feeder in feeders.values() if feeder), *feeders])
+    found: dict[str, Piece] = {}
+    with LocalEngine(network, settings, plan.workers, plan.batch) as engine:
+        for wave in (
+            [name for name in names if feeders.get(name) is None],
+            [name for name in names if feeders.get(name) is not None],
+        ):
+            running = {}
+            for name in wave:
+                feeder = feeders.get(name)
+                fed = found[feeder].images if feeder in found else None
+                task = Task(name, 0, min(FILTERS, network.layer(name).filters), feeder, "", "")
+                running[name] = engine.submit(task, fed)
+            wait(running.values())
+            found.update({name: future.result() for name, future in running.items()})
+    return {layer.name: found[layer.name].seconds / len(found[layer.name].images) for layer in layers}
+
+
+def estimate_conclusions(
+    twin: nn.Module,
+    network: FilterNetwork,
+    layers: Sequence[Layer],
+    judged: Sequence[CouplingGroup],
+    seed: int,
+    examples: int,
+) -> dict[str, float]:
+    """Seconds of what follows the stimuli, by stage.
+
+    Parameters
+    ----------
+    twin : nn.Module
+        The network to run probes through (`verdicts.probing_copy`).
+    network : FilterNetwork
+        The prepared network.
+    layers : sequence of Layer
+        Those looked at.
+    judged : sequence of CouplingGroup
+        Groups that would be judged.
+    seed : int
+        Seed of inputs made for the trial.
+    examples : int
+        How many images of the user's there are.
+    """
+    filters = sum(layer.filters for layer in layers)
+    found = {"embedding and report": ONCE + A_FILTER * filters}
+    if not judged:
+        return found
+    channels, *extents = network.input_shape
+    largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
+    size = probe_size(twin, network.input_shape, largest)
+    noise = natural_noise((channels, *size), ROWS, seed, None)
+    moments = gather_moments(twin, judged, [(noise, False), (noise, True)])  # warms up too
+
+    def probe(images: Tensor) -> float:
+        return _seconds(lambda: gather_moments(twin, judged, [(images, False)])) / len(images)
+
+    found["probes"] = probe(noise) * (filters + probes.NOISE_PROBES + examples)
+    widest = ranking.WIDEST[len(extents)]
+    size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
+    count, images = probes_for(size), tile(noise, size)
+    near = count * VARIANTS
+    found["calibration"] = _calibration_seconds(twin, images, seed, count)
+    if found["calibration"]:
+        large = tile(noise, enlarged(size)) if probes.runs_on(twin, channels, enlarged(size)) else images
+        sensed = _seconds(lambda: gather_sensitivities(twin, judged, [images], seed)) / len(images)
+        moved = near * (probe(images) + probe(large)) / 2 + examples * probe(images)
+        found["ranking"] = moved + sensed * (ranking.SENSED * count + examples)
+    judging = _judging_seconds(judged, moments)
+    found["verdicts"] = sum(judging(group.channels) for group in judged)
+    found["ranking"] = found.get("ranking", 0) + found["verdicts"]
+    return found
+
+
+def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int) -> float:
+    """Seconds of calibrating so many probes; 0 where none can be."""
+
+    def passes(number: int) -> float:
+        return _seconds(lambda: calibrate(twin, [Start(images)], seed=seed, passes=number))
+
+    if calibrate(twin, [Start(images)], seed=seed, passes=1) is None:
+        return 0.0
+    few, more = passes(1), passes(3)
+    a_pass = max(more - few, 0) / 2
+    return (few - a_pass + calibration.PASSES * a_pass) * count / len(images)
+
+
+def _judging_seconds(
+    judged: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]]
+) -> Callable[[int], float]:
+    """Seconds of judging a group by its channels, from judging a small and a larger one."""
+    sizes = sorted({min(judged, key=lambda group: abs(group.channels - size)).number for size in GROUPS})
+    groups = [group for group in judged if group.number in sizes]
+    points = []
+    for group in sorted(groups, key=lambda group: group.channels):
+        start = time.perf_counter()
+        redundancy.judge(group, moments[group.number])
+        points.append((group.channels, time.perf_counter() - start))
+    (small, least), (large, most) = points[0], points[-1]
+    power = np.log(most / least) / np.log(large / small) if large > small else 3.0
+    power = float(np.clip(power, 1, 3))
+    return lambda channels: most * (channels / large) ** power
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
+    """Seconds until all tasks of so many filters are done, each taken by the worker that is free first."""
+    free = [0.0] * workers
+    for cost in costs:
+        for start in range(0, cost.layer.filters, filters):
+            share = min(filters, cost.layer.filters - start) / cost.layer.filters
+            free.sort()
+            free[0] += share * cost.seconds
+    return max(free)
+
+
+def disk_bytes(layers: Sequence[Layer], channels: int, groups: Sequence[CouplingGroup]) -> int:
+    """What a run directory holds: stimuli, responses, moments and the report."""
+    stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
+    responses = sum(4 * layer.filters**2 for layer in layers)
+    moments = sum(4 * (group.channels + 1) ** 2 for group in groups)
+    return stimuli + responses + moments + REPORT_BYTES * sum(layer.filters for layer in layers)
+
+
+def most_memory(plan: MemoryPlan, costs: Sequence[LayerCost]) -> int:
+    """Bytes that are held at a time while stimuli are sought, what is held already included."""
+    climbs = max((cost.batch * plan.taken(cost.layer.name) for cost in costs), default=0)
+    return int(peak_mib() * 2**20) + plan.workers * climbs
