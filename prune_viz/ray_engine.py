@@ -131,7 +131,7 @@ class RayEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End whatever is still being done."""
-        for reference in self._running:
+        for reference in list(self._running):
             self._ray.cancel(reference, force=True)
         if self._own:
             self._ray.shutdown()

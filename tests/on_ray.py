@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -89,18 +90,25 @@ def on_nodes(out: Path) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    doomed = cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
     os.environ["RAY_ADDRESS"] = cluster.address
 
     def change() -> None:
+        ours = ray._private.worker.global_worker.node.unique_id  # whose loss would be the run's own
+        doomed = next(node for node in nodes if node.unique_id != ours)
         cluster.remove_node(doomed, allow_graceful=False)
-        cluster.add_node(num_cpus=1)
+        joining = ["start", "--address", cluster.address, "--num-cpus=1", "--block"]
+        joined.append(
+            subprocess.Popen([Path(sys.executable).with_name("ray"), *joining], stdout=subprocess.DEVNULL)
+        )
 
+    joined: list[subprocess.Popen] = []
     changed = at(out, 8, change, workers=2)
     search(slow(), out, "ray", STEPS)
     assert not changed.is_alive()
     assert not ray.is_initialized()
+    joined[0].terminate()
+    joined[0].wait(30)
     cluster.shutdown()
 
 
