@@ -32,18 +32,18 @@ from prune_viz.priors import tile
 from prune_viz.probes import Start, natural_noise, probe_size
 from prune_viz.progress import Progress
 from prune_viz.provenance import peak_mib
-from prune_viz.responses import Moments, gather_moments
+from prune_viz.responses import BATCH, Moments, gather_moments
 from prune_viz.sensitivity import gather_sensitivities
 from prune_viz.subjects import Subject
 from prune_viz.tasks import Piece, Settings, Task, task_filters
 from prune_viz.verdicts import probing_copy
 
 LAYERS, FILTERS = 8, 16  # tried
-ROWS = 8  # inputs on which what follows is timed
 GROUPS = (48, 384)  # channels of the groups on which verdicts are timed, about
-# What maps and report take, in seconds, once and a filter; and the bytes of a report a filter.
+# What maps and report take, in seconds, once and a filter.
 ONCE, A_FILTER = 8.0, 0.003
-REPORT_BYTES = 4500
+REPORT_BYTES = 350_000, 4500  # of a report, once and a filter
+LIBRARIES = 350 * 2**20  # what drawing maps loads
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,11 @@ def estimate_run(
     judged = [group for group in subject.groups if group.removable and names.issuperset(group.layers)]
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
-    held = most_memory(plan, costs)
     twin = probing_copy(subject.model, network)
     examples = 0 if subject.examples is None else len(subject.examples)
     seconds.update(estimate_conclusions(twin, network, layers, judged, subject.seed, examples))
     disk = disk_bytes(layers, network.input_shape[0], judged)
-    return Estimate(costs, seconds, held, disk, plan.workers)
+    return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
 
 def estimate_stimuli(
@@ -250,7 +249,7 @@ def estimate_conclusions(
     channels, *extents = network.input_shape
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
     size = probe_size(twin, network.input_shape, largest)
-    noise = natural_noise((channels, *size), ROWS, seed, None)
+    noise = natural_noise((channels, *size), BATCH, seed, None)
     moments = gather_moments(twin, judged, [(noise, False), (noise, True)])  # warms up too
 
     def probe(images: Tensor) -> float:
@@ -264,8 +263,8 @@ def estimate_conclusions(
     found["calibration"] = _calibration_seconds(twin, images, seed, count)
     if found["calibration"]:
         large = tile(noise, enlarged(size)) if probes.runs_on(twin, channels, enlarged(size)) else images
-        sensed = _seconds(lambda: gather_sensitivities(twin, judged, [images], seed)) / len(images)
         moved = near * (probe(images) + probe(large)) / 2 + examples * probe(images)
+        sensed = _seconds(lambda: gather_sensitivities(twin, judged, [images, large], seed)) / 2 / BATCH
         found["ranking"] = moved + sensed * (ranking.SENSED * count + examples)
     judging = _judging_seconds(judged, moments)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
@@ -325,10 +324,14 @@ def disk_bytes(layers: Sequence[Layer], channels: int, groups: Sequence[Coupling
     stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
     responses = sum(4 * layer.filters**2 for layer in layers)
     moments = sum(4 * (group.channels + 1) ** 2 for group in groups)
-    return stimuli + responses + moments + REPORT_BYTES * sum(layer.filters for layer in layers)
+    once, a_filter = REPORT_BYTES
+    return stimuli + responses + moments + once + a_filter * sum(layer.filters for layer in layers)
 
 
 def most_memory(plan: MemoryPlan, costs: Sequence[LayerCost]) -> int:
-    """Bytes that are held at a time while stimuli are sought, what is held already included."""
+    """Bytes held at a time, while stimuli are sought or afterwards, when it was what the trial held.
+
+    The trial itself runs as many inputs at a time as what follows the stimuli.
+    """
     climbs = max((cost.batch * plan.taken(cost.layer.name) for cost in costs), default=0)
-    return int(peak_mib() * 2**20) + plan.workers * climbs
+    return max(plan.held + plan.workers * climbs, int(peak_mib() * 2**20) + LIBRARIES)

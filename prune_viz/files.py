@@ -81,7 +81,7 @@ def sha256(path: Path) -> str:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], told: Mapping[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file, with strings in its header and a digest of both."""
+    """Write arrays of at least one axis to a safetensors file, with strings and a digest of both."""
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

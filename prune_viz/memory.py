@@ -57,7 +57,8 @@ class MemoryPlan:
 
     def __init__(self, network: FilterNetwork, budget: int | None, workers: int) -> None:
         self._network = network
-        held = psutil.Process(os.getpid()).memory_info().rss if network.device.type == "cpu" else 0
+        on_cpu = network.device.type == "cpu"
+        self.held = held = psutil.Process(os.getpid()).memory_info().rss if on_cpu else 0
         self.budget = int(SHARE * free_memory(network.device)) + held if budget is None else budget
         self._left = self.budget - held
         self._taken: dict[str, int] = {}

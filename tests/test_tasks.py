@@ -1,0 +1,239 @@
+"""Work in pieces: what they are, that they add up, and that nobody sees who did them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tortured
+from networks import Untraceable, randomise_norms
+from torch import nn
+
+from prune_viz import tasks
+from prune_viz.analysis import analyze
+from prune_viz.ascent import StoppedError
+from prune_viz.engines import LocalEngine, see_through
+from prune_viz.errors import IncompleteError, UserError
+from prune_viz.files import read_arrays
+from prune_viz.filters import FilterNetwork
+from prune_viz.pieces import Pieces
+from prune_viz.responses import response_matrix
+from prune_viz.run_log import RunLog
+from prune_viz.runs import LayerRecord, RunDirectory, slug
+from prune_viz.status import read_status
+from prune_viz.stimuli import ascend, maximize
+from prune_viz.tasks import Piece, Settings, Task, do_task, join_pieces, plan_tasks
+
+SETTINGS = Settings("natural", 12, 0, None)
+
+
+@pytest.fixture(scope="module")
+def network() -> FilterNetwork:
+    return FilterNetwork(tortured.network(), (3, 16, 16))
+
+
+def records(network: FilterNetwork) -> list[LayerRecord]:
+    return [
+        LayerRecord(**vars(layer), group=None, file=f"layers/{slug(layer.depth, layer.name)}.safetensors")
+        for layer in network.layers
+    ]
+
+
+def test_tasks_are_every_filter_once_and_know_what_feeds_them(
+    network: FilterNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.BATCH, "cpu", 2)  # eight filters a task
+    planned = plan_tasks(network, records(network), "key")
+    for layer in network.layers:
+        own = [task for task in planned if task.layer == layer.name]
+        assert [number for task in own for number in range(task.start, task.stop)] == list(
+            range(layer.filters)
+        )
+        assert max(task.filters for task in own) == 8
+    fed = {task.layer: task.feeder for task in planned if task.feeder}
+    assert fed == {f"blocks.{n}.depthwise": f"blocks.{n}.expand" for n in (0, 1)}
+    assert len({task.key for task in planned}) == len({task.file for task in planned}) == len(planned)
+    # A layer that was not asked for feeds nobody.
+    some = plan_tasks(network, records(network)[2:3], "key")
+    assert {task.feeder for task in some} == {None}
+    # Of another run, other keys.
+    other = plan_tasks(network, records(network), "other")
+    assert not {task.file for task in planned} & {task.file for task in other}
+
+
+@pytest.mark.parametrize("change", [
+    {"model": {"sha256": "x"}}, {"model": {"input_shape": [3, 8, 8]}}, {"model": {"held_inputs": "x"}},
+    {"options": {"prior": "none"}}, {"options": {"steps": 3}}, {"options": {"canvas": 8}},
+    {"options": {"device": "cuda"}}, {"seed": 1}, {"inputs": {"mean": [0.5]}}, {"versions": {"torch": "x"}},
+])  # fmt: skip
+def test_the_key_tells_whatever_stimuli_depend_on(change: dict) -> None:
+    run = {
+        "model": dict.fromkeys(["sha256", "arch", "arch_kwargs", "held_inputs", "input_shape"]),
+        "options": dict.fromkeys(["prior", "steps", "canvas", "device"]),
+        "inputs": None, "seed": 0, "versions": {"torch": "2"}, "started": "now",
+    }  # fmt: skip
+    key = tasks.stimuli_key(run)
+    assert tasks.stimuli_key({**run, "started": "later"}) == key
+    other = copy.deepcopy(run)
+    for name, value in change.items():
+        if isinstance(value, dict) and isinstance(other[name], dict):
+            other[name].update(value)
+        else:
+            other[name] = value
+    assert tasks.stimuli_key(other) != key
+
+
+def test_the_key_tells_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {
+        "model": dict.fromkeys(["sha256", "arch", "arch_kwargs", "held_inputs", "input_shape"]),
+        "options": dict.fromkeys(["prior", "steps", "canvas", "device"]),
+        "inputs": None, "seed": 0, "versions": {"torch": "2"},
+    }  # fmt: skip
+    key = tasks.stimuli_key(run)
+    monkeypatch.setattr(tasks, "__version__", "99")
+    assert tasks.stimuli_key(run) != key
+
+
+def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
+    whole = ascend(network, "blocks.0.project", steps=12)
+    responses = response_matrix(network, "blocks.0.project", whole.images)
+    for cut in ((0, 12), (0, 4, 12), (0, 5, 7, 12)):
+        pieces = [
+            do_task(network, Task("blocks.0.project", *ends, None, "", ""), SETTINGS, None)
+            for ends in pairwise(cut)
+        ]
+        joined = join_pieces(iter(pieces))
+        assert np.array_equal(joined.images, whole.images.half().numpy())
+        assert np.array_equal(joined.activations, whole.activations.numpy())
+        assert np.array_equal(joined.responses, responses)
+
+
+@pytest.mark.parametrize("batch", [4, 8, None])
+def test_a_smaller_batch_gives_the_same(network: FilterNetwork, batch: int | None) -> None:
+    task = Task("blocks.1.expand", 0, 24, None, "", "")
+    piece = do_task(network, task, SETTINGS, None, batch)
+    whole = do_task(network, task, SETTINGS, None)
+    assert np.array_equal(piece.images, whole.images)
+    assert np.array_equal(piece.responses, whole.responses)
+
+
+def test_one_failed_piece_fails_its_layer() -> None:
+    sound = Piece(
+        np.ones((2, 1, 3), np.float16), np.ones(2, np.float32), np.ones((2, 4), np.float32), (1,), "", 1
+    )
+    failed = Piece(
+        np.zeros((2, 1, 3), np.float16), np.ones(2, np.float32), np.ones((2, 4), np.float32), (), "no", 2
+    )
+    joined = join_pieces(iter([sound, failed]))
+    assert joined.failed == "no"
+    assert joined.seconds == 3
+    assert not joined.images.any()
+    assert not joined.responses.any()
+    assert np.isnan(joined.activations).all()
+
+
+@pytest.mark.parametrize(
+    "model", [tortured.network(), randomise_norms(Untraceable())], ids=["traced", "hooked"]
+)
+def test_workers_and_threads_do_not_show(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.BATCH, "cpu", 1)  # four filters a task
+    for workers, threads in ((1, 1), (2, 1), (3, 2)):
+        torch.set_num_threads(threads)
+        try:
+            analyze(model, input_shape=(3, 16, 16), out=tmp_path / str(workers), steps=12, workers=workers)
+        finally:
+            torch.set_num_threads(1)
+    for file in sorted((tmp_path / "1" / "layers").iterdir()):
+        for workers in "23":
+            (one, _), (other, _) = read_arrays(file), read_arrays(tmp_path / workers / "layers" / file.name)
+            assert all(np.array_equal(one[name], other[name]) for name in one), (file.name, workers)
+
+
+def test_what_is_maximised_in_python_is_what_a_run_finds() -> None:
+    model = tortured.network()
+    found = analyze(model, input_shape=(3, 16, 16), steps=12, layers=["blocks.0.project"])
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            some = maximize(model, "blocks.0.project", [1, 5, 8, 9, 11], input_shape=(3, 16, 16), steps=12)
+        finally:
+            torch.set_num_threads(1)
+        images = found.layers["blocks.0.project"].images[[1, 5, 8, 9, 11]]
+        assert np.array_equal(some.images.half().numpy(), images)
+
+
+def test_work_stops_at_the_next_step(network: FilterNetwork) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        do_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None, stop=stop)
+
+
+class _Failing(LocalEngine):
+    """Fails at some tasks, with some error."""
+
+    def __init__(self, network: FilterNetwork, error: Exception, doomed: str) -> None:
+        super().__init__(network, SETTINGS, workers=2)
+        self.error, self.doomed, self.tried = error, doomed, []
+
+    def submit(self, task: Task, fed: np.ndarray | None):
+        self.tried.append(task.layer)
+        if self.doomed in task.layer:
+            return self._pool.submit(self._fail)
+        return super().submit(task, fed)
+
+    def _fail(self) -> Piece:
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "kind"), [
+    (RuntimeError("broken <b>\n"), IncompleteError), (UserError("not enough memory"), UserError),
+])  # fmt: skip
+def test_a_task_that_fails_costs_only_what_starts_from_it(
+    network: FilterNetwork, tmp_path: Path, error: Exception, kind: type[Exception]
+) -> None:
+    run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
+    pieces = Pieces(run, records(network), planned, "key", lambda name: None)
+    log = RunLog(run.log_file)
+    with _Failing(network, error, "0.expand") as engine, pytest.raises(kind) as told:
+        see_through(planned, pieces, engine, log, lambda task: None)
+    assert "1 of 7 tasks failed (blocks.0.expand, filters 0 to 23: " in str(told.value)
+    assert "\n" not in str(told.value)
+    assert pieces.whole == {layer.name for layer in network.layers} - {
+        "blocks.0.expand",
+        "blocks.0.depthwise",
+    }
+    assert "blocks.0.depthwise" not in engine.tried
+    failed = [json.loads(line) for line in run.log_file.read_text().splitlines() if "failed" in line]
+    assert [event["task"] for event in failed] == ["blocks.0.expand, filters 0 to 23"]
+
+
+def test_where_everything_fails_little_is_tried(network: FilterNetwork, tmp_path: Path) -> None:
+    run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
+    pieces = Pieces(run, records(network), planned, "key", lambda name: None)
+    with (
+        _Failing(network, ValueError("x"), "") as engine,
+        pytest.raises(IncompleteError, match="the same command"),
+    ):
+        see_through(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
+    assert len(engine.tried) <= 4
+
+
+def test_status_tells_done_failed_and_left(tmp_path: Path) -> None:
+    analyze(tortured.network(), input_shape=(3, 16, 16), steps=2, out=tmp_path / "run", layers=["blocks.0*"])
+    status = read_status(RunDirectory(tmp_path / "run"))
+    assert (status["state"], status["filters"], status["done"], status["left"]) == ("complete", 60, 60, 0)
+    assert [layer["done"] for layer in status["layers"]] == [24, 24, 12]
+    (tmp_path / "run" / "layers" / "001-blocks-0-expand.safetensors").unlink()
+    status = read_status(RunDirectory(tmp_path / "run"))
+    assert (status["done"], status["left"]) == (36, 24)
+    with pytest.raises(UserError, match="not a prune-viz run"):
+        read_status(RunDirectory(tmp_path))
