@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -122,13 +123,15 @@ def in_batches(count: int, batch: int, work: Callable[[slice], Any], device: tor
         else:
             done += size
             continue
-        _release_memory(device)  # only here has the error let go of what it held
+        release_memory(device)  # only here has the error let go of what it held
     return batch
 
 
-def _release_memory(device: torch.device) -> None:
-    """Give back what the device's allocator keeps for later."""
+def release_memory(device: torch.device) -> None:
+    """Give back what allocators keep for later, the device's and the C library's of threads that ended."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    with suppress(OSError, AttributeError):  # only glibc keeps much, and has this
+        ctypes.CDLL(None).malloc_trim(0)

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
-from prune_viz.devices import one_thread_each, workers_on
+from prune_viz.devices import one_thread_each, release_memory, workers_on
 from prune_viz.errors import IncompleteError, UserError, few, one_line
 from prune_viz.filters import FilterNetwork
 from prune_viz.pieces import Pieces
@@ -77,6 +77,7 @@ class LocalEngine:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
         self._open.close()
+        release_memory(self._network.device)
 
     def slots(self) -> int:
         """How many tasks it takes at a time."""

@@ -38,7 +38,10 @@ from prune_viz.subjects import Subject
 from prune_viz.tasks import Piece, Settings, Task, task_filters
 from prune_viz.verdicts import probing_copy
 
-LAYERS, FILTERS = 8, 16  # tried
+LAYERS = 8  # tried
+FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
+TRIAL = 60.0  # seconds that trying them may take, about
+CLIMB = 250  # forward passes that a filter's ascent costs, about; only to choose how many are tried
 GROUPS = (48, 384)  # channels of the groups on which verdicts are timed, about
 # What maps and report take, in seconds, once and a filter.
 ONCE, A_FILTER = 8.0, 0.003
@@ -140,7 +143,7 @@ def estimate_run(
     twin = probing_copy(subject.model, network)
     examples = 0 if subject.examples is None else len(subject.examples)
     seconds.update(estimate_conclusions(twin, network, layers, judged, subject.seed, examples))
-    disk = disk_bytes(layers, network.input_shape[0], judged)
+    disk = disk_bytes(layers, network.input_shape, judged)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
 
@@ -169,7 +172,9 @@ def estimate_stimuli(
     middles = (np.cumsum(weights) - weights / 2) / weights.sum()
     shares = (np.arange(LAYERS) + 0.5) / LAYERS
     tried = sorted({int(np.abs(middles - share).argmin()) for share in shares})
-    seconds = _try(network, [layers[index] for index in tried], settings, plan)
+    taken = sum(passes[index] for index in tried) / WHOLE * CLIMB  # a filter of each
+    count = int(np.clip(TRIAL * plan.workers / taken, *FILTERS)) // WHOLE * WHOLE
+    seconds = _try(network, [layers[index] for index in tried], count, settings, plan)
     progress.advance(LAYERS)
     progress.finish()
     ratios = [seconds[layers[index].name] / passes[index] for index in tried]
@@ -195,9 +200,9 @@ def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -
 
 
 def _try(
-    network: FilterNetwork, layers: Sequence[Layer], settings: Settings, plan: MemoryPlan
+    network: FilterNetwork, layers: Sequence[Layer], count: int, settings: Settings, plan: MemoryPlan
 ) -> dict[str, float]:
-    """Seconds a filter of layers, tried side by side as a run does."""
+    """Seconds a filter of layers, so many of each tried side by side as a run does."""
     feeders = {layer.name: network.feeder(layer.name) for layer in layers}
     names = dict.fromkeys([*(feeder for feeder in feeders.values() if feeder), *feeders])
     found: dict[str, Piece] = {}
@@ -210,7 +215,7 @@ def _try(
             for name in wave:
                 feeder = feeders.get(name)
                 fed = found[feeder].images if feeder in found else None
-                task = Task(name, 0, min(FILTERS, network.layer(name).filters), feeder, "", "")
+                task = Task(name, 0, min(count, network.layer(name).filters), feeder, "", "")
                 running[name] = engine.submit(task, fed)
             wait(running.values())
             found.update({name: future.result() for name, future in running.items()})
@@ -319,13 +324,16 @@ def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
     return max(free)
 
 
-def disk_bytes(layers: Sequence[Layer], channels: int, groups: Sequence[CouplingGroup]) -> int:
-    """What a run directory holds: stimuli, responses, moments and the report."""
+def disk_bytes(layers: Sequence[Layer], input_shape: Sequence[int], groups: Sequence[CouplingGroup]) -> int:
+    """What a run directory holds: stimuli, responses, moments, probes and the report."""
+    channels, *extents = input_shape
+    size = [min(extent, ranking.WIDEST[len(extents)]) for extent in extents]
+    probed = 4 * probes_for(size) * channels * int(np.prod(size)) if groups else 0
     stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
     responses = sum(4 * layer.filters**2 for layer in layers)
     moments = sum(4 * (group.channels + 1) ** 2 for group in groups)
     once, a_filter = REPORT_BYTES
-    return stimuli + responses + moments + once + a_filter * sum(layer.filters for layer in layers)
+    return stimuli + responses + moments + probed + once + a_filter * sum(layer.filters for layer in layers)
 
 
 def most_memory(plan: MemoryPlan, costs: Sequence[LayerCost]) -> int:

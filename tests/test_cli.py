@@ -489,3 +489,34 @@ def test_code_says_where_modules_of_ones_own_are(tmp_path: Path, monkeypatch: py
     assert not Path("no").exists()
     result = CliRunner().invoke(cli.app, [*given, "--code", "mine", "--out", "run"])
     assert result.exit_code == 0, result.output
+
+
+def test_scripts_get_json_alone_or_nothing(digits: Digits, trained: DigitsNet, here: Path) -> None:
+    save_demo_model(trained, [], here / "model.pt")
+    result = run("analyze", "model.pt", "--steps", 4, "--json", "--out", "one")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert summary["filters"] == summary["keep"] + summary["redundant"] + summary["dead"]
+    assert summary["out"] == "one"
+    result = run("analyze", "model.pt", "--steps", 4, "--quiet", "--out", "two", "--workers", 1)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert (here / "one" / "filters.csv").read_bytes() == (here / "two" / "filters.csv").read_bytes()
+
+
+def test_status_is_told_to_people_and_to_scripts(trained: DigitsNet, here: Path) -> None:
+    save_demo_model(trained, [], here / "model.pt")
+    assert run("analyze", "model.pt", "--steps", 2, "--quiet", "--out", "run").exit_code == 0
+    shown = run("status", "run")
+    assert shown.exit_code == 0
+    lines = shown.stdout.splitlines()
+    assert lines[0] == "complete"
+    assert lines[2] == "layers:  4 of 4"
+    told = json.loads(run("status", "run", "--json").stdout)
+    assert (told["state"], told["left"], told["failed"]) == ("complete", 0, [])
+    assert_refused(run("status", "nowhere"), "not a prune-viz run")
+
+
+def test_where_no_work_can_be_done_is_refused(weights: Path) -> None:
+    assert_refused(run("analyze", weights, *DIGITS, "--memory", "lots"), "--memory lots", "8G")
+    assert_refused(run("analyze", weights, *DIGITS, "--memory", "1M"), "--memory 1 MiB is too little")

@@ -1,0 +1,142 @@
+"""The memory budget: what a climb is taken to hold, what fits, and how little is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import tortured
+from networks import Untraceable, randomise_norms
+from torch import Tensor, nn
+
+from prune_viz import memory as module
+from prune_viz.analysis import analyze
+from prune_viz.arguments import parse_memory
+from prune_viz.devices import in_batches
+from prune_viz.errors import UserError
+from prune_viz.filters import FilterNetwork
+from prune_viz.memory import MemoryPlan, free_memory, in_words
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def network() -> FilterNetwork:
+    return FilterNetwork(tortured.network(), (3, 64, 64), 64)
+
+
+def test_a_climb_holds_what_its_backward_pass_reads(network: FilterNetwork) -> None:
+    plan = MemoryPlan(network, None, 1)
+    # The stem's rectified map, twelve channels of 64 by 64, at least; for the deepest layer all maps on the
+    # way, 24 channels three times and 12 once in each block.
+    pixels = 4 * 64 * 64
+    assert 12 * pixels <= plan.taken("stem") <= 10 * 12 * pixels
+    deepest = (12 + 2 * (3 * 24 + 12)) * pixels
+    assert 0.5 * deepest <= plan.taken("blocks.1.project") <= 4 * deepest
+    taken = [plan.taken(layer.name) for layer in network.layers]
+    assert taken == sorted(taken)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_what_is_planned_fits_the_budget(network: FilterNetwork, workers: int) -> None:
+    held = MemoryPlan(network, None, 1).held
+    for extra in (16 * MIB, 64 * MIB, 1024 * MIB):
+        plan = MemoryPlan(network, held + extra, workers)
+        assert 1 <= plan.workers <= workers
+        for layer in network.layers:
+            batch = plan.batch(layer.name)
+            assert 1 <= batch <= 48
+            assert batch < 4 or batch % 4 == 0
+            assert plan.workers * batch * plan.taken(layer.name) <= plan.budget - plan.held or batch == 1
+    assert MemoryPlan(network, held + 4096 * MIB, 2).batch("blocks.1.project") == 48
+
+
+def test_too_little_is_refused_with_how_much_it_takes(network: FilterNetwork) -> None:
+    with pytest.raises(
+        UserError, match=r"--memory 10 MiB is too little: .+ are taken, and one filter of blocks\.1"
+    ):
+        MemoryPlan(network, 10 * MIB, 2)
+
+
+def test_a_small_budget_gives_the_same_stimuli() -> None:
+    model = tortured.network()
+    plenty = analyze(model, input_shape=(3, 16, 16), steps=6)
+    held = MemoryPlan(FilterNetwork(model, (3, 16, 16)), None, 1).held
+    little = analyze(model, input_shape=(3, 16, 16), steps=6, memory=held + 24 * MIB, workers=2)
+    for name, tensors in plenty.layers.items():
+        assert (tensors.images == little.layers[name].images).all(), name
+
+
+def test_layers_that_cannot_be_measured_do_not_stop_the_plan() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 4, 3)
+            self.two = nn.Conv2d(4, 4, 3).to(torch.complex64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).to(torch.complex64)).abs()
+
+    plan = MemoryPlan(FilterNetwork(Complex(), (3, 16, 16)), None, 2)
+    assert plan.taken("two") == 0
+    assert plan.batch("two") == plan.batch("one") == 48
+    untraceable = FilterNetwork(randomise_norms(Untraceable()), (3, 16, 16))
+    assert MemoryPlan(untraceable, None, 2).taken(untraceable.layers[-1].name) > 0
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    files = {"/sys/fs/cgroup/memory.max": "1000000", "/sys/fs/cgroup/memory.current": "400000"}
+
+    class Fake:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def read_text(self) -> str:
+            if self.path not in files:
+                raise FileNotFoundError
+            return files[self.path]
+
+    monkeypatch.setattr(module, "Path", Fake)
+    assert free_memory(torch.device("cpu")) == 600_000
+    files["/sys/fs/cgroup/memory.max"] = "max"
+    assert free_memory(torch.device("cpu")) > 10 * MIB
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("8G", 8 * 2**30), ("500M", 500 * MIB), ("1.5GiB", 3 * 2**29), ("2 tb", 2**41), ("4096", 4096),
+    ("1kb", 1024),
+])  # fmt: skip
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "8X", "1e9", "\uff18G", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="expected a size such as 8G"):
+        parse_memory(text)
+
+
+def test_sizes_in_words() -> None:
+    sizes = (12, 2048, 3.4 * MIB, 1.5 * 2**30)
+    assert [in_words(size) for size in sizes] == ["12 B", "2 KiB", "3 MiB", "1.5 GiB"]
+
+
+def test_batches_shrink_when_memory_runs_out_and_stay_small() -> None:
+    done: list[int] = []
+    tried: list[int] = []
+
+    def work(part: slice) -> None:
+        rows = part.stop - part.start
+        tried.append(rows)
+        if rows > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.extend(range(part.start, part.stop))
+
+    assert in_batches(31, 24, work, torch.device("cpu")) == 6
+    assert done == list(range(31))
+    assert tried == [24, 12, 6, 6, 6, 6, 6, 1]
+    with pytest.raises(UserError, match="not enough memory for a single input"):
+        in_batches(3, 2, lambda part: (_ for _ in ()).throw(MemoryError()), torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError):
+        in_batches(3, 2, lambda part: math.floor(1 / 0), torch.device("cpu"))
