@@ -19,11 +19,9 @@ from torch import nn
 
 from prune_viz import redundancy, surgery
 from prune_viz.conclusions import conclude
-from prune_viz.devices import workers_on
 from prune_viz.engines import Engine, LocalEngine, see_through
 from prune_viz.errors import RunInterruptedError, UserError, one_line
 from prune_viz.estimate import Estimate, estimate_run
-from prune_viz.filters import FilterNetwork
 from prune_viz.masks import Masks
 from prune_viz.memory import MemoryPlan
 from prune_viz.pieces import Pieces
@@ -31,7 +29,7 @@ from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, peak_mib, versions
 from prune_viz.report import write_report
 from prune_viz.run_log import RunLog, now
-from prune_viz.runs import FORMAT, LayerFiles, LayerRecord, LayerTensors, RunDirectory
+from prune_viz.runs import FORMAT, LayerFiles, LayerTensors, RunDirectory
 from prune_viz.stimuli import STEPS, check_options
 from prune_viz.subjects import Subject, prepare_subject
 from prune_viz.tasks import Settings, Task, plan_tasks, stimuli_key
@@ -135,6 +133,8 @@ def analyze(
     check_options(prior, steps)
     if engine not in ("local", "ray"):
         raise UserError(f"--engine is local or ray, not {engine!r}")
+    if engine == "ray" and memory is not None:
+        raise UserError("--memory is for this machine: leave it out with --engine ray")
     source = dict(source or {})
     subject = prepare_subject(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
@@ -153,14 +153,14 @@ def analyze(
     provenance = _provenance(subject, source, options)
     settings = Settings(prior, steps, seed, subject.statistics)
 
-    def make_engine(told: Progress) -> Engine:
+    def make_engine() -> Engine:
         if engine == "ray":
             from prune_viz.ray_engine import RayEngine, Work
 
             work = Work(model, network.input_shape, canvas, network.device.type, settings)
-            return RayEngine(work, workers, gpus_per_task, told)
-        plan = MemoryPlan(network, memory, workers or workers_on(network.device))
-        return LocalEngine(network, settings, plan.workers, plan.batch, told)
+            return RayEngine(work, workers, gpus_per_task, progress)
+        plan = MemoryPlan(network, memory, workers)
+        return LocalEngine(network, settings, plan.workers, plan.batch, progress)
 
     if out is not None:
         return _run(subject, RunDirectory(Path(out)), provenance, make_engine, fresh, progress, report=True)
@@ -200,8 +200,8 @@ def estimate(
     )  # fmt: skip
     settings = Settings(prior, steps, seed, subject.statistics)
     prepared = time.perf_counter() - start
-    with progress or Progress() as told:
-        found = estimate_run(subject, settings, memory, workers, told)
+    with progress or Progress() as shown:
+        found = estimate_run(subject, settings, memory, workers, shown)
     return replace(found, seconds={"preparation": prepared, **found.seconds})
 
 
@@ -209,7 +209,7 @@ def _run(
     subject: Subject,
     run: RunDirectory,
     provenance: dict[str, Any],
-    make_engine: Callable[[Progress], Engine],
+    make_engine: Callable[[], Engine],
     fresh: bool,
     progress: Progress,
     report: bool,
@@ -222,9 +222,7 @@ def _run(
     provenance = {**provenance, "key": key, "tasks": len(tasks)}
     with run.claimed(str(subject.origin.file), fresh), _states(run, provenance, log), progress:
         with stages.timed("stimuli"):
-            provenance["notes"] += find_stimuli(
-                run, subject.records, tasks, key, subject.network, make_engine, progress, log
-            )
+            provenance["notes"] += _find_stimuli(subject, run, tasks, key, make_engine, progress, log)
         concluded = conclude(subject, run, key, stages, progress)
         provenance["notes"] += concluded.notes
         provenance.update(concluded.told, stages=stages.listed(), finished=now())
@@ -262,13 +260,12 @@ def _states(run: RunDirectory, provenance: dict[str, Any], log: RunLog) -> Itera
     log("run complete")
 
 
-def find_stimuli(
+def _find_stimuli(
+    subject: Subject,
     run: RunDirectory,
-    records: Sequence[LayerRecord],
     tasks: Sequence[Task],
     key: str,
-    network: FilterNetwork,
-    make_engine: Callable[[Progress], Engine],
+    make_engine: Callable[[], Engine],
     progress: Progress,
     log: RunLog,
 ) -> list[str]:
@@ -279,17 +276,17 @@ def find_stimuli(
     """
 
     def weights(name: str) -> np.ndarray | None:
-        found = network.input_weights(name)
+        found = subject.network.input_weights(name)
         return None if found is None else found.float().cpu().numpy()
 
-    pieces = Pieces(run, records, tasks, key, weights)
-    progress.start("stimuli", sum(record.filters for record in records))
+    pieces = Pieces(run, subject.records, tasks, key, weights)
+    progress.start("stimuli", sum(record.filters for record in subject.records))
     progress.advance(sum(task.filters for task in pieces.done))
     if len(pieces.done) < len(tasks):
-        with make_engine(progress) as engine:
+        with make_engine() as engine:
             see_through(tasks, pieces, engine, log, lambda task: progress.note(task.layer))
     progress.finish()
-    shutil.rmtree(run.tasks_folder, ignore_errors=True)  # all that is left there is of other options
+    shutil.rmtree(run.tasks_folder, ignore_errors=True)  # what is left there is of other options or layers
     notes = []
     for name, told in pieces.told.items():
         if told["failed"]:

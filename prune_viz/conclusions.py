@@ -67,11 +67,20 @@ def conclude(
         Told how long what takes.
     progress : Progress
         Told how the work goes.
+
+    Returns
+    -------
+    Conclusions
+
+    Raises
+    ------
+    UserError
+        If a layer's file is damaged, or the run directory cannot be written.
     """
     model, network, seed, statistics = subject.model, subject.network, subject.seed, subject.statistics
     groups, examples, notes = subject.groups, subject.examples, []
     found = LayerFiles(run, subject.records)
-    judged = [group for group in groups if group.removable and set(found).issuperset(group.layers)]
+    judged = subject.judged
     with stages.timed("probes"):
         twin = probing_copy(model, network)
         moments = probe_groups(twin, network, judged, found, examples, seed, statistics, progress)
@@ -85,7 +94,9 @@ def conclude(
         run.probes_file.unlink(missing_ok=True)  # an earlier run's
     with stages.timed("ranking"):
         near = None if calibrated is None else calibrated.images
-        measured = measure_groups(twin, judged, moments, near, examples, seed, progress)
+        known = moments if near is None and examples is None else {}
+        del moments  # a square of its channels for every reader of a group
+        measured = measure_groups(twin, judged, known, near, examples, seed, progress)
         ranked = rank_groups(verdicts, measured)
         verdicts = ranked.verdicts
     predicted = ranking.predictions_on(twin, calibrated)

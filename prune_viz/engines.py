@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
-from prune_viz.devices import one_thread_each, release_memory, workers_on
+from prune_viz.devices import one_thread_each, release_memory
 from prune_viz.errors import IncompleteError, UserError, few, one_line
 from prune_viz.filters import FilterNetwork
 from prune_viz.pieces import Pieces
@@ -36,7 +36,7 @@ class Engine(AbstractContextManager["Engine"], Protocol):
 
 
 class LocalEngine:
-    """Tasks on this machine: on a CPU a thread for each, of several side by side, on a GPU one at a time.
+    """Tasks on this machine, each in a thread whose operations run in it alone.
 
     Parameters
     ----------
@@ -44,10 +44,10 @@ class LocalEngine:
         The prepared network.
     settings : Settings
         What stimuli depend on.
-    workers : int, optional
-        How many tasks at a time; a CPU's cores by default.
-    batch : int, optional
-        Most filters at a time in each, where memory is short.
+    workers : int
+        How many tasks at a time.
+    batch : callable
+        From a layer's name to the most filters at a time; None: as many as usual.
     progress : Progress, optional
         Advanced by each filter that is done.
     """
@@ -56,12 +56,12 @@ class LocalEngine:
         self,
         network: FilterNetwork,
         settings: Settings,
-        workers: int | None = None,
+        workers: int,
         batch: Callable[[str], int | None] = lambda layer: None,
         progress: Progress | None = None,
     ) -> None:
         self._network, self._settings, self._batch, self._progress = network, settings, batch, progress
-        self._workers = workers or workers_on(network.device)
+        self._workers = workers
         self._stop = threading.Event()
         self._open = ExitStack()
 
@@ -123,6 +123,7 @@ def see_through(
     while waiting or running:
         for task in [task for task in waiting if pieces.ready(task)][: engine.slots() - len(running)]:
             waiting.remove(task)
+            log("task begun", task=task.title)
             running[engine.submit(task, pieces.fed(task))] = task
         if not running:  # what the rest start from has failed
             break

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prune_viz import calibration, probes, ranking, redundancy
 from prune_viz.calibration import VARIANTS, calibrate, enlarged, probes_for
-from prune_viz.devices import WHOLE, one_thread_each, workers_on
+from prune_viz.devices import WHOLE, one_thread_each
 from prune_viz.engines import LocalEngine
 from prune_viz.errors import LayerError
 from prune_viz.filters import FilterNetwork
@@ -38,13 +38,13 @@ from prune_viz.subjects import Subject
 from prune_viz.tasks import Piece, Settings, Task, task_filters
 from prune_viz.verdicts import probing_copy
 
-LAYERS = 8  # tried
-FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
-TRIAL = 60.0  # seconds that trying them may take, about
-CLIMB = 250  # forward passes that a filter's ascent costs, about; only to choose how many are tried
-GROUPS = (48, 384)  # channels of the groups on which verdicts are timed, about
+TRIED_LAYERS = 8
+TRIED_FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
+TRIAL_SECONDS = 60.0  # that trying them may take, about
+PASSES_PER_FILTER = 250  # forward ones that an ascent costs, about; only to choose how many are tried
+TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
 # What maps and report take, in seconds, once and a filter.
-ONCE, A_FILTER = 8.0, 0.003
+FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
 REPORT_BYTES = 350_000, 4500  # of a report, once and a filter
 LIBRARIES = 350 * 2**20  # what drawing maps loads
 
@@ -135,14 +135,14 @@ def estimate_run(
         If the memory does not suffice for one filter.
     """
     network, layers = subject.network, subject.layers
-    plan = MemoryPlan(network, memory, workers or workers_on(network.device))
-    names = {layer.name for layer in layers}
-    judged = [group for group in subject.groups if group.removable and names.issuperset(group.layers)]
+    plan = MemoryPlan(network, memory, workers)
+    judged = subject.judged
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
     twin = probing_copy(subject.model, network)
     examples = 0 if subject.examples is None else len(subject.examples)
-    seconds.update(estimate_conclusions(twin, network, layers, judged, subject.seed, examples))
+    noise = probes.noise_count(subject.statistics)
+    seconds.update(estimate_conclusions(twin, network, layers, judged, subject.seed, examples, noise))
     disk = disk_bytes(layers, network.input_shape, judged)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
@@ -165,17 +165,17 @@ def estimate_stimuli(
     progress : Progress
         Told how the trial goes.
     """
-    progress.start("trial", len(layers) + LAYERS)
+    progress.start("trial", len(layers) + TRIED_LAYERS)
     with one_thread_each():
         passes = [_forward_seconds(network, layer, progress) for layer in layers]
     weights = np.array([layer.filters * one for layer, one in zip(layers, passes, strict=True)])
     middles = (np.cumsum(weights) - weights / 2) / weights.sum()
-    shares = (np.arange(LAYERS) + 0.5) / LAYERS
+    shares = (np.arange(TRIED_LAYERS) + 0.5) / TRIED_LAYERS
     tried = sorted({int(np.abs(middles - share).argmin()) for share in shares})
-    taken = sum(passes[index] for index in tried) / WHOLE * CLIMB  # a filter of each
-    count = int(np.clip(TRIAL * plan.workers / taken, *FILTERS)) // WHOLE * WHOLE
+    one_of_each = sum(passes[index] for index in tried) / WHOLE * PASSES_PER_FILTER
+    count = int(np.clip(TRIAL_SECONDS * plan.workers / one_of_each, *TRIED_FILTERS)) // WHOLE * WHOLE
     seconds = _try(network, [layers[index] for index in tried], count, settings, plan)
-    progress.advance(LAYERS)
+    progress.advance(TRIED_LAYERS)
     progress.finish()
     ratios = [seconds[layers[index].name] / passes[index] for index in tried]
     a_filter = np.interp(np.arange(len(layers)), tried, ratios) * passes
@@ -229,6 +229,7 @@ def estimate_conclusions(
     judged: Sequence[CouplingGroup],
     seed: int,
     examples: int,
+    noise_probes: int,
 ) -> dict[str, float]:
     """Seconds of what follows the stimuli, by stage.
 
@@ -246,9 +247,11 @@ def estimate_conclusions(
         Seed of inputs made for the trial.
     examples : int
         How many images of the user's there are.
+    noise_probes : int
+        How many pictures of noise are probes.
     """
     filters = sum(layer.filters for layer in layers)
-    found = {"embedding and report": ONCE + A_FILTER * filters}
+    found = {"embedding and report": FIXED_SECONDS + SECONDS_PER_FILTER * filters}
     if not judged:
         return found
     channels, *extents = network.input_shape
@@ -260,7 +263,7 @@ def estimate_conclusions(
     def probe(images: Tensor) -> float:
         return _seconds(lambda: gather_moments(twin, judged, [(images, False)])) / len(images)
 
-    found["probes"] = probe(noise) * (filters + probes.NOISE_PROBES + examples)
+    found["probes"] = probe(noise) * (filters + noise_probes + examples)
     widest = ranking.WIDEST[len(extents)]
     size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
     count, images = probes_for(size), tile(noise, size)
@@ -294,7 +297,9 @@ def _judging_seconds(
     judged: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]]
 ) -> Callable[[int], float]:
     """Seconds of judging a group by its channels, from judging a small and a larger one."""
-    sizes = sorted({min(judged, key=lambda group: abs(group.channels - size)).number for size in GROUPS})
+    sizes = sorted(
+        {min(judged, key=lambda group: abs(group.channels - size)).number for size in TIMED_CHANNELS}
+    )
     groups = [group for group in judged if group.number in sizes]
     points = []
     for group in sorted(groups, key=lambda group: group.channels):

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from prune_viz.devices import WHOLE
+from prune_viz.devices import WHOLE, workers_on
 from prune_viz.errors import LayerError, UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.stimuli import BATCH
@@ -46,8 +46,8 @@ class MemoryPlan:
         The prepared network.
     budget : int or None
         Bytes; by default `SHARE` of what is free.
-    workers : int
-        How many tasks there may be at a time.
+    workers : int or None
+        How many tasks there may be at a time; by default a CPU's cores, on other devices one.
 
     Raises
     ------
@@ -55,7 +55,7 @@ class MemoryPlan:
         If the budget does not suffice for a single filter.
     """
 
-    def __init__(self, network: FilterNetwork, budget: int | None, workers: int) -> None:
+    def __init__(self, network: FilterNetwork, budget: int | None, workers: int | None) -> None:
         self._network = network
         on_cpu = network.device.type == "cpu"
         self.held = held = psutil.Process(os.getpid()).memory_info().rss if on_cpu else 0
@@ -70,7 +70,8 @@ class MemoryPlan:
                 f"--memory {in_words(self.budget)} is too little: {in_words(held)} are taken, and one filter "
                 f"of {deepest} takes {in_words(row)} more; give more, or a smaller --canvas"
             )
-        self.workers = max(1, min(workers, self._left // (WHOLE * row)))
+        most = workers or workers_on(network.device)
+        self.workers = max(1, min(most, self._left // (WHOLE * row)))
 
     def batch(self, layer: str) -> int:
         """How many filters of a layer fit at a time in each task; at least one."""

@@ -47,7 +47,8 @@ class Pieces:
         self.whole = {
             name
             for name, told in self.told.items()
-            if "key" not in told and whole[name].items() <= told.items()
+            if "key" not in told  # else a piece stands in the layer's place
+            and whole[name].items() <= told.items()
         }
         self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
         for name in self._files:

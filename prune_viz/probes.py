@@ -42,6 +42,11 @@ def natural_noise(
     return prior.colour(torch.randn(count, *shape, generator=generator))
 
 
+def noise_count(statistics: InputStatistics | None) -> int:
+    """How many pictures of noise `make_probes` gives."""
+    return NOISE_PROBES * (2 if statistics is not None and statistics.covariance is not None else 1)
+
+
 def probe_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
     """Spatial size of probes: what is wished for if the model runs on it, else its own input size."""
     return tuple(wished) if runs_on(model, input_shape[0], wished) else tuple(input_shape[1:])

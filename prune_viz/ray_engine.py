@@ -69,7 +69,7 @@ class RayEngine:
         What tasks need.
     workers : int, optional
         How many tasks at a time; by default as many as the cluster has room for, nodes that join included.
-    gpus : float
+    gpus_per_task : float
         Of a GPU, how much each task takes; only where the device is one.
     progress : Progress, optional
         Advanced by the filters of each task that is done.
@@ -84,16 +84,16 @@ class RayEngine:
         self,
         work: Work,
         workers: int | None = None,
-        gpus: float = 1.0,
+        gpus_per_task: float = 1.0,
         progress: Progress | None = None,
     ) -> None:
         self._work, self._workers, self._progress = work, workers, progress or Progress()
-        self._needs = {"CPU": 1.0, **({"GPU": gpus} if work.device == "cuda" else {})}
-        self._own = False  # whether the connection is, or another's of this process
+        self._needs = {"CPU": 1.0, **({"GPU": gpus_per_task} if work.device == "cuda" else {})}
+        self._own = False  # whether the connection to Ray is; another's of this process is left open
         self._running: set[Any] = set()
 
     def __enter__(self) -> Self:
-        _keep_to_oneself()
+        _isolate_new_cluster()
         try:
             import ray
         except ImportError:
@@ -177,7 +177,7 @@ def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> Piece:
     return do_task(network, task, settings, fed)
 
 
-def _keep_to_oneself() -> None:
+def _isolate_new_cluster() -> None:
     """Set what keeps a new cluster to this machine and user; Ray reads it when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_ADDRESS" not in os.environ:

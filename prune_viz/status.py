@@ -44,7 +44,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     done: dict[str, int] = {}
     seconds = 0.0
     for told in (*whole, *pieces):
-        if told is not None and told.get("run") == key:
+        if told is not None and key is not None and told.get("run") == key and told["layer"] in counts:
             layer = told["layer"]
             done[layer] = min(done.get(layer, 0) + int(told["filters"]), counts[layer])
             seconds += float(told["seconds"])

@@ -60,6 +60,12 @@ class Subject:
     origin: Origin
     notes: list[str]
 
+    @property
+    def judged(self) -> list[CouplingGroup]:
+        """Groups that are judged: removable ones of which every layer is looked at."""
+        names = {layer.name for layer in self.layers}
+        return [group for group in self.groups if group.removable and names.issuperset(group.layers)]
+
 
 def prepare_subject(
     model: nn.Module,

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,7 +225,7 @@ def do_task(
     )
 
 
-def join_pieces(pieces: Iterator[Piece]) -> Piece:
+def join_pieces(pieces: Iterable[Piece]) -> Piece:
     """Pieces of a layer, in order of their filters, as one; a layer of which one failed failed as a whole."""
     found = list(pieces)
     failed = next((piece.failed for piece in found if piece.failed), "")

@@ -77,7 +77,7 @@ def probe_groups(
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in axes)
     size = probes.probe_size(model, network.input_shape, largest)
     count = sum(layer.filters for layer in network.layers if layer.name in layers)
-    noise = probes.NOISE_PROBES * (2 if statistics is not None and statistics.covariance is not None else 1)
+    noise = probes.noise_count(statistics)
     progress.start("probes", count + noise + (0 if examples is None else len(examples)))
 
     def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:

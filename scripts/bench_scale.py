@@ -48,11 +48,11 @@ SETTINGS = Settings("natural", 12, 0, None)  # short ascents, but to estimate wh
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
 BUDGET = 3 * 2**30  # bytes, for the peaks
-ZOO, WORKERS = 10_000, 1_000  # networks, and cores to search them
+ZOO, WORKERS, NODES = 10_000, 1_000, 16  # networks, cores to search them, nodes that each network goes to
 
 
 def resnet(depth: int) -> nn.Module:
-    """A ResNet with seeded weights, its norms as if it had been trained."""
+    """A ResNet with seeded random weights."""
     torch.manual_seed(0)
     return getattr(models, f"resnet{depth}")().eval()
 
@@ -159,7 +159,7 @@ def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
     return {"spread": spread, "threads": threads, "processes": processes}
 
 
-def _peak(name: str, budget: int | None) -> tuple[float, int, int]:
+def _peak(name: str, budget: int) -> tuple[float, int, int]:
     """In a process of its own: its peak in MiB, with how many workers and filters at a time."""
     network = FilterNetwork(PEAKS[name](), (3, 224, 224))
     plan = MemoryPlan(network, budget, 2)
@@ -198,7 +198,7 @@ def writer_rate(piece: Piece) -> float:
 def plan_zoo(
     hours: Sequence[float], filters: Sequence[int], model_bytes: Sequence[int], piece: Piece
 ) -> dict:
-    """What ten thousand such networks take on a thousand cores."""
+    """What `ZOO` such networks take on `WORKERS` cores."""
     piece_bytes = sum(array.nbytes for array in (piece.images, piece.activations, piece.responses))
     a_filter = piece_bytes / len(piece.activations)
     work, results = (

@@ -1,4 +1,4 @@
-"""What `--dry-run` adds up; how near it comes is measured, not tested: `scripts/bench_scale.py`."""
+"""What `--dry-run` adds up. How near its seconds come is measured, not tested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_viz import cli
 from prune_viz.analysis import analyze, estimate
 from prune_viz.demo import save_demo_model
 from prune_viz.digits import DigitsNet
-from prune_viz.estimate import LayerCost, disk_bytes, makespan
+from prune_viz.estimate import REPORT_BYTES, LayerCost, disk_bytes, makespan
 from prune_viz.layers import Layer
 
 
@@ -38,7 +38,7 @@ def test_disk_is_about_what_a_run_takes(tmp_path: Path) -> None:
 
 def test_responses_count_by_the_square() -> None:
     one, two = (disk_bytes([cost(count, 0).layer], (3, 8, 8), []) for count in (1000, 2000))
-    assert two - one == 1000 * (2 * 3 * 64 + 4 + 4500) + 4 * (2000**2 - 1000**2)
+    assert two - one == 1000 * (2 * 3 * 64 + 4 + REPORT_BYTES[1]) + 4 * (2000**2 - 1000**2)
 
 
 def test_every_layer_and_stage_is_told_and_nothing_written(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_every_layer_and_stage_is_told_and_nothing_written(tmp_path: Path) -> No
     ].keys()
     assert all(seconds >= 0 for seconds in found["stages"].values())
     assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
-    assert found["memory"] > 100 * 2**20
+    assert found["memory"] > found["disk"] > 0
     shown = CliRunner().invoke(cli.app, [*options, "--steps", "4"])
     assert shown.exit_code == 0
     assert "conv4" in shown.stdout

@@ -59,11 +59,22 @@ def test_too_little_is_refused_with_how_much_it_takes(network: FilterNetwork) ->
         MemoryPlan(network, 10 * MIB, 2)
 
 
-def test_a_small_budget_gives_the_same_stimuli() -> None:
+def test_a_small_budget_gives_the_same_stimuli(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tortured.network()
-    plenty = analyze(model, input_shape=(3, 16, 16), steps=6)
-    held = MemoryPlan(FilterNetwork(model, (3, 16, 16)), None, 1).held
-    little = analyze(model, input_shape=(3, 16, 16), steps=6, memory=held + 24 * MIB, workers=2)
+    layers = ["blocks.1*"]
+    plenty = analyze(model, input_shape=(3, 16, 16), steps=6, layers=layers)
+    batches: list[int] = []
+
+    def spied(plan: MemoryPlan, layer: str) -> int:
+        plan._left = 2 * 8 * plan.taken("blocks.1.project")  # for eight filters in each of two tasks
+        batches.append(batch(plan, layer))
+        return batches[-1]
+
+    batch = MemoryPlan.batch
+    monkeypatch.setattr(MemoryPlan, "batch", spied)
+    little = analyze(model, input_shape=(3, 16, 16), steps=6, layers=layers, workers=2)
+    assert min(batches) == 8
+    assert max(batches) < 24
     for name, tensors in plenty.layers.items():
         assert (tensors.images == little.layers[name].images).all(), name
 

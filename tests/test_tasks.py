@@ -114,8 +114,8 @@ def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
         assert np.array_equal(joined.responses, responses)
 
 
-@pytest.mark.parametrize("batch", [4, 8, None])
-def test_a_smaller_batch_gives_the_same(network: FilterNetwork, batch: int | None) -> None:
+@pytest.mark.parametrize("batch", [4, 8, 12])
+def test_a_smaller_batch_gives_the_same(network: FilterNetwork, batch: int) -> None:
     task = Task("blocks.1.expand", 0, 24, None, "", "")
     piece = do_task(network, task, SETTINGS, None, batch)
     whole = do_task(network, task, SETTINGS, None)
@@ -227,7 +227,7 @@ def test_where_everything_fails_little_is_tried(network: FilterNetwork, tmp_path
     assert len(engine.tried) <= 4
 
 
-def test_status_tells_done_failed_and_left(tmp_path: Path) -> None:
+def test_status_tells_done_and_left(tmp_path: Path) -> None:
     analyze(tortured.network(), input_shape=(3, 16, 16), steps=2, out=tmp_path / "run", layers=["blocks.0*"])
     status = read_status(RunDirectory(tmp_path / "run"))
     assert (status["state"], status["filters"], status["done"], status["left"]) == ("complete", 60, 60, 0)
