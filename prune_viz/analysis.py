@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from prune_viz.estimate import Estimate, estimate_run
 from prune_viz.masks import Masks
 from prune_viz.memory import MemoryPlan
 from prune_viz.pieces import Pieces
+from prune_viz.plain import plain_copy
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, peak_mib, versions
 from prune_viz.report import write_report
@@ -135,6 +136,10 @@ def analyze(
         raise UserError(f"--engine is local or ray, not {engine!r}")
     if engine == "ray" and memory is not None:
         raise UserError("--memory is for this machine: leave it out with --engine ray")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError("--engine ray needs Ray: pip install 'prune-viz[ray]'")
+    if not (0 < gpus_per_task <= 1 or gpus_per_task == int(gpus_per_task) > 0):
+        raise UserError(f"--gpus-per-task is a share of a GPU, or a whole number, not {gpus_per_task:g}")
     source = dict(source or {})
     subject = prepare_subject(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
@@ -153,13 +158,17 @@ def analyze(
     provenance = _provenance(subject, source, options)
     settings = Settings(prior, steps, seed, subject.statistics)
 
+    # Before anything of an earlier run is cleared away.
+    budgeted = None if engine == "ray" else MemoryPlan(network, memory, workers)
+
     def make_engine() -> Engine:
         if engine == "ray":
             from prune_viz.ray_engine import RayEngine, Work
 
-            work = Work(model, network.input_shape, canvas, network.device.type, settings)
+            plain = plain_copy(model).cpu()  # what is laid over parameters cannot be sent
+            work = Work(plain, network.input_shape, canvas, network.device.type, settings)
             return RayEngine(work, workers, gpus_per_task, progress)
-        plan = MemoryPlan(network, memory, workers)
+        plan = budgeted or MemoryPlan(network, memory, workers)
         return LocalEngine(network, settings, plan.workers, plan.batch, progress)
 
     if out is not None:
@@ -286,7 +295,7 @@ def _find_stimuli(
         with make_engine() as engine:
             see_through(tasks, pieces, engine, log, lambda task: progress.note(task.layer))
     progress.finish()
-    shutil.rmtree(run.tasks_folder, ignore_errors=True)  # what is left there is of other options or layers
+    pieces.tidy()
     notes = []
     for name, told in pieces.told.items():
         if told["failed"]:
@@ -306,7 +315,8 @@ def _provenance(subject: Subject, source: Mapping[str, Any], options: Mapping[st
         "format": FORMAT,
         "model": {
             "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, "held_inputs": None,
-            **source, "sha256": subject.origin.file,
+            **source, "sha256": subject.origin.file, "weights": subject.origin.weights,
+            "structure": subject.network.structure,
             "class_name": type(subject.model).__name__, "parameters": cost[0], "macs": cost[1],
             "input_shape": list(subject.network.input_shape),
         },

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prune_viz.errors import LayerError
+from prune_viz.devices import is_out_of_memory
+from prune_viz.errors import LayerError, brief
 from prune_viz.hooks import MapFunction
 from prune_viz.priors import Prior
 
@@ -71,7 +72,7 @@ def climb(
     safe = points
     for step, shift in enumerate(shifts):
         images = roll(images_at(points, prior, canvas), shift)
-        gradient = roll(_gradient(images, maps, numbers), -shift)
+        gradient = roll(_checked_gradient(images, maps, numbers), -shift)
         uphill = torch.nn.functional.pad(prior.colour(gradient).flatten(1), (0, 1))
         finite = uphill.isfinite().all(dim=1)
         sound &= finite
@@ -184,6 +185,16 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 
 def _tangent(vectors: Tensor, points: Tensor) -> Tensor:
     return vectors - _dot(vectors, points) * points
+
+
+def _checked_gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
+    """The gradient; `LayerError` where a stranger's backward pass fails."""
+    try:
+        return _gradient(images, maps, filters)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise LayerError(f"no gradient comes back from its maps ({brief(error)})") from error
 
 
 def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:

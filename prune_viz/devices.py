@@ -85,7 +85,7 @@ def filled_up(count: int) -> Tensor:
     return torch.arange(WHOLE * math.ceil(count / WHOLE)) % count
 
 
-def in_batches(count: int, batch: int, work: Callable[[slice], Any], device: torch.device) -> int:
+def in_batches(count: int, batch: int, work: Callable[[Tensor, int], Any], device: torch.device) -> int:
     """Do work on rows in batches, halving them whenever memory runs out.
 
     Parameters
@@ -95,7 +95,8 @@ def in_batches(count: int, batch: int, work: Callable[[slice], Any], device: tor
     batch : int
         Rows at a time.
     work : callable
-        Told which rows are next.
+        Told which rows are next, filled up as `filled_up` does where that many are allowed, and how many of
+        them are new.
     device : torch.device
         Where it works.
 
@@ -112,14 +113,16 @@ def in_batches(count: int, batch: int, work: Callable[[slice], Any], device: tor
     done = 0
     while done < count:
         size = min(batch, count - done)
+        rows = done + (filled_up(size) if batch >= WHOLE else torch.arange(size))
         try:
-            work(slice(done, done + size))
+            work(rows, size)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if size == 1:
+            if len(rows) == 1:
                 raise UserError("not enough memory for a single input; give a smaller --canvas") from None
-            batch = size // 2
+            batch = len(rows) // 2
+            batch -= batch % WHOLE if batch >= WHOLE else 0
         else:
             done += size
             continue

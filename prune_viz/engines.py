@@ -119,9 +119,8 @@ def see_through(
     waiting = [task for task in tasks if task not in pieces.done]
     running: dict[Future[Piece], Task] = {}
     failures: dict[Task, BaseException] = {}
-    finished = 0
     while waiting or running:
-        for task in [task for task in waiting if pieces.ready(task)][: engine.slots() - len(running)]:
+        for task in [task for task in waiting if pieces.ready(task)][: max(0, engine.slots() - len(running))]:
             waiting.remove(task)
             log("task begun", task=task.title)
             running[engine.submit(task, pieces.fed(task))] = task
@@ -130,16 +129,16 @@ def see_through(
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             task = running.pop(future)
             error = future.exception()
+            error = getattr(error, "cause", None) or error  # Ray wraps what a task raised in its traceback
             if error is not None:
                 failures[task] = error
                 log("task failed", task=task.title, error=_describe(error))
                 continue
             piece = future.result()
             pieces.add(task, piece)
-            finished += 1
             log("task done", task=task.title, seconds=round(piece.seconds, 3), worker=piece.worker)
             advance(task)
-        if len(failures) >= HOPELESS and not finished:
+        if len(failures) >= HOPELESS and not pieces.done:
             waiting.clear()
     if failures:
         _raise(failures, len(tasks), len(pieces.done))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from prune_viz.devices import is_out_of_memory
 from prune_viz.errors import LayerError, UserError, brief
 from prune_viz.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
 from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
+from prune_viz.origin import hash_structure
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.receptive_field import receptive_field
@@ -118,6 +120,11 @@ class FilterNetwork:
         except Exception:  # whatever a stranger's forward pass raises
             return False
 
+    @property
+    def structure(self) -> str:
+        """Hex SHA-256 of what the network computes beside its weights, as far as it can be told."""
+        return hash_structure(self._model, "" if self._graph is None else self._graph.code)
+
     def layer(self, name: str) -> Layer:
         """The layer of that name; raises `UserError`, with near names, if there is none."""
         for layer in self.layers:
@@ -145,10 +152,12 @@ class FilterNetwork:
             return _floating(*plain(inputs))
 
         found = RowByRow(checked) if name in self._row_by_row else checked
+        one_at_a_time = self._alone if self._has_own_code else nullcontext()
 
         def guarded(inputs: Tensor) -> tuple[Tensor, Tensor]:
             try:
-                return found(self._laid_out(inputs))
+                with one_at_a_time:
+                    return found(self._laid_out(inputs))
             except Exception as error:  # whatever a stranger's forward pass raises
                 if is_out_of_memory(error):
                     raise
@@ -160,6 +169,12 @@ class FilterNetwork:
         if self._graph is not None and name in self._taps:
             return tracing.cut(self._graph, self._taps[name])
         return self._hooked.setdefault(name, HookedMaps(self._hookable, name, self._alone))
+
+    @cached_property
+    def _has_own_code(self) -> bool:
+        """Whether modules in the graph are not torch's own: they may keep what they saw."""
+        modules = () if self._graph is None else self._graph.modules()
+        return not all(type(module).__module__.startswith("torch.") for module in modules)
 
     @cached_property
     def _hookable(self) -> nn.Module:

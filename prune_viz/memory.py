@@ -9,12 +9,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from prune_viz.devices import WHOLE, workers_on
+from prune_viz.devices import WHOLE, is_out_of_memory, workers_on
 from prune_viz.errors import LayerError, UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.stimuli import BATCH
 
 SHARE = 0.8  # of what is free that a run takes where it is not told how much
+_GROUPS = Path("/sys/fs/cgroup")
 SLACK = 1.3  # of what a climb holds, for what the allocator keeps and libraries work with
 
 
@@ -23,15 +24,28 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for group in _control_groups():
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such limit
+            limit = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            figures = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no limit there
             continue
+        cache = int(figures.get("inactive_file", 0))  # which the kernel gives back when it must
+        free = min(free, limit - used + cache)
     return max(int(free), 0)
+
+
+def _control_groups() -> list[Path]:
+    """Where Linux keeps the limits of this process: those of its own control group and of all around it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    if own is None:
+        return []
+    return [_GROUPS / own, *(_GROUPS / own).parents][: len(Path(own).parts) + 1]
 
 
 class MemoryPlan:
@@ -66,8 +80,9 @@ class MemoryPlan:
         names = [layer.name for layer in reversed(network.layers)]
         row, deepest = next(((taken, name) for name in names if (taken := self.taken(name))), (1, ""))
         if row > self._left:
+            what = "--memory" if budget is not None else "memory: what is free,"
             raise UserError(
-                f"--memory {in_words(self.budget)} is too little: {in_words(held)} are taken, and one filter "
+                f"{what} {in_words(self.budget)} is too little: {in_words(held)} are taken, and one filter "
                 f"of {deepest} takes {in_words(row)} more; give more, or a smaller --canvas"
             )
         most = workers or workers_on(network.device)
@@ -86,6 +101,12 @@ class MemoryPlan:
                 self._taken[layer] = _bytes_of_climb(self._network, layer)
             except LayerError:
                 self._taken[layer] = 0
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise UserError(
+                        f"{layer}: not enough memory for two inputs; give a smaller --canvas"
+                    ) from None
+                raise
         return self._taken[layer]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,23 @@ def hash_model(model: nn.Module) -> str:
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_structure(model: nn.Module, code: str) -> str:
+    """Hex SHA-256 of a model beside its weights.
+
+    Counted are its modules and their settings, the code of its graph where it was traced, and tensors that
+    its state dict leaves out.
+    """
+    text = re.sub(r"0x[0-9a-f]+", "", repr(model))  # addresses differ from process to process
+    digest = hashlib.sha256(text.encode() + code.encode())
+    known = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in known:
+            array = buffer.detach().cpu().contiguous()
+            digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+            digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from prune_viz.inputs import InputStatistics
 
 GREY = 128
@@ -182,3 +185,22 @@ def _strip(signal: np.ndarray, side: int) -> np.ndarray:
     """Draw (C, L) in [0, 1] as grey levels, a strip a channel."""
     grey = Image.fromarray((signal * 255 + 0.5).astype(np.uint8))
     return np.asarray(grey.resize((side, side), Image.Resampling.NEAREST).convert("RGB"))
+
+
+def plot_pictures(
+    images: np.ndarray, titles: Sequence[str], columns: int, statistics: InputStatistics | None
+) -> Figure:
+    """Draw inputs, shape (N, C, *size), as a matplotlib figure, `columns` to a row, each under its title."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    side = 96 if images.ndim == 3 else max(96, *images.shape[-2:])
+    drawn = draw_pictures(images, side, colour_axes(images, statistics), statistics)
+    for axis, title, picture in zip(axes, titles, drawn, strict=False):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=8)
+    return figure

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from prune_viz.errors import UserError
-from prune_viz.files import read_arrays, write_arrays
+from prune_viz.files import read_arrays, read_header, write_arrays
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
 from prune_viz.tasks import Piece, Task, join_pieces
 
@@ -71,6 +72,15 @@ class Pieces:
         if task.feeder is None:
             return None
         return self._run.read_layer(self._files[task.feeder]).images[task.start : task.stop]
+
+    def tidy(self) -> None:
+        """Take away results of other options, and of layers that are whole; those of other layers stay."""
+        for file in self._run.tasks_folder.glob("*.safetensors"):
+            told = read_header(file) or {}
+            if told.get("run") != self._key or told.get("layer") in self.whole:
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or not there
+            self._run.tasks_folder.rmdir()
 
     def _complete(self, name: str) -> None:
         tasks = self._tasks[name]

@@ -77,7 +77,7 @@ class RayEngine:
     Raises
     ------
     UserError
-        On entry, if Ray is not installed, its cluster cannot be reached or the network cannot be sent.
+        On entry, if the cluster cannot be reached, has no node for such tasks, or the network cannot be sent.
     """
 
     def __init__(
@@ -94,13 +94,25 @@ class RayEngine:
 
     def __enter__(self) -> Self:
         _isolate_new_cluster()
-        try:
-            import ray
-        except ImportError:
-            raise UserError("--engine ray needs Ray: pip install 'prune-viz[ray]'") from None
+        import ray
+
         self._ray = ray
         if not ray.is_initialized():
             self._connect()
+        try:
+            self._prepare()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        """Send the network, and see that there is a node for its tasks."""
+        ray = self._ray
+        offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(offer.get(name, 0) >= need for name, need in self._needs.items()) for offer in offers):
+            wanted = " and ".join(f"{need:g} {name}" for name, need in self._needs.items())
+            raise UserError(f"no node of the Ray cluster offers {wanted}, which each task takes")
         _send_own_modules(self._work.model)
         try:
             sent = ray.put(self._work)
@@ -112,7 +124,6 @@ class RayEngine:
             num_cpus=self._needs["CPU"], num_gpus=self._needs.get("GPU", 0), max_retries=RETRIES
         )
         self._remote: Any = remote(_do)
-        return self
 
     def _connect(self) -> None:
         self._own = True

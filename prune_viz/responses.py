@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from prune_viz.devices import filled_up, in_batches
+from prune_viz.devices import in_batches
 from prune_viz.filters import FilterNetwork
 from prune_viz.groups import CouplingGroup, Places
 
@@ -51,10 +51,9 @@ def response_matrix(
     maps = network.maps(layer)
     norms = torch.zeros(len(images), network.layer(layer).filters)
 
-    def respond(part: slice) -> None:
-        rows = images[part].float()
-        whole = rows[filled_up(len(rows))]
-        norms[part] = map_norms(maps(whole.to(network.device))[1])[: len(rows)].cpu()
+    def respond(rows: Tensor, new: int) -> None:
+        found = map_norms(maps(images[rows].float().to(network.device))[1])
+        norms[rows[:new]] = found[:new].cpu()
 
     with torch.no_grad():
         in_batches(len(images), min(BATCH, batch or BATCH), respond, network.device)

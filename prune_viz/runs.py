@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,20 +209,24 @@ class RunDirectory:
             raise UserError(f"{self.path} lies where no file can be locked; give another --out") from None
         with lock:
             self._check_owner(model_sha256, fresh)
+            with suppress(UserError):  # there may be none yet, or another version's
+                self.write_provenance({**self.read_provenance(), "state": "running"})
             self._clear(fresh)
             yield
 
-    def in_use(self) -> bool:
-        """Whether a process holds the directory for a run."""
+    def in_use(self) -> bool | None:
+        """Whether a process holds the directory for a run; None where this user cannot tell."""
         from filelock import FileLock, Timeout
 
+        if not (self.path / _LOCK).exists():
+            return False
         try:
             with FileLock(self.path / _LOCK, timeout=0):
                 return False
         except Timeout:
             return True
-        except (OSError, NotImplementedError):  # not one that this user may hold
-            return False
+        except (OSError, NotImplementedError):
+            return None
 
     def _check_owner(self, model_sha256: str, fresh: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -243,8 +247,11 @@ class RunDirectory:
 
     def _clear(self, fresh: bool) -> None:
         """Take away halves of a run that died and conclusions of an earlier one; with `fresh`, everything."""
-        for file in self.path.rglob(f".*{ASIDE}"):
-            file.unlink(missing_ok=True)
+        for left in [*self.path.rglob(f".*{ASIDE}"), self.path / ".report.old"]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         if fresh:
             shutil.rmtree(self.layers_folder, ignore_errors=True)
             shutil.rmtree(self.tasks_folder, ignore_errors=True)
@@ -286,6 +293,11 @@ class RunDirectory:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if path.name != "run.json" and (self.path / "run.json").exists():
+                raise UserError(
+                    f"the run in {self.path} has not come to its end: it has no {path.name}; the same "
+                    "analyze command goes on"
+                ) from None
             raise UserError(f"{self.path} is not a prune-viz run: it has no {path.name}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None

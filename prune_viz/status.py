@@ -9,6 +9,7 @@ from prune_viz.files import read_header
 from prune_viz.runs import RunDirectory
 
 RUNNING, STOPPED, COMPLETE = "running", "stopped", "complete"
+UNKNOWN = "unknown"  # another user's, running or stopped
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
@@ -22,10 +23,11 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``state``, one of ``running, stopped, complete``; ``stopped_by``, why it stopped where that is known,
-        or None; ``layers``, a dict each of ``name, filters, done``; ``filters, done, left``, numbers of
-        filters whose stimuli are wanted, found, and not; ``failed``, the tasks that failed since the run was
-        last begun or taken up, a dict each of ``task, error``; ``seconds``, those of tasks done, summed.
+        ``state``, one of ``running, stopped, complete, unknown``; ``stopped_by``, why it stopped where that
+        is known, or None; ``layers``, a dict each of ``name, filters, done``; ``filters, done, left``,
+        numbers of filters whose stimuli are wanted, found, and not; ``failed``, the tasks that failed since
+        the run was last begun or taken up, a dict each of ``task, error``; ``seconds``, those of tasks done,
+        summed.
 
     Raises
     ------
@@ -36,7 +38,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     key = provenance.get("key")
     state = provenance["state"]
     if state != COMPLETE:
-        state = RUNNING if run.in_use() else STOPPED
+        state = {True: RUNNING, False: STOPPED, None: UNKNOWN}[run.in_use()]
     records = run.layers()
     counts = {record.name: record.filters for record in records}
     whole = [read_header(run.path / record.file) for record in records]

@@ -35,12 +35,12 @@ from prune_viz.ascent import (
     rounds,
     until,
 )
-from prune_viz.devices import WHOLE, filled_up, in_batches, one_thread_each, pick_device, workers_on
+from prune_viz.devices import WHOLE, in_batches, one_thread_each, pick_device, workers_on
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics, describe_inputs
 from prune_viz.layers import LARGEST_CANVAS, Layer
-from prune_viz.pictures import colour_axes, draw_pictures
+from prune_viz.pictures import plot_pictures
 from prune_viz.priors import make_prior, tile
 from prune_viz.progress import Progress
 from prune_viz.weights import check_finite
@@ -91,21 +91,7 @@ class Stimuli:
 
     def plot(self, columns: int = 8) -> Figure:
         """Draw the stimuli as a matplotlib figure, `columns` to a row, each stretched around grey."""
-        from matplotlib.figure import Figure
-
-        rows = math.ceil(len(self.filters) / columns)
-        figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axis in axes:
-            axis.set_axis_off()
-        images = self.images.numpy()
-        colours = colour_axes(images, self.statistics)
-        side = 96 if images.ndim == 3 else max(96, *images.shape[-2:])
-        drawn = draw_pictures(images, side, colours, self.statistics)
-        for axis, number, picture in zip(axes, self.filters, drawn, strict=False):
-            axis.imshow(picture)
-            axis.set_title(str(number), fontsize=8)
-        return figure
+        return plot_pictures(self.images.numpy(), list(map(str, self.filters)), columns, self.statistics)
 
 
 def maximize(
@@ -170,13 +156,20 @@ def maximize(
     workers = workers_on(network.device)
     share = max(1, WHOLE * math.ceil(len(wanted) / (WHOLE * workers)))
 
+    stop = threading.Event()
+
     def search(begin: int) -> Stimuli:
         torch.set_num_threads(1)
-        chosen = wanted[begin : begin + share]
-        return ascend(network, layer, chosen, prior=prior, steps=steps, seed=seed, statistics=statistics)
+        return ascend(
+            network, layer, wanted[begin : begin + share], prior=prior, steps=steps, seed=seed,
+            statistics=statistics, stop=stop,
+        )  # fmt: skip
 
     with one_thread_each(), ThreadPoolExecutor(workers) as pool:
-        return _joined(list(pool.map(search, range(0, max(len(wanted), 1), share))))
+        try:
+            return _joined(list(pool.map(search, range(0, max(len(wanted), 1), share))))
+        finally:
+            stop.set()  # for Ctrl-C
 
 
 def ascend(
@@ -352,14 +345,11 @@ class _Search:
         """Let some rows climb, batch by batch; halve the batch whenever memory runs out."""
         begin = start or _Start()
         self.batch = in_batches(
-            len(rows), self.batch, lambda part: self._climb(rows[part], turn, begin), self.device
+            len(rows), self.batch, lambda part, new: self._climb(rows[part], new, turn, begin), self.device
         )
 
-    def _climb(self, rows: Tensor, turn: Round, start: _Start) -> None:
-        """One climb of one batch, and what it found taken over."""
-        count = len(rows)
-        if self.batch >= WHOLE:
-            rows = rows[filled_up(count)]
+    def _climb(self, rows: Tensor, count: int, turn: Round, start: _Start) -> None:
+        """One climb of one batch, and what it found taken over of the first `count` rows; others repeat."""
         filters = [self.filters[row] for row in rows.tolist()]
         canvas = self.layer.canvas
         if turn.number == 0:

@@ -28,6 +28,7 @@ from prune_viz.responses import response_matrix
 from prune_viz.runs import LayerRecord
 from prune_viz.stimuli import BATCH, as_stored, ascend
 
+_MODEL = ("sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape")
 BATCHES = 4  # a task: with fewer, the last rounds have too few filters left for a good batch
 
 
@@ -124,7 +125,7 @@ def stimuli_key(provenance: Mapping[str, Any]) -> str:
     """Digest of what all stimuli of a run depend on, from its `run.json`."""
     model, options = provenance["model"], provenance["options"]
     parts = {
-        "model": [model[name] for name in ("sha256", "arch", "arch_kwargs", "held_inputs", "input_shape")],
+        "model": [model[name] for name in _MODEL],
         "options": [options["prior"], options["steps"], options["canvas"], options["device"]],
         "inputs": provenance["inputs"],
         "seed": provenance["seed"],

@@ -97,21 +97,22 @@ def test_layers_that_cannot_be_measured_do_not_stop_the_plan() -> None:
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    files = {"/sys/fs/cgroup/memory.max": "1000000", "/sys/fs/cgroup/memory.current": "400000"}
-
-    class Fake:
-        def __init__(self, path: str) -> None:
-            self.path = path
-
-        def read_text(self) -> str:
-            if self.path not in files:
-                raise FileNotFoundError
-            return files[self.path]
-
-    monkeypatch.setattr(module, "Path", Fake)
-    assert free_memory(torch.device("cpu")) == 600_000
-    files["/sys/fs/cgroup/memory.max"] = "max"
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for group, limit in ((inner, "max"), (inner.parent, "1000000")):
+        (group / "memory.max").write_text(limit)
+        (group / "memory.current").write_text("900000")
+        (group / "memory.stat").write_text("anon 500000\ninactive_file 400000\n")
+    monkeypatch.setattr(module, "_control_groups", lambda: [inner, inner.parent, tmp_path])
+    assert free_memory(torch.device("cpu")) == 500_000  # files that were read are given back when need be
+    (inner.parent / "memory.max").write_text("max")
     assert free_memory(torch.device("cpu")) > 10 * MIB
+
+
+def test_the_groups_of_this_process_are_found() -> None:
+    groups = module._control_groups()
+    assert all(group.is_relative_to("/sys/fs/cgroup") for group in groups)
+    assert len(groups) == len(set(groups))
 
 
 @pytest.mark.parametrize(("text", "size"), [
@@ -137,17 +138,21 @@ def test_batches_shrink_when_memory_runs_out_and_stay_small() -> None:
     done: list[int] = []
     tried: list[int] = []
 
-    def work(part: slice) -> None:
-        rows = part.stop - part.start
-        tried.append(rows)
-        if rows > 6:
+    def work(rows: torch.Tensor, new: int) -> None:
+        tried.append(len(rows))
+        if len(rows) > room[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        done.extend(range(part.start, part.stop))
+        done.extend(rows[:new].tolist())
 
-    assert in_batches(31, 24, work, torch.device("cpu")) == 6
-    assert done == list(range(31))
-    assert tried == [24, 12, 6, 6, 6, 6, 6, 1]
+    room = [0]
+    for most, fitted, sizes in ((6, 4, [24, 12] + 8 * [4]), (3, 2, [24, 12, 4] + 15 * [2] + [1])):
+        room[0] = most
+        done.clear()
+        tried.clear()
+        assert in_batches(31, 24, work, torch.device("cpu")) == fitted
+        assert done == list(range(31))
+        assert tried == sizes
     with pytest.raises(UserError, match="not enough memory for a single input"):
-        in_batches(3, 2, lambda part: (_ for _ in ()).throw(MemoryError()), torch.device("cpu"))
+        in_batches(3, 2, lambda *_: (_ for _ in ()).throw(MemoryError()), torch.device("cpu"))
     with pytest.raises(ZeroDivisionError):
-        in_batches(3, 2, lambda part: math.floor(1 / 0), torch.device("cpu"))
+        in_batches(3, 2, lambda *_: math.floor(1 / 0), torch.device("cpu"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +33,13 @@ from prune_viz.stimuli import ascend, maximize
 from prune_viz.tasks import Piece, Settings, Task, do_task, join_pieces, plan_tasks
 
 SETTINGS = Settings("natural", 12, 0, None)
+PROVENANCE = {
+    "model": dict.fromkeys(
+        ["sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape"]
+    ),
+    "options": dict.fromkeys(["prior", "steps", "canvas", "device"]),
+    "inputs": None, "seed": 0, "versions": {"torch": "2"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +82,7 @@ def test_tasks_are_every_filter_once_and_know_what_feeds_them(
     {"options": {"device": "cuda"}}, {"seed": 1}, {"inputs": {"mean": [0.5]}}, {"versions": {"torch": "x"}},
 ])  # fmt: skip
 def test_the_key_tells_whatever_stimuli_depend_on(change: dict) -> None:
-    run = {
-        "model": dict.fromkeys(["sha256", "arch", "arch_kwargs", "held_inputs", "input_shape"]),
-        "options": dict.fromkeys(["prior", "steps", "canvas", "device"]),
-        "inputs": None, "seed": 0, "versions": {"torch": "2"}, "started": "now",
-    }  # fmt: skip
+    run = {**PROVENANCE, "started": "now"}
     key = tasks.stimuli_key(run)
     assert tasks.stimuli_key({**run, "started": "later"}) == key
     other = copy.deepcopy(run)
@@ -90,14 +95,9 @@ def test_the_key_tells_whatever_stimuli_depend_on(change: dict) -> None:
 
 
 def test_the_key_tells_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = {
-        "model": dict.fromkeys(["sha256", "arch", "arch_kwargs", "held_inputs", "input_shape"]),
-        "options": dict.fromkeys(["prior", "steps", "canvas", "device"]),
-        "inputs": None, "seed": 0, "versions": {"torch": "2"},
-    }  # fmt: skip
-    key = tasks.stimuli_key(run)
+    key = tasks.stimuli_key(PROVENANCE)
     monkeypatch.setattr(tasks, "__version__", "99")
-    assert tasks.stimuli_key(run) != key
+    assert tasks.stimuli_key(PROVENANCE) != key
 
 
 def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
@@ -237,3 +237,144 @@ def test_status_tells_done_and_left(tmp_path: Path) -> None:
     assert (status["done"], status["left"]) == (36, 24)
     with pytest.raises(UserError, match="not a prune-viz run"):
         read_status(RunDirectory(tmp_path))
+
+
+def test_where_failures_come_first_the_rest_is_done_all_the_same(
+    network: FilterNetwork, tmp_path: Path
+) -> None:
+    run, cut = RunDirectory(tmp_path), records(network)
+    planned = plan_tasks(network, cut, "key")
+    pieces = Pieces(run, cut, planned, "key", lambda name: None)
+    with LocalEngine(network, SETTINGS, 1) as engine:
+        see_through(planned[:1], pieces, engine, RunLog(run.log_file), lambda task: None)
+    again = Pieces(run, cut, planned, "key", lambda name: None)
+    with _Failing(network, ValueError("x"), "blocks.0") as engine, pytest.raises(IncompleteError):
+        see_through(planned, again, engine, RunLog(run.log_file), lambda task: None)
+    assert again.whole == {"stem", *(f"blocks.1.{part}" for part in ("expand", "depthwise", "project"))}
+
+
+def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tmp_path: Path) -> None:
+    class Shrinking(LocalEngine):
+        room, most = 3, 0
+
+        def slots(self) -> int:
+            type(self).room -= 1
+            return max(self.room, 1)
+
+        def submit(self, task: Task, fed: np.ndarray | None):
+            type(self).most = max(self.most, self._pool._work_queue.qsize() + 1)
+            return super().submit(task, fed)
+
+    run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
+    pieces = Pieces(run, records(network), planned, "key", lambda name: None)
+    with Shrinking(network, SETTINGS, 1) as engine:
+        see_through(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
+    assert len(pieces.whole) == 7
+    assert Shrinking.most <= 3
+
+
+def test_pieces_of_layers_not_asked_for_stay(network: FilterNetwork, tmp_path: Path) -> None:
+    run, cut = RunDirectory(tmp_path), records(network)
+    piece = do_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None)
+    halves = [replace(task, stop=4) for task in plan_tasks(network, cut, "key")[:1]]
+    Pieces(run, cut[:1], [*halves, replace(halves[0], start=4, stop=12)], "key", lambda name: None).add(
+        halves[0], piece
+    )
+    other = Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], "key"), "key", lambda name: None)
+    other.tidy()
+    assert (tmp_path / halves[0].file).exists()
+    Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], "new"), "new", lambda name: None).tidy()
+    assert not (tmp_path / "tasks").exists()
+
+
+def keys(tmp_path: Path, *models: nn.Module) -> list[str]:
+    """The run keys of models, as if all came from one file."""
+    found = []
+    for model in models:
+        analyze(model, input_shape=(3, 8, 8), out=tmp_path / "run", steps=1, source={"sha256": "file"})
+        found.append(json.loads((tmp_path / "run" / "run.json").read_text())["key"])
+    return found
+
+
+def test_the_key_tells_weights_and_structure_of_one_file(tmp_path: Path) -> None:
+    def make(*parts: nn.Module, weight: float = 1.0) -> nn.Module:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3)
+        conv.weight.data *= weight
+        return nn.Sequential(conv, *parts)
+
+    held = make(nn.ReLU())
+    held.register_buffer("held", torch.ones(2), persistent=False)
+    models = [
+        make(nn.ReLU()), make(nn.ReLU(), weight=2.0), make(nn.GELU()), make(nn.ReLU(), nn.AvgPool2d(2)), held,
+    ]  # fmt: skip
+    found = keys(tmp_path, *models)
+    assert len(set(found)) == len(found)
+    assert keys(tmp_path, make(nn.ReLU()))[0] == found[0]
+
+
+def test_a_convolution_that_remembers_does_not_mix_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Remembering(nn.ConvTranspose2d):
+        def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+            self.seen = x * 1
+            time.sleep(0.001)
+            return super().forward(self.seen)
+
+    model = tortured.network()
+    model.stem = Remembering(3, 12, 3, padding=1)
+    monkeypatch.setitem(tasks.BATCH, "cpu", 1)
+    for workers in (1, 3):
+        analyze(
+            model,
+            input_shape=(3, 16, 16),
+            out=tmp_path / str(workers),
+            steps=6,
+            workers=workers,
+            layers=["s*"],
+        )
+    one, three = (read_arrays(tmp_path / n / "layers" / "000-stem.safetensors")[0] for n in "13")
+    assert np.array_equal(one["images"], three["images"])
+
+
+def test_what_is_wrong_with_a_call_costs_an_earlier_run_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, layers=["stem"])
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    for wrong in ({"memory": 1000}, {"engine": "ray", "gpus_per_task": 1.5}, {"engine": "x"}, {"canvas": 0}):
+        with pytest.raises(UserError):
+            analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, fresh=True, **wrong)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_died_in_its_report_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, layers=["stem"])
+    for left in (".report.part", ".report.old"):
+        (out / left / "layers").mkdir(parents=True)
+        (out / left / "index.html").write_text("half")
+    (out / ".x.part").write_text("half")
+    analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, layers=["stem"])
+    assert (out / "report" / "index.html").exists()
+    assert not [file for file in out.iterdir() if file.name.startswith(".") and file.name != ".lock"]
+
+
+def test_a_backward_pass_that_fails_is_told_of_its_layer(tmp_path: Path) -> None:
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no way <back>")
+
+    class Wall(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return OneWay.apply(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Wall(), nn.Conv2d(4, 4, 3))
+    analyze(model, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2)
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert any("2 could not be looked at: no gradient comes back" in note for note in notes)
