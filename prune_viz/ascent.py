@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def climb(
     safe = points
     for step, shift in enumerate(shifts):
         images = roll(images_at(points, prior, canvas), shift)
-        gradient = roll(_checked_gradient(images, maps, numbers), -shift)
+        gradient = roll(_gradient(images, maps, numbers), -shift)
         uphill = torch.nn.functional.pad(prior.colour(gradient).flatten(1), (0, 1))
         finite = uphill.isfinite().all(dim=1)
         sound &= finite
@@ -187,14 +188,15 @@ def _tangent(vectors: Tensor, points: Tensor) -> Tensor:
     return vectors - _dot(vectors, points) * points
 
 
-def _checked_gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
-    """The gradient; `LayerError` where a stranger's backward pass fails."""
+def _backward(*outputs_and_inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad`; `LayerError` where a stranger's backward pass fails."""
     try:
-        return _gradient(images, maps, filters)
+        found: tuple[Tensor, ...] = torch.autograd.grad(*outputs_and_inputs, **options)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         raise LayerError(f"no gradient comes back from its maps ({brief(error)})") from error
+    return found
 
 
 def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
@@ -211,14 +213,14 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
         raise LayerError("no gradient leads from its maps to the input")
     reached = norms(after[rows, filters]).sum()
     if before is after:
-        return torch.autograd.grad(reached, images)[0]
-    (slope,) = torch.autograd.grad(reached, before, retain_graph=True, allow_unused=True)
+        return _backward(reached, images)[0]
+    (slope,) = _backward(reached, before, retain_graph=True, allow_unused=True)
     if slope is None:  # maps put together from runs of their own
-        (gradient,) = torch.autograd.grad(reached, images, retain_graph=True)
+        (gradient,) = _backward(reached, images, retain_graph=True)
         vanished = gradient.flatten(1).abs().amax(dim=1) <= 1e-12
         slope = torch.zeros_like(before)
         slope[rows, filters] = _pull(before[rows, filters], after[rows, filters])
-        (redirected,) = torch.autograd.grad(before, images, slope)
+        (redirected,) = _backward(before, images, slope)
         return torch.where(vanished.view(-1, *(1,) * (images.ndim - 1)), redirected, gradient)
     own = slope[rows, filters]
     vanished = own.flatten(1).abs().amax(dim=1) <= 1e-12
@@ -227,7 +229,7 @@ def _gradient(images: Tensor, maps: MapFunction, filters: Tensor) -> Tensor:
         own = torch.where(vanished.view(-1, *(1,) * (own.ndim - 1)), redirected, own)
         slope = torch.zeros_like(slope)
         slope[rows, filters] = own
-    return torch.autograd.grad(before, images, slope)[0]
+    return _backward(before, images, slope)[0]
 
 
 def _pull(before: Tensor, after: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from prune_viz.stimuli import BATCH
 
 SHARE = 0.8  # of what is free that a run takes where it is not told how much
 _GROUPS = Path("/sys/fs/cgroup")
-SLACK = 1.3  # of what a climb holds, for what the allocator keeps and libraries work with
+SLACK = 1.5  # of what a climb holds, for what the allocator keeps and libraries work with
 
 
 def free_memory(device: torch.device) -> int:

@@ -334,7 +334,7 @@ class RunDirectory:
         """
         read = read_arrays(self.path / file)
         if read is None:
-            raise UserError(f"{self.path / file} is missing or damaged; run analyze again")
+            raise UserError(f"{self.path / file} cannot be read: missing or damaged; run analyze again")
         return LayerTensors(**read[0])
 
     def layer_told(self, file: str) -> dict[str, str]:
@@ -357,7 +357,7 @@ class RunDirectory:
         """
         read = read_arrays(self.moments_file)
         if read is None:
-            raise UserError(f"{self.moments_file} is missing or damaged; run analyze again")
+            raise UserError(f"{self.moments_file} cannot be read: missing or damaged; run analyze again")
         return {int(number): matrix for number, matrix in read[0].items()}
 
     def write_filters(self, table: pd.DataFrame) -> None:
