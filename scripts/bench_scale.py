@@ -1,7 +1,7 @@
 """How the search for stimuli grows with filters, depth and canvas, and what a model zoo would take.
 
     scripts/test.sh --collect-only -q   # sets up .venv
-    .venv/bin/python scripts/bench_scale.py           # ResNets 18, 50, 152, EfficientNet-lite0: 20 minutes
+    .venv/bin/python scripts/bench_scale.py           # ResNets 18, 50, 152, EfficientNet-lite0: half an hour
     .venv/bin/python scripts/bench_scale.py --quick   # ResNet-18 alone
 
 ResNets and the RegNet have seeded random weights. Every figure is of this machine, in one run. Filters: the
@@ -45,6 +45,7 @@ from prune_viz.tasks import Piece, Settings, Task, do_task
 
 FULL = Settings("natural", 176, 0, None)
 SETTINGS = Settings("natural", 12, 0, None)  # short ascents, but to estimate whole runs
+BRIEF = Settings("natural", 1, 0, None)  # for peaks
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
 BUDGET = 3 * 2**30  # bytes, for the peaks
@@ -164,7 +165,7 @@ def _peak(name: str, budget: int) -> tuple[float, int, int]:
     network = FilterNetwork(PEAKS[name](), (3, 224, 224))
     plan = MemoryPlan(network, budget, 2)
     layer = network.layers[-1]
-    with LocalEngine(network, SETTINGS, plan.workers, plan.batch) as engine:
+    with LocalEngine(network, BRIEF, plan.workers, plan.batch) as engine:
         halves = [Task(layer.name, begin, begin + 48, None, "", "") for begin in (0, 48)]
         for future in [engine.submit(task, None) for task in halves]:
             future.result()
@@ -201,10 +202,8 @@ def plan_zoo(
     """What `ZOO` such networks take on `WORKERS` cores."""
     piece_bytes = sum(array.nbytes for array in (piece.images, piece.activations, piece.responses))
     a_filter = piece_bytes / len(piece.activations)
-    work, results = (
-        float(np.mean(hours)),
-        float(np.mean(filters)) * a_filter,
-    )  # core hours and bytes a network
+    work = float(np.mean(hours))  # core hours a network
+    results = float(np.mean(filters)) * a_filter  # bytes a network
     makespan = ZOO * work / WORKERS
     incoming = ZOO * results / (makespan * 3600)
     rate = writer_rate(piece)
@@ -212,10 +211,7 @@ def plan_zoo(
         "core_hours_a_network": work,
         "makespan_hours": makespan,
         "stored_tib": ZOO * results / 2**40,
-        "shipped_tib": ZOO
-        * float(np.mean(model_bytes))
-        * 16
-        / 2**40,  # each to the 16 nodes of one of many jobs
+        "shipped_tib": ZOO * float(np.mean(model_bytes)) * NODES / 2**40,
         "incoming_mib_a_second": incoming / 2**20,
         "one_writer_mib_a_second": rate / 2**20,
         "writers_needed": math.ceil(incoming / rate),
@@ -235,24 +231,28 @@ def main() -> None:
         f"The same tasks on {cores} cores", ["how", "seconds", "of operations spread over the cores"],
         [[how, seconds, seconds / used["spread"]] for how, seconds in used.items()],
     )  # fmt: skip
+    canvas = by_canvas(resnet(18), "layer2.1.conv2")
+    print_table(
+        "Seconds by canvas, ResNet-18", ["layer", *map(str, CANVASES), "exponent"],
+        [[canvas["layer"], *canvas["seconds"], canvas["exponent"]]],
+    )  # fmt: skip
+    held = peaks(list(PEAKS)[:1] if quick else list(PEAKS))
+    print_table(
+        f"Peak memory of the last layer's search, budget {BUDGET / 2**20:.0f} MiB",
+        ["network", "MiB", "workers", "filters at a time"], [list(one.values()) for one in held],
+    )  # fmt: skip
     filters, depths, hours, counts, sizes = [], [], [], [], []
     for name in names:
         model = NETWORKS[name]()
         network = FilterNetwork(model, (3, 224, 224))
         filters.append(by_filters(name, network))
         depths += by_depth(name, network)
-        costs = estimate_stimuli(network, network.layers, FULL, MemoryPlan(network, None, cores), Progress())
+        plan = MemoryPlan(network, None, cores)
+        costs = estimate_stimuli(network, network.layers, FULL, plan, Progress())
         hours.append(sum(cost.seconds for cost in costs) / 3600)
         counts.append(sum(layer.filters for layer in network.layers))
-        print(f"{name}: {filters[-1]}, {hours[-1]:.2f} core hours", flush=True)
         sizes.append(sum(tensor.nbytes for tensor in model.state_dict().values()))
-    canvas = by_canvas(resnet(18), "layer2.1.conv2")
-    held = peaks(list(PEAKS)[:1] if quick else list(PEAKS))
-    piece = do_task(
-        small, Task("layer3.1.conv1", 0, 192, None, "", ""), Settings("natural", 2, 0, None), None
-    )
-    zoo = plan_zoo(hours, counts, sizes, piece)
-
+        print(f"{name}: exponent in filters {filters[-1]['exponent']:.3f}, {hours[-1]:.2f} core hours")
     print_table(
         "Seconds by filters of a layer", ["network", "layer", *map(str, COUNTS), "exponent"],
         [[one["network"], one["layer"], *one["seconds"], one["exponent"]] for one in filters],
@@ -262,17 +262,11 @@ def main() -> None:
         [list(one.values()) for one in depths],
     )  # fmt: skip
     print_table(
-        "Seconds by canvas, ResNet-18", ["layer", *map(str, CANVASES), "exponent"],
-        [[canvas["layer"], *canvas["seconds"], canvas["exponent"]]],
-    )  # fmt: skip
-    print_table(
-        f"Peak memory of the last layer's search, budget {BUDGET / 2**20:.0f} MiB",
-        ["network", "MiB", "workers", "filters at a time"], [list(one.values()) for one in held],
-    )  # fmt: skip
-    print_table(
         "Core hours of all stimuli, by network", ["network", "filters", "hours"],
         [list(row) for row in zip(names, counts, hours, strict=True)],
     )  # fmt: skip
+    piece = do_task(small, Task("layer3.1.conv1", 0, 192, None, "", ""), BRIEF, None)
+    zoo = plan_zoo(hours, counts, sizes, piece)
     print_table(f"{ZOO:,} networks on {WORKERS:,} cores", ["what", ""], [list(item) for item in zoo.items()])
     print(json.dumps({
         "filters": filters, "depth": depths, "canvas": canvas, "cores": used, "peaks": held, "zoo": zoo,
