@@ -52,7 +52,7 @@ class MemoryPlan:
     """How many tasks at a time, and how many filters at a time in each.
 
     On a CPU the budget is for the whole process, what it holds already included; on others it is for what is
-    taken of their own memory.
+    taken of their own memory. What a task holds is estimated, so that peaks may come out somewhat above it.
 
     Parameters
     ----------
