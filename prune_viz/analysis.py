@@ -23,7 +23,8 @@ from prune_viz.engines import Engine, LocalEngine, see_through
 from prune_viz.errors import RunInterruptedError, UserError, one_line
 from prune_viz.estimate import Estimate, estimate_run
 from prune_viz.masks import Masks
-from prune_viz.memory import MemoryPlan
+from prune_viz.memory import Budget
+from prune_viz.memory_plan import MemoryPlan
 from prune_viz.pieces import Pieces
 from prune_viz.plain import plain_copy
 from prune_viz.progress import Progress
@@ -109,7 +110,7 @@ def analyze(
     gpus_per_task : float
         Of a GPU, how much each task on a Ray cluster takes.
     memory : int, optional
-        Bytes that the search for stimuli may take (`prune_viz.memory.MemoryPlan`).
+        Bytes that the run may take (`prune_viz.memory.Budget`).
     fresh : bool
         Start over, whatever the run directory holds.
     progress : Progress, optional
@@ -156,6 +157,7 @@ def analyze(
         "tolerance": redundancy.TOLERANCE,
     }
     provenance = _provenance(subject, source, options)
+    budget = Budget.of(network.device, memory)
     settings = Settings(prior, steps, seed, subject.statistics)
 
     # Before anything of an earlier run is cleared away.
@@ -172,10 +174,11 @@ def analyze(
         return LocalEngine(network, settings, plan.workers, plan.batch, progress)
 
     if out is not None:
-        return _run(subject, RunDirectory(Path(out)), provenance, make_engine, fresh, progress, report=True)
+        run = RunDirectory(Path(out))
+        return _run(subject, run, provenance, make_engine, budget, fresh, progress, report=True)
     with tempfile.TemporaryDirectory(prefix="prune-viz-") as folder:
         run = RunDirectory(Path(folder))
-        result = _run(subject, run, provenance, make_engine, fresh, progress, report=False)
+        result = _run(subject, run, provenance, make_engine, budget, fresh, progress, report=False)
         return replace(result, layers=dict(result.layers), out=None)
 
 
@@ -219,6 +222,7 @@ def _run(
     run: RunDirectory,
     provenance: dict[str, Any],
     make_engine: Callable[[], Engine],
+    budget: Budget,
     fresh: bool,
     progress: Progress,
     report: bool,
@@ -232,7 +236,7 @@ def _run(
     with run.claimed(str(subject.origin.file), fresh), _states(run, provenance, log), progress:
         with stages.timed("stimuli"):
             provenance["notes"] += _find_stimuli(subject, run, tasks, key, make_engine, progress, log)
-        concluded = conclude(subject, run, key, stages, progress)
+        concluded = conclude(subject, run, key, stages, progress, budget)
         provenance["notes"] += concluded.notes
         provenance.update(concluded.told, stages=stages.listed(), finished=now())
         run.write_provenance(provenance)  # which the report shows

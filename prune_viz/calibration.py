@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_viz.ascent import roll, unit
-from prune_viz.devices import is_out_of_memory
+from prune_viz.devices import is_out_of_memory, with_fewer
 from prune_viz.inputs import InputStatistics
-from prune_viz.objectives import Seen, Watched, norms_error, own_shares, pool, total_error
+from prune_viz.memory import Budget, RowLimit
+from prune_viz.objectives import Means, Seen, Watched, join, norms_error, own_shares, pool, total_error
 from prune_viz.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
 from prune_viz.probes import Calibrated, Owner, Start
 from prune_viz.progress import Progress
@@ -50,6 +52,7 @@ def calibrate(
     seed: int = 0,
     statistics: InputStatistics | None = None,
     passes: int = PASSES,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Calibrated | None:
     """Move inputs until the batch norms of a network see their running statistics.
@@ -70,6 +73,8 @@ def calibrate(
         What is known of the model's inputs.
     passes : int
         How often each probe is moved, at most.
+    budget : Budget, optional
+        Memory that may be taken. Where a batch does not fit, it runs through the network in parts, twice.
     progress : Progress, optional
         Advanced by every probe that is moved, and at the end by those that need not be.
 
@@ -79,9 +84,13 @@ def calibrate(
         None where the network has no batch norm with running statistics, lets no gradient through or
         meets values that are not finite.
     """
-    settings = starts, seed, statistics, passes, progress or Progress()
-    # A head may let no gradient through where the batch norms before it do.
-    return _calibrate(model, *settings, classes=True) or _calibrate(model, *settings, classes=False)
+    device = next(model.parameters()).device
+    settings = starts, seed, statistics, passes, budget, progress or Progress()
+    for classes in (True, False):  # a head may let no gradient through where the batch norms before it do
+        found = with_fewer(partial(_calibrate, model, *settings, classes), BATCH, device)
+        if found is not None:
+            return found
+    return None
 
 
 def _calibrate(
@@ -90,8 +99,10 @@ def _calibrate(
     seed: int,
     statistics: InputStatistics | None,
     passes: int,
+    budget: Budget | None,
     progress: Progress,
     classes: bool,
+    most: int,
 ) -> Calibrated | None:
     device = next(model.parameters()).device
     kinds = [kind for kind in starts if len(kind.images)]
@@ -104,14 +115,15 @@ def _calibrate(
         return contrast * prior.colour(chunk)
 
     with Watched(model, classes) as watched:
+        rows = RowLimit(budget, watched.see, backward=True).rows(shape, most)
         parts: list[_Part] = []
         for kind in kinds:
             white = unit(prior.whiten(kind.images.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
-            parts += _nearest(watched, white.view_as(kind.images), kind.owners, images)
+            parts += _nearest(watched, white.view_as(kind.images), kind.owners, images, rows)
             if not parts[-1].seen.norms:
                 return None
         shares = [len(part.white) / count for part in parts]
-        known = [part.seen for part in parts]
+        known = [part.seen.means() for part in parts]
         steppers = [_Stepper(part.white) for part in parts]
         distances = [_distance(known, shares)]
         for number in range(passes):
@@ -119,13 +131,17 @@ def _calibrate(
             for index, (part, stepper) in enumerate(zip(parts, steppers, strict=True)):
                 free = part.white.detach().requires_grad_()
                 moved, mirrored = _shift(images(free, part.contrast), random, photographs)
-                seen = watched.see(moved, part.owners)
-                pooled = pool([*known[:index], seen, *known[index + 1 :]], shares)
-                gradient = _gradient(total_error(pooled, seen.own, part.asked(mirrored)), free)
-                if gradient is None:
+                asked = part.asked(mirrored)
+
+                def error(seen: Seen, index: int = index, asked: Tensor | None = asked) -> Tensor:
+                    pooled = pool([*known[:index], seen.means(), *known[index + 1 :]], shares)
+                    return total_error(pooled, seen.own, asked)
+
+                found = _differentiate(watched, moved, part.owners, error, rows)
+                if found is None:
                     return None
-                known[index] = seen.detach()
-                stepper.step(gradient, rate)
+                known[index] = found[0].means().detach()
+                stepper.step(torch.autograd.grad(moved, free, found[1])[0], rate)
                 progress.advance(len(part.white))
             distances.append(_distance(known, shares))
             if not math.isfinite(distances[-1]):
@@ -134,9 +150,9 @@ def _calibrate(
                 progress.advance(count * (passes - number - 1))
                 break
         ends = [images(part.white, part.contrast) for part in parts]
-        held = _held(watched, parts, ends)
-    found = torch.cat([end.cpu() for end in ends])
-    return Calibrated(found, distances[0], distances[-1], len(distances) - 1, held)
+        held = _held(watched, parts, ends, rows)
+    ended = torch.cat([end.cpu() for end in ends])
+    return Calibrated(ended, distances[0], distances[-1], len(distances) - 1, held)
 
 
 @dataclass
@@ -168,7 +184,11 @@ class _Part:
 
 
 def _nearest(
-    watched: Watched, white: Tensor, owners: Sequence[Owner], images: Callable[[Tensor, float], Tensor]
+    watched: Watched,
+    white: Tensor,
+    owners: Sequence[Owner],
+    images: Callable[[Tensor, float], Tensor],
+    rows: int,
 ) -> list[_Part]:
     """A kind's probes in batches, at the contrast at which batch norms see what is nearest to training."""
     chunks = torch.split(white, BATCH)
@@ -178,27 +198,68 @@ def _nearest(
     with torch.no_grad():
         for contrast in CONTRASTS:
             parts = [
-                _Part(chunk, contrast, own, watched.see(images(chunk, contrast), own))
+                _Part(chunk, contrast, own, _see(watched, images(chunk, contrast), own, rows))
                 for chunk, own in zip(chunks, whose, strict=True)
             ]
             if not parts[0].seen.norms:
                 return parts
-            found.append((_distance([part.seen for part in parts], shares), parts))
+            found.append((_distance([part.seen.means() for part in parts], shares), parts))
     return min(found, key=lambda one: one[0] if math.isfinite(one[0]) else math.inf)[1]
 
 
-def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor]) -> float | None:
+def _see(watched: Watched, images: Tensor, owners: Sequence[Owner], rows: int) -> Seen:
+    """What images give, so many of them at a time, without gradients."""
+    with torch.no_grad():
+        return join([watched.see(*part) for part in _split(images, owners, rows)])
+
+
+def _split(images: Tensor, owners: Sequence[Owner], rows: int) -> list[tuple[Tensor, Sequence[Owner]]]:
+    starts = range(0, len(images), rows)
+    return [(images[start : start + rows], owners[start : start + rows]) for start in starts]
+
+
+def _differentiate(
+    watched: Watched, images: Tensor, owners: Sequence[Owner], error: Callable[[Seen], Tensor], rows: int
+) -> tuple[Seen, Tensor] | None:
+    """What images give and the gradient of the error by them; None where none comes through.
+
+    More images than `rows` go through the network in parts, twice: what all of them give tells what the error
+    asks of each.
+    """
+    inputs = images.detach().requires_grad_()
+    if len(inputs) <= rows:
+        seen = watched.see(inputs, owners)
+        gradient = _gradient(error(seen), inputs)
+        return None if gradient is None else (seen, gradient)
+    with torch.no_grad():
+        parts = [watched.see(*part).leaves() for part in _split(inputs, owners, rows)]
+    seen = join(parts)
+    asked = iter(torch.autograd.grad(
+        error(seen), [one for part in parts for one in part.tensors()], materialize_grads=True
+    ))  # fmt: skip
+    gradients = []
+    for chunk, whose in _split(inputs.detach(), owners, rows):
+        chunk = chunk.requires_grad_()
+        given = watched.see(chunk, whose).tensors()
+        asking = sum(((one * next(asked)).sum() for one in given), chunk.new_zeros(()))
+        gradient = _gradient(asking, chunk)
+        if gradient is None:
+            return None
+        gradients.append(gradient)
+    return seen, torch.cat(gradients)
+
+
+def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor], rows: int) -> float | None:
     """Median over stimuli of what their own filters give, as a share of that at the start."""
     shares = []
-    with torch.no_grad():
-        for part, end in zip(parts, ends, strict=True):
-            own = watched.see(end, part.owners).own if part.owners else None
-            if own is not None and part.seen.own is not None:
-                shares.append(own_shares(own, part.seen.own))
+    for part, end in zip(parts, ends, strict=True):
+        own = _see(watched, end, part.owners, rows).own if part.owners else None
+        if own is not None and part.seen.own is not None:
+            shares.append(own_shares(own, part.seen.own))
     return float(torch.cat(shares).median()) if shares else None
 
 
-def _distance(known: Sequence[Seen], shares: Sequence[float]) -> float:
+def _distance(known: Sequence[Means], shares: Sequence[float]) -> float:
     return float(norms_error(pool(known, shares)))
 
 

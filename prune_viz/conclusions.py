@@ -7,22 +7,26 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from prune_viz import calibration, leaves, objectives, ranking, surgery
 from prune_viz.decisions import decisions_json, filter_table, masks_of
+from prune_viz.devices import release_memory
 from prune_viz.errors import UserError
 from prune_viz.exciting import find_exciting_parts, write_exciting_parts
 from prune_viz.files import write_json
 from prune_viz.filters import blank_input
 from prune_viz.groups import group_of_layer
 from prune_viz.masks import Masks, write_plain_masks
+from prune_viz.memory import Budget
+from prune_viz.moments import rounds
 from prune_viz.network_map import embed_network
 from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages
-from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups
+from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups, sense_output
 from prune_viz.runs import LayerFiles, RunDirectory
 from prune_viz.subjects import Subject
 from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
@@ -51,7 +55,7 @@ class Conclusions:
 
 
 def conclude(
-    subject: Subject, run: RunDirectory, key: str, stages: Stages, progress: Progress
+    subject: Subject, run: RunDirectory, key: str, stages: Stages, progress: Progress, budget: Budget
 ) -> Conclusions:
     """Probe, judge, rank and embed the filters of layers whose stimuli are in the run directory.
 
@@ -67,6 +71,8 @@ def conclude(
         Told how long what takes.
     progress : Progress
         Told how the work goes.
+    budget : Budget
+        Memory that may be taken. Groups whose moments do not fit together are judged in turns.
 
     Returns
     -------
@@ -81,28 +87,38 @@ def conclude(
     groups, examples, notes = subject.groups, subject.examples, []
     found = LayerFiles(run, subject.records)
     judged = subject.judged
-    with stages.timed("probes"):
-        twin = probing_copy(model, network)
-        moments = probe_groups(twin, network, judged, found, examples, seed, statistics, progress)
-    with stages.timed("verdicts"):
-        verdicts = judge_groups(groups, moments, progress)
+    twin = probing_copy(model, network)
     calibrated = None
     if judged:
         with stages.timed("calibration"):
-            calibrated = _calibrate(twin, subject, run, found, progress, key)
+            calibrated = _calibrate(twin, subject, run, found, progress, key, budget)
     if calibrated is None:
         run.probes_file.unlink(missing_ok=True)  # an earlier run's
-    with stages.timed("ranking"):
-        near = None if calibrated is None else calibrated.images
-        known = moments if near is None and examples is None else {}
-        del moments  # a square of its channels for every reader of a group
-        measured = measure_groups(twin, judged, known, near, examples, seed, progress)
-        ranked = rank_groups(verdicts, measured)
+    near = None if calibrated is None else calibrated.images
+    with stages.timed("sensitivity"):
+        sensitivities = sense_output(twin, judged, near, examples, seed, progress, budget)
+    verdicts, pooled = judge_groups(groups, {}, Progress()), {}
+    for part in rounds(judged, budget.left() // 2):
+        with stages.timed("probes"):
+            moments = probe_groups(twin, network, part, found, examples, seed, statistics, progress, budget)
+        with stages.timed("verdicts"):
+            verdicts.update(judge_groups(part, moments, progress))
+        with stages.timed("ranking"):
+            known = moments if near is None and examples is None else {}
+            del moments  # a square of its channels for every reader of a group
+            measured = measure_groups(
+                twin, part, known, near, examples, sensitivities, seed, progress, budget
+            )
+            ranked = rank_groups(verdicts, measured)
+            del measured
         verdicts = ranked.verdicts
+        pooled.update({number: moments.astype(np.float32) for number, moments in ranked.moments.items()})
+    unit = sensitivities.unit if sensitivities else "readers"
+    release_memory(network.device)
     predicted = ranking.predictions_on(twin, calibrated)
     if judged:
         count = 0 if examples is None else len(examples)
-        notes.append(ranking.describe(calibrated, predicted, count, measured.unit))
+        notes.append(ranking.describe(calibrated, predicted, count, unit))
     with stages.timed("embedding"):
         embeddings, places = embed_network(network, subject.layers, found, seed, progress)
     if examples is not None:
@@ -112,21 +128,19 @@ def conclude(
             write_exciting_parts(parts, {one.name: one.slug for one in subject.records}, run.examples_file)
     table = filter_table(subject.layers, found, embeddings, places, group_of_layer(groups), verdicts)
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
-    masks = masks_of(table, groups, verdicts, counts_of_layers, subject.origin, measured.unit)
+    masks = masks_of(table, groups, verdicts, counts_of_layers, subject.origin, unit)
     masks.probes = near
     run.write_filters(table)
     macs = surgery.count_macs(model, network.input_shape)
-    decisions = decisions_json(
-        table, groups, verdicts, masks, dict(model.named_modules()), macs, measured.unit
-    )
+    decisions = decisions_json(table, groups, verdicts, masks, dict(model.named_modules()), macs, unit)
     write_json(run.decisions_file, decisions)
-    run.write_moments(ranked.moments)
+    run.write_moments(pooled)
     write_plain_masks(masks, run.masks_file)
     with stages.timed("removal"):
         summary = _summary(subject, table, masks, notes)
     told = {
         "calibration": ranking.summary(calibrated, predicted),
-        "damage_unit": measured.unit,
+        "damage_unit": unit,
         "summary": summary,
     }
     return Conclusions(table, masks, told, notes)
@@ -139,6 +153,7 @@ def _calibrate(
     found: LayerFiles,
     progress: Progress,
     key: str,
+    budget: Budget,
 ) -> Calibrated | None:
     """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
     settings = [calibration.SETTINGS, objectives.SETTINGS, leaves.SETTINGS]
@@ -146,7 +161,7 @@ def _calibrate(
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:
         shape, statistics = subject.network.input_shape, subject.statistics
-        calibrated = calibrated_probes(twin, found, shape, subject.seed, statistics, progress)
+        calibrated = calibrated_probes(twin, found, shape, subject.seed, statistics, progress, budget)
         if calibrated is not None:
             save_probes(calibrated, run.probes_file, key)
     return calibrated

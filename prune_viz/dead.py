@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prune_viz.responses import Moments
+from prune_viz.moments import Moments
 
 _SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
 _CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation

@@ -6,13 +6,14 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from prune_viz.errors import UserError
 
+_T = TypeVar("_T")
 WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
 
 
@@ -121,13 +122,47 @@ def in_batches(count: int, batch: int, work: Callable[[Tensor, int], Any], devic
                 raise
             if len(rows) == 1:
                 raise UserError("not enough memory for a single input; give a smaller --canvas") from None
-            batch = len(rows) // 2
-            batch -= batch % WHOLE if batch >= WHOLE else 0
+            batch = halved(len(rows))
         else:
             done += size
             continue
         release_memory(device)  # only here has the error let go of what it held
     return batch
+
+
+def with_fewer(work: Callable[[int], _T], most: int, device: torch.device) -> _T:
+    """Do work that takes so many rows at a time; with half, from its start, whenever memory runs out.
+
+    Parameters
+    ----------
+    work : callable
+        Told how many rows at a time.
+    most : int
+        Rows at a time to begin with.
+    device : torch.device
+        Where it works.
+
+    Raises
+    ------
+    UserError
+        If memory does not suffice for a single row.
+    """
+    while True:
+        try:
+            return work(most)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if most == 1:
+                raise UserError("not enough memory for a single input; give a smaller --canvas") from None
+        most = halved(most)
+        release_memory(device)  # only here has the error let go of what it held
+
+
+def halved(rows: int) -> int:
+    """Half as many rows, a multiple of `WHOLE` where there are so many."""
+    half = rows // 2
+    return half - half % WHOLE if half >= WHOLE else half
 
 
 def release_memory(device: torch.device) -> None:

@@ -9,10 +9,11 @@ count by the filter at rates measured once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ from prune_viz.errors import LayerError
 from prune_viz.filters import FilterNetwork
 from prune_viz.groups import CouplingGroup
 from prune_viz.layers import Layer
-from prune_viz.memory import MemoryPlan
+from prune_viz.memory import Budget
+from prune_viz.memory_plan import MemoryPlan
+from prune_viz.moments import gather_moments, rounds
 from prune_viz.priors import tile
-from prune_viz.probes import Start, natural_noise, probe_size
+from prune_viz.probes import BATCH, Start, natural_noise, probe_size
 from prune_viz.progress import Progress
 from prune_viz.provenance import peak_mib
-from prune_viz.responses import BATCH, Moments, gather_moments
 from prune_viz.sensitivity import gather_sensitivities
 from prune_viz.subjects import Subject
 from prune_viz.tasks import Piece, Settings, Task, task_filters
@@ -142,7 +144,9 @@ def estimate_run(
     twin = probing_copy(subject.model, network)
     examples = 0 if subject.examples is None else len(subject.examples)
     noise = probes.noise_count(subject.statistics)
-    seconds.update(estimate_conclusions(twin, network, layers, judged, subject.seed, examples, noise))
+    seconds.update(
+        estimate_conclusions(twin, network, layers, judged, subject.seed, examples, noise, plan.budget)
+    )
     disk = disk_bytes(layers, network.input_shape, judged)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
@@ -230,6 +234,7 @@ def estimate_conclusions(
     seed: int,
     examples: int,
     noise_probes: int,
+    budget: Budget,
 ) -> dict[str, float]:
     """Seconds of what follows the stimuli, by stage.
 
@@ -249,6 +254,8 @@ def estimate_conclusions(
         How many images of the user's there are.
     noise_probes : int
         How many pictures of noise are probes.
+    budget : Budget
+        Memory that may be taken.
     """
     filters = sum(layer.filters for layer in layers)
     found = {"embedding and report": FIXED_SECONDS + SECONDS_PER_FILTER * filters}
@@ -258,35 +265,39 @@ def estimate_conclusions(
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
     size = probe_size(twin, network.input_shape, largest)
     noise = natural_noise((channels, *size), BATCH, seed, None)
-    moments = gather_moments(twin, judged, [(noise, False), (noise, True)])  # warms up too
+    judging = _judging_seconds(twin, judged, noise)  # warms up too
 
     def probe(images: Tensor) -> float:
-        return _seconds(lambda: gather_moments(twin, judged, [(images, False)])) / len(images)
+        """Of one input, in as many turns as there are."""
+        return sum(
+            _seconds(partial(gather_moments, twin, part, lambda: [(images, False)], budget)) / len(images)
+            for part in rounds(judged, budget.left() // 2)
+        )
 
     found["probes"] = probe(noise) * (filters + noise_probes + examples)
     widest = ranking.WIDEST[len(extents)]
     size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
     count, images = probes_for(size), tile(noise, size)
     near = count * VARIANTS
-    found["calibration"] = _calibration_seconds(twin, images, seed, count)
+    found["calibration"] = _calibration_seconds(twin, images, seed, count, budget)
     if found["calibration"]:
         large = tile(noise, enlarged(size)) if probes.runs_on(twin, channels, enlarged(size)) else images
         moved = near * (probe(images) + probe(large)) / 2 + examples * probe(images)
-        sensed = _seconds(lambda: gather_sensitivities(twin, judged, [images, large], seed)) / 2 / BATCH
-        found["ranking"] = moved + sensed * (ranking.SENSED * count + examples)
-    judging = _judging_seconds(judged, moments)
+        sensed = _seconds(lambda: gather_sensitivities(twin, judged, lambda: [images, large], seed, budget))
+        found["sensitivity"] = sensed / 2 / BATCH * (ranking.SENSED * count + examples)
+        found["ranking"] = moved
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found
 
 
-def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int) -> float:
+def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int, budget: Budget) -> float:
     """Seconds of calibrating so many probes; 0 where none can be."""
 
     def passes(number: int) -> float:
-        return _seconds(lambda: calibrate(twin, [Start(images)], seed=seed, passes=number))
+        return _seconds(lambda: calibrate(twin, [Start(images)], seed=seed, passes=number, budget=budget))
 
-    if calibrate(twin, [Start(images)], seed=seed, passes=1) is None:
+    if calibrate(twin, [Start(images)], seed=seed, passes=1, budget=budget) is None:
         return 0.0
     few, more = passes(1), passes(3)
     a_pass = max(more - few, 0) / 2
@@ -294,13 +305,14 @@ def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int)
 
 
 def _judging_seconds(
-    judged: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]]
+    twin: nn.Module, judged: Sequence[CouplingGroup], noise: Tensor
 ) -> Callable[[int], float]:
     """Seconds of judging a group by its channels, from judging a small and a larger one."""
     sizes = sorted(
         {min(judged, key=lambda group: abs(group.channels - size)).number for size in TIMED_CHANNELS}
     )
     groups = [group for group in judged if group.number in sizes]
+    moments = gather_moments(twin, groups, lambda: [(noise, False), (noise, True)])
     points = []
     for group in sorted(groups, key=lambda group: group.channels):
         start = time.perf_counter()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
-from prune_viz.devices import WHOLE, is_out_of_memory, workers_on
-from prune_viz.errors import LayerError, UserError
-from prune_viz.filters import FilterNetwork
-from prune_viz.stimuli import BATCH
+from prune_viz.devices import WHOLE, is_out_of_memory, release_memory
+from prune_viz.outputs import tensors_of
 
 SHARE = 0.8  # of what is free that a run takes where it is not told how much
 _GROUPS = Path("/sys/fs/cgroup")
@@ -48,87 +49,153 @@ def _control_groups() -> list[Path]:
     return [_GROUPS / own, *(_GROUPS / own).parents][: len(Path(own).parts) + 1]
 
 
-class MemoryPlan:
-    """How many tasks at a time, and how many filters at a time in each.
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may take: of the whole process on a CPU, of their own memory on other devices.
 
-    On a CPU the budget is for the whole process, what it holds already included; on others it is for what is
-    taken of their own memory. What a task holds is estimated, so that peaks may come out somewhat above it.
+    Attributes
+    ----------
+    device : torch.device
+        Whose memory.
+    limit : int
+        Bytes, what is held already included.
+    """
+
+    device: torch.device
+    limit: int
+
+    @classmethod
+    def of(cls, device: torch.device, limit: int | None = None) -> Budget:
+        """A budget of so many bytes; by default `SHARE` of what is free beside what is held."""
+        if limit is None:
+            limit = _held(device) + int(SHARE * free_memory(device))
+        return cls(device, limit)
+
+    def held(self) -> int:
+        """Bytes that are taken already; what allocators keep for later is given back first."""
+        release_memory(self.device)
+        return _held(self.device)
+
+    def left(self) -> int:
+        """Bytes that may still be taken."""
+        return max(0, self.limit - self.held())
+
+    def rows(self, a_row: int, aside: int = 0) -> int:
+        """How many rows of so many bytes fit at a time beside what is put aside; at least one."""
+        return fitting(self.left() - aside, a_row)
+
+
+def _held(device: torch.device) -> int:
+    """Bytes that this process holds of a device's memory."""
+    if device.type == "cpu":
+        return int(psutil.Process(os.getpid()).memory_info().rss)
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def fitting(left: int, a_row: int) -> int:
+    """How many rows of so many bytes fit into what is left; at least one, of more a multiple of `WHOLE`."""
+    count = left // max(1, a_row)
+    return int(max(1, count if count < WHOLE else count // WHOLE * WHOLE))
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """What one row of a batch takes.
+
+    Attributes
+    ----------
+    kept : int
+        Bytes that a backward pass reads.
+    largest : int
+        Bytes of the largest of it.
+    row : int
+        Bytes of the row itself.
+    """
+
+    kept: int
+    largest: int
+    row: int
+
+    @property
+    def backward(self) -> int:
+        """What a forward and a backward pass hold."""
+        return int(SLACK * (self.kept + 3 * self.largest + 8 * self.row))
+
+    @property
+    def forward(self) -> int:
+        """What a forward pass holds, and samples drawn from maps meanwhile."""
+        return int(SLACK * (6 * self.largest + 4 * self.row))
+
+
+def measure_row(run: Callable[[Tensor], object], shape: Sequence[int], device: torch.device) -> RowBytes:
+    """Measure what one row takes, by what two take more than one.
 
     Parameters
     ----------
-    network : FilterNetwork
-        The prepared network.
-    budget : int or None
-        Bytes; by default `SHARE` of what is free.
-    workers : int or None
-        How many tasks there may be at a time; by default a CPU's cores, on other devices one.
-
-    Raises
-    ------
-    UserError
-        If the budget does not suffice for a single filter.
+    run : callable
+        The forward pass, from inputs, shape (B, *shape), to whatever is held of it.
+    shape : sequence of int
+        (C, *size).
+    device : torch.device
+        Where it runs.
     """
-
-    def __init__(self, network: FilterNetwork, budget: int | None, workers: int | None) -> None:
-        self._network = network
-        on_cpu = network.device.type == "cpu"
-        self.held = held = psutil.Process(os.getpid()).memory_info().rss if on_cpu else 0
-        self.budget = int(SHARE * free_memory(network.device)) + held if budget is None else budget
-        self._left = self.budget - held
-        self._taken: dict[str, int] = {}
-        # The deepest layer's ascent holds most; one that cannot be looked at is passed over.
-        names = [layer.name for layer in reversed(network.layers)]
-        row, deepest = next(((taken, name) for name in names if (taken := self.taken(name))), (1, ""))
-        if row > self._left:
-            what = "--memory" if budget is not None else "memory: what is free,"
-            raise UserError(
-                f"{what} {in_words(self.budget)} is too little: {in_words(held)} are taken, and one filter "
-                f"of {deepest} takes {in_words(row)} more; give more, or a smaller --canvas"
-            )
-        most = workers or workers_on(network.device)
-        self.workers = max(1, min(most, self._left // (WHOLE * row)))
-
-    def batch(self, layer: str) -> int:
-        """How many filters of a layer fit at a time in each task; at least one."""
-        fitting = self._left // (self.workers * max(1, self.taken(layer)))
-        most = BATCH[self._network.device.type]
-        return int(max(1, min(most, fitting if fitting < WHOLE else fitting // WHOLE * WHOLE)))
-
-    def taken(self, layer: str) -> int:
-        """Bytes that the ascent of one filter of a layer takes, measured; 0 where it cannot be looked at."""
-        if layer not in self._taken:
-            try:
-                self._taken[layer] = _bytes_of_climb(self._network, layer)
-            except LayerError:
-                self._taken[layer] = 0
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise UserError(
-                        f"{layer}: not enough memory for two inputs; give a smaller --canvas"
-                    ) from None
-                raise
-        return self._taken[layer]
-
-
-def _bytes_of_climb(network: FilterNetwork, name: str) -> int:
-    """What one input's step holds: all that its backward pass reads, and the largest of it a few times."""
-    canvas = network.layer(name).canvas
-    sums, largest = [], []
+    storages: list[dict[int, int]] = []
     for rows in (1, 2):
-        images = torch.zeros(rows, network.input_shape[0], *canvas, device=network.device, requires_grad=True)
+        images = torch.zeros(rows, *shape, device=device, requires_grad=True)
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            maps = network.maps(name)(images * 1)  # held, so that no storage is freed and found again
-        sums.append(sum(kept.values()))
-        largest.append(max((tensor.nbytes for tensor in (*maps, images)), default=0))
-        largest[-1] = max([largest[-1], *kept.values()])
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            given = tensors_of(run(images * 1))  # held, so that no storage is freed and found again
+        storages.append(kept)
     # What does not grow with the rows, the weights, is there already.
-    return int(SLACK * (sums[1] - sums[0] + 3 * (largest[1] - largest[0]) + 8 * images.nbytes / 2))
+    weights = storages[0].items() & storages[1].items()
+    sizes = [[size for place, size in one.items() if (place, size) not in weights] for one in storages]
+    largest = max([*sizes[1], *(tensor.nbytes for tensor in (*given, images))])
+    return RowBytes(max(0, sum(sizes[1]) - sum(sizes[0])), largest // 2, images.nbytes // 2)
+
+
+class RowLimit:
+    """How many rows of inputs fit a budget at a time, measured once for each shape.
+
+    Parameters
+    ----------
+    budget : Budget or None
+        None: as many as one likes.
+    run : callable
+        A forward pass, from inputs to whatever is held of it.
+    backward : bool
+        Whether a backward pass follows.
+    aside : int
+        Bytes that something else will take.
+    """
+
+    def __init__(
+        self, budget: Budget | None, run: Callable[[Tensor], object], *, backward: bool, aside: int = 0
+    ) -> None:
+        self._budget, self._run, self._backward, self._aside = budget, run, backward, aside
+        self._fitting: dict[tuple[int, ...], int] = {}
+
+    def rows(self, shape: Sequence[int], most: int) -> int:
+        """Of inputs of a shape, (C, *size); at least one and at most `most`."""
+        if self._budget is None:
+            return most
+        shape = tuple(shape)
+        if shape not in self._fitting:
+            self._fitting[shape] = self._measure(self._budget, shape)
+        return min(most, self._fitting[shape])
+
+    def _measure(self, budget: Budget, shape: tuple[int, ...]) -> int:
+        try:
+            row = measure_row(self._run, shape, budget.device)
+        except Exception as error:  # a stranger's forward pass may not run where gradients are kept
+            if is_out_of_memory(error):
+                raise
+            return sys.maxsize
+        return budget.rows(row.backward if self._backward else row.forward, self._aside)
 
 
 def in_words(count: float) -> str:

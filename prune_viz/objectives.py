@@ -34,15 +34,15 @@ _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as
 
 @dataclass(frozen=True)
 class Seen:
-    """What some probes gave.
+    """What some probes gave, each for itself.
 
     Attributes
     ----------
-    norms : list of Tensor, each shape (2, channels)
+    norms : list of Tensor, each shape (B, 2, channels)
         Mean and mean square of what each batch norm was fed, in deviations from its running mean.
-    classes : Tensor or None, shape (classes + 1,)
-        Mean probability of each class, and how far the logarithm of a probe's largest one is below that of
-        `SURE`, a mean over probes; None where the network gives no class scores.
+    classes : Tensor or None, shape (B, classes + 1)
+        Probability of each class, and how far the logarithm of the largest one is below that of `SURE`; None
+        where the network gives no class scores.
     own : Tensor or None, shape (B, 2)
         Norm of what each probe's own filter gave behind its batch norm: of what is above zero, and of what
         is below. None where the probes are no stimuli, or cannot be told apart at their layers.
@@ -52,10 +52,52 @@ class Seen:
     classes: Tensor | None
     own: Tensor | None = None
 
-    def detach(self) -> Seen:
-        """The same without gradients, and without what is told probe by probe."""
+    def tensors(self) -> list[Tensor]:
+        """All that is told."""
+        return [*self.norms, *(one for one in (self.classes, self.own) if one is not None)]
+
+    def leaves(self) -> Seen:
+        """The same as something to be differentiated by."""
+        classes = None if self.classes is None else self.classes.detach().requires_grad_()
+        own = None if self.own is None else self.own.detach().requires_grad_()
+        return Seen([moments.detach().requires_grad_() for moments in self.norms], classes, own)
+
+    def means(self) -> Means:
+        """Means over the probes."""
+        classes = None if self.classes is None else self.classes.mean(dim=0)
+        return Means([moments.mean(dim=0) for moments in self.norms], classes)
+
+
+def join(parts: Sequence[Seen]) -> Seen:
+    """What all probes gave, from what some gave after others."""
+    classes = [part.classes for part in parts if part.classes is not None]
+    own = [part.own for part in parts if part.own is not None]
+    return Seen(
+        [torch.cat(norms) for norms in zip(*(part.norms for part in parts), strict=True)],
+        torch.cat(classes) if len(classes) == len(parts) else None,
+        torch.cat(own) if len(own) == len(parts) else None,
+    )
+
+
+@dataclass(frozen=True)
+class Means:
+    """What some probes gave, a mean over them.
+
+    Attributes
+    ----------
+    norms : list of Tensor, each shape (2, channels)
+        As in `Seen`.
+    classes : Tensor or None, shape (classes + 1,)
+        As in `Seen`.
+    """
+
+    norms: list[Tensor]
+    classes: Tensor | None
+
+    def detach(self) -> Means:
+        """The same without gradients."""
         classes = None if self.classes is None else self.classes.detach()
-        return Seen([moments.detach() for moments in self.norms], classes)
+        return Means([moments.detach() for moments in self.norms], classes)
 
 
 class Watched:
@@ -95,8 +137,8 @@ class Watched:
         deviation = (variance.clamp_min(_FLOOR * float(variance.mean())) + module.eps).sqrt()
         shape = [1, -1] + [1] * (arguments[0].ndim - 2)
         normal = (arguments[0] - module.running_mean.view(shape)) / deviation.view(shape)
-        axes = [axis for axis in range(normal.ndim) if axis != 1]
-        self._seen.append(torch.stack([normal.mean(dim=axes), normal.square().mean(dim=axes)]))
+        rows = normal.flatten(2) if normal.ndim > 2 else normal[:, :, None]
+        self._seen.append(torch.stack([rows.mean(dim=2), rows.square().mean(dim=2)], dim=1))
 
     def see(self, images: Tensor, owners: Sequence[Owner] = ()) -> Seen:
         """Run probes through the network.
@@ -138,10 +180,9 @@ class Watched:
 
 
 def _classes(shares: Tensor) -> Tensor:
-    """`Seen.classes` of some probes, from the probabilities, shape (B, classes), that each is given."""
-    surest = shares.amax(dim=1).clamp_min(1e-12).log()
-    short = (math.log(SURE) - surest).clamp_min(0).mean()
-    return torch.cat([shares.mean(dim=0), short[None]])
+    """`Seen.classes` from the probabilities, shape (B, classes), that each probe is given."""
+    surest = shares.amax(dim=1, keepdim=True).clamp_min(1e-12).log()
+    return torch.cat([shares, (math.log(SURE) - surest).clamp_min(0)], dim=1)
 
 
 def _sides(own: Tensor) -> Tensor:
@@ -150,7 +191,7 @@ def _sides(own: Tensor) -> Tensor:
     return squares.clamp_min(1e-24).sqrt()
 
 
-def pool(known: Sequence[Seen], shares: Sequence[float]) -> Seen:
+def pool(known: Sequence[Means], shares: Sequence[float]) -> Means:
     """What all probes gave together, from what parts of them gave; shares add to 1."""
 
     def mean(parts: Sequence[Tensor]) -> Tensor:
@@ -158,10 +199,10 @@ def pool(known: Sequence[Seen], shares: Sequence[float]) -> Seen:
 
     norms = [mean(parts) for parts in zip(*(seen.norms for seen in known), strict=True)]
     classes = [seen.classes for seen in known if seen.classes is not None]
-    return Seen(norms, mean(classes) if len(classes) == len(known) else None)
+    return Means(norms, mean(classes) if len(classes) == len(known) else None)
 
 
-def norms_error(pooled: Seen) -> Tensor:
+def norms_error(pooled: Means) -> Tensor:
     """Squared errors of means and deviations, a mean over each norm's channels and over norms."""
     errors = []
     for mean, square in pooled.norms:
@@ -170,7 +211,7 @@ def norms_error(pooled: Seen) -> Tensor:
     return torch.stack(errors).mean()
 
 
-def classes_error(pooled: Seen) -> Tensor:
+def classes_error(pooled: Means) -> Tensor:
     """How unsure the network is of probes, and how few its classes, in nats; zero without class scores."""
     if pooled.classes is None:
         return pooled.norms[0].new_zeros(())
@@ -192,7 +233,7 @@ def own_shares(own: Tensor, asked: Tensor) -> Tensor:
     return torch.where(most > _SILENT, kept / most.clamp_min(_SILENT), 1.0)
 
 
-def total_error(pooled: Seen, own: Tensor | None, asked: Tensor | None) -> Tensor:
+def total_error(pooled: Means, own: Tensor | None, asked: Tensor | None) -> Tensor:
     """What is made small, the parts weighed; `own` and `asked` are those of the probes that move."""
     error = norms_error(pooled) + CLASSES * classes_error(pooled)
     if own is not None and asked is not None:

@@ -14,9 +14,9 @@ from prune_viz.files import read_arrays, write_arrays
 from prune_viz.inputs import InputStatistics
 from prune_viz.leaves import dead_leaves
 from prune_viz.priors import make_prior, tile
-from prune_viz.responses import BATCH
 from prune_viz.runs import LayerTensors
 
+BATCH = 32
 NOISE_PROBES = 256
 HELD_OUT = 1 / 4  # share of the probes that no fit sees
 

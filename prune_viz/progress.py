@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichBars
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Progress:
@@ -41,6 +45,17 @@ class Progress:
 
     def finish(self) -> None:
         """End the current stage."""
+
+
+def counted(
+    progress: Progress, stage: str, batches: Iterable[tuple[Tensor, bool]], total: int
+) -> Iterator[tuple[Tensor, bool]]:
+    """Give batches on and record how many inputs of a stage are done."""
+    progress.start(stage, total)
+    for batch, held_out in batches:
+        yield batch, held_out
+        progress.advance(len(batch))
+    progress.finish()
 
 
 class BarProgress(Progress):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -18,16 +19,18 @@ from torch import Tensor, nn
 
 from prune_viz import calibration
 from prune_viz.calibration import calibrate, enlarged, probes_for, variants
+from prune_viz.devices import with_fewer
 from prune_viz.groups import CouplingGroup
 from prune_viz.inputs import InputStatistics
+from prune_viz.memory import Budget
+from prune_viz.moments import Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.opposites import weight_signs
 from prune_viz.outputs import class_probabilities, tensors_of
-from prune_viz.probes import Calibrated, calibration_starts, probe_size, runs_on, split
-from prune_viz.progress import Progress
+from prune_viz.probes import BATCH, Calibrated, calibration_starts, probe_size, runs_on, split
+from prune_viz.progress import Progress, counted
 from prune_viz.redundancy import GroupVerdicts, note_silent, rank
-from prune_viz.responses import BATCH, Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.runs import LayerTensors
-from prune_viz.sensitivity import gather_sensitivities
+from prune_viz.sensitivity import Sensitivities, gather_sensitivities
 from prune_viz.tracing import norms_behind
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
@@ -86,6 +89,7 @@ def calibrated_probes(
     seed: int,
     statistics: InputStatistics | None,
     progress: Progress,
+    budget: Budget | None = None,
 ) -> Calibrated | None:
     """Calibrate probes that start from dead leaves and from the stimuli of the deep layers.
 
@@ -103,6 +107,8 @@ def calibrated_probes(
         What is known of the model's inputs.
     progress : Progress
         Told how the work goes.
+    budget : Budget, optional
+        Memory that may be taken.
 
     Returns
     -------
@@ -114,9 +120,39 @@ def calibrated_probes(
     size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
     starts = calibration_starts(layers, channels, size, probes_for(size), seed, statistics)
     progress.start("calibration", sum(len(kind.images) for kind in starts) * calibration.PASSES)
-    found = calibrate(model, starts, seed=seed, statistics=statistics, progress=progress)
+    found = calibrate(model, starts, seed=seed, statistics=statistics, budget=budget, progress=progress)
     progress.finish()
     return found
+
+
+def sense_output(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    calibrated: Tensor | None,
+    examples: Tensor | None,
+    seed: int,
+    progress: Progress,
+    budget: Budget | None = None,
+) -> Sensitivities | None:
+    """How the network's output depends on what the readers of groups give, near the training data.
+
+    Parameters are those of `measure_groups`. None where nothing is near the training data, or where it cannot
+    be told (`prune_viz.sensitivity.gather_sensitivities`).
+    """
+    if not groups or (calibrated is None and examples is None):
+        return None
+
+    def near() -> Iterator[Tensor]:
+        count = 0 if calibrated is None else SENSED * len(calibrated)
+        progress.start("sensitivity", count + (0 if examples is None else len(examples)))
+        sets = [] if calibrated is None else islice(_variants(model, calibrated, seed), SENSED)
+        for images in chain(sets, [] if examples is None else [examples]):
+            for batch in torch.split(images, BATCH):
+                yield batch
+                progress.advance(len(batch))
+        progress.finish()
+
+    return gather_sensitivities(model, groups, near, seed, budget)
 
 
 def measure_groups(
@@ -125,8 +161,10 @@ def measure_groups(
     known: Mapping[int, Sequence[Moments]],
     calibrated: Tensor | None,
     examples: Tensor | None,
+    sensitivities: Sensitivities | None,
     seed: int,
     progress: Progress,
+    budget: Budget | None = None,
 ) -> Measured:
     """Measure groups on probes near the training data.
 
@@ -142,24 +180,19 @@ def measure_groups(
         Calibrated probes.
     examples : Tensor or None, shape (N, C, *size)
         The user's images, in the model's own input units.
+    sensitivities : Sensitivities or None
+        From `sense_output`.
     seed : int
         Seed of all that is random.
     progress : Progress
         Told how the work goes.
+    budget : Budget, optional
+        Memory that may be taken.
     """
-    if not groups:
-        return Measured({}, {}, {}, None, "readers", {})
     norms = norms_behind(model)
     signs = {group.number: weight_signs(model, group, norms) for group in groups}
-    moments, seen = _gather(model, groups, calibrated, examples, seed, progress)
+    moments, seen = _gather(model, groups, calibrated, examples, seed, progress, budget)
     moments = moments or {number: list(readers) for number, readers in known.items()}
-    sensitivities = None
-    if calibrated is not None or examples is not None:
-        steps = 0 if calibrated is None else SENSED * len(calibrated)
-        progress.start("sensitivity", steps + (0 if examples is None else len(examples)))
-        near = _near(model, calibrated, examples, seed, progress)
-        sensitivities = gather_sensitivities(model, groups, near, seed)
-        progress.finish()
     if sensitivities is None:
         return Measured(moments, moments, seen, None, "readers", signs)
     weighed = {
@@ -202,26 +235,26 @@ def _gather(
     examples: Tensor | None,
     seed: int,
     progress: Progress,
+    budget: Budget | None,
 ) -> tuple[dict[int, list[Moments]], dict[int, list[Moments]]]:
     """The groups' moments over calibrated probes and examples, and over the examples alone."""
-    steps = 0 if calibrated is None else len(calibrated) * calibration.VARIANTS
-    progress.start("ranking", steps + (0 if examples is None else len(examples)))
-
-    def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
-        for batch, held_out in batches:
-            yield batch, held_out
-            progress.advance(len(batch))
-
     parts, counts, seen = [], [], {}
     if calibrated is not None:
-        moved = _variants(model, calibrated, seed)
-        parts.append(gather_moments(model, groups, counted(_split(moved))))
+
+        def moved() -> Iterator[tuple[Tensor, bool]]:
+            batches = _split(_variants(model, calibrated, seed))
+            return counted(progress, "ranking", batches, calibration.VARIANTS * len(calibrated))
+
+        parts.append(gather_moments(model, groups, moved, budget))
         counts.append(len(calibrated))
     if examples is not None:
-        seen = gather_moments(model, groups, counted(_split(iter([examples]))))
+
+        def shown() -> Iterator[tuple[Tensor, bool]]:
+            return counted(progress, "ranking, images", _split(iter([examples])), len(examples))
+
+        seen = gather_moments(model, groups, shown, budget)
         parts.append(seen)
         counts.append(len(examples))
-    progress.finish()
     if not parts:
         return {}, {}
     shares = [count / sum(counts) for count in counts]
@@ -237,17 +270,6 @@ def _variants(model: nn.Module, images: Tensor, seed: int) -> Iterator[Tensor]:
 def _split(sets: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     for images in sets:
         yield from split(images, images.shape[2:])
-
-
-def _near(
-    model: nn.Module, calibrated: Tensor | None, examples: Tensor | None, seed: int, progress: Progress
-) -> Iterator[Tensor]:
-    """Batches near the training data, on which the output's sensitivity is measured."""
-    sets = [] if calibrated is None else islice(_variants(model, calibrated, seed), SENSED)
-    for images in chain(sets, [] if examples is None else [examples]):
-        for batch in torch.split(images, BATCH):
-            yield batch
-            progress.advance(len(batch))
 
 
 @dataclass(frozen=True)
@@ -271,16 +293,24 @@ def predictions_on(model: nn.Module, calibrated: Calibrated | None) -> Predictio
     if calibrated is None:
         return None
     device = next(model.parameters()).device
-    confidences, classes = [], []
+    found = with_fewer(partial(_shares, model, calibrated.images), BATCH, device)
+    if found is None:
+        return None
+    most = found.max(dim=1)
+    return Predictions(float(most.values.mean()), len(set(most.indices.tolist())))
+
+
+def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
+    """The classes' probabilities, shape (N, classes), so many images at a time."""
+    device = next(model.parameters()).device
+    found = []
     with torch.no_grad():
-        for batch in torch.split(calibrated.images, BATCH):
+        for batch in torch.split(images, rows):
             shares = class_probabilities(tensors_of(model(batch.to(device))))
             if shares is None:
                 return None
-            most = shares.max(dim=1)
-            confidences.append(most.values.float())
-            classes += most.indices.tolist()
-    return Predictions(float(torch.cat(confidences).mean()), len(set(classes)))
+            found.append(shares.float().cpu())
+    return torch.cat(found)
 
 
 def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: str) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 from prune_viz.dead import are_silent, dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.groups import CouplingGroup
+from prune_viz.moments import Moments
 from prune_viz.opposites import last_of_their_sign
 from prune_viz.probes import HELD_OUT
-from prune_viz.responses import Moments
 
 TOLERANCE = 1e-3
 _MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on probes
@@ -213,7 +213,7 @@ def rank(
         One a reader.
     weighed : sequence of Moments
         The same, outputs counting by what the network's own output makes of them, where that is known
-        (`prune_viz.responses.weigh_outputs`).
+        (`prune_viz.moments.weigh_outputs`).
     ablations : ndarray or None, shape (channels,)
         What silencing each channel costs the network's output, where that is known.
     unit : {"nats", "output", "readers"}

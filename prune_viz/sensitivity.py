@@ -6,8 +6,9 @@ half of what a small change makes of it is the Kullback-Leibler divergence of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prune_viz.devices import is_out_of_memory
+from prune_viz.devices import is_out_of_memory, with_fewer
 from prune_viz.groups import CouplingGroup
+from prune_viz.memory import Budget, RowLimit
 from prune_viz.outputs import are_probabilities, class_probabilities, tensors_of
+from prune_viz.probes import BATCH
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Sensitivities:
 
 
 def gather_sensitivities(
-    model: nn.Module, groups: Sequence[CouplingGroup], inputs: Iterable[Tensor], seed: int
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    inputs: Callable[[], Iterable[Tensor]],
+    seed: int,
+    budget: Budget | None = None,
 ) -> Sensitivities | None:
     """Sum the gradients of a network's output over inputs, where the readers of groups take and give.
 
@@ -54,10 +61,13 @@ def gather_sensitivities(
         The network in eval mode; left unchanged.
     groups : sequence of CouplingGroup
         Whose readers to watch.
-    inputs : iterable of Tensor, each shape (B, C, *size)
-        Batches.
+    inputs : callable
+        Gives batches, each shape (B, C, *size); called again where memory ran out and all is begun anew with
+        smaller ones.
     seed : int
         Of the drawn signs.
+    budget : Budget, optional
+        Memory that may be taken.
 
     Returns
     -------
@@ -65,6 +75,18 @@ def gather_sensitivities(
         None where gradients do not reach every reader, are not finite or vanish, or cannot be told apart
         by input.
     """
+    device = next(model.parameters()).device
+    return with_fewer(partial(_gather, model, groups, inputs, seed, budget), BATCH, device)
+
+
+def _gather(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    inputs: Callable[[], Iterable[Tensor]],
+    seed: int,
+    budget: Budget | None,
+    most: int,
+) -> Sensitivities | None:
     modules = dict(model.named_modules())
     names = sorted({places.module for group in groups for places in group.readers})
     watches = {name: _Watch(modules[name]) for name in names}
@@ -72,27 +94,26 @@ def gather_sensitivities(
     count, unit = 0, ""
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
+    limit = RowLimit(budget, model, backward=True)
     try:
-        for batch in inputs:
-            images = batch.detach().to(device).requires_grad_()
-            # Cloned, as a first operation in place may not touch a leaf.
-            outputs = [
-                tensor
-                for tensor in tensors_of(model(images.clone()))
-                if tensor.requires_grad and tensor.is_floating_point() and len(batch) in tensor.shape[:1]
-            ]
-            if not outputs:
-                return None
-            change, unit = _drawn_change(outputs, random)
-            torch.autograd.grad(change, images, allow_unused=True)
-            for group in groups:
-                silenced = _silenced(group, watches, len(batch))
-                if silenced is None:
+        for batch in inputs():
+            parts = torch.split(batch, limit.rows(batch.shape[1:], most))
+            sizes = _sizes(model, parts) if len(parts) > 1 and unit != "nats" else None
+            for part in parts:
+                images = part.detach().to(device).requires_grad_()
+                outputs = _outputs(model, images)
+                if not outputs:
                     return None
-                ablations[group.number] += silenced.square().sum(dim=0) / 2
-            for watch in watches.values():
-                watch.read = None
-            count += len(batch)
+                change, unit = _drawn_change(outputs, sizes or _mean_squares(outputs), random)
+                torch.autograd.grad(change, images, allow_unused=True)
+                for group in groups:
+                    silenced = _silenced(group, watches, len(part))
+                    if silenced is None:
+                        return None
+                    ablations[group.number] += silenced.square().sum(dim=0) / 2
+                for watch in watches.values():
+                    watch.read = None
+                count += len(part)
     except Exception as error:  # whatever a stranger's forward or backward pass raises
         if is_out_of_memory(error):
             raise
@@ -164,7 +185,34 @@ def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -
     return total
 
 
-def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> tuple[Tensor, str]:
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What of a network's outputs depends on its inputs, a row each."""
+    # Cloned, as a first operation in place may not touch a leaf.
+    return [
+        tensor
+        for tensor in tensors_of(model(images.clone()))
+        if tensor.requires_grad and tensor.is_floating_point() and len(images) in tensor.shape[:1]
+    ]
+
+
+def _mean_squares(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [output.detach().square().mean() for output in outputs]
+
+
+def _sizes(model: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Mean square of each output over all parts of a batch."""
+    device = next(model.parameters()).device
+    count = sum(len(part) for part in parts)
+    found = [
+        [len(part) / count * one for one in _mean_squares(_outputs(model, part.to(device).requires_grad_()))]
+        for part in (one.detach() for one in parts)
+    ]
+    return [torch.stack(sizes).sum() for sizes in zip(*found, strict=True)]
+
+
+def _drawn_change(
+    outputs: Sequence[Tensor], sizes: Sequence[Tensor], random: torch.Generator
+) -> tuple[Tensor, str]:
     """A scalar whose gradients' second moments are the output's sensitivity, and its unit.
 
     Random signs draw one vector of the sensitivity's root for every input. For class scores that root is
@@ -180,9 +228,8 @@ def _drawn_change(outputs: Sequence[Tensor], random: torch.Generator) -> tuple[T
         drawn = root - p * root.sum(dim=1, keepdim=True)
         return (drawn * scores).sum(), "nats"
     total = outputs[0].new_zeros(())
-    for output in outputs:
-        size = output.detach().square().mean().clamp_min(1e-24)
-        share = 2 / (size * output[0].numel() * len(outputs))
+    for output, size in zip(outputs, sizes, strict=True):
+        share = 2 / (size.clamp_min(1e-24) * output[0].numel() * len(outputs))
         total = total + share.sqrt() * (_signs(output, random) * output).sum()
     return total, "output"
 

@@ -12,10 +12,11 @@ from prune_viz import probes, redundancy
 from prune_viz.filters import FilterNetwork, lay_channels_last
 from prune_viz.groups import CouplingGroup
 from prune_viz.inputs import InputStatistics
+from prune_viz.memory import Budget
+from prune_viz.moments import Moments, gather_moments, pool_moments
 from prune_viz.plain import as_it_was, plain_copy
-from prune_viz.progress import Progress
+from prune_viz.progress import Progress, counted
 from prune_viz.redundancy import GroupVerdicts
-from prune_viz.responses import Moments, gather_moments, pool_moments
 from prune_viz.runs import LayerTensors
 
 
@@ -44,6 +45,7 @@ def probe_groups(
     seed: int,
     statistics: InputStatistics | None,
     progress: Progress,
+    budget: Budget | None = None,
 ) -> dict[int, list[Moments]]:
     """Run stimuli, natural noise and the user's images through a network, and sum groups' moments.
 
@@ -65,6 +67,8 @@ def probe_groups(
         What is known of the model's inputs.
     progress : Progress
         Told how the work goes.
+    budget : Budget, optional
+        Memory that may be taken.
 
     Returns
     -------
@@ -77,21 +81,21 @@ def probe_groups(
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in axes)
     size = probes.probe_size(model, network.input_shape, largest)
     count = sum(layer.filters for layer in network.layers if layer.name in layers)
-    noise = probes.noise_count(statistics)
-    progress.start("probes", count + noise + (0 if examples is None else len(examples)))
 
-    def counted(batches: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
-        for batch, held_out in batches:
-            yield batch, held_out
-            progress.advance(len(batch))
+    def made() -> Iterator[tuple[Tensor, bool]]:
+        stimuli = (torch.from_numpy(layers[name].images) for name in layers)
+        batches = probes.make_probes(stimuli, network.input_shape[0], size, seed, statistics)
+        return counted(progress, "probes", batches, count + probes.noise_count(statistics))
 
-    stimuli = (torch.from_numpy(layers[name].images) for name in layers)
-    made = probes.make_probes(stimuli, network.input_shape[0], size, seed, statistics)
-    moments = gather_moments(model, groups, counted(made))
+    moments = gather_moments(model, groups, made, budget)
     if examples is not None:
-        given = gather_moments(model, groups, counted(probes.split(examples, examples.shape[2:])))
+
+        def shown() -> Iterator[tuple[Tensor, bool]]:
+            batches = probes.split(examples, examples.shape[2:])
+            return counted(progress, "probes, images", batches, len(examples))
+
+        given = gather_moments(model, groups, shown, budget)
         moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}
-    progress.finish()
     return moments
 
 

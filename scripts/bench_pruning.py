@@ -45,7 +45,7 @@ from prune_viz.masks import Masks
 from prune_viz.plain import plain_copy
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
-from prune_viz.ranking import measure_groups
+from prune_viz.ranking import measure_groups, sense_output
 from prune_viz.redundancy import order_channels
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import compensate_filters
@@ -103,7 +103,9 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
         calibrated = load_probes(directory.probes_file)
         probes = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_moments(), probes)
-    measured = measure_groups(network.model, groups, {}, probes, network.unlabelled, 0, Progress())
+    inputs = probes, network.unlabelled
+    sensed = sense_output(network.model, groups, *inputs, 0, Progress())
+    measured = measure_groups(network.model, groups, {}, *inputs, sensed, 0, Progress())
     found = {number: order_channels(readers) for number, readers in measured.moments.items()}
     orders, moments = ({number: one[part] for number, one in found.items()} for part in (0, 2))
     return free, Ranked(orders, moments, probes)

@@ -38,7 +38,7 @@ from prune_viz.engines import LocalEngine
 from prune_viz.estimate import estimate_stimuli
 from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
-from prune_viz.memory import MemoryPlan
+from prune_viz.memory_plan import MemoryPlan
 from prune_viz.progress import Progress
 from prune_viz.provenance import peak_mib
 from prune_viz.tasks import Piece, Settings, Task, do_task

@@ -52,10 +52,14 @@ TIMM = (
 # Where a model does not take what the size of its weights or 224 by 224 says, or takes long at that.
 SHAPES = {
     "raft": [(3, 128, 128)] * 2, "r3d_18": [(3, 8, 64, 64)], "mc3_18": [(3, 8, 64, 64)],
-    "r2plus1d_18": [(3, 8, 64, 64)], "s3d": [(3, 16, 224, 224)], "mvit": [(3, 16, 224, 224)],
+    "r2plus1d_18": [(3, 8, 64, 64)], "s3d": [(3, 16, 224, 224)], "mvit": [(3, 8, 64, 64)],
     "swin3d": [(3, 8, 64, 64)], "rcnn": [(3, 96, 96)], "retinanet": [(3, 96, 96)], "fcos": [(3, 96, 96)],
     "ssd": [(3, 96, 96)],
 }  # fmt: skip
+
+
+# What a model must be told to be built for such inputs.
+KWARGS = {"mvit": {"temporal_size": 8, "spatial_size": (64, 64)}}
 
 
 def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -64,7 +68,8 @@ def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
     if spec in TRAINED:
         return TRAINED[spec]()
     name = spec.partition(":")[2]
-    model = resolve_architecture(spec).eval()
+    kwargs = next((kwargs for part, kwargs in KWARGS.items() if part in name), {})
+    model = resolve_architecture(spec, kwargs).eval()
     if any(part in name for part in ("rcnn", "retinanet", "fcos")):
         model.transform.min_size, model.transform.max_size = (96,), 96  # type: ignore[union-attr]
     shapes = next((shapes for part, shapes in SHAPES.items() if part in name), None)

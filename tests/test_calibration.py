@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_viz import calibration
+from prune_viz import calibration, memory
 from prune_viz.calibration import VARIANTS, calibrate, variants
+from prune_viz.errors import UserError
+from prune_viz.memory import Budget, RowBytes
+from prune_viz.objectives import Watched
 from prune_viz.priors import make_prior, scene_exponent
 from prune_viz.probes import (
     Calibrated,
@@ -218,3 +223,45 @@ def test_probes_are_read_back_and_those_of_earlier_versions_too(tmp_path: Path) 
     earlier = load_probes(tmp_path / "earlier")
     assert earlier is not None
     assert earlier.held is None
+
+
+@pytest.mark.parametrize("rows", [4, 12, 16])
+def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = _truth()
+    starts = natural_noise((3, 16, 16), 40, seed=1)
+    kinds = [Start(starts[:32]), Start(starts[32:], tuple(("stem", row) for row in range(8)))]
+    whole = calibrate(model, kinds, passes=6)
+    most: list[int] = []
+    see = Watched.see
+
+    def spied(watched: Watched, images: Tensor, owners: Sequence[tuple[str, int]] = ()) -> object:
+        most.append(len(images))
+        return see(watched, images, owners)
+
+    monkeypatch.setattr(Watched, "see", spied)
+    monkeypatch.setattr(memory, "measure_row", lambda *_: RowBytes(2**20, 0, 0))
+    monkeypatch.setattr(Budget, "left", lambda _: math.ceil(rows * 2**20 * memory.SLACK))
+    parts = calibrate(model, kinds, passes=6, budget=Budget(torch.device("cpu"), 0))
+    assert max(most) == rows
+    assert parts.passes == whole.passes
+    torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)
+    assert parts.held == pytest.approx(whole.held, rel=1e-4)
+
+
+def test_where_memory_runs_out_it_begins_anew_with_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = _truth()
+    starts = [Start(natural_noise((3, 16, 16), 40, seed=1))]
+    whole = calibrate(model, starts, passes=3)
+    see = Watched.see
+
+    def short(watched: Watched, images: Tensor, owners: Sequence[tuple[str, int]] = ()) -> object:
+        if len(images) > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return see(watched, images, owners)
+
+    monkeypatch.setattr(Watched, "see", short)
+    parts = calibrate(model, starts, passes=3)
+    torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(Watched, "see", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out")))
+    with pytest.raises(UserError, match="not enough memory for a single input"):
+        calibrate(model, starts, passes=3)

@@ -16,7 +16,8 @@ from prune_viz.arguments import parse_memory
 from prune_viz.devices import in_batches
 from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
-from prune_viz.memory import MemoryPlan, free_memory, in_words
+from prune_viz.memory import free_memory, in_words
+from prune_viz.memory_plan import MemoryPlan
 
 MIB = 2**20
 
@@ -48,7 +49,9 @@ def test_what_is_planned_fits_the_budget(network: FilterNetwork, workers: int) -
             batch = plan.batch(layer.name)
             assert 1 <= batch <= 48
             assert batch < 4 or batch % 4 == 0
-            assert plan.workers * batch * plan.taken(layer.name) <= plan.budget - plan.held or batch == 1
+            assert (
+                plan.workers * batch * plan.taken(layer.name) <= plan.budget.limit - plan.held or batch == 1
+            )
     assert MemoryPlan(network, held + 4096 * MIB, 2).batch("blocks.1.project") == 48
 
 

@@ -11,16 +11,16 @@ from prune_viz import objectives
 from prune_viz.analysis import analyze
 from prune_viz.calibration import calibrate
 from prune_viz.digits import DigitsNet
-from prune_viz.objectives import Seen, Watched, classes_error, norms_error, own_shares, pool, total_error
+from prune_viz.objectives import Means, Watched, classes_error, norms_error, own_shares, pool, total_error
 from prune_viz.probes import Start, calibration_starts, natural_noise
 from prune_viz.tracing import norms_behind
 
 
-def _seen(shares: Tensor) -> Seen:
+def _means(shares: Tensor) -> Means:
     """What probes with these probabilities give a network that hands its input on."""
     with Watched(nn.Sequential(nn.Flatten()).eval()) as watched:
-        classes = watched.see(shares.view(len(shares), -1, 1, 1)).classes
-    return Seen([torch.zeros(2, 1)], classes)
+        classes = watched.see(shares.view(len(shares), -1, 1, 1)).means().classes
+    return Means([torch.zeros(2, 1)], classes)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,9 @@ def _seen(shares: Tensor) -> Seen:
     ],
 )
 def test_probes_should_be_taken_for_all_classes_at_least_half_surely(shares: Tensor, expected: float) -> None:
-    seen = _seen(shares)
-    assert float(classes_error(seen)) == pytest.approx(expected, abs=1e-6)
+    assert float(classes_error(_means(shares))) == pytest.approx(expected, abs=1e-6)
     # Unsureness is counted probe by probe, evenness over all probes.
-    parts = [_seen(row[None]) for row in shares]
+    parts = [_means(row[None]) for row in shares]
     assert float(classes_error(pool(parts, [1 / len(parts)] * len(parts)))) == pytest.approx(
         expected, abs=1e-6
     )
@@ -65,7 +64,7 @@ def test_what_is_seen_is_what_norms_are_fed_and_what_own_filters_give(make: type
         seen = watched.see(images, owners)
     with torch.no_grad():
         shares = model(images).softmax(dim=1)
-    for (name, inputs), moments in zip(fed.items(), seen.norms, strict=True):
+    for (name, inputs), moments in zip(fed.items(), seen.means().norms, strict=True):
         module = model.get_submodule(name)
         values = inputs.transpose(0, 1).flatten(1) - module.running_mean[:, None]
         values = values / module.running_var.sqrt()[:, None]
@@ -75,7 +74,8 @@ def test_what_is_seen_is_what_norms_are_fed_and_what_own_filters_give(make: type
         own = given[norm.get(conv, conv)][row, channel]
         sides = torch.stack([own.clamp_min(0).norm(), own.clamp_max(0).norm()])
         torch.testing.assert_close(seen.own[row], sides, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(seen.classes[:-1], shares.mean(dim=0))
+    torch.testing.assert_close(seen.classes[:, :-1], shares)
+    torch.testing.assert_close(seen.means().classes[:-1], shares.mean(dim=0))
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert sum(len(m._forward_hooks) for m in model.modules()) == len(given)  # this test's own
 
@@ -84,7 +84,7 @@ def test_the_side_that_gave_more_at_the_start_counts() -> None:
     asked = torch.tensor([[4.0, 1.0], [1.0, 5.0], [0.0, 0.0]])
     own = torch.tensor([[1.0, 9.0], [9.0, 10.0], [7.0, 7.0]])
     assert own_shares(own, asked).tolist() == [0.25, 2.0, 1.0]
-    seen = Seen([torch.stack([torch.zeros(1), torch.ones(1)])], None)
+    seen = Means([torch.stack([torch.zeros(1), torch.ones(1)])], None)
     # Of the first alone something is missing: half of what is asked, a third of the probes.
     assert float(total_error(seen, own, asked)) == pytest.approx(objectives.OWN * 0.5 / 3)
     assert float(total_error(seen, None, None)) == float(norms_error(seen)) == 0
@@ -98,7 +98,7 @@ def test_where_no_classes_come_out_none_are_asked_for() -> None:
     with Watched(Maps().eval()) as watched:
         seen = watched.see(natural_noise((3, 16, 16), 2, seed=0))
     assert seen.classes is None
-    assert float(classes_error(seen)) == 0
+    assert float(classes_error(seen.means())) == 0
 
 
 def test_stimuli_cannot_be_held_where_a_layer_does_not_see_them_one_by_one() -> None:

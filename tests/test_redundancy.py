@@ -15,9 +15,9 @@ from prune_viz import redundancy
 from prune_viz.coupling import find_groups
 from prune_viz.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
 from prune_viz.groups import CouplingGroup, Places, group_of_layer
+from prune_viz.moments import Moments, gather_moments
 from prune_viz.opposites import weight_signs
 from prune_viz.redundancy import GroupVerdicts, judge, rank
-from prune_viz.responses import Moments, gather_moments
 
 
 def _moments_of(samples: np.ndarray) -> np.ndarray:
@@ -280,7 +280,7 @@ def test_a_constant_is_weighed_with_the_border_that_padding_shows(padding: int) 
     _copy_filter(model, 1, 5, 2.0)
     group = group_of_layer(find_groups(model, torch.zeros(1, 3, 16, 16)))["conv1"]
     probes = [(torch.randn(32, 3, 16, 16), held_out) for held_out in (False, True)]
-    verdicts = judge(group, gather_moments(copy.deepcopy(model), [group], probes)[group.number])
+    verdicts = judge(group, gather_moments(copy.deepcopy(model), [group], lambda: probes)[group.number])
     found = {verdict.channel: verdict.kind or verdict.verdict for verdict in verdicts.channels}
     assert {found[1], found[5]} == {"keep", "redundant"}
     assert found[6] == "constant"
@@ -293,5 +293,5 @@ def test_an_untrained_wide_layer_keeps_what_differs() -> None:
     group = group_of_layer(find_groups(model, torch.zeros(1, 3, 16, 16)))["conv2"]
     assert isinstance(model.conv3, nn.Conv2d)
     probes = [(torch.randn(64, 3, 16, 16), held_out) for held_out in (False, True)]
-    verdicts = judge(group, gather_moments(model, [group], probes)[group.number])
+    verdicts = judge(group, gather_moments(model, [group], lambda: probes)[group.number])
     assert sum(verdict.verdict != "keep" for verdict in verdicts.channels) <= 2

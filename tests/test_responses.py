@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,16 @@ import torch.nn.functional as F
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
-from prune_viz import responses
+from prune_viz import moments as module
 from prune_viz.coupling import find_groups
 from prune_viz.filters import FilterNetwork
 from prune_viz.groups import group_of_layer
+from prune_viz.memory import Budget
+from prune_viz.moments import gather_moments
 from prune_viz.priors import tile
 from prune_viz.probes import NOISE_PROBES, make_probes, natural_noise, probe_size
 from prune_viz.redundancy import judge
-from prune_viz.responses import gather_moments, response_matrix
+from prune_viz.responses import response_matrix
 
 
 def test_response_matrix_holds_the_norms_of_feature_maps() -> None:
@@ -29,7 +33,7 @@ def test_response_matrix_holds_the_norms_of_feature_maps() -> None:
 def _moments(model: nn.Module, layer: str, images: torch.Tensor, channels: int = 3):
     groups = find_groups(model, images[:1])
     group = group_of_layer(groups)[layer]
-    return gather_moments(model, [group], [(images[:6], False), (images[6:], True)])[group.number]
+    return gather_moments(model, [group], lambda: [(images[:6], False), (images[6:], True)])[group.number]
 
 
 def _slow(rows: np.ndarray) -> np.ndarray:
@@ -100,15 +104,15 @@ def test_padding_is_read_off_sizes_so_that_subclasses_count() -> None:
 
     conv = Same(2, 2, 4)
     inputs = torch.randn(1, 2, 9, 9)
-    assert responses._padding(conv, inputs, conv(inputs)) == [1, 2, 1, 2]
-    assert responses._padding(nn.Conv2d(2, 2, 3), inputs, torch.zeros(1, 2, 7, 7)) == [0, 0, 0, 0]
+    assert module._padding(conv, inputs, conv(inputs)) == [1, 2, 1, 2]
+    assert module._padding(nn.Conv2d(2, 2, 3), inputs, torch.zeros(1, 2, 7, 7)) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("size", [24, 28, 40, 56, 64, 112])
 def test_large_maps_are_thinned_over_rows_and_columns(size: int) -> None:
     grid = torch.arange(float(size * size)).view(1, 1, size, size)
-    picked = responses._thin(grid).ravel()
-    assert len(picked.unique()) == responses.POSITIONS
+    picked = module._thin(grid).ravel()
+    assert len(picked.unique()) == module.POSITIONS
     assert len((picked // size).unique()) > min(size, 64) / 2
     assert len((picked % size).unique()) > min(size, 64) / 2
 
@@ -125,7 +129,7 @@ def test_no_constant_is_carried_into_a_strided_transposed_reader() -> None:
         model[0].weight[2], model[0].bias[2] = 0, 0.7
     images = torch.randn(8, 3, 8, 8)
     group = group_of_layer(find_groups(model, images[:1]))["0"]
-    moments = gather_moments(model, [group], [(images, False), (images, True)])[group.number]
+    moments = gather_moments(model, [group], lambda: [(images, False), (images, True)])[group.number]
     assert (moments[0].fit[:, -1] == 0).all()
     assert judge(group, moments).channels[2].verdict == "keep"
 
@@ -158,3 +162,47 @@ def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> Non
 def test_probe_size_is_the_models_own_where_a_flatten_ties_it() -> None:
     assert probe_size(Flattening(), (1, 8, 8), (4, 4)) == (8, 8)
     assert probe_size(Plain().eval(), (3, 64, 64), (32, 32)) == (32, 32)
+
+
+def test_batches_that_run_in_parts_give_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise_norms(Residual()).eval()
+    groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
+    probes = [(torch.randn(32, 3, 16, 16), False), (torch.randn(8, 3, 20, 20), True)]
+    whole = gather_moments(model, groups, lambda: probes)
+    begun = []
+    forward = model.forward
+
+    def short(x: torch.Tensor) -> torch.Tensor:
+        found = forward(x)
+        if len(x) > 16:  # when the hooks have summed their part already
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    monkeypatch.setattr(model, "forward", short)
+    parts = gather_moments(model, groups, lambda: begun.append(1) or probes)
+    assert len(begun) == 2
+    monkeypatch.undo()
+    budgeted = gather_moments(
+        model, groups, lambda: probes, Budget(torch.device("cpu"), 0)
+    )  # a row at a time
+    for other in (parts, budgeted):
+        for number, readers in whole.items():
+            for one, same in zip(readers, other[number], strict=True):
+                np.testing.assert_allclose(same.fit, one.fit, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(same.held_out, one.held_out, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(same.peak, one.peak, rtol=1e-4)
+                assert same.output_variance == pytest.approx(one.output_variance, rel=1e-4)
+
+
+def test_groups_are_taken_in_turns_that_fit() -> None:
+    groups = find_groups(Residual(), torch.zeros(1, 3, 16, 16))
+    sizes = {group.number: 64 * len(group.readers) * (group.channels + 1) ** 2 for group in groups}
+    for most in (0, max(sizes.values()), sum(sizes.values()) - 1, sum(sizes.values())):
+        turns = list(module.rounds(groups, most))
+        assert [group for turn in turns for group in turn] == groups
+        assert all(len(turn) == 1 or sum(sizes[one.number] for one in turn) <= most for turn in turns)
+        # No turn could have taken the next one's first group too.
+        for turn, later in pairwise(turns):
+            assert sum(sizes[one.number] for one in [*turn, later[0]]) > most
+    assert len(list(module.rounds(groups, sum(sizes.values())))) == 1
+    assert len(list(module.rounds(groups, 0))) == len(groups)

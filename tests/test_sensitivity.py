@@ -41,7 +41,7 @@ def _divergence(before: Tensor, after: Tensor) -> float:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: type[nn.Module]) -> None:
     model, groups, images = _case(kind)
-    found = gather_sensitivities(model, groups, _drawn_often(images, 40), seed=0)
+    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 40), seed=0)
     before = model(images).detach()
     modules = dict(model.named_modules())
     share = 0.02
@@ -72,7 +72,7 @@ def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: ty
 
 def test_at_the_scores_themselves_it_is_the_fisher_information_of_the_softmax() -> None:
     model, groups, images = _case(Plain)
-    found = gather_sensitivities(model, groups, _drawn_often(images, 60), seed=0)
+    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 60), seed=0)
     p = model(images).detach().softmax(1).double()
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
     torch.testing.assert_close(torch.from_numpy(found.readers["head"]), fisher, rtol=0.1, atol=0.01)
@@ -85,7 +85,7 @@ def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
     images = torch.randn(32, 2, 6, 6)
     groups = find_groups(model, images[:1])
     group = next(group for group in groups if group.layers == ["2"])
-    found = gather_sensitivities(model, groups, _drawn_often(images, 200), seed=0)
+    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 200), seed=0)
     with torch.no_grad():
         maps = model[2](model[1](model[0](images)))
         output = model(images)
@@ -104,7 +104,7 @@ def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
 def test_the_same_seed_gives_the_same_and_the_model_is_left_alone() -> None:
     model, groups, images = _case(Residual)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runs = [gather_sensitivities(model, groups, images.split(16), seed=3) for _ in range(2)]
+    runs = [gather_sensitivities(model, groups, lambda: images.split(16), seed=3) for _ in range(2)]
     for name, matrix in runs[0].readers.items():
         assert np.array_equal(matrix, runs[1].readers[name])
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -120,7 +120,7 @@ def test_a_network_that_lets_no_gradient_through_has_no_sensitivities() -> None:
 
     model = randomise_norms(Closed())
     groups = find_groups(Plain().eval(), torch.zeros(1, 3, 12, 12))
-    assert gather_sensitivities(model, groups, [torch.randn(4, 3, 12, 12)], seed=0) is None
+    assert gather_sensitivities(model, groups, lambda: [torch.randn(4, 3, 12, 12)], seed=0) is None
 
 
 class _Odd(Plain):
@@ -157,7 +157,7 @@ def test_any_output_is_told_in_its_unit_or_not_at_all(
     torch.manual_seed(0)
     model = randomise_norms(_Odd(ending))
     groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
-    found = gather_sensitivities(model, groups, [torch.randn(8, 3, 12, 12)], seed=0)
+    found = gather_sensitivities(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0)
     assert (None if found is None else found.unit) == unit
 
 
@@ -168,7 +168,8 @@ def test_probabilities_count_as_the_scores_that_they_come_from() -> None:
     groups = find_groups(scores, torch.zeros(1, 3, 12, 12))
     images = [torch.randn(32, 3, 12, 12)]
     one, other = (
-        gather_sensitivities(model.eval(), groups, images, seed=0) for model in (scores, probabilities)
+        gather_sensitivities(model.eval(), groups, lambda: images, seed=0)
+        for model in (scores, probabilities)
     )
     for number, ablations in one.ablations.items():
         np.testing.assert_allclose(ablations, other.ablations[number], rtol=1e-3)
@@ -183,12 +184,12 @@ def test_readers_that_see_other_rows_than_the_inputs_are_not_taken_for_silent() 
 
     model = randomise_norms(Halves())
     groups = find_groups(model, torch.zeros(1, 3, 12, 12))
-    assert gather_sensitivities(model, groups, [torch.randn(8, 3, 12, 12)], seed=0) is None
+    assert gather_sensitivities(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0) is None
 
 
 def test_silencing_is_ranked_as_it_really_goes() -> None:
     model, groups, images = _case(Plain)
-    found = gather_sensitivities(model, groups, _drawn_often(images, 20), seed=0)
+    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 20), seed=0)
     before = model(images).detach()
     group = next(group for group in groups if group.layers == ["conv2"])
     real = []
@@ -207,3 +208,32 @@ def test_class_probabilities_are_of_one_row_of_scores_an_input() -> None:
     assert class_probabilities([shares]) is shares
     for other in ([scores, scores], [scores[:, :1]], [torch.randn(6, 4, 2, 2)], []):
         assert class_probabilities(other) is None
+
+
+@pytest.mark.parametrize("change", [lambda y: y, lambda y: y[:, None]])
+def test_batches_that_run_in_parts_give_the_same(
+    change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomise_norms(_Odd(change)).eval()
+    groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
+    images = torch.randn(32, 3, 12, 12)
+    whole = gather_sensitivities(model, groups, lambda: [images], seed=0)
+    begun, most = [], []
+    forward = model.forward
+
+    def short(x: Tensor) -> Tensor:
+        most.append(len(x))
+        if len(x) > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(x)
+
+    monkeypatch.setattr(model, "forward", short)
+    parts = gather_sensitivities(model, groups, lambda: begun.append(1) or [images], seed=0)
+    assert len(begun) == 3
+    assert max(most[2:]) == 8
+    assert parts.unit == whole.unit
+    for name, matrix in parts.readers.items():
+        scale = np.abs(whole.readers[name]).max()
+        np.testing.assert_allclose(matrix, whole.readers[name], rtol=1e-4, atol=1e-6 * scale)
+    for number, ablations in parts.ablations.items():
+        np.testing.assert_allclose(ablations, whole.ablations[number], rtol=1e-4)
