@@ -148,9 +148,10 @@ class _Watch:
         if not arguments[0].requires_grad:
             return None
         own = arguments[0].clone()  # so that its gradient is through this reader alone
+        values = own.detach()  # a hook that knew its own tensor would keep all that led to it for ever
 
         def add(gradient: Tensor) -> None:
-            read = own.detach() * gradient
+            read = values * gradient
             if read.ndim > 2:
                 read = read.movedim(self.axis, 1).flatten(2).sum(dim=2)
             self.read = read.cpu().double() + (0 if self.read is None else self.read)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -237,3 +239,18 @@ def test_batches_that_run_in_parts_give_the_same(
         np.testing.assert_allclose(matrix, whole.readers[name], rtol=1e-4, atol=1e-6 * scale)
     for number, ablations in parts.ablations.items():
         np.testing.assert_allclose(ablations, whole.ablations[number], rtol=1e-4)
+
+
+def test_no_map_outlives_the_measuring() -> None:
+    model, groups, images = _case(Residual)
+    maps: list[weakref.ref[Tensor]] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda _, given, output: maps.append(weakref.ref(output)))
+    gc.collect()
+    gc.disable()  # cycles through a graph would wait for it, and a network's maps with them
+    try:
+        assert gather_sensitivities(model, groups, lambda: images.split(16), seed=0) is not None
+        assert maps
+        assert not [ref for ref in maps if ref() is not None]
+    finally:
+        gc.enable()
