@@ -8,8 +8,8 @@ Networks have seeded random weights. Every one runs in a process of its own thro
 which only what does not change the peak is cut short: the search has two tasks, of the layer whose ascents
 hold most, with one step; the other stimuli are noise, of which eight a layer run through the network as
 probes; probes are calibrated in one pass and compared in two variants. Of the verdicts only the widest
-group's is reached. Peaks are those of the whole process up to the end of a stage, in MiB. The last line is one
-JSON object.
+group's is reached. Peaks are those of the whole process up to the end of a stage, in MiB. The last line is
+one JSON object.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def test_no_map_outlives_the_measuring() -> None:
     model, groups, images = _case(Residual)
     maps: list[weakref.ref[Tensor]] = []
     for module in model.modules():
-        module.register_forward_hook(lambda _, given, output: maps.append(weakref.ref(output)))
+        module.register_forward_hook(lambda _, given, output: maps.append(weakref.ref(given[0])))
     gc.collect()
     gc.disable()  # cycles through a graph would wait for it, and a network's maps with them
     try:
