@@ -5,8 +5,8 @@
     .venv/bin/python scripts/bench_memory.py --quick   # ResNet-18 alone
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of
-which only what does not change the peak is cut short: the search has two tasks, of the layer whose ascents
-hold most, with one step; the other stimuli are noise, of which eight a layer run through the network as
+which only what does not change the peak is cut short: the search has a task a worker, of the layer whose
+ascents hold most, with one step; the other stimuli are noise, of which eight a layer run through the network as
 probes; probes are calibrated in one pass and compared in two variants. Of the verdicts only the widest
 group's is reached. Peaks are those of the whole process up to the end of a stage, in MiB. The last line is
 one JSON object.
@@ -18,8 +18,9 @@ import argparse
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,15 +80,19 @@ def run(name: str) -> dict[str, Any]:
 
 
 def search(subject: Subject) -> tuple[int, int]:
-    """Two tasks of the layer whose ascents hold most; how many at a time, and how many filters in each."""
+    """A task for each worker, of the layer whose ascents hold most; how many at a time, and how many filters in each."""
     network = subject.network
     plan = MemoryPlan(network, BUDGET, 2)
     layer = max(network.layers, key=lambda layer: plan.taken(layer.name))
+    batch = plan.batch(layer.name)
     with LocalEngine(network, BRIEF, plan.workers, plan.batch) as engine:
-        halves = [Task(layer.name, begin, begin + 48, None, "", "") for begin in (0, 48)]
-        for future in [engine.submit(task, None) for task in halves]:
+        tasks = [
+            Task(layer.name, start, start + batch, None, "", "")
+            for start in range(0, batch * plan.workers, batch)
+        ]
+        for future in [engine.submit(task, None) for task in tasks]:
             future.result()
-    return plan.workers, plan.batch(layer.name)
+    return plan.workers, batch
 
 
 def write_noise(subject: Subject, directory: RunDirectory) -> None:
@@ -103,7 +108,8 @@ def write_noise(subject: Subject, directory: RunDirectory) -> None:
         directory.write_layer(record.file, tensors, {})
 
 
-def shortened(subject: Subject) -> mock._patch_dict | Any:
+@contextmanager
+def shortened(subject: Subject) -> Iterator[None]:
     """Cut short what repeats itself: probes, passes, variants and verdicts."""
     widest = max(subject.judged, key=lambda group: group.channels).number
     make = probes.make_probes
@@ -114,23 +120,15 @@ def shortened(subject: Subject) -> mock._patch_dict | Any:
     def judged(group: CouplingGroup, *settings: Any) -> GroupVerdicts:
         return judge(group, *settings) if group.number == widest else judge_unjudged(group)
 
-    class Patches(list):
-        def __enter__(self) -> None:
-            for patch in self:
-                patch.start()
-
-        def __exit__(self, *_: object) -> None:
-            for patch in self:
-                patch.stop()
-
-    return Patches([
+    with (
         mock.patch.object(probes, "make_probes", few),
         mock.patch.object(verdicts.redundancy, "judge", judged),
         mock.patch.object(calibration, "PROBES", 2 * calibration.BATCH),
         mock.patch.object(calibration, "VARIANTS", 2),
         mock.patch.object(ranking, "SENSED", 2),
         mock.patch.dict(calibration.calibrate.__kwdefaults__, passes=1),
-    ])  # fmt: skip
+    ):
+        yield
 
 
 def main() -> None:

@@ -4,11 +4,11 @@
     .venv/bin/python scripts/bench_scale.py           # ResNets 18, 50, 152, EfficientNet-lite0: half an hour
     .venv/bin/python scripts/bench_scale.py --quick   # ResNet-18 alone
 
-ResNets and the RegNet have seeded random weights. Every figure is of this machine, in one run. Filters: the
+ResNets have seeded random weights. Every figure is of this machine, in one run. Filters: the
 same layer, more and more of its filters, and the exponent of a power fitted to the times. Depth: the last
 layer of each quarter. Canvas: one layer on larger and larger ones. Cores: the same tasks one after the other
-with operations spread over the cores, side by side in threads, and side by side in processes. Memory: the
-peak of a process that searches one network's last layer with a budget. All these with ascents of few steps.
+with operations spread over the cores, side by side in threads, and side by side in processes. All these with
+ascents of few steps. (Memory: `bench_memory.py`.)
 The zoo is a plan on paper: core hours as `analyze --dry-run` estimates them, the mean over these networks,
 and what one process that writes a run directory can take in. The last line is one JSON object.
 """
@@ -40,15 +40,13 @@ from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
 from prune_viz.memory_plan import MemoryPlan
 from prune_viz.progress import Progress
-from prune_viz.provenance import peak_mib
 from prune_viz.tasks import Piece, Settings, Task, do_task
 
 FULL = Settings("natural", 176, 0, None)
 SETTINGS = Settings("natural", 12, 0, None)  # short ascents, but to estimate whole runs
-BRIEF = Settings("natural", 1, 0, None)  # for peaks
+BRIEF = Settings("natural", 1, 0, None)  # for the size of results
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
-BUDGET = 3 * 2**30  # bytes, for the peaks
 ZOO, WORKERS, NODES = 10_000, 1_000, 16  # networks, cores to search them, nodes that each network goes to
 
 
@@ -63,19 +61,12 @@ def efficientnet() -> nn.Module:
     return pv.load_model(trained.efficientnet_weights(), arch=trained.ARCH, arch_kwargs=trained.ARCH_KWARGS)
 
 
-def wide_regnet() -> nn.Module:
-    """A wide RegNet with seeded weights."""
-    torch.manual_seed(0)
-    return models.regnet_x_32gf().eval()
-
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": lambda: resnet(18),
     "ResNet-50": lambda: resnet(50),
     "ResNet-152": lambda: resnet(152),
     "EfficientNet-lite0": efficientnet,
 }
-PEAKS: dict[str, Callable[[], nn.Module]] = {**NETWORKS, "RegNet-X-32GF": wide_regnet}
 
 
 def seconds_of(network: FilterNetwork, layer: str, count: int) -> float:
@@ -160,28 +151,6 @@ def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
     return {"spread": spread, "threads": threads, "processes": processes}
 
 
-def _peak(name: str, budget: int) -> tuple[float, int, int]:
-    """In a process of its own: its peak in MiB, with how many workers and filters at a time."""
-    network = FilterNetwork(PEAKS[name](), (3, 224, 224))
-    plan = MemoryPlan(network, budget, 2)
-    layer = network.layers[-1]
-    with LocalEngine(network, BRIEF, plan.workers, plan.batch) as engine:
-        halves = [Task(layer.name, begin, begin + 48, None, "", "") for begin in (0, 48)]
-        for future in [engine.submit(task, None) for task in halves]:
-            future.result()
-    return peak_mib(), plan.workers, plan.batch(layer.name)
-
-
-def peaks(names: Sequence[str]) -> list[dict[str, Any]]:
-    """What processes hold at most, by network, within a budget."""
-    rows = []
-    for name in names:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            peak, workers, batch = pool.submit(_peak, name, BUDGET).result()
-        rows.append({"network": name, "peak_mib": peak, "workers": workers, "batch": batch})
-    return rows
-
-
 def writer_rate(piece: Piece) -> float:
     """Bytes a second that one process takes in: pieces written, read again and joined to a layer."""
     arrays = {"images": piece.images, "activations": piece.activations, "responses": piece.responses}
@@ -236,11 +205,6 @@ def main() -> None:
         "Seconds by canvas, ResNet-18", ["layer", *map(str, CANVASES), "exponent"],
         [[canvas["layer"], *canvas["seconds"], canvas["exponent"]]],
     )  # fmt: skip
-    held = peaks(list(PEAKS)[:1] if quick else list(PEAKS))
-    print_table(
-        f"Peak memory of the last layer's search, budget {BUDGET / 2**20:.0f} MiB",
-        ["network", "MiB", "workers", "filters at a time"], [list(one.values()) for one in held],
-    )  # fmt: skip
     filters, depths, hours, counts, sizes = [], [], [], [], []
     for name in names:
         model = NETWORKS[name]()
@@ -269,7 +233,7 @@ def main() -> None:
     zoo = plan_zoo(hours, counts, sizes, piece)
     print_table(f"{ZOO:,} networks on {WORKERS:,} cores", ["what", ""], [list(item) for item in zoo.items()])
     print(json.dumps({
-        "filters": filters, "depth": depths, "canvas": canvas, "cores": used, "peaks": held, "zoo": zoo,
+        "filters": filters, "depth": depths, "canvas": canvas, "cores": used, "zoo": zoo,
         "exponent": max(one["exponent"] for one in filters), "networks": dict(zip(names, hours, strict=True)),
     }))  # fmt: skip
 

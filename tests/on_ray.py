@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import tortured
 import typer
 from torch import Tensor, nn
 
-from prune_viz import stimuli, tasks
 from prune_viz.analysis import analyze
 from prune_viz.runs import RunDirectory
 from prune_viz.status import read_status
 from prune_viz.terminal import exit_codes
 
-STEPS = 100
+STEPS = 60
 
 
 class Deadly(nn.ConvTranspose2d):
@@ -61,8 +59,7 @@ def poisoned() -> nn.Module:
 
 def search(model: nn.Module, out: Path, engine: str, steps: int) -> None:
     """Analyse in tasks of four filters."""
-    torch.set_num_threads(1)
-    stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
+    tortured.cut_small()
     analyze(model, input_shape=(3, 16, 16), out=out, engine=engine, steps=steps)
 
 

@@ -24,13 +24,26 @@ from prune_viz.status import read_status
 
 PROGRAM = str(Path(tortured.__file__))
 KILLS = 24
-LONG = 300  # steps
+LONG = 200  # steps
+FORKS = multiprocessing.get_context("forkserver")  # processes that have everything imported already
+FORKS.set_forkserver_preload(["tortured", "warmed"])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    start(out).wait(300)
+    finish(out)
+    return out
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """A run that was killed when a layer was done, and some of the next."""
+    out = tmp_path / "run"
+    process = start(out, "1")
+    wait_for(out, 44, process)
+    process.kill()
+    process.wait()
     return out
 
 
@@ -42,10 +55,11 @@ def start(out: Path, *arguments: str, **options: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(out: Path, *arguments: str) -> None:
-    process = start(out, *arguments)
-    _, complaints = process.communicate(timeout=300)
-    assert process.returncode == 0, complaints
+def finish(out: Path, *arguments: int) -> None:
+    process = FORKS.Process(target=tortured.run, args=(out, *arguments))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
 
 
 def done(out: Path) -> int:
@@ -95,28 +109,18 @@ def assert_sound(out: Path) -> None:
         assert run.filters_file.exists()
 
 
-@pytest.fixture(scope="module")
-def forks() -> multiprocessing.context.BaseContext:
-    """Processes that have everything imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tortured", "prune_viz.report", "umap"])
-    return context
-
-
 @pytest.mark.slow
-def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(
-    tmp_path: Path, forks: multiprocessing.context.BaseContext
-) -> None:
+def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Path) -> None:
     chance = random.Random(8)
     out, kills, most_lost, found = tmp_path / "run", 0, 0, set()
-    warm = forks.Process(target=tortured.network)
+    warm = FORKS.Process(target=tortured.network)
     warm.start()
     warm.join()
     while kills < KILLS:
         if kills % 6 == 0:  # begin anew
             shutil.rmtree(out, ignore_errors=True)
         before = done(out)
-        process = forks.Process(target=tortured.run, args=(out, 2, 0, LONG))
+        process = FORKS.Process(target=tortured.run, args=(out, 2, 0, LONG))
         process.start()
         if kills % 6 < 4:  # most while stimuli are sought, some at any time
             more = before + 4 * chance.randint(0, 6)
@@ -124,7 +128,7 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(
                 time.sleep(0.01)
             process.join(chance.uniform(0, 0.5))
         else:
-            process.join(chance.uniform(0, 12))
+            process.join(chance.uniform(0, 10))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
@@ -140,8 +144,8 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(
                 assert read_status(RunDirectory(out))["state"] != "running"
     assert most_lost == 0  # what was done stays done, whatever comes after
     assert len(found) >= 10  # the kills struck at many moments
-    finish(out, "2", "0", str(LONG))
-    finish(tmp_path / "undisturbed", "1", "0", str(LONG))
+    finish(out, 2, 0, LONG)
+    finish(tmp_path / "undisturbed", 1, 0, LONG)
     assert_equal(tmp_path / "undisturbed", out)
     assert not list(out.rglob(f"*{ASIDE}"))
     print(f"{kills} kills survived, at {sorted(found)} filters done")
@@ -197,17 +201,14 @@ def test_two_processes_do_not_write_one_run(undisturbed: Path, tmp_path: Path) -
     assert_equal(undisturbed, out)
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "foreign"])
-def test_damaged_pieces_are_found_again(undisturbed: Path, tmp_path: Path, harm: str) -> None:
-    out = tmp_path / "run"
-    process = start(out, "1")
-    wait_for(out, 44, process)  # a layer, and pieces of the next
-    process.kill()
-    process.wait()
-    layers, pieces = sorted(out.glob("layers/*")), sorted(out.glob("tasks/*.safetensors"))
+@pytest.mark.parametrize("first", range(2))
+def test_damaged_pieces_are_found_again(undisturbed: Path, killed: Path, first: int) -> None:
+    layers, pieces = sorted(killed.glob("layers/*")), sorted(killed.glob("tasks/*.safetensors"))
     assert layers
     assert pieces
-    for number, file in enumerate([layers[0], *pieces[:2]]):
+    foreign = {file: (layers[-1] if file in pieces else pieces[-1]).read_bytes() for file in layers + pieces}
+    for number, file in enumerate([layers[0], *pieces]):  # the layer is hurt in two ways, pieces in all
+        harm = ("foreign", "flip", "truncate", "empty")[(number + first) % 4]
         content = bytearray(file.read_bytes())
         if harm == "truncate":
             del content[len(content) // 2 :]
@@ -216,27 +217,22 @@ def test_damaged_pieces_are_found_again(undisturbed: Path, tmp_path: Path, harm:
         elif harm == "empty":
             content.clear()
         else:
-            content[:] = (layers[-1] if file in pieces else pieces[-1]).read_bytes()
+            content[:] = foreign[file]
         file.write_bytes(content)
-    finish(out)
-    assert_equal(undisturbed, out)
+    finish(killed)
+    assert_equal(undisturbed, killed)
 
 
-def test_another_seed_reuses_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start(out, "1")
-    wait_for(out, 24, process)
-    process.kill()
-    process.wait()
-    other = start(out, "1", "1")  # another seed
-    wait_for(out, 4, other)
+def test_another_seed_reuses_nothing(killed: Path) -> None:
+    other = start(killed, "1", "1")  # another seed
+    wait_for(killed, 4, other)
     other.kill()
     other.wait()
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]
     begun = max(number for number, event in enumerate(log) if event["event"] == "run started")
     again = [event["task"] for event in log[begun:] if event["event"] == "task done"]
     assert again[0] == "stem, filters 0 to 3"  # from the first on
-    assert done(out) in (4 * len(again), 4 * len(again) + 4)
+    assert done(killed) in (4 * len(again), 4 * len(again) + 4)
 
 
 SMALL_DISK = r"""
@@ -277,16 +273,11 @@ def test_a_full_or_forbidden_disk_is_told_in_one_line_and_the_run_goes_on_once_t
     assert_equal(undisturbed, Path(f"{disk}.run"))
 
 
-def test_what_stands_in_the_way_is_told_in_one_line(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start(out, "1")
-    wait_for(out, 24, process)
-    process.kill()
-    process.wait()
-    shutil.rmtree(out / "tasks")
-    (out / "tasks").write_text("")
-    process = start(out, "1")
+def test_what_stands_in_the_way_is_told_in_one_line(killed: Path) -> None:
+    shutil.rmtree(killed / "tasks")
+    (killed / "tasks").write_text("")
+    process = start(killed, "1")
     _, complaints = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert complaints.startswith(f"error: {out}/tasks")
+    assert complaints.startswith(f"error: {killed}/tasks")
     assert complaints.count("\n") == 1

@@ -58,11 +58,16 @@ def network() -> Mobile:
     return model
 
 
-def run(out: str | Path, workers: int = 1, seed: int = 0, steps: int = 40) -> None:
-    """Analyse it in tasks of four filters."""
+def cut_small() -> None:
+    """Have tasks of four filters, and few probes."""
     torch.set_num_threads(1)
     stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
     calibration.PROBES = calibration.MOST_PROBES = 32
+
+
+def run(out: str | Path, workers: int = 1, seed: int = 0, steps: int = 40) -> None:
+    """Analyse it in tasks of four filters."""
+    cut_small()
     analyze(network(), input_shape=(3, 16, 16), out=out, workers=workers, steps=steps, seed=seed)
 
 
