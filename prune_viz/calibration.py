@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_viz.ascent import roll, unit
-from prune_viz.devices import is_out_of_memory, with_fewer
+from prune_viz.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.inputs import InputStatistics
-from prune_viz.memory import Budget, RowLimit
+from prune_viz.memory import Budget, RowLimit, even_parts
 from prune_viz.objectives import Means, Seen, Watched, join, norms_error, own_shares, pool, total_error
 from prune_viz.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
 from prune_viz.probes import Calibrated, Owner, Start
@@ -214,8 +214,7 @@ def _see(watched: Watched, images: Tensor, owners: Sequence[Owner], rows: int) -
 
 
 def _split(images: Tensor, owners: Sequence[Owner], rows: int) -> list[tuple[Tensor, Sequence[Owner]]]:
-    starts = range(0, len(images), rows)
-    return [(images[start : start + rows], owners[start : start + rows]) for start in starts]
+    return [(images[part], owners[part]) for part in even_parts(len(images), rows)]
 
 
 def _differentiate(
@@ -246,6 +245,7 @@ def _differentiate(
         if gradient is None:
             return None
         gradients.append(gradient)
+        release_memory(images.device)
     return seen, torch.cat(gradients)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,23 +89,30 @@ def conclude(
     groups, examples, notes = subject.groups, subject.examples, []
     found = LayerFiles(run, subject.records)
     judged = subject.judged
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        with stages.timed(name):
+            yield
+        release_memory(network.device)
+
     twin = probing_copy(model, network)
     calibrated = None
     if judged:
-        with stages.timed("calibration"):
+        with stage("calibration"):
             calibrated = _calibrate(twin, subject, run, found, progress, key, budget)
     if calibrated is None:
         run.probes_file.unlink(missing_ok=True)  # an earlier run's
     near = None if calibrated is None else calibrated.images
-    with stages.timed("sensitivity"):
+    with stage("sensitivity"):
         sensitivities = sense_output(twin, judged, near, examples, seed, progress, budget)
     verdicts, pooled = judge_groups(groups, {}, Progress()), {}
     for part in rounds(judged, budget.left() // 2):
-        with stages.timed("probes"):
+        with stage("probes"):
             moments = probe_groups(twin, network, part, found, examples, seed, statistics, progress, budget)
-        with stages.timed("verdicts"):
+        with stage("verdicts"):
             verdicts.update(judge_groups(part, moments, progress))
-        with stages.timed("ranking"):
+        with stage("ranking"):
             known = moments if near is None and examples is None else {}
             del moments  # a square of its channels for every reader of a group
             measured = measure_groups(
@@ -114,15 +123,14 @@ def conclude(
         verdicts = ranked.verdicts
         pooled.update({number: moments.astype(np.float32) for number, moments in ranked.moments.items()})
     unit = sensitivities.unit if sensitivities else "readers"
-    release_memory(network.device)
     predicted = ranking.predictions_on(twin, calibrated)
     if judged:
         count = 0 if examples is None else len(examples)
         notes.append(ranking.describe(calibrated, predicted, count, unit))
-    with stages.timed("embedding"):
+    with stage("embedding"):
         embeddings, places = embed_network(network, subject.layers, found, seed, progress)
     if examples is not None:
-        with stages.timed("examples"):
+        with stage("examples"):
             parts = find_exciting_parts(network, subject.layers, examples, statistics)
         if parts is not None:
             write_exciting_parts(parts, {one.name: one.slug for one in subject.records}, run.examples_file)
@@ -136,7 +144,7 @@ def conclude(
     write_json(run.decisions_file, decisions)
     run.write_moments(pooled)
     write_plain_masks(masks, run.masks_file)
-    with stages.timed("removal"):
+    with stage("removal"):
         summary = _summary(subject, table, masks, notes)
     told = {
         "calibration": ranking.summary(calibrated, predicted),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,16 @@ def measure_row(run: Callable[[Tensor], object], shape: Sequence[int], device: t
     return RowBytes(max(0, sum(sizes[1]) - sum(sizes[0])), largest // 2, images.nbytes // 2)
 
 
+def even_parts(count: int, most: int) -> list[slice]:
+    """So few parts of a batch that each has at most so many rows, about as long as each other.
+
+    Parts of unlike lengths would leave holes in memory that the others do not fit into.
+    """
+    size = math.ceil(count / math.ceil(count / most)) if count else 1
+    size = min(most, WHOLE * math.ceil(size / WHOLE))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class RowLimit:
     """How many rows of inputs fit a budget at a time, measured once for each shape.
 
@@ -187,6 +198,14 @@ class RowLimit:
         if shape not in self._fitting:
             self._fitting[shape] = self._measure(self._budget, shape)
         return min(most, self._fitting[shape])
+
+    def split(self, images: Tensor, most: int) -> Iterator[Tensor]:
+        """Cut a batch, shape (B, C, *size), into parts that fit; what they held is given back after each."""
+        rows = self.rows(images.shape[1:], most)
+        for places in even_parts(len(images), rows):
+            yield images[places]
+            if rows < len(images):
+                release_memory(images.device if self._budget is None else self._budget.device)
 
     def _measure(self, budget: Budget, shape: tuple[int, ...]) -> int:
         try:

@@ -328,11 +328,10 @@ def _gather(
     try:
         with torch.no_grad():
             for batch, held_out in probes():
-                half = None
-                parts = torch.split(batch, limit.rows(batch.shape[1:], most))
-                half = held_out
-                for part in parts:
+                for part in limit.split(batch, most):
+                    half = held_out
                     model(part.to(device))
+                    half = None
     finally:
         for handle in hooks:
             handle.remove()

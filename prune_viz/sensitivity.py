@@ -97,9 +97,9 @@ def _gather(
     limit = RowLimit(budget, model, backward=True)
     try:
         for batch in inputs():
-            parts = torch.split(batch, limit.rows(batch.shape[1:], most))
-            sizes = _sizes(model, parts) if len(parts) > 1 and unit != "nats" else None
-            for part in parts:
+            cut = len(batch) > limit.rows(batch.shape[1:], most)
+            sizes = _sizes(model, list(limit.split(batch, most))) if cut and unit != "nats" else None
+            for part in limit.split(batch, most):
                 images = part.detach().to(device).requires_grad_()
                 outputs = _outputs(model, images)
                 if not outputs:

@@ -6,8 +6,8 @@
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of
 which only what does not change the peak is cut short: the search has a task a worker, of the layer whose
-ascents hold most, with one step; the other stimuli are noise, of which eight a layer run through the network as
-probes; probes are calibrated in one pass and compared in two variants. Of the verdicts only the widest
+ascents hold most, with one step; the other stimuli are noise, of which eight a layer run through the network
+as probes; probes are calibrated in one pass and compared in two variants. Of the verdicts only the widest
 group's is reached. Peaks are those of the whole process up to the end of a stage, in MiB. The last line is
 one JSON object.
 """
@@ -80,7 +80,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def search(subject: Subject) -> tuple[int, int]:
-    """A task for each worker, of the layer whose ascents hold most; how many at a time, and how many filters in each."""
+    """A task for each worker, of the layer whose ascents hold most; how many workers and filters in each."""
     network = subject.network
     plan = MemoryPlan(network, BUDGET, 2)
     layer = max(network.layers, key=lambda layer: plan.taken(layer.name))
