@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_viz.devices import is_out_of_memory
+from prune_viz.devices import may_pass
 from prune_viz.errors import LayerError, brief
 from prune_viz.hooks import MapFunction
 from prune_viz.priors import Prior
@@ -193,7 +193,7 @@ def _backward(*outputs_and_inputs: Any, **options: Any) -> tuple[Tensor, ...]:
     try:
         found: tuple[Tensor, ...] = torch.autograd.grad(*outputs_and_inputs, **options)
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if may_pass(error):
             raise
         raise LayerError(f"no gradient comes back from its maps ({brief(error)})") from error
     return found

@@ -61,6 +61,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in words for phrase in told)
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether an error is the machine's, not the model's: another time, or elsewhere, it may not come."""
+    if is_out_of_memory(error) or isinstance(error, (OSError, ImportError, torch.AcceleratorError)):
+        return True
+    words = str(error).lower()
+    told = ("cuda error", "cublas error")
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in told)
+
+
 def workers_on(device: torch.device) -> int:
     """How many threads of work a device keeps busy: a CPU one a core, each of its own, others one."""
     return torch.get_num_threads() if device.type == "cpu" else 1

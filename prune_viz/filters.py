@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz import tracing
-from prune_viz.devices import is_out_of_memory
+from prune_viz.devices import may_pass
 from prune_viz.errors import LayerError, UserError, brief
 from prune_viz.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
 from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
@@ -159,7 +159,7 @@ class FilterNetwork:
                 with one_at_a_time:
                     return found(self._laid_out(inputs))
             except Exception as error:  # whatever a stranger's forward pass raises
-                if is_out_of_memory(error):
+                if may_pass(error):
                     raise
                 raise LayerError(f"{name}: the model fails on a stimulus ({brief(error)})") from error
 

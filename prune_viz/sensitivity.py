@@ -100,12 +100,9 @@ def _gather(
             cut = len(batch) > limit.rows(batch.shape[1:], most)
             sizes = _sizes(model, list(limit.split(batch, most))) if cut and unit != "nats" else None
             for part in limit.split(batch, most):
-                images = part.detach().to(device).requires_grad_()
-                outputs = _outputs(model, images)
-                if not outputs:
+                unit = _carry_back(model, part.to(device), sizes, random)
+                if not unit:
                     return None
-                change, unit = _drawn_change(outputs, sizes or _mean_squares(outputs), random)
-                torch.autograd.grad(change, images, allow_unused=True)
                 for group in groups:
                     silenced = _silenced(group, watches, len(part))
                     if silenced is None:
@@ -184,6 +181,22 @@ def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -
             return None
         total.index_add_(1, torch.from_numpy(places.channels), read[:, torch.from_numpy(places.indices)])
     return total
+
+
+def _carry_back(
+    model: nn.Module, images: Tensor, sizes: Sequence[Tensor] | None, random: torch.Generator
+) -> str:
+    """Have the watches see gradients of a drawn change of the outputs, and give its unit; "" without outputs.
+
+    A function, so that nothing of the graph outlives it.
+    """
+    images = images.detach().requires_grad_()
+    outputs = _outputs(model, images)
+    if not outputs:
+        return ""
+    change, unit = _drawn_change(outputs, sizes or _mean_squares(outputs), random)
+    torch.autograd.grad(change, images, allow_unused=True)
+    return unit
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

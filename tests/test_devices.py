@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prune_viz.devices import is_out_of_memory, pick_device
+from prune_viz.devices import is_out_of_memory, may_pass, pick_device
 from prune_viz.errors import UserError
 
 
@@ -33,3 +33,19 @@ def test_pick_device() -> None:
 )  # fmt: skip
 def test_out_of_memory_is_told_from_other_errors(error: Exception, told: bool) -> None:
     assert is_out_of_memory(error) == told
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (ModuleNotFoundError("No module named 'mine'"), True),
+        (ConnectionResetError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (TypeError("it gives no maps"), False),
+    ],
+)  # fmt: skip
+def test_errors_of_the_machine_are_told_from_the_models(error: Exception, passing: bool) -> None:
+    assert may_pass(error) == passing

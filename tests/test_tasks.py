@@ -15,7 +15,7 @@ import pytest
 import torch
 import tortured
 from networks import Untraceable, randomise_norms
-from torch import nn
+from torch import Tensor, nn
 
 from prune_viz import tasks
 from prune_viz.analysis import analyze
@@ -214,6 +214,35 @@ def test_a_task_that_fails_costs_only_what_starts_from_it(
     assert "blocks.0.depthwise" not in engine.tried
     failed = [json.loads(line) for line in run.log_file.read_text().splitlines() if "failed" in line]
     assert [event["task"] for event in failed] == ["blocks.0.expand, filters 0 to 23"]
+
+
+class _Moody(nn.Conv2d):
+    """A convolution that fails once it is told to."""
+
+    error: Exception | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("error", "kept"), [
+    (RuntimeError("CUDA error: unspecified launch failure"), False), (OSError("no such node"), False),
+    (ValueError("the model's own"), True),
+])  # fmt: skip
+def test_only_a_models_own_failure_is_kept_as_its_layers(
+    error: Exception, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(_Moody(3, 3, 1), nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    network = FilterNetwork(model, (3, 8, 8))
+    monkeypatch.setattr(_Moody, "error", error)
+    task = Task("1", 0, 4, None, "", "")
+    if kept:
+        assert "the model's own" in do_task(network, task, SETTINGS, None).failed
+    else:
+        with pytest.raises(type(error)):
+            do_task(network, task, SETTINGS, None)
 
 
 def test_where_everything_fails_little_is_tried(network: FilterNetwork, tmp_path: Path) -> None:
