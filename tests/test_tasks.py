@@ -216,7 +216,7 @@ def test_a_task_that_fails_costs_only_what_starts_from_it(
     assert [event["task"] for event in failed] == ["blocks.0.expand, filters 0 to 23"]
 
 
-class _Moody(nn.Conv2d):
+class _Moody(nn.ConvTranspose2d):
     """A convolution that fails once it is told to."""
 
     error: Exception | None = None
