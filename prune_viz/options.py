@@ -97,7 +97,7 @@ Workers = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Memory that the search may take, as in 8G.", show_default="most of what is free"
+        metavar="SIZE", help="Memory that the run may take, as in 8G.", show_default="most of what is free"
     ),
 ]
 GpusPerTask = Annotated[

