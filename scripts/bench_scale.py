@@ -4,10 +4,10 @@
     .venv/bin/python scripts/bench_scale.py           # ResNets 18, 50, 152, EfficientNet-lite0: half an hour
     .venv/bin/python scripts/bench_scale.py --quick   # ResNet-18 alone
 
-ResNets have seeded random weights. Every figure is of this machine, in one run. Filters: the
-same layer, more and more of its filters, and the exponent of a power fitted to the times. Depth: the last
-layer of each quarter. Canvas: one layer on larger and larger ones. Cores: the same tasks one after the other
-with operations spread over the cores, side by side in threads, and side by side in processes. All these with
+ResNets have seeded random weights. Every figure is of this machine, in one run. Filters: the same layer,
+more and more of its filters, and the exponent of a power fitted to the times. Depth: the last layer of each
+quarter. Canvas: one layer on larger and larger ones. Cores: the same tasks one after the other with
+operations spread over the cores, side by side in threads, and side by side in processes. All these with
 ascents of few steps. (Memory: `bench_memory.py`.)
 The zoo is a plan on paper: core hours as `analyze --dry-run` estimates them, the mean over these networks,
 and what one process that writes a run directory can take in. The last line is one JSON object.
@@ -47,6 +47,7 @@ SETTINGS = Settings("natural", 12, 0, None)  # short ascents, but to estimate wh
 BRIEF = Settings("natural", 1, 0, None)  # for the size of results
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
+COMMON = 96  # canvas on which layers are compared, and more and more filters of one
 ZOO, WORKERS, NODES = 10_000, 1_000, 16  # networks, cores to search them, nodes that each network goes to
 
 
@@ -94,16 +95,13 @@ def by_filters(name: str, network: FilterNetwork) -> dict[str, Any]:
 
 
 def by_depth(name: str, network: FilterNetwork) -> list[dict[str, Any]]:
-    """How long a filter takes at several depths."""
+    """How long a filter takes at several depths, on one canvas."""
     rows = []
     for layer in last_layers(network):
         count = min(COUNTS[0], network.layer(layer).filters)
-        canvas = network.layer(layer).canvas
         a_filter = seconds_of(network, layer, count) / count
-        rows.append({
-            "network": name, "layer": layer, "depth": network.layer(layer).depth, "canvas": canvas[0],
-            "a_filter": a_filter,
-        })  # fmt: skip
+        depth = network.layer(layer).depth
+        rows.append({"network": name, "layer": layer, "depth": depth, "a_filter": a_filter})
     return rows
 
 
@@ -209,8 +207,9 @@ def main() -> None:
     for name in names:
         model = NETWORKS[name]()
         network = FilterNetwork(model, (3, 224, 224))
-        filters.append(by_filters(name, network))
-        depths += by_depth(name, network)
+        common = FilterNetwork(model, (3, 224, 224), COMMON)
+        filters.append(by_filters(name, common))
+        depths += by_depth(name, common)
         plan = MemoryPlan(network, None, cores)
         costs = estimate_stimuli(network, network.layers, FULL, plan, Progress())
         hours.append(sum(cost.seconds for cost in costs) / 3600)
@@ -222,7 +221,7 @@ def main() -> None:
         [[one["network"], one["layer"], *one["seconds"], one["exponent"]] for one in filters],
     )  # fmt: skip
     print_table(
-        "Seconds a filter, by depth", ["network", "layer", "depth", "canvas", "a filter"],
+        "Seconds a filter, by depth", ["network", "layer", "depth", "a filter"],
         [list(one.values()) for one in depths],
     )  # fmt: skip
     print_table(

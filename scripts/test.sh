@@ -18,4 +18,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${CI:-}" = true ]; then
     set -- -m "slow or not slow" --durations=40 "$@"
 fi
-exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

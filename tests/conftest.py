@@ -1,5 +1,7 @@
 """What all tests share: slow ones only on demand, one thread, and the demo's trained network."""
 
+import signal
+
 import pytest
 import torch
 from browser import chromium, watched  # noqa: F401 (fixtures)
@@ -10,6 +12,13 @@ from prune_viz.digits import Digits, DigitsNet, load_digits, train_digits_net
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # what a shell hands on to what it runs behind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # By far the longest goes first, so that the other workers are busy meanwhile.
+    items.sort(key=lambda item: "test_real_network" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True, scope="session")
