@@ -163,7 +163,7 @@ def with_fewer(work: Callable[[int], _T], most: int, device: torch.device) -> _T
             if not is_out_of_memory(error):
                 raise
             if most == 1:
-                raise UserError("not enough memory for a single input; give a smaller --canvas") from None
+                raise UserError("not enough memory for a single input; free some, and go on") from None
         most = halved(most)
         release_memory(device)  # only here has the error let go of what it held
 

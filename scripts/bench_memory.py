@@ -1,7 +1,7 @@
 """What a run holds in memory from end to end, by network, where it is told how much it may.
 
     scripts/test.sh --collect-only -q   # sets up .venv
-    .venv/bin/python scripts/bench_memory.py           # ResNets 18, 50, 152, RegNet-X-32GF: half an hour
+    .venv/bin/python scripts/bench_memory.py           # ResNets 18, 50, 152, RegNet-X-32GF
     .venv/bin/python scripts/bench_memory.py --quick   # ResNet-18 alone
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of

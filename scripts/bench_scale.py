@@ -1,7 +1,7 @@
 """How the search for stimuli grows with filters, depth and canvas, and what a model zoo would take.
 
     scripts/test.sh --collect-only -q   # sets up .venv
-    .venv/bin/python scripts/bench_scale.py           # ResNets 18, 50, 152, EfficientNet-lite0: half an hour
+    .venv/bin/python scripts/bench_scale.py           # ResNets 18, 50, 152, EfficientNet-lite0
     .venv/bin/python scripts/bench_scale.py --quick   # ResNet-18 alone
 
 ResNets have seeded random weights. Every figure is of this machine, in one run. Filters: the same layer,
