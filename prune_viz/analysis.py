@@ -19,7 +19,7 @@ from torch import nn
 
 from prune_viz import redundancy, surgery
 from prune_viz.conclusions import conclude
-from prune_viz.engines import Engine, LocalEngine, see_through
+from prune_viz.engines import Engine, LocalEngine, run_tasks
 from prune_viz.errors import RunInterruptedError, UserError, one_line
 from prune_viz.estimate import Estimate, estimate_run
 from prune_viz.masks import Masks
@@ -34,7 +34,7 @@ from prune_viz.run_log import RunLog, now
 from prune_viz.runs import FORMAT, LayerFiles, LayerTensors, RunDirectory
 from prune_viz.stimuli import STEPS, check_options
 from prune_viz.subjects import Subject, prepare_subject
-from prune_viz.tasks import Settings, Task, plan_tasks, stimuli_key
+from prune_viz.tasks import StimulusSettings, Task, plan_tasks, stimuli_key
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def analyze(
     }
     provenance = _provenance(subject, source, options)
     budget = Budget.of(network.device, memory)
-    settings = Settings(prior, steps, seed, subject.statistics)
+    settings = StimulusSettings(prior, steps, seed, subject.statistics)
 
     # Before anything of an earlier run is cleared away.
     budgeted = None if engine == "ray" else MemoryPlan(network, memory, workers)
@@ -210,7 +210,7 @@ def estimate(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
         data=data, out=out, file_sha256=None,
     )  # fmt: skip
-    settings = Settings(prior, steps, seed, subject.statistics)
+    settings = StimulusSettings(prior, steps, seed, subject.statistics)
     prepared = time.perf_counter() - start
     with progress or Progress() as shown:
         found = estimate_run(subject, settings, memory, workers, shown)
@@ -238,13 +238,13 @@ def _run(
             provenance["notes"] += _find_stimuli(subject, run, tasks, key, make_engine, progress, log)
         concluded = conclude(subject, run, key, stages, progress, budget)
         provenance["notes"] += concluded.notes
-        provenance.update(concluded.told, stages=stages.listed(), finished=now())
+        provenance.update(concluded.provenance, stages=stages.listed(), finished=now())
         run.write_provenance(provenance)  # which the report shows
         if report:
             with stages.timed("report"):
                 write_report(run, progress)
         provenance["stages"] = stages.listed()
-    summary = {**concluded.told["summary"], "seconds": stages.total(), "peak_mib": peak_mib()}
+    summary = {**concluded.provenance["summary"], "seconds": stages.total(), "peak_mib": peak_mib()}
     found = LayerFiles(run, subject.records)
     return Analysis(concluded.filters, concluded.masks, found, summary, run.path)
 
@@ -297,16 +297,16 @@ def _find_stimuli(
     progress.advance(sum(task.filters for task in pieces.done))
     if len(pieces.done) < len(tasks):
         with make_engine() as engine:
-            see_through(tasks, pieces, engine, log, lambda task: progress.note(task.layer))
+            run_tasks(tasks, pieces, engine, log, lambda task: progress.note(task.layer))
     progress.finish()
     pieces.tidy()
     notes = []
-    for name, told in pieces.told.items():
-        if told["failed"]:
-            notes.append(f"{name} could not be looked at: {told['failed']}.")
-        if told["derailed"]:
+    for name, metadata in pieces.metadata.items():
+        if metadata["failed"]:
+            notes.append(f"{name} could not be looked at: {metadata['failed']}.")
+        if metadata["derailed"]:
             notes.append(
-                f"{name}: the ascent of filters {told['derailed']} met values that are not finite; their "
+                f"{name}: the ascent of filters {metadata['derailed']} met values that are not finite; their "
                 "stimuli are the best finite ones found, if any."
             )
     return notes

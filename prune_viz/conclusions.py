@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Conclusions:
         A row a filter, columns `runs.FILTER_COLUMNS`.
     masks : Masks
         Consistent over coupling groups.
-    told : dict
+    provenance : dict
         For `run.json`: ``calibration, damage_unit, summary``.
     notes : list of str
         For the report.
@@ -52,7 +52,7 @@ class Conclusions:
 
     filters: pd.DataFrame
     masks: Masks
-    told: dict[str, Any]
+    provenance: dict[str, Any]
     notes: list[str]
 
 
@@ -74,7 +74,8 @@ def conclude(
     progress : Progress
         Told how the work goes.
     budget : Budget
-        Memory that may be taken. Groups whose moments do not fit together are judged in turns.
+        Memory that may be taken. Groups whose moments do not fit together are judged in turns; of one that
+        does not fit alone they are kept in the run directory meanwhile.
 
     Returns
     -------
@@ -89,6 +90,7 @@ def conclude(
     groups, examples, notes = subject.groups, subject.examples, []
     found = LayerFiles(run, subject.records)
     judged = subject.judged
+    budget = replace(budget, folder=run.path)
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -107,7 +109,7 @@ def conclude(
     with stage("sensitivity"):
         sensitivities = sense_output(twin, judged, near, examples, seed, progress, budget)
     verdicts, pooled = judge_groups(groups, {}, Progress()), {}
-    for part in rounds(judged, budget.left() // 2):
+    for part in rounds(judged, budget.of_host().left() // 2):
         with stage("probes"):
             moments = probe_groups(twin, network, part, found, examples, seed, statistics, progress, budget)
         with stage("verdicts"):
@@ -146,12 +148,12 @@ def conclude(
     write_plain_masks(masks, run.masks_file)
     with stage("removal"):
         summary = _summary(subject, table, masks, notes)
-    told = {
+    provenance = {
         "calibration": ranking.summary(calibrated, predicted),
         "damage_unit": unit,
         "summary": summary,
     }
-    return Conclusions(table, masks, told, notes)
+    return Conclusions(table, masks, provenance, notes)
 
 
 def _calibrate(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prune_viz.files import evict
 from prune_viz.moments import Moments
 
 _SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
@@ -21,7 +22,10 @@ def are_silent(readers: Sequence[Moments]) -> np.ndarray:
 def dead_kinds(readers: Sequence[Moments]) -> list[str]:
     """How each channel is dead, as far as the readers can tell; empty where it is not."""
     silent = are_silent(readers)
-    energy = np.sum([np.diag(reader.energy) for reader in readers], axis=0)
+    energy = np.zeros(len(silent))
+    for reader in readers:
+        energy += np.diag(reader.energy)
+        evict(reader.energy)
     deviation = np.sqrt(np.max([reader.variance for reader in readers], axis=0))
     mean = np.max([np.abs(reader.mean) for reader in readers], axis=0)
     typical = float(np.median(deviation))

@@ -1,4 +1,4 @@
-"""Where tasks are done, and seeing all of them through: `LocalEngine`, `see_through`."""
+"""Where tasks are done, and doing all of them: `LocalEngine`, `run_tasks`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_viz.filters import FilterNetwork
 from prune_viz.pieces import Pieces
 from prune_viz.progress import Progress
 from prune_viz.run_log import RunLog
-from prune_viz.tasks import Piece, Settings, Task, do_task
+from prune_viz.tasks import Piece, StimulusSettings, Task, do_task
 
 HOPELESS = 3  # tasks that fail before any is done, after which no other is tried
 
@@ -42,7 +42,7 @@ class LocalEngine:
     ----------
     network : FilterNetwork
         The prepared network.
-    settings : Settings
+    settings : StimulusSettings
         What stimuli depend on.
     workers : int
         How many tasks at a time.
@@ -55,7 +55,7 @@ class LocalEngine:
     def __init__(
         self,
         network: FilterNetwork,
-        settings: Settings,
+        settings: StimulusSettings,
         workers: int,
         batch: Callable[[str], int | None] = lambda layer: None,
         progress: Progress | None = None,
@@ -91,7 +91,7 @@ class LocalEngine:
         )  # fmt: skip
 
 
-def see_through(
+def run_tasks(
     tasks: Sequence[Task], pieces: Pieces, engine: Engine, log: RunLog, advance: Callable[[Task], None]
 ) -> None:
     """Have all tasks done that are not done yet; one that fails does not keep others from it.

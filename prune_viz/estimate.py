@@ -37,10 +37,11 @@ from prune_viz.progress import Progress
 from prune_viz.provenance import peak_mib
 from prune_viz.sensitivity import gather_sensitivities
 from prune_viz.subjects import Subject
-from prune_viz.tasks import Piece, Settings, Task, task_filters
+from prune_viz.tasks import Piece, StimulusSettings, Task, task_filters
 from prune_viz.verdicts import probing_copy
 
-TRIED_LAYERS = 8
+# Of a kind; without an activation, and where another layer's stimuli are begun with, climbs last longer.
+TRIED_LAYERS = 4
 TRIED_FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
 TRIAL_SECONDS = 60.0  # that trying them may take, about
 PASSES_PER_FILTER = 250  # forward ones that an ascent costs, about; only to choose how many are tried
@@ -114,7 +115,7 @@ class Estimate:
 
 
 def estimate_run(
-    subject: Subject, settings: Settings, memory: int | None, workers: int | None, progress: Progress
+    subject: Subject, settings: StimulusSettings, memory: int | None, workers: int | None, progress: Progress
 ) -> Estimate:
     """What an analysis on this machine would take.
 
@@ -122,7 +123,7 @@ def estimate_run(
     ----------
     subject : Subject
         What would be analysed.
-    settings : Settings
+    settings : StimulusSettings
         What stimuli depend on.
     memory : int or None
         Bytes that the search may take.
@@ -152,7 +153,11 @@ def estimate_run(
 
 
 def estimate_stimuli(
-    network: FilterNetwork, layers: Sequence[Layer], settings: Settings, plan: MemoryPlan, progress: Progress
+    network: FilterNetwork,
+    layers: Sequence[Layer],
+    settings: StimulusSettings,
+    plan: MemoryPlan,
+    progress: Progress,
 ) -> list[LayerCost]:
     """What the stimuli of layers would take.
 
@@ -162,31 +167,41 @@ def estimate_stimuli(
         The prepared network.
     layers : sequence of Layer
         Which.
-    settings : Settings
+    settings : StimulusSettings
         What stimuli depend on.
     plan : MemoryPlan
         How many at a time.
     progress : Progress
         Told how the trial goes.
     """
-    progress.start("trial", len(layers) + TRIED_LAYERS)
+    progress.start("trial", len(layers) + 1)
     with one_thread_each():
         passes = [_forward_seconds(network, layer, progress) for layer in layers]
     weights = np.array([layer.filters * one for layer, one in zip(layers, passes, strict=True)])
-    middles = (np.cumsum(weights) - weights / 2) / weights.sum()
-    shares = (np.arange(TRIED_LAYERS) + 0.5) / TRIED_LAYERS
-    tried = sorted({int(np.abs(middles - share).argmin()) for share in shares})
+    traits = [(network.has_activation(one.name), network.feeder(one.name) is None) for one in layers]
+    kinds = [np.array([i for i, one in enumerate(traits) if one == kind]) for kind in dict.fromkeys(traits)]
+    chosen = [kind[_spread(weights[kind], TRIED_LAYERS)] for kind in kinds]
+    tried = sorted(int(index) for some in chosen for index in some)
     one_of_each = sum(passes[index] for index in tried) / WHOLE * PASSES_PER_FILTER
     count = int(np.clip(TRIAL_SECONDS * plan.workers / one_of_each, *TRIED_FILTERS)) // WHOLE * WHOLE
     seconds = _try(network, [layers[index] for index in tried], count, settings, plan)
-    progress.advance(TRIED_LAYERS)
+    progress.advance()
     progress.finish()
-    ratios = [seconds[layers[index].name] / passes[index] for index in tried]
-    a_filter = np.interp(np.arange(len(layers)), tried, ratios) * passes
+    a_filter = np.zeros(len(layers))
+    for kind, some in zip(kinds, chosen, strict=True):
+        ratios = [seconds[layers[index].name] / passes[index] for index in some]
+        a_filter[kind] = np.interp(kind, some, ratios) * np.array(passes)[kind]
     return [
         LayerCost(layer, float(one * layer.filters), plan.batch(layer.name))
         for layer, one in zip(layers, a_filter, strict=True)
     ]
+
+
+def _spread(weights: np.ndarray, count: int) -> np.ndarray:
+    """Indices, in order, of what lies at the middles of so many equal shares of the weights."""
+    middles = (np.cumsum(weights) - weights / 2) / weights.sum()
+    shares = (np.arange(count) + 0.5) / count
+    return np.unique(np.abs(middles[:, None] - shares).argmin(axis=0))
 
 
 def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -> float:
@@ -204,7 +219,7 @@ def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -
 
 
 def _try(
-    network: FilterNetwork, layers: Sequence[Layer], count: int, settings: Settings, plan: MemoryPlan
+    network: FilterNetwork, layers: Sequence[Layer], count: int, settings: StimulusSettings, plan: MemoryPlan
 ) -> dict[str, float]:
     """Seconds a filter of layers, so many of each tried side by side as a run does."""
     feeders = {layer.name: network.feeder(layer.name) for layer in layers}
@@ -271,7 +286,7 @@ def estimate_conclusions(
         """Of one input, in as many turns as there are."""
         return sum(
             _seconds(partial(gather_moments, twin, part, lambda: [(images, False)], budget)) / len(images)
-            for part in rounds(judged, budget.left() // 2)
+            for part in rounds(judged, budget.of_host().left() // 2)
         )
 
     found["probes"] = probe(noise) * (filters + noise_probes + examples)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from prune_viz.files import batches_of
+
 BATCH = 128
 # The spectrum's bins along each axis, by number of spatial axes. They are evenly spaced in
 # asinh(frequency / FINE), so that the low frequencies, where stimuli have most of their power, get more.
@@ -38,8 +40,12 @@ def describe_stimuli(images: np.ndarray) -> np.ndarray:
     count = BINS[len(sides)]
     bins = [_binning(np.fft.fftfreq(side), count) for side in sides[:-1]]
     bins.append(_half_binning(sides[-1], count))
-    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-    return np.vstack([_describe_batch(np.nan_to_num(batch.astype(np.float32)), bins) for batch in batches])
+    return np.vstack(
+        [
+            _describe_batch(np.nan_to_num(batch.astype(np.float32)), bins)
+            for batch in batches_of(images, BATCH)
+        ]
+    )
 
 
 def _describe_batch(pictures: np.ndarray, bins: list[np.ndarray]) -> np.ndarray:

@@ -1,12 +1,16 @@
-"""Files that are complete or absent: written aside, then renamed; tensors with a digest of what they hold."""
+"""Files that are complete or absent: written aside, then renamed; arrays with a digest of what they hold.
+
+Large arrays need not be in memory: they are written in parts, and read by mapping their files.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,16 @@ from prune_viz.errors import UserError
 
 ASIDE = ".part"  # ending of what is still being written
 _DIGEST = "sha256"
+_CHUNK = 2**25  # bytes of a mapped file that are in memory at a time
+_CODES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+}
+_CODE_OF = {np.dtype(kind): code for code, kind in _CODES.items()}
 
 
 @contextmanager
@@ -56,15 +70,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` to `path` as indented JSON, whole or not at all. NaN becomes null."""
-    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=True) + "\n")
+    write_text(path, json.dumps(jsonable(value), indent=1, allow_nan=False, ensure_ascii=True) + "\n")
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """A value as JSON has it: numbers of numpy as Python's, what is not finite as null, paths as strings."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -80,33 +94,93 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], told: Mapping[str, str] | None = None) -> None:
-    """Write arrays of at least one axis to a safetensors file, with strings and a digest of both."""
-    from safetensors.numpy import save
+def write_arrays(
+    path: Path,
+    arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write arrays of at least one axis to a safetensors file, with strings and a digest of both.
 
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    told = dict(told or {})
-    told[_DIGEST] = _digest(arrays, told)
-    with written_aside(path) as aside:
-        aside.write_bytes(save(arrays, told))
+    An array may come in parts that lie one behind the other along the first axis. (The library's own writer
+    wants each array whole.)
+    """
+    parts = {name: [array] if isinstance(array, np.ndarray) else array for name, array in arrays.items()}
+    order = sorted(parts, key=lambda name: (-parts[name][0].itemsize, name))  # so that each is aligned
+    metadata = dict(metadata or {})
+    metadata[_DIGEST] = _digest(parts, metadata)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    begin = 0
+    for name in order:
+        end = begin + sum(part.nbytes for part in parts[name])
+        code, shape = _CODE_OF[parts[name][0].dtype], _shape(parts[name])
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    with written_aside(path) as aside, aside.open("wb") as stream:
+        stream.write(len(words).to_bytes(8, "little") + words)
+        for name in order:
+            for chunk in _chunks(parts[name]):
+                stream.write(chunk)
 
 
-def read_arrays(path: Path, strict: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+def read_arrays(
+    path: Path, strict: bool = True, mapped: Container[str] = ()
+) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
     """What `write_arrays` wrote, arrays and strings; None where there is nothing, or not just that.
 
-    With `strict` false, files without a digest count too, as earlier versions wrote them.
+    Parameters
+    ----------
+    path : Path
+        The file.
+    strict : bool
+        False: files without a digest count too, as earlier versions wrote them.
+    mapped : container of str
+        Names of arrays to be left in the file, of which only what is used comes into memory until `evict`.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            told = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (OSError, SafetensorError, ValueError, TypeError):
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            arrays = {name: file.get_tensor(name) for name in names if name not in mapped}
+        arrays.update(_mapped(path, [name for name in names if name in mapped]))
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return None
-    digest = told.pop(_DIGEST, None)
-    sound = not strict if digest is None else digest == _digest(arrays, told)
-    return (arrays, told) if sound else None
+    digest = metadata.pop(_DIGEST, None)
+    parts = {name: [array] for name, array in arrays.items()}
+    sound = not strict if digest is None else digest == _digest(parts, metadata)
+    return (arrays, metadata) if sound else None
+
+
+def _mapped(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of a safetensors file, left there; what is changed in them stays out of it."""
+    if not names:
+        return {}
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    whole = np.memmap(path, np.uint8, "c", offset=0)
+    arrays = {}
+    for name in names:
+        begin, end = (8 + length + place for place in header[name]["data_offsets"])
+        arrays[name] = whole[begin:end].view(_CODES[header[name]["dtype"]]).reshape(header[name]["shape"])
+    return arrays
+
+
+def batches_of(array: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """So many rows of an array after each other, of what is kept in a file each only meanwhile in memory."""
+    for begin in range(0, len(array), count):
+        yield array[begin : begin + count]
+        evict(array)
+
+
+def evict(array: np.ndarray) -> None:
+    """Take out of memory what an array keeps in a file, with all else that is mapped with it."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def read_header(path: Path) -> dict[str, str] | None:
@@ -120,11 +194,26 @@ def read_header(path: Path) -> dict[str, str] | None:
         return None
 
 
-def _digest(arrays: Mapping[str, np.ndarray], told: Mapping[str, str]) -> str:
-    """Hex SHA-256 of arrays with their names, types and shapes, and of strings."""
-    digest = hashlib.sha256(json.dumps(sorted(told.items())).encode())
+def _digest(arrays: Mapping[str, Sequence[np.ndarray]], metadata: Mapping[str, str]) -> str:
+    """Hex SHA-256 of arrays, each in parts, with their names, types and shapes, and of strings."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        parts = arrays[name]
+        digest.update(json.dumps([name, str(parts[0].dtype), _shape(parts)]).encode())
+        for chunk in _chunks(parts):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def _shape(parts: Sequence[np.ndarray]) -> list[int]:
+    """Of the array whose parts lie one behind the other along the first axis."""
+    return [sum(len(part) for part in parts), *parts[0].shape[1:]]
+
+
+def _chunks(parts: Sequence[np.ndarray]) -> Iterator[memoryview]:
+    """The bytes of an array, each chunk in memory only until the next."""
+    for part in parts:
+        flat = (part if part.flags.c_contiguous else part.copy()).reshape(-1).view(np.uint8)
+        for begin in range(0, len(flat), _CHUNK):
+            yield flat[begin : begin + _CHUNK].data
+            evict(part)

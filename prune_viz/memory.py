@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -60,10 +60,13 @@ class Budget:
         Whose memory.
     limit : int
         Bytes, what is held already included.
+    folder : Path or None
+        Where what does not fit is kept meanwhile; None where temporary files are.
     """
 
     device: torch.device
     limit: int
+    folder: Path | None = None
 
     @classmethod
     def of(cls, device: torch.device, limit: int | None = None) -> Budget:
@@ -80,6 +83,11 @@ class Budget:
     def left(self) -> int:
         """Bytes that may still be taken."""
         return max(0, self.limit - self.held())
+
+    def of_host(self) -> Budget:
+        """The budget of main memory: on a CPU the same, otherwise what is free there."""
+        host = torch.device("cpu")
+        return self if self.device == host else replace(Budget.of(host), folder=self.folder)
 
     def rows(self, a_row: int, aside: int = 0) -> int:
         """How many rows of so many bytes fit at a time beside what is put aside; at least one."""

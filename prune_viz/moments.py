@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz.devices import with_fewer
+from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup, Places
 from prune_viz.memory import Budget, RowLimit
 from prune_viz.probes import BATCH
+from prune_viz.spill import Store
 
 POSITIONS = 64  # of a map that are sampled, a probe
 _MATRICES = 8  # of doubles, a square of its channels each, that a group's moments take for each reader
@@ -69,15 +71,17 @@ class Moments:
 
 
 class _Watch:
-    """Sums one reader's moments for one group while batches run."""
+    """Sums one reader's moments for one group while batches run, into four squares of zeros."""
 
-    def __init__(self, places: Places, channels: int, module: Any, constant: float) -> None:
+    def __init__(
+        self, places: Places, channels: int, module: Any, constant: float, squares: np.ndarray
+    ) -> None:
         self.places = places
         self.constant = constant
         self.channels = channels
         self.module = module
         self.columns = _columns(places, channels)
-        self.sums = np.zeros((2, channels + 1, channels + 1))
+        self.sums, self.energies = squares[:2], squares[2:, :channels, :channels]
         self.counts = np.zeros(2)
         self.output = np.zeros((2, 0))
         self.output_count = 0
@@ -96,6 +100,7 @@ class _Watch:
         rows = F.pad(samples.double(), (0, 1), value=self.constant)
         half = int(held_out)
         self.sums[half] += (rows.T @ rows).cpu().numpy()
+        evict(self.sums)
         self.counts[half] += len(rows)
         axis = 1 if isinstance(module, _ConvNd) else -1
         values = output.detach().movedim(axis, -1).flatten(0, -2).double()
@@ -125,11 +130,15 @@ class _Watch:
         means = self.output / max(self.output_count, 1)
         mean = self.first / max(self.inner_count, 1)
         output_variance = float((means[1] - means[0] ** 2).clip(min=0).sum())
+        self.sums /= self.counts.clip(min=1)[:, None, None]
+        self.energies[0], self.energies[1] = _energies(self.module, self.columns)
+        evict(self.sums)
         return Moments(
             self.places.module,
-            self.sums[0] / max(self.counts[0], 1),
-            self.sums[1] / max(self.counts[1], 1),
-            *_energies(self.module, self.columns),
+            self.sums[0],
+            self.sums[1],
+            self.energies[0],
+            self.energies[1],
             output_variance,
             output_variance,
             self.peak,
@@ -164,6 +173,7 @@ def weigh_outputs(
     group: CouplingGroup,
     moments: Sequence[Moments],
     sensitivities: Mapping[str, np.ndarray],
+    store: Store,
 ) -> list[Moments]:
     """Let the outputs of a group's readers count by how much the network's output depends on them.
 
@@ -177,15 +187,19 @@ def weigh_outputs(
         One a reader.
     sensitivities : mapping of str to ndarray
         From `prune_viz.sensitivity.gather_sensitivities`, for every reader.
+    store : Store
+        Where what is new is kept.
     """
     modules = dict(model.named_modules())
     weighed = []
-    for places, found in zip(group.readers, moments, strict=True):
+    squares = store.zeros((len(moments), 2, group.channels, group.channels))
+    for places, found, energies in zip(group.readers, moments, squares, strict=True):
         values, vectors = np.linalg.eigh(sensitivities[places.module])
         root = torch.from_numpy(np.sqrt(values.clip(min=0))[:, None] * vectors.T)
         columns = _columns(places, group.channels)
-        energy, smooth = _energies(modules[places.module], columns, root)
-        weighed.append(replace(found, energy=energy, smooth_energy=smooth, unit=2.0))
+        energies[0], energies[1] = _energies(modules[places.module], columns, root)
+        evict(energies)
+        weighed.append(replace(found, energy=energies[0], smooth_energy=energies[1], unit=2.0))
     return weighed
 
 
@@ -195,7 +209,7 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
     Parameters
     ----------
     parts : sequence of sequence of Moments
-        For each set, one a reader.
+        For each set, one a reader. Second moments of the first set are overwritten.
     shares : sequence of float
         What each set counts for; they add to 1.
     """
@@ -208,11 +222,11 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
         first = mean([one.mean for one in found])
         second = mean([one.variance + one.mean**2 for one in found])
         spread = mean([one.output_variance for one in found])
+        _pool_sampled([one.fit for one in found], shares)
+        _pool_sampled([one.held_out for one in found], shares)
         pooled.append(
             replace(
                 found[0],
-                fit=_mean_of_sampled([one.fit for one in found], shares),
-                held_out=_mean_of_sampled([one.held_out for one in found], shares),
                 output_variance=spread,
                 unit=spread,
                 peak=np.max([one.peak for one in found], axis=0),
@@ -223,11 +237,16 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
     return pooled
 
 
-def _mean_of_sampled(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
-    """A mean over the sets that have samples of this half at all."""
-    there = [(share, one) for share, one in zip(shares, matrices, strict=True) if one.any()]
-    total = sum(share for share, _ in there)
-    return sum((share / total * one for share, one in there), np.zeros_like(matrices[0]))
+def _pool_sampled(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> None:
+    """Let the first be the mean over those that have samples of this half at all."""
+    first, *others = matrices
+    counting = np.array([share * one.any() for share, one in zip(shares, matrices, strict=True)])
+    counting /= max(counting.sum(), 1e-300)
+    first *= counting[0]
+    for share, other in zip(counting[1:], others, strict=True):
+        first += share * other
+        evict(other)
+    evict(first)
 
 
 def _thin(maps: Tensor) -> Tensor:
@@ -254,7 +273,11 @@ def _padding(module: _ConvNd, inputs: Tensor, output: Tensor) -> list[int]:
 
 
 def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[CouplingGroup]]:
-    """Give groups in order, so many at a time that their moments take `most` bytes; one alone may more."""
+    """Give groups in order, so many at a time that their moments take `most` bytes; one alone may more.
+
+    With `most` half of what is left of main memory, `Store` keeps the moments of several in memory, and of
+    one that takes more in a file.
+    """
     chosen: list[CouplingGroup] = []
     for group in groups:
         if chosen and _bytes_of_moments([*chosen, group]) > most:
@@ -287,16 +310,23 @@ def gather_moments(
         Gives batches, shape (B, C, *size), and whether they are held out for checking; called again where
         memory ran out and all is begun anew with smaller ones.
     budget : Budget, optional
-        Memory that may be taken.
+        Memory that may be taken; moments that do not fit are kept in a file.
 
     Returns
     -------
     dict
         Group number -> one `Moments` a reader.
+
+    Raises
+    ------
+    UserError
+        If moments do not fit in memory, nor on the disk.
     """
-    limit = RowLimit(budget, model, backward=False, aside=_bytes_of_moments(groups))
+    store = Store(budget)
     device = next(model.parameters()).device
-    return with_fewer(partial(_gather, model, groups, probes, limit), BATCH, device)
+    aside = min(_bytes_of_moments(groups), 2 * store.most) if device.type == "cpu" else 0
+    limit = RowLimit(budget, model, backward=False, aside=aside)
+    return with_fewer(partial(_gather, model, groups, probes, limit, store), BATCH, device)
 
 
 def _gather(
@@ -304,16 +334,18 @@ def _gather(
     groups: Sequence[CouplingGroup],
     probes: Callable[[], Iterable[tuple[Tensor, bool]]],
     limit: RowLimit,
+    store: Store,
     most: int,
 ) -> dict[int, list[Moments]]:
     modules = dict(model.named_modules())
-    watches = {
-        group.number: [
-            _Watch(places, group.channels, modules[places.module], _constant(group, modules))
-            for places in group.readers
+    watches: dict[int, list[_Watch]] = {}
+    for group in groups:
+        squares = store.zeros((len(group.readers), 4, group.channels + 1, group.channels + 1))
+        constant = _constant(group, modules)
+        watches[group.number] = [
+            _Watch(places, group.channels, modules[places.module], constant, own)
+            for places, own in zip(group.readers, squares, strict=True)
         ]
-        for group in groups
-    }
     half: bool | None = None  # which one the probes are of, held out or not
 
     def attach(watch: _Watch) -> Any:

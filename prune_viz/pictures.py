@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
+from prune_viz.files import batches_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -80,8 +82,8 @@ def colour_axes(images: np.ndarray, statistics: InputStatistics | None = None) -
     if channels in (1, 3):
         return None
     second = np.zeros((channels, channels))
-    for begin in range(0, len(images), _BATCH):
-        pixels = np.nan_to_num(images[begin : begin + _BATCH].astype(np.float32), posinf=0.0, neginf=0.0)
+    for batch in batches_of(images, _BATCH):
+        pixels = np.nan_to_num(batch.astype(np.float32), posinf=0.0, neginf=0.0)
         flat = np.moveaxis(_as_pixels(pixels, statistics), 1, 0).reshape(channels, -1)
         second += flat @ flat.T
     vectors = np.linalg.eigh(second)[1][:, ::-1][:, :3]

@@ -9,8 +9,10 @@ import numpy as np
 
 from prune_viz.errors import UserError
 from prune_viz.files import read_arrays, read_header, write_arrays
-from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
-from prune_viz.tasks import Piece, Task, join_pieces
+from prune_viz.runs import LayerRecord, RunDirectory
+from prune_viz.tasks import Piece, Task, failing_together
+
+_ARRAYS = ("images", "activations", "responses")
 
 
 class Pieces:
@@ -43,13 +45,13 @@ class Pieces:
         self._tasks: dict[str, list[Task]] = {record.name: [] for record in records}
         for task in tasks:
             self._tasks[task.layer].append(task)
-        self.told = {name: run.layer_told(file) for name, file in self._files.items()}
+        self.metadata = {name: run.layer_metadata(file) for name, file in self._files.items()}
         whole = {one.name: {"run": key, "layer": one.name, "filters": str(one.filters)} for one in records}
         self.whole = {
             name
-            for name, told in self.told.items()
-            if "key" not in told  # else a piece stands in the layer's place
-            and whole[name].items() <= told.items()
+            for name, metadata in self.metadata.items()
+            if "key" not in metadata  # else a piece stands in the layer's place
+            and whole[name].items() <= metadata.items()
         }
         self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
         for name in self._files:
@@ -57,9 +59,9 @@ class Pieces:
 
     def add(self, task: Task, piece: Piece) -> None:
         """Keep a result, and write the layer's file once all are there."""
-        arrays = {name: getattr(piece, name) for name in ("images", "activations", "responses")}
-        told = {"key": task.key, **self._told(task.layer, piece)}
-        write_arrays(self._run.path / task.file, arrays, told)
+        arrays = {name: getattr(piece, name) for name in _ARRAYS}
+        metadata = {"key": task.key, **self._describe(task.layer, [piece])}
+        write_arrays(self._run.path / task.file, arrays, metadata)
         self.done.add(task)
         self._complete(task.layer)
 
@@ -76,8 +78,8 @@ class Pieces:
     def tidy(self) -> None:
         """Take away results of other options, and of layers that are whole; those of other layers stay."""
         for file in self._run.tasks_folder.glob("*.safetensors"):
-            told = read_header(file) or {}
-            if told.get("run") != self._key or told.get("layer") in self.whole:
+            metadata = read_header(file) or {}
+            if metadata.get("run") != self._key or metadata.get("layer") in self.whole:
                 file.unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or not there
             self._run.tasks_folder.rmdir()
@@ -86,11 +88,13 @@ class Pieces:
         tasks = self._tasks[name]
         if name in self.whole or not self.done.issuperset(tasks):
             return
-        joined = join_pieces(self._sound(task) for task in tasks)
-        weights = None if joined.failed else self._weights(name)
-        tensors = LayerTensors(joined.images, joined.activations, joined.responses, weights)
-        self.told[name] = self._told(name, joined)
-        self._run.write_layer(self._files[name], tensors, self.told[name])
+        pieces = failing_together([self._sound(task) for task in tasks])
+        arrays = {part: [getattr(piece, part) for piece in pieces] for part in _ARRAYS}
+        weights = None if pieces[0].failed else self._weights(name)
+        if weights is not None:
+            arrays["weights"] = [weights]
+        self.metadata[name] = self._describe(name, pieces)
+        write_arrays(self._run.path / self._files[name], arrays, self.metadata[name])
         self.whole.add(name)
         for task in tasks:
             (self._run.path / task.file).unlink(missing_ok=True)
@@ -102,22 +106,22 @@ class Pieces:
         return piece
 
     def _read(self, task: Task) -> Piece | None:
-        read = read_arrays(self._run.path / task.file)
+        read = read_arrays(self._run.path / task.file, mapped=("images",))
         if read is None or read[1].get("key") != task.key:
             return None
-        arrays, told = read
-        derailed = tuple(int(number) for number in told["derailed"].split(", ") if number)
+        arrays, metadata = read
+        derailed = tuple(int(number) for number in metadata["derailed"].split(", ") if number)
         return Piece(
-            arrays["images"], arrays["activations"], arrays["responses"], derailed, told["failed"],
-            float(told["seconds"]),
+            arrays["images"], arrays["activations"], arrays["responses"], derailed, metadata["failed"],
+            float(metadata["seconds"]),
         )  # fmt: skip
 
-    def _told(self, layer: str, piece: Piece) -> dict[str, str]:
+    def _describe(self, layer: str, pieces: Sequence[Piece]) -> dict[str, str]:
         return {
             "run": self._key,
             "layer": layer,
-            "filters": str(len(piece.activations)),
-            "derailed": ", ".join(map(str, piece.derailed)),
-            "failed": piece.failed,
-            "seconds": f"{piece.seconds:.3f}",
+            "filters": str(sum(len(piece.activations) for piece in pieces)),
+            "derailed": ", ".join(str(number) for piece in pieces for number in piece.derailed),
+            "failed": pieces[0].failed,
+            "seconds": f"{sum(piece.seconds for piece in pieces):.3f}",
         }

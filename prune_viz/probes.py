@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_viz.files import read_arrays, write_arrays
+from prune_viz.files import batches_of, read_arrays, write_arrays
 from prune_viz.inputs import InputStatistics
 from prune_viz.leaves import dead_leaves
 from prune_viz.priors import make_prior, tile
 from prune_viz.runs import LayerTensors
 
 BATCH = 32
+_CHUNK = 4 * BATCH  # images of which a batch may be made
 NOISE_PROBES = 256
 HELD_OUT = 1 / 4  # share of the probes that no fit sees
 
@@ -63,7 +64,7 @@ def runs_on(model: nn.Module, channels: int, size: Sequence[int]) -> bool:
 
 
 def make_probes(
-    layers: Iterable[Tensor],
+    layers: Iterable[np.ndarray],
     input_channels: int,
     size: Sequence[int],
     seed: int,
@@ -75,7 +76,7 @@ def make_probes(
 
     Parameters
     ----------
-    layers : iterable of Tensor, each shape (F, C, *canvas)
+    layers : iterable of ndarray of float16, each shape (F, C, *canvas)
         Stimuli, a layer at a time.
     input_channels : int
         C.
@@ -99,13 +100,14 @@ def make_probes(
         usual = replace(statistics, covariance=None, exponent=None)
         yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed + 1, usual), size)
     for images in layers:
-        yield from split(images.float(), size)
+        for chunk in batches_of(images, _CHUNK):
+            yield from split(torch.from_numpy(chunk).float(), size)
 
 
 def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
     """Give images batch by batch, filling `size`, every fourth held out, as `make_probes` does."""
-    for start in range(0, len(images), 4 * BATCH):
-        chunk = images[start : start + 4 * BATCH]
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK]
         places = torch.arange(len(chunk)) % 4
         for held_out in (False, True):
             chosen = chunk[(places == 3) == held_out]
@@ -209,9 +211,9 @@ def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
     write_images(calibrated.images, path, {"key": key, **numbers})
 
 
-def write_images(images: Tensor, path: Path, told: Mapping[str, str] | None = None) -> None:
-    """Write probes alone, shape (N, C, *size), and what is told of them."""
-    write_arrays(path, {"images": images.cpu().numpy()}, told)
+def write_images(images: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write probes alone, shape (N, C, *size), and what is said of them."""
+    write_arrays(path, {"images": images.cpu().numpy()}, metadata)
 
 
 def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
@@ -219,10 +221,10 @@ def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
     read = _read(path, strict=key is not None)
     if read is None or key not in (None, read[1].get("key")):
         return None
-    images, told = read
+    images, metadata = read
     try:
-        numbers = float(told["before"]), float(told["distance"]), int(told["passes"])
-        held = told.get("held", "None")  # not told by earlier versions
+        numbers = float(metadata["before"]), float(metadata["distance"]), int(metadata["passes"])
+        held = metadata.get("held", "None")  # not there in earlier versions
         return Calibrated(images, *numbers, None if held == "None" else float(held))
     except (KeyError, ValueError):
         return None

@@ -31,6 +31,7 @@ from prune_viz.progress import Progress, counted
 from prune_viz.redundancy import GroupVerdicts, note_silent, rank
 from prune_viz.runs import LayerTensors
 from prune_viz.sensitivity import Sensitivities, gather_sensitivities
+from prune_viz.spill import Store
 from prune_viz.tracing import norms_behind
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
@@ -195,8 +196,9 @@ def measure_groups(
     moments = moments or {number: list(readers) for number, readers in known.items()}
     if sensitivities is None:
         return Measured(moments, moments, seen, None, "readers", signs)
+    store = Store(budget)
     weighed = {
-        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers)
+        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
         for group in groups
     }
     return Measured(moments, weighed, seen, sensitivities.ablations, sensitivities.unit, signs)

@@ -27,7 +27,7 @@ from torch import nn
 from prune_viz.errors import UserError, brief
 from prune_viz.filters import FilterNetwork
 from prune_viz.progress import Progress
-from prune_viz.tasks import Piece, Settings, Task, do_task
+from prune_viz.tasks import Piece, StimulusSettings, Task, do_task
 
 RETRIES = 3  # of a task whose worker or node is lost
 
@@ -46,7 +46,7 @@ class Work:
         Size of every stimulus, if it was given.
     device : str
         Kind of the device to work on.
-    settings : Settings
+    settings : StimulusSettings
         What stimuli depend on.
     """
 
@@ -54,7 +54,7 @@ class Work:
     input_shape: tuple[int, ...]
     canvas: int | None
     device: str
-    settings: Settings
+    settings: StimulusSettings
 
 
 class RayEngine:
@@ -170,7 +170,7 @@ class RayEngine:
         return future
 
 
-_prepared: dict[str, tuple[FilterNetwork, Settings]] = {}
+_prepared: dict[str, tuple[FilterNetwork, StimulusSettings]] = {}
 
 
 def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> Piece:

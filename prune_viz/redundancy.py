@@ -17,6 +17,7 @@ import numpy as np
 
 from prune_viz.dead import are_silent, dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
+from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup
 from prune_viz.moments import Moments
 from prune_viz.opposites import last_of_their_sign
@@ -165,12 +166,19 @@ def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndar
     energy : ndarray, shape (n, n)
         What the readers make of the channels, in units of damage.
     """
-    energy = sum(reader.energy / reader.unit for reader in readers)
-    weights = np.array([np.trace(reader.energy) / reader.unit for reader in readers])
+    energy = np.zeros(readers[0].energy.shape)
+    weights = np.zeros(len(readers))
+    for index, reader in enumerate(readers):
+        energy += reader.energy / reader.unit
+        weights[index] = np.trace(reader.energy) / reader.unit
+        evict(reader.energy)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
-    fit = sum(weight * reader.fit for weight, reader in zip(weights, readers, strict=True))
-    held_out = sum(weight * reader.held_out for weight, reader in zip(weights, readers, strict=True))
-    return np.asarray(fit), np.asarray(held_out), np.asarray(energy)
+    fit, held_out = np.zeros(readers[0].fit.shape), np.zeros(readers[0].fit.shape)
+    for weight, reader in zip(weights, readers, strict=True):
+        fit += weight * reader.fit
+        held_out += weight * reader.held_out
+        evict(reader.fit)
+    return fit, held_out, energy
 
 
 def order_channels(moments: Sequence[Moments]) -> tuple[list[int], list[float], np.ndarray]:
@@ -353,13 +361,17 @@ def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float
     if not rebuilt:
         return 0.0
     removed = list(rebuilt)
+    rows = _residuals(rebuilt, len(readers[0].fit))
+    named = np.flatnonzero(rows.any(axis=0))  # of a channel and its representatives, few
+    rows = rows[:, named]
     total = 0.0
     for reader in readers:
-        rows = _residuals(rebuilt, len(reader.fit))
-        losses = [rows @ moments @ rows.T for moments in (reader.fit, reader.held_out)]
+        losses = [rows @ half[np.ix_(named, named)] @ rows.T for half in (reader.fit, reader.held_out)]
         energies = [matrix[np.ix_(removed, removed)] for matrix in (reader.energy, reader.smooth_energy)]
         worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
         total += max(0.0, worst) / reader.unit
+        evict(reader.fit)
+        evict(reader.energy)
     return total
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_viz.errors import UserError
-from prune_viz.files import plain
+from prune_viz.files import jsonable
 
 
 def now() -> str:
@@ -38,7 +38,7 @@ class RunLog:
         UserError
             If it cannot be written.
         """
-        line = json.dumps({"time": now(), "event": event, **plain(told)})
+        line = json.dumps({"time": now(), "event": event, **jsonable(told)})
         try:
             with self._path.open("ab+") as stream:
                 if not self._begun and stream.tell() > 0:

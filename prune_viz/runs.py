@@ -89,7 +89,8 @@ class LayerTensors:
     Attributes
     ----------
     images : ndarray of float16, shape (F, C, *canvas)
-        Stimuli in the model's own (normalised) input units.
+        Stimuli in the model's own (normalised) input units. Read from a file they stay there, and come into
+        memory as they are used, until `files.evict`.
     activations : ndarray of float32, shape (F,)
         L2 norm of each filter's feature map on its own stimulus.
     responses : ndarray of float32, shape (F, F)
@@ -319,11 +320,6 @@ class RunDirectory:
             for record in records
         ]
 
-    def write_layer(self, file: str, tensors: LayerTensors, told: Mapping[str, str]) -> None:
-        """Write a layer's tensors, with strings `told` in the file's header."""
-        arrays = {name: array for name, array in vars(tensors).items() if array is not None}
-        write_arrays(self.path / file, arrays, told)
-
     def read_layer(self, file: str) -> LayerTensors:
         """Read a layer's tensors.
 
@@ -332,14 +328,14 @@ class RunDirectory:
         UserError
             If the file is missing or damaged.
         """
-        read = read_arrays(self.path / file)
+        read = read_arrays(self.path / file, mapped=("images",))
         if read is None:
             raise UserError(f"{self.path / file} cannot be read: missing or damaged; run analyze again")
         return LayerTensors(**read[0])
 
-    def layer_told(self, file: str) -> dict[str, str]:
+    def layer_metadata(self, file: str) -> dict[str, str]:
         """The strings in a layer's file; empty if there is no such file, or it is damaged."""
-        read = read_arrays(self.path / file)
+        read = read_arrays(self.path / file, mapped=("images",))
         return {} if read is None else read[1]
 
     def write_moments(self, moments: Mapping[int, np.ndarray]) -> None:

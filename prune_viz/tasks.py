@@ -12,8 +12,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StimulusSettings:
     """What stimuli depend on beside the network.
 
     Attributes
@@ -168,7 +168,7 @@ def plan_tasks(network: FilterNetwork, records: Sequence[LayerRecord], key: str)
 def do_task(
     network: FilterNetwork,
     task: Task,
-    settings: Settings,
+    settings: StimulusSettings,
     fed: np.ndarray | None,
     batch: int | None = None,
     stop: threading.Event | None = None,
@@ -182,7 +182,7 @@ def do_task(
         The prepared network.
     task : Task
         The task.
-    settings : Settings
+    settings : StimulusSettings
         What the stimuli depend on.
     fed : ndarray of float16, shape (F, C, *canvas), or None
         Stimuli of the filters that feed the task's.
@@ -226,16 +226,18 @@ def do_task(
     )
 
 
-def join_pieces(pieces: Iterable[Piece]) -> Piece:
-    """Pieces of a layer, in order of their filters, as one; a layer of which one failed failed as a whole."""
-    found = list(pieces)
-    failed = next((piece.failed for piece in found if piece.failed), "")
-    images, activations, responses = (
-        np.concatenate([getattr(piece, name) for piece in found])
-        for name in ("images", "activations", "responses")
-    )
-    if failed:
-        images, responses = np.zeros_like(images), np.zeros_like(responses)
-        activations = np.full_like(activations, np.nan)
-    derailed = tuple(number for piece in found for number in piece.derailed)
-    return Piece(images, activations, responses, derailed, failed, sum(piece.seconds for piece in found))
+def failing_together(pieces: Sequence[Piece]) -> list[Piece]:
+    """All pieces of a layer; where one failed, all as if they had."""
+    failed = next((piece.failed for piece in pieces if piece.failed), "")
+    if not failed:
+        return list(pieces)
+    return [
+        replace(
+            piece,
+            images=np.zeros(piece.images.shape, piece.images.dtype),
+            activations=np.full(piece.activations.shape, np.nan, piece.activations.dtype),
+            responses=np.zeros(piece.responses.shape, piece.responses.dtype),
+            failed=failed,
+        )
+        for piece in pieces
+    ]

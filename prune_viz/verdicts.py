@@ -83,7 +83,7 @@ def probe_groups(
     count = sum(layer.filters for layer in network.layers if layer.name in layers)
 
     def made() -> Iterator[tuple[Tensor, bool]]:
-        stimuli = (torch.from_numpy(layers[name].images) for name in layers)
+        stimuli = (layers[name].images for name in layers)
         batches = probes.make_probes(stimuli, network.input_shape[0], size, seed, statistics)
         return counted(progress, "probes", batches, count + probes.noise_count(statistics))
 

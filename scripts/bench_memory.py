@@ -5,17 +5,18 @@
     .venv/bin/python scripts/bench_memory.py --quick   # ResNet-18 alone
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of
-which only what does not change the peak is cut short: the search has a task a worker, of the layer whose
-ascents hold most, with one step; the other stimuli are noise, of which eight a layer run through the network
-as probes; probes are calibrated in one pass and compared in two variants. Of the verdicts only the widest
-group's is reached. Peaks are those of the whole process up to the end of a stage, in MiB. The last line is
-one JSON object.
+which only what does not change the peak is cut short. The search has a task a worker, of the layer whose
+ascents hold most, with one step. For all else stimuli are noise: of the layer with most of it on its own
+canvas, of the others on one of 64; eight a layer run through the network as probes; probes are calibrated in
+one pass and compared in two variants; of the verdicts only the widest group's is reached. Peaks are those of
+the whole process up to the end of a stage, in MiB. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,26 +29,26 @@ from unittest import mock
 import numpy as np
 import torch
 from tables import print_table
-from torch import Tensor
 from torchvision import models
 
-from prune_viz import calibration, conclusions, probes, ranking, verdicts
+from prune_viz import calibration, engines, probes, ranking, verdicts
+from prune_viz.analysis import analyze
 from prune_viz.engines import LocalEngine
+from prune_viz.filters import FilterNetwork
 from prune_viz.groups import CouplingGroup
-from prune_viz.memory import Budget
+from prune_viz.layers import Layer
 from prune_viz.memory_plan import MemoryPlan
-from prune_viz.progress import Progress
-from prune_viz.provenance import Stages, peak_mib
+from prune_viz.provenance import peak_mib
 from prune_viz.redundancy import GroupVerdicts, judge, judge_unjudged
-from prune_viz.runs import LayerTensors, RunDirectory
+from prune_viz.runs import RunDirectory
 from prune_viz.subjects import Subject, prepare_subject
-from prune_viz.tasks import Settings, Task
+from prune_viz.tasks import Piece, StimulusSettings, Task
 
 NETWORKS = ("resnet18", "resnet50", "resnet152", "regnet_x_32gf")
 BUDGET = 4 * 2**30  # bytes
-CANVAS = 64  # of the noise that stands for stimuli
+CANVAS = 64  # of the noise that stands for stimuli, but in the layer that has most
 SHOWN = 8  # of a layer's that are probes
-BRIEF = Settings("natural", 1, 0, None)
+BRIEF = StimulusSettings("natural", 1, 0, None)
 
 
 def run(name: str) -> dict[str, Any]:
@@ -59,23 +60,21 @@ def run(name: str) -> dict[str, Any]:
         model, (3, 224, 224), layers=(), canvas=None, seed=0, device="cpu", mean=None, std=None, data=None,
         out=None, file_sha256=None,
     )  # fmt: skip
-    stages = Stages()
     held = peak_mib()
-    with stages.timed("search"):
-        plan = search(subject)
-    small = prepare_subject(
-        model, (3, 224, 224), layers=(), canvas=CANVAS, seed=0, device="cpu", mean=None, std=None, data=None,
-        out=None, file_sha256=None,
-    )  # fmt: skip
+    workers, batch = search(subject)
+    peaks = {"search": peak_mib()}
+    layers = subject.layers
+    largest = max(layers, key=lambda layer: layer.filters * math.prod(layer.canvas))
+    widest = max(subject.judged, key=lambda group: group.channels).number
     del subject
-    with tempfile.TemporaryDirectory() as folder, shortened(small):
-        directory = RunDirectory(Path(folder))
-        write_noise(small, directory)
-        conclusions.conclude(small, directory, "", stages, Progress(), Budget.of(torch.device("cpu"), BUDGET))
+    with tempfile.TemporaryDirectory() as folder, shortened(largest, widest):
+        analyze(model, input_shape=(3, 224, 224), canvas=CANVAS, memory=BUDGET, device="cpu", out=folder)
+        stages = RunDirectory(Path(folder)).read_provenance()["stages"]
+    peaks.update({one["name"]: one["peak_mib"] for one in stages})
     return {
-        "network": name, "layers": len(small.layers), "filters": sum(one.filters for one in small.layers),
-        "prepared": held, "peaks": {one["name"]: one["peak_mib"] for one in stages.listed()},
-        "peak_mib": peak_mib(), "workers": plan[0], "batch": plan[1],
+        "network": name, "layers": len(layers), "filters": sum(layer.filters for layer in layers),
+        "largest": f"{largest.filters} filters on {largest.canvas[0]}", "prepared": held, "peaks": peaks,
+        "peak_mib": peak_mib(), "workers": workers, "batch": batch,
     }  # fmt: skip
 
 
@@ -95,32 +94,28 @@ def search(subject: Subject) -> tuple[int, int]:
     return plan.workers, batch
 
 
-def write_noise(subject: Subject, directory: RunDirectory) -> None:
-    """Noise in place of the layers' stimuli and responses."""
-    random = np.random.default_rng(0)
-    directory.layers_folder.mkdir(parents=True)
-    for record in subject.records:
-        count = record.filters
-        pictures = random.standard_normal((1, subject.network.input_shape[0], *record.canvas))
-        images = (pictures * random.standard_normal((count, 1, 1, 1))).astype(np.float16)
-        responses = random.random((count, count), dtype=np.float32)
-        tensors = LayerTensors(images, np.ones(count, np.float32), responses)
-        directory.write_layer(record.file, tensors, {})
-
-
 @contextmanager
-def shortened(subject: Subject) -> Iterator[None]:
-    """Cut short what repeats itself: probes, passes, variants and verdicts."""
-    widest = max(subject.judged, key=lambda group: group.channels).number
+def shortened(largest: Layer, widest: int) -> Iterator[None]:
+    """Noise for stimuli; and what repeats itself cut short: probes, passes, variants and verdicts."""
     make = probes.make_probes
 
-    def few(layers: Iterable[Tensor], *settings: Any) -> Any:
+    def noise(network: FilterNetwork, task: Task, *_: Any) -> Piece:
+        layer = network.layer(task.layer)
+        canvas = largest.canvas if layer.name == largest.name else layer.canvas
+        random = np.random.default_rng(task.start)
+        pictures = random.standard_normal((1, network.input_shape[0], *canvas), dtype=np.float32)
+        images = pictures * random.standard_normal((task.filters, 1, 1, 1), dtype=np.float32)
+        responses = random.random((task.filters, layer.filters), dtype=np.float32)
+        return Piece(images.astype(np.float16), np.ones(task.filters, np.float32), responses, (), "", 1.0)
+
+    def few(layers: Iterable[np.ndarray], *settings: Any) -> Any:
         return make((images[:SHOWN] for images in layers), *settings)
 
     def judged(group: CouplingGroup, *settings: Any) -> GroupVerdicts:
         return judge(group, *settings) if group.number == widest else judge_unjudged(group)
 
     with (
+        mock.patch.object(engines, "do_task", noise),
         mock.patch.object(probes, "make_probes", few),
         mock.patch.object(verdicts.redundancy, "judge", judged),
         mock.patch.object(calibration, "PROBES", 2 * calibration.BATCH),
@@ -143,8 +138,8 @@ def main() -> None:
     stages = list(rows[0]["peaks"])
     print_table(
         f"Peak memory in MiB up to the end of each stage, --memory {BUDGET / 2**20:.0f} MiB",
-        ["network", "layers", "filters", "prepared", *stages, "peak"],
-        [[row["network"], row["layers"], row["filters"], row["prepared"],
+        ["network", "layers", "filters", "largest layer", "prepared", *stages, "peak"],
+        [[row["network"], row["layers"], row["filters"], row["largest"], row["prepared"],
           *(row["peaks"].get(stage, 0) for stage in stages), row["peak_mib"]] for row in rows],
     )  # fmt: skip
     print(json.dumps({"budget_mib": BUDGET / 2**20, "rows": rows}))

@@ -40,11 +40,11 @@ from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
 from prune_viz.memory_plan import MemoryPlan
 from prune_viz.progress import Progress
-from prune_viz.tasks import Piece, Settings, Task, do_task
+from prune_viz.tasks import Piece, StimulusSettings, Task, do_task
 
-FULL = Settings("natural", 176, 0, None)
-SETTINGS = Settings("natural", 12, 0, None)  # short ascents, but to estimate whole runs
-BRIEF = Settings("natural", 1, 0, None)  # for the size of results
+FULL = StimulusSettings("natural", 176, 0, None)
+SETTINGS = StimulusSettings("natural", 12, 0, None)  # short ascents, but to estimate whole runs
+BRIEF = StimulusSettings("natural", 1, 0, None)  # for the size of results
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
 COMMON = 96  # canvas on which layers are compared, and more and more filters of one

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from prune_viz.files import write_json
+from prune_viz.files import write_arrays, write_json
 from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory, slug
 
 HOSTILE = (
@@ -151,7 +151,8 @@ def write_run(
         file = f"layers/{slug(depth, plan.name)}.safetensors"
         share = depth / max(1, len(plans) - 1)
         tensors, table, flagged = _layer(plan, share, rng, (images or {}).get(plan.name))
-        run.write_layer(file, tensors, {"layer": "synthetic"})
+        arrays = {name: array for name, array in vars(tensors).items() if array is not None}
+        write_arrays(run.path / file, arrays, {"layer": "synthetic"})
         field = tuple(min(3 + 4 * depth, 4 * side) for side in plan.canvas)
         records.append(
             LayerRecord(plan.name, plan.kind, plan.filters, depth, field, plan.canvas, depth, file)

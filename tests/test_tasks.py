@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prune_viz import tasks
 from prune_viz.analysis import analyze
 from prune_viz.ascent import StoppedError
-from prune_viz.engines import LocalEngine, see_through
+from prune_viz.engines import LocalEngine, run_tasks
 from prune_viz.errors import IncompleteError, UserError
 from prune_viz.files import read_arrays
 from prune_viz.filters import FilterNetwork
@@ -30,9 +30,9 @@ from prune_viz.run_log import RunLog
 from prune_viz.runs import LayerRecord, RunDirectory, slug
 from prune_viz.status import read_status
 from prune_viz.stimuli import ascend, maximize
-from prune_viz.tasks import Piece, Settings, Task, do_task, join_pieces, plan_tasks
+from prune_viz.tasks import Piece, StimulusSettings, Task, do_task, failing_together, plan_tasks
 
-SETTINGS = Settings("natural", 12, 0, None)
+SETTINGS = StimulusSettings("natural", 12, 0, None)
 PROVENANCE = {
     "model": dict.fromkeys(
         ["sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape"]
@@ -108,10 +108,13 @@ def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
             do_task(network, Task("blocks.0.project", *ends, None, "", ""), SETTINGS, None)
             for ends in pairwise(cut)
         ]
-        joined = join_pieces(iter(pieces))
-        assert np.array_equal(joined.images, whole.images.half().numpy())
-        assert np.array_equal(joined.activations, whole.activations.numpy())
-        assert np.array_equal(joined.responses, responses)
+        assert failing_together(pieces) == pieces
+        for name, expected in (
+            ("images", whole.images.half().numpy()),
+            ("activations", whole.activations.numpy()),
+            ("responses", responses),
+        ):
+            assert np.array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), expected)
 
 
 @pytest.mark.parametrize("batch", [4, 8, 12])
@@ -130,12 +133,13 @@ def test_one_failed_piece_fails_its_layer() -> None:
     failed = Piece(
         np.zeros((2, 1, 3), np.float16), np.ones(2, np.float32), np.ones((2, 4), np.float32), (), "no", 2
     )
-    joined = join_pieces(iter([sound, failed]))
-    assert joined.failed == "no"
-    assert joined.seconds == 3
-    assert not joined.images.any()
-    assert not joined.responses.any()
-    assert np.isnan(joined.activations).all()
+    pieces = failing_together([sound, failed])
+    assert [piece.seconds for piece in pieces] == [1, 2]
+    for piece in pieces:
+        assert piece.failed == "no"
+        assert not piece.images.any()
+        assert not piece.responses.any()
+        assert np.isnan(piece.activations).all()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_a_task_that_fails_costs_only_what_starts_from_it(
     pieces = Pieces(run, records(network), planned, "key", lambda name: None)
     log = RunLog(run.log_file)
     with _Failing(network, error, "0.expand") as engine, pytest.raises(kind) as told:
-        see_through(planned, pieces, engine, log, lambda task: None)
+        run_tasks(planned, pieces, engine, log, lambda task: None)
     assert "1 of 7 tasks failed (blocks.0.expand, filters 0 to 23: " in str(told.value)
     assert "\n" not in str(told.value)
     assert pieces.whole == {layer.name for layer in network.layers} - {
@@ -252,7 +256,7 @@ def test_where_everything_fails_little_is_tried(network: FilterNetwork, tmp_path
         _Failing(network, ValueError("x"), "") as engine,
         pytest.raises(IncompleteError, match="the same command"),
     ):
-        see_through(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
+        run_tasks(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
     assert len(engine.tried) <= 4
 
 
@@ -275,10 +279,10 @@ def test_where_failures_come_first_the_rest_is_done_all_the_same(
     planned = plan_tasks(network, cut, "key")
     pieces = Pieces(run, cut, planned, "key", lambda name: None)
     with LocalEngine(network, SETTINGS, 1) as engine:
-        see_through(planned[:1], pieces, engine, RunLog(run.log_file), lambda task: None)
+        run_tasks(planned[:1], pieces, engine, RunLog(run.log_file), lambda task: None)
     again = Pieces(run, cut, planned, "key", lambda name: None)
     with _Failing(network, ValueError("x"), "blocks.0") as engine, pytest.raises(IncompleteError):
-        see_through(planned, again, engine, RunLog(run.log_file), lambda task: None)
+        run_tasks(planned, again, engine, RunLog(run.log_file), lambda task: None)
     assert again.whole == {"stem", *(f"blocks.1.{part}" for part in ("expand", "depthwise", "project"))}
 
 
@@ -297,7 +301,7 @@ def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tm
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
     pieces = Pieces(run, records(network), planned, "key", lambda name: None)
     with Shrinking(network, SETTINGS, 1) as engine:
-        see_through(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
+        run_tasks(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
     assert len(pieces.whole) == 7
     assert Shrinking.most <= 3
 

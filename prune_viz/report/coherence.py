@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prune_viz.files import batches_of
 from prune_viz.report.pages import LayerRow
 
 _WIDTH, _HEIGHT = 720, 200  # of the drawing, in its own units
@@ -81,8 +82,8 @@ def coherence(images: np.ndarray) -> np.ndarray:
     if min(images.shape[2:]) < 2:
         return np.full(len(images), np.nan)
     parts = []
-    for begin in range(0, len(images), _BATCH):
-        finite = np.nan_to_num(images[begin : begin + _BATCH].astype(np.float64), posinf=0.0, neginf=0.0)
+    for batch in batches_of(images, _BATCH):
+        finite = np.nan_to_num(batch.astype(np.float64), posinf=0.0, neginf=0.0)
         down, across = np.gradient(finite, axis=(2, 3))
         xx, yy, xy = (
             (one * other).mean(axis=(1, 2, 3))
@@ -97,7 +98,7 @@ def layer_coherence(row: LayerRow, images: np.ndarray, kept: np.ndarray) -> Laye
     """Coherence of the stimuli of a layer's `kept` filters; None unless some are pictures with contrast."""
     if images.ndim != 4 or not kept.any():
         return None
-    values = coherence(images[kept])
+    values = coherence(images)[kept]
     values = values[np.isfinite(values)]
     if not len(values):
         return None

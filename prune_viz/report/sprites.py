@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prune_viz.files import evict
 from prune_viz.inputs import InputStatistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 
@@ -109,6 +110,7 @@ def write_layer_sheets(
     reduced: dict[int, np.ndarray] = {}
     for sheet in plan:
         tiles = draw_pictures(images[list(sheet.filters)], sheet.layout.side, axes, statistics)
+        evict(images)
         write_sheet(folder / sheet.file, tiles, sheet.layout)
         for number, tile in zip(sheet.filters, tiles, strict=True):
             reduced[number] = _reduced(tile, small.layout.side)

@@ -150,7 +150,7 @@ def test_tiles_repeat_the_stimulus() -> None:
 
 
 def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> None:
-    layers = [torch.randn(10, 3, 4, 4), torch.randn(7, 3, 8, 8)]
+    layers = [torch.randn(10, 3, 4, 4).half().numpy(), torch.randn(7, 3, 8, 8).half().numpy()]
     batches = list(make_probes(layers, 3, (8, 8), seed=0))
     assert sum(len(batch) for batch, _ in batches) == NOISE_PROBES + 17
     assert all(batch.shape[1:] == (3, 8, 8) for batch, _ in batches)

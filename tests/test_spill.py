@@ -1,0 +1,98 @@
+"""Large arrays where memory does not hold them: the same numbers from a file, little of it in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from networks import Residual, randomise_norms
+
+from prune_viz.coupling import find_groups
+from prune_viz.errors import UserError
+from prune_viz.files import evict
+from prune_viz.memory import Budget
+from prune_viz.moments import gather_moments, pool_moments, weigh_outputs
+from prune_viz.redundancy import judge, rank
+from prune_viz.spill import Store
+
+CPU = torch.device("cpu")
+
+
+def _held() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def test_what_is_evicted_leaves_memory_and_comes_back(tmp_path: Path) -> None:
+    store = Store(Budget(CPU, 0, tmp_path))
+    array = store.zeros((4, 2000, 1000))
+    assert not array.any()
+    array += np.arange(4.0)[:, None, None]
+    full = _held()
+    evict(array[1])  # any part stands for all
+    assert full - _held() > 0.9 * array.nbytes
+    np.testing.assert_array_equal(array.mean(axis=(1, 2)), np.arange(4.0))
+    assert not list(tmp_path.iterdir())  # no name, so nothing stays behind whatever happens
+
+
+def test_only_what_a_budget_does_not_hold_goes_to_a_file() -> None:
+    plenty = Store(Budget(CPU, _held() + 2**30))
+    assert not isinstance(plenty.zeros((1000, 1000)), np.memmap)
+    assert isinstance(plenty.zeros((6000, 6000)), np.memmap)
+    whole = Store(None).zeros((6000, 6000))
+    assert not isinstance(whole, np.memmap)
+    evict(whole)  # which is in no file
+    assert not whole.any()
+
+
+def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
+    store = Store(Budget(CPU, 0, tmp_path))
+    with pytest.raises(UserError, match=rf"GiB that memory does not hold cannot be kept in {tmp_path}: .+;"):
+        store.zeros((2**30, 2**26))
+    with pytest.raises(UserError, match="absent: No such file or directory"):
+        Store(Budget(CPU, 0, tmp_path / "absent")).zeros((2, 2))
+
+
+def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(Residual()).eval()
+    groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
+    near, far = torch.randn(2, 24, 3, 16, 16).unbind()
+    sensitivities = {
+        places.module: np.eye(dict(model.named_modules())[places.module].weight.shape[0])
+        for group in groups
+        for places in group.readers
+    }
+
+    def conclude(budget: Budget | None) -> tuple[list[object], list[np.ndarray]]:
+        # Rows at a time are what they are without a budget, so that nothing rounds differently.
+        ranked, pooled = [], []
+        for group in groups:
+            sets = []
+            for images in (near, far):
+                probes = [(images[:16], False), (images[16:], True)]
+                sets.append(gather_moments(model, [group], partial(iter, probes), budget)[group.number])
+            moments = pool_moments(sets, [0.5, 0.5])
+            assert isinstance(moments[0].fit, np.memmap) == (budget is not None)
+            weighed = weigh_outputs(model, group, moments, sensitivities, Store(budget))
+            assert isinstance(weighed[0].energy, np.memmap) == (budget is not None)
+            found, matrix = rank(judge(group, moments), moments, weighed, None, "nats")
+            ranked.append(found)
+            pooled.append(np.array(matrix))
+        return ranked, pooled
+
+    class Tight(Budget):
+        """Lets as many rows through at a time as one likes, and keeps no array."""
+
+        def rows(self, a_row: int, aside: int = 0) -> int:
+            return 64
+
+    expected, matrices = conclude(None)
+    found, others = conclude(Tight(CPU, 0, tmp_path))
+    assert [repr(one) for one in found] == [repr(one) for one in expected]
+    for one, same in zip(others, matrices, strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert not list(tmp_path.iterdir())
