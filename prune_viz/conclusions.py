@@ -123,7 +123,8 @@ def conclude(
             ranked = rank_groups(verdicts, measured)
             del measured
         verdicts = ranked.verdicts
-        pooled.update({number: moments.astype(np.float32) for number, moments in ranked.moments.items()})
+        pooled.update({number: matrix.astype(np.float32) for number, matrix in ranked.moments.items()})
+        del ranked
     unit = sensitivities.unit if sensitivities else "readers"
     predicted = ranking.predictions_on(twin, calibrated)
     if judged:

@@ -9,7 +9,7 @@ count by the filter at rates measured once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -178,13 +178,16 @@ def estimate_stimuli(
     with one_thread_each():
         passes = [_forward_seconds(network, layer, progress) for layer in layers]
     weights = np.array([layer.filters * one for layer, one in zip(layers, passes, strict=True)])
-    traits = [(network.has_activation(one.name), network.feeder(one.name) is None) for one in layers]
+    feeders = _feeders(network, layers)
+    traits = [(network.has_activation(one.name), feeders[one.name] is None) for one in layers]
     kinds = [np.array([i for i, one in enumerate(traits) if one == kind]) for kind in dict.fromkeys(traits)]
     chosen = [kind[_spread(weights[kind], TRIED_LAYERS)] for kind in kinds]
     tried = sorted(int(index) for some in chosen for index in some)
     one_of_each = sum(passes[index] for index in tried) / WHOLE * PASSES_PER_FILTER
     count = int(np.clip(TRIAL_SECONDS * plan.workers / one_of_each, *TRIED_FILTERS)) // WHOLE * WHOLE
-    seconds = _try(network, [layers[index] for index in tried], count, settings, plan)
+    seconds = _try(
+        network, {layers[index].name: feeders[layers[index].name] for index in tried}, count, settings, plan
+    )
     progress.advance()
     progress.finish()
     a_filter = np.zeros(len(layers))
@@ -195,6 +198,13 @@ def estimate_stimuli(
         LayerCost(layer, float(one * layer.filters), plan.batch(layer.name))
         for layer, one in zip(layers, a_filter, strict=True)
     ]
+
+
+def _feeders(network: FilterNetwork, layers: Sequence[Layer]) -> dict[str, str | None]:
+    """The layer among these whose stimuli each one's search begins with, if any."""
+    names = {layer.name for layer in layers}
+    feeders = {layer.name: network.feeder(layer.name) for layer in layers}
+    return {name: feeder if feeder in names else None for name, feeder in feeders.items()}
 
 
 def _spread(weights: np.ndarray, count: int) -> np.ndarray:
@@ -219,10 +229,13 @@ def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -
 
 
 def _try(
-    network: FilterNetwork, layers: Sequence[Layer], count: int, settings: StimulusSettings, plan: MemoryPlan
+    network: FilterNetwork,
+    feeders: Mapping[str, str | None],
+    count: int,
+    settings: StimulusSettings,
+    plan: MemoryPlan,
 ) -> dict[str, float]:
-    """Seconds a filter of layers, so many of each tried side by side as a run does."""
-    feeders = {layer.name: network.feeder(layer.name) for layer in layers}
+    """Seconds a filter of layers, given with what feeds them, so many of each tried as a run does."""
     names = dict.fromkeys([*(feeder for feeder in feeders.values() if feeder), *feeders])
     found: dict[str, Piece] = {}
     with LocalEngine(network, settings, plan.workers, plan.batch) as engine:
@@ -238,7 +251,7 @@ def _try(
                 running[name] = engine.submit(task, fed)
             wait(running.values())
             found.update({name: future.result() for name, future in running.items()})
-    return {layer.name: found[layer.name].seconds / len(found[layer.name].images) for layer in layers}
+    return {name: found[name].seconds / len(found[name].images) for name in feeders}
 
 
 def estimate_conclusions(
@@ -280,7 +293,7 @@ def estimate_conclusions(
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
     size = probe_size(twin, network.input_shape, largest)
     noise = natural_noise((channels, *size), BATCH, seed, None)
-    judging = _judging_seconds(twin, judged, noise)  # warms up too
+    judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
 
     def probe(images: Tensor) -> float:
         """Of one input, in as many turns as there are."""
@@ -320,14 +333,14 @@ def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int,
 
 
 def _judging_seconds(
-    twin: nn.Module, judged: Sequence[CouplingGroup], noise: Tensor
+    twin: nn.Module, judged: Sequence[CouplingGroup], noise: Tensor, budget: Budget
 ) -> Callable[[int], float]:
     """Seconds of judging a group by its channels, from judging a small and a larger one."""
     sizes = sorted(
         {min(judged, key=lambda group: abs(group.channels - size)).number for size in TIMED_CHANNELS}
     )
     groups = [group for group in judged if group.number in sizes]
-    moments = gather_moments(twin, groups, lambda: [(noise, False), (noise, True)])
+    moments = gather_moments(twin, groups, lambda: [(noise, False), (noise, True)], budget)
     points = []
     for group in sorted(groups, key=lambda group: group.channels):
         start = time.perf_counter()
@@ -357,7 +370,7 @@ def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
 
 
 def disk_bytes(layers: Sequence[Layer], input_shape: Sequence[int], groups: Sequence[CouplingGroup]) -> int:
-    """What a run directory holds: stimuli, responses, moments, probes and the report."""
+    """What a run directory holds in the end: stimuli, responses, moments, probes and the report."""
     channels, *extents = input_shape
     size = [min(extent, ranking.WIDEST[len(extents)]) for extent in extents]
     probed = 4 * probes_for(size) * channels * int(np.prod(size)) if groups else 0

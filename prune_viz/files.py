@@ -5,6 +5,7 @@ Large arrays need not be in memory: they are written in parts, and read by mappi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -21,6 +22,7 @@ from prune_viz.errors import UserError
 
 ASIDE = ".part"  # ending of what is still being written
 _DIGEST = "sha256"
+_EXHAUSTED = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 _CHUNK = 2**25  # bytes of a mapped file that are in memory at a time
 _CODES = {
     "F64": np.float64,
@@ -115,7 +117,7 @@ def write_arrays(
         code, shape = _CODE_OF[parts[name][0].dtype], _shape(parts[name])
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
         begin = end
-    words = json.dumps(header).encode()
+    words = json.dumps(header, ensure_ascii=False).encode()  # what UTF-8 cannot hold is refused
     words += b" " * (-len(words) % 8)
     with written_aside(path) as aside, aside.open("wb") as stream:
         stream.write(len(words).to_bytes(8, "little") + words)
@@ -136,32 +138,43 @@ def read_arrays(
     strict : bool
         False: files without a digest count too, as earlier versions wrote them.
     mapped : container of str
-        Names of arrays to be left in the file, of which only what is used comes into memory until `evict`.
+        Names of arrays to be left in the file, read-only; what is used of them is in memory until `evict`.
+        Meanwhile the file may be replaced or removed, but not cut short in place.
+
+    Raises
+    ------
+    UserError
+        If the file may be sound, but the machine cannot open or hold it.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # the library calls a file absent that cannot be opened
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
             arrays = {name: file.get_tensor(name) for name in names if name not in mapped}
         arrays.update(_mapped(path, [name for name in names if name in mapped]))
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        digest = metadata.pop(_DIGEST, None)
+        parts = {name: [array] for name, array in arrays.items()}
+        sound = not strict if digest is None else digest == _digest(parts, metadata)
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         return None
-    digest = metadata.pop(_DIGEST, None)
-    parts = {name: [array] for name, array in arrays.items()}
-    sound = not strict if digest is None else digest == _digest(parts, metadata)
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError):
+        return None
     return (arrays, metadata) if sound else None
 
 
 def _mapped(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of a safetensors file, left there; what is changed in them stays out of it."""
+    """Arrays of a safetensors file, left there."""
     if not names:
         return {}
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    whole = np.memmap(path, np.uint8, "c", offset=0)
+    whole = np.memmap(path, np.uint8, "r")
     arrays = {}
     for name in names:
         begin, end = (8 + length + place for place in header[name]["data_offsets"])

@@ -199,6 +199,7 @@ def weigh_outputs(
         columns = _columns(places, group.channels)
         energies[0], energies[1] = _energies(modules[places.module], columns, root)
         evict(energies)
+        evict(sensitivities[places.module])
         weighed.append(replace(found, energy=energies[0], smooth_energy=energies[1], unit=2.0))
     return weighed
 
@@ -222,8 +223,8 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
         first = mean([one.mean for one in found])
         second = mean([one.variance + one.mean**2 for one in found])
         spread = mean([one.output_variance for one in found])
-        _pool_sampled([one.fit for one in found], shares)
-        _pool_sampled([one.held_out for one in found], shares)
+        _pool_into([one.fit for one in found], shares)
+        _pool_into([one.held_out for one in found], shares)
         pooled.append(
             replace(
                 found[0],
@@ -237,8 +238,8 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
     return pooled
 
 
-def _pool_sampled(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> None:
-    """Let the first be the mean over those that have samples of this half at all."""
+def _pool_into(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> None:
+    """Let the first become the mean over those that have samples of this half at all."""
     first, *others = matrices
     counting = np.array([share * one.any() for share, one in zip(shares, matrices, strict=True)])
     counting /= max(counting.sum(), 1e-300)
@@ -292,6 +293,12 @@ def _bytes_of_moments(groups: Sequence[CouplingGroup]) -> int:
     return sum(8 * _MATRICES * len(group.readers) * (group.channels + 1) ** 2 for group in groups)
 
 
+def _bytes_at_a_time(group: CouplingGroup, store: Store) -> int:
+    """What the moments of a group take of memory while they are gathered: all, or of a file a few squares."""
+    gathered = _bytes_of_moments([group]) // 2
+    return gathered if gathered <= store.most else 8 * 4 * (group.channels + 1) ** 2
+
+
 def gather_moments(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
@@ -324,7 +331,7 @@ def gather_moments(
     """
     store = Store(budget)
     device = next(model.parameters()).device
-    aside = min(_bytes_of_moments(groups), 2 * store.most) if device.type == "cpu" else 0
+    aside = sum(_bytes_at_a_time(group, store) for group in groups) if device.type == "cpu" else 0
     limit = RowLimit(budget, model, backward=False, aside=aside)
     return with_fewer(partial(_gather, model, groups, probes, limit, store), BATCH, device)
 

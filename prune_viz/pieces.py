@@ -73,7 +73,7 @@ class Pieces:
         """The stimuli that a task starts from."""
         if task.feeder is None:
             return None
-        return self._run.read_layer(self._files[task.feeder]).images[task.start : task.stop]
+        return np.array(self._run.read_layer(self._files[task.feeder]).images[task.start : task.stop])
 
     def tidy(self) -> None:
         """Take away results of other options, and of layers that are whole; those of other layers stay."""

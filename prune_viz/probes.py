@@ -101,7 +101,7 @@ def make_probes(
         yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed + 1, usual), size)
     for images in layers:
         for chunk in batches_of(images, _CHUNK):
-            yield from split(torch.from_numpy(chunk).float(), size)
+            yield from split(torch.from_numpy(chunk.astype(np.float32)), size)
 
 
 def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prune_viz import calibration
 from prune_viz.calibration import calibrate, enlarged, probes_for, variants
+from prune_viz.dead import are_silent
 from prune_viz.devices import with_fewer
 from prune_viz.groups import CouplingGroup
 from prune_viz.inputs import InputStatistics
@@ -48,8 +49,8 @@ class Measured:
         By the group's number, one a reader.
     weighed : dict of int to list of Moments
         The same, outputs counting by what the network's own output makes of them, where that is known.
-    seen : dict of int to list of Moments
-        The same on the user's own images alone; empty where there are none.
+    silent : dict of int to ndarray of bool, each shape (channels,)
+        Which channels give nothing on any of the user's own images; empty where there are none.
     ablations : dict of int to ndarray, each shape (channels,), or None
         What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
         nothing is near the training data or that cannot be told.
@@ -61,7 +62,7 @@ class Measured:
 
     moments: dict[int, list[Moments]]
     weighed: dict[int, list[Moments]]
-    seen: dict[int, list[Moments]]
+    silent: dict[int, np.ndarray]
     ablations: dict[int, np.ndarray] | None
     unit: str
     signs: dict[int, np.ndarray]
@@ -192,16 +193,16 @@ def measure_groups(
     """
     norms = norms_behind(model)
     signs = {group.number: weight_signs(model, group, norms) for group in groups}
-    moments, seen = _gather(model, groups, calibrated, examples, seed, progress, budget)
+    moments, silent = _gather(model, groups, calibrated, examples, seed, progress, budget)
     moments = moments or {number: list(readers) for number, readers in known.items()}
     if sensitivities is None:
-        return Measured(moments, moments, seen, None, "readers", signs)
+        return Measured(moments, moments, silent, None, "readers", signs)
     store = Store(budget)
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
         for group in groups
     }
-    return Measured(moments, weighed, seen, sensitivities.ablations, sensitivities.unit, signs)
+    return Measured(moments, weighed, silent, sensitivities.ablations, sensitivities.unit, signs)
 
 
 def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
@@ -225,8 +226,8 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
             measured.unit,
             measured.signs[number],
         )
-        if number in measured.seen:
-            ranked[number] = note_silent(ranked[number], measured.seen[number])
+        if number in measured.silent:
+            ranked[number] = note_silent(ranked[number], measured.silent[number])
     return Ranked(ranked, pooled)
 
 
@@ -238,9 +239,9 @@ def _gather(
     seed: int,
     progress: Progress,
     budget: Budget | None,
-) -> tuple[dict[int, list[Moments]], dict[int, list[Moments]]]:
-    """The groups' moments over calibrated probes and examples, and over the examples alone."""
-    parts, counts, seen = [], [], {}
+) -> tuple[dict[int, list[Moments]], dict[int, np.ndarray]]:
+    """The groups' moments over calibrated probes and examples, and what channels examples leave silent."""
+    parts, counts, silent = [], [], {}
     if calibrated is not None:
 
         def moved() -> Iterator[tuple[Tensor, bool]]:
@@ -255,13 +256,14 @@ def _gather(
             return counted(progress, "ranking, images", _split(iter([examples])), len(examples))
 
         seen = gather_moments(model, groups, shown, budget)
+        silent = {number: are_silent(readers) for number, readers in seen.items()}
         parts.append(seen)
         counts.append(len(examples))
     if not parts:
         return {}, {}
     shares = [count / sum(counts) for count in counts]
     pooled = {group.number: pool_moments([part[group.number] for part in parts], shares) for group in groups}
-    return pooled, seen
+    return pooled, silent
 
 
 def _variants(model: nn.Module, images: Tensor, seed: int) -> Iterator[Tensor]:

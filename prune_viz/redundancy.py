@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prune_viz.dead import are_silent, dead_kinds
+from prune_viz.dead import dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup
@@ -181,13 +181,15 @@ def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndar
     return fit, held_out, energy
 
 
-def order_channels(moments: Sequence[Moments]) -> tuple[list[int], list[float], np.ndarray]:
+def order_channels(
+    fit: np.ndarray, held_out: np.ndarray, energy: np.ndarray
+) -> tuple[list[int], list[float], np.ndarray]:
     """Order a group's channels by what removing them costs.
 
     Parameters
     ----------
-    moments : sequence of Moments
-        One a reader; one at least whose output varies.
+    fit, held_out, energy : ndarray
+        From `combine`.
 
     Returns
     -------
@@ -198,7 +200,6 @@ def order_channels(moments: Sequence[Moments]) -> tuple[list[int], list[float], 
     pooled : ndarray, shape (channels + 1, channels + 1)
         Second moments of the channels and a constant, over all probes and readers.
     """
-    fit, held_out, energy = combine([reader for reader in moments if reader.output_variance > 0])
     pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
     return *eliminate(pooled, energy, MERGE_RIDGE), pooled
 
@@ -245,9 +246,9 @@ def rank(
     if not readers or np.isnan(verdicts.channels[0].damage):
         unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
         unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
-        return unranked, moments[0].fit
-    order, order_damage, pooled = order_channels(readers)
+        return unranked, np.array(moments[0].fit)
     fit, held_out, energy = combine(readers)
+    order, order_damage, pooled = order_channels(fit, held_out, energy)
     costs, flagged = {}, []
     for one in verdicts.channels:
         if one.verdict == "keep":
@@ -284,9 +285,8 @@ def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:
     return weights
 
 
-def note_silent(verdicts: GroupVerdicts, moments: Sequence[Moments]) -> GroupVerdicts:
-    """Note the channels that give nothing on the user's own images, which their moments are of."""
-    silent = are_silent(moments)
+def note_silent(verdicts: GroupVerdicts, silent: np.ndarray) -> GroupVerdicts:
+    """Note the channels that give nothing on the user's own images, bool, shape (channels,)."""
     return replace(
         verdicts,
         channels=[replace(one, fires=not silent[one.channel]) for one in verdicts.channels],

@@ -89,8 +89,8 @@ class LayerTensors:
     Attributes
     ----------
     images : ndarray of float16, shape (F, C, *canvas)
-        Stimuli in the model's own (normalised) input units. Read from a file they stay there, and come into
-        memory as they are used, until `files.evict`.
+        Stimuli in the model's own (normalised) input units. Read from a file they stay there, read-only, and
+        come into memory as they are used, until `files.evict`.
     activations : ndarray of float32, shape (F,)
         L2 norm of each filter's feature map on its own stimulus.
     responses : ndarray of float32, shape (F, F)

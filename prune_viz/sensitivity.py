@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.devices import is_out_of_memory, with_fewer
+from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup
 from prune_viz.memory import Budget, RowLimit
 from prune_viz.outputs import are_probabilities, class_probabilities, tensors_of
 from prune_viz.probes import BATCH
+from prune_viz.spill import Store
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,15 @@ def _gather(
 ) -> Sensitivities | None:
     modules = dict(model.named_modules())
     names = sorted({places.module for group in groups for places in group.readers})
-    watches = {name: _Watch(modules[name]) for name in names}
+    store = Store(budget)
+    squares = _squares({name: modules[name] for name in names}, store)
+    watches = {name: _Watch(modules[name], squares[name]) for name in names}
     ablations = {group.number: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
     count, unit = 0, ""
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    limit = RowLimit(budget, model, backward=True)
+    held = sum(square.nbytes for square in squares.values())
+    limit = RowLimit(budget, model, backward=True, aside=min(held, store.most) if device.type == "cpu" else 0)
     try:
         for batch in inputs():
             cut = len(batch) > limit.rows(batch.shape[1:], most)
@@ -118,25 +123,39 @@ def _gather(
     finally:
         for watch in watches.values():
             watch.remove()
-    readers = {name: watch.given / count for name, watch in watches.items() if watch.given is not None}
     whole = torch.cat([*ablations.values(), torch.zeros(1)])
-    finite = all(bool(matrix.isfinite().all()) for matrix in [*readers.values(), whole])
-    if len(readers) < len(names) or not finite or not bool(whole.any()):
+    finite = bool(whole.isfinite().all()) and all(watch.finish(count) for watch in watches.values())
+    if not finite or not bool(whole.any()):
         return None
     return Sensitivities(
-        {name: matrix.numpy() for name, matrix in readers.items()},
-        {number: (total / count).numpy() for number, total in ablations.items()},
-        unit,
+        squares, {number: (total / count).numpy() for number, total in ablations.items()}, unit
     )
 
 
-class _Watch:
-    """The gradients with which one reader takes its inputs, by input, and those of its outputs, summed."""
+def _squares(readers: Mapping[str, nn.Module], store: Store) -> dict[str, np.ndarray]:
+    """Zeros for each reader, a square of its outputs."""
+    outputs = {
+        name: int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]
+        for name, module in readers.items()
+    }
+    flat = store.zeros((sum(count**2 for count in outputs.values()),))
+    ends = np.cumsum([count**2 for count in outputs.values()])
+    return {
+        name: flat[end - count**2 : end].reshape(count, count)
+        for (name, count), end in zip(outputs.items(), ends, strict=True)
+    }
 
-    def __init__(self, module: nn.Module) -> None:
+
+class _Watch:
+    """The gradients with which one reader takes its inputs, by input, and those of its outputs, summed.
+
+    The second moments of the latter are summed into `given`, shape (outputs, outputs).
+    """
+
+    def __init__(self, module: nn.Module, given: np.ndarray) -> None:
         self.axis = 1 if isinstance(module, _ConvNd) else -1
         self.read: Tensor | None = None  # (B, inputs): maps times gradients, of this batch
-        self.given: Tensor | None = None  # (outputs, outputs)
+        self.given, self.reached = given, False
         self._handles = [
             module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)
         ]  # fmt: skip
@@ -159,10 +178,19 @@ class _Watch:
     def _after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
             rows = gradient.movedim(self.axis, -1).flatten(0, -2)
-            self.given = (rows.T @ rows).cpu().double() + (0 if self.given is None else self.given)
+            self.given += (rows.T @ rows).cpu().double().numpy()
+            self.reached = True
+            evict(self.given)
 
         if output.requires_grad:
             output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def finish(self, count: int) -> bool:
+        """Turn sums over so many inputs into means; whether a gradient came here, and all are finite."""
+        self.given /= max(count, 1)
+        finite = bool(np.isfinite(self.given).all())
+        evict(self.given)
+        return self.reached and finite
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from prune_viz.errors import UserError
 from prune_viz.memory import Budget, in_words
 
 _SHARE = 4  # of what is left of main memory, one part at most is for a single array
+_LEAST = 2**20  # bytes of an array that is worth a file
 
 
 class Store:
@@ -27,11 +30,12 @@ class Store:
     Attributes
     ----------
     most : int
-        Bytes of the largest array that is kept in memory.
+        Bytes of the largest array that is kept in memory. (How many such arrays there are at a time is the
+        caller's to bound.)
     """
 
     def __init__(self, budget: Budget | None) -> None:
-        self.most = sys.maxsize if budget is None else budget.of_host().left() // _SHARE
+        self.most = sys.maxsize if budget is None else max(_LEAST, budget.of_host().left() // _SHARE)
         self._folder = None if budget is None else budget.folder
 
     def zeros(self, shape: Sequence[int]) -> np.ndarray:
@@ -47,8 +51,11 @@ class Store:
             return np.zeros(shape)
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
-                if hasattr(os, "posix_fallocate"):  # a full disk says so here, and does not kill us later
+                # A full disk says so here, and does not kill us later.
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)
+                elif shutil.disk_usage(self._folder or tempfile.gettempdir()).free < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return np.memmap(file, np.float64, "r+", shape=tuple(shape))
         except OSError as error:
             raise UserError(

@@ -46,7 +46,7 @@ from prune_viz.plain import plain_copy
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
 from prune_viz.ranking import measure_groups, sense_output
-from prune_viz.redundancy import order_channels
+from prune_viz.redundancy import combine, order_channels
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import compensate_filters
 
@@ -106,7 +106,10 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
     inputs = probes, network.unlabelled
     sensed = sense_output(network.model, groups, *inputs, 0, Progress())
     measured = measure_groups(network.model, groups, {}, *inputs, sensed, 0, Progress())
-    found = {number: order_channels(readers) for number, readers in measured.moments.items()}
+    found = {
+        number: order_channels(*combine([reader for reader in readers if reader.output_variance > 0]))
+        for number, readers in measured.moments.items()
+    }
     orders, moments = ({number: one[part] for number, one in found.items()} for part in (0, 2))
     return free, Ranked(orders, moments, probes)
 

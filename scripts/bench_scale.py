@@ -9,8 +9,10 @@ more and more of its filters, and the exponent of a power fitted to the times. D
 quarter. Canvas: one layer on larger and larger ones. Cores: the same tasks one after the other with
 operations spread over the cores, side by side in threads, and side by side in processes. All these with
 ascents of few steps. (Memory: `bench_memory.py`.)
-The zoo is a plan on paper: core hours as `analyze --dry-run` estimates them, the mean over these networks,
-and what one process that writes a run directory can take in. The last line is one JSON object.
+The zoo is a plan on paper: hours and bytes as `analyze --dry-run` estimates them, the mean over these
+networks; the search spread over a cluster's cores, what follows it done by each run's own process on as many
+cores as this machine has; and what one process that writes a run directory can take in. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -34,16 +36,14 @@ from torch import nn
 from torchvision import models
 
 import prune_viz as pv
+from prune_viz.analysis import estimate
 from prune_viz.engines import LocalEngine
-from prune_viz.estimate import estimate_stimuli
 from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
-from prune_viz.memory_plan import MemoryPlan
-from prune_viz.progress import Progress
-from prune_viz.tasks import Piece, StimulusSettings, Task, do_task
+from prune_viz.stimuli import BATCH
+from prune_viz.tasks import BATCHES, Piece, StimulusSettings, Task, do_task
 
-FULL = StimulusSettings("natural", 176, 0, None)
-SETTINGS = StimulusSettings("natural", 12, 0, None)  # short ascents, but to estimate whole runs
+SETTINGS = StimulusSettings("natural", 12, 0, None)  # short ascents
 BRIEF = StimulusSettings("natural", 1, 0, None)  # for the size of results
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
@@ -149,6 +149,19 @@ def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
     return {"spread": spread, "threads": threads, "processes": processes}
 
 
+def whole_run(name: str, model: nn.Module) -> dict[str, Any]:
+    """What a run is estimated to take."""
+    found = estimate(model, input_shape=(3, 224, 224), device="cpu")
+    counts = [cost.layer.filters for cost in found.layers]
+    size = BATCHES * BATCH["cpu"]
+    return {
+        "network": name, "filters": sum(counts), "tasks": sum(math.ceil(count / size) for count in counts),
+        "hours": sum(cost.seconds for cost in found.layers) / 3600,
+        "after": (found.total - found.seconds["stimuli"]) / 3600, "disk": found.disk,
+        "model": sum(tensor.nbytes for tensor in model.state_dict().values()),
+    }  # fmt: skip
+
+
 def writer_rate(piece: Piece) -> float:
     """Bytes a second that one process takes in: pieces written, read again and joined to a layer."""
     arrays = {"images": piece.images, "activations": piece.activations, "responses": piece.responses}
@@ -163,25 +176,27 @@ def writer_rate(piece: Piece) -> float:
     return 8 * sum(array.nbytes for array in arrays.values()) / seconds
 
 
-def plan_zoo(
-    hours: Sequence[float], filters: Sequence[int], model_bytes: Sequence[int], piece: Piece
-) -> dict:
-    """What `ZOO` such networks take on `WORKERS` cores."""
-    piece_bytes = sum(array.nbytes for array in (piece.images, piece.activations, piece.responses))
-    a_filter = piece_bytes / len(piece.activations)
-    work = float(np.mean(hours))  # core hours a network
-    results = float(np.mean(filters)) * a_filter  # bytes a network
-    makespan = ZOO * work / WORKERS
-    incoming = ZOO * results / (makespan * 3600)
+def plan_zoo(rows: Sequence[dict[str, Any]], piece: Piece) -> dict[str, float]:
+    """What `ZOO` networks, such as those of the rows, take on `WORKERS` cores."""
+    search, conclusions, tasks, stored, model = (
+        float(np.mean([row[name] for row in rows])) for name in ("hours", "after", "tasks", "disk", "model")
+    )
+    makespan = ZOO * search / WORKERS
+    shipped = ZOO * model * NODES
     rate = writer_rate(piece)
     return {
-        "core_hours_a_network": work,
-        "makespan_hours": makespan,
-        "stored_tib": ZOO * results / 2**40,
-        "shipped_tib": ZOO * float(np.mean(model_bytes)) * NODES / 2**40,
-        "incoming_mib_a_second": incoming / 2**20,
-        "one_writer_mib_a_second": rate / 2**20,
-        "writers_needed": math.ceil(incoming / rate),
+        "search, core hours a network": search,
+        "what follows, hours of a process": conclusions,
+        "tasks a network": tasks,
+        "one run after the other, hours": ZOO * (search / min(tasks, WORKERS) + conclusions),
+        "runs side by side, hours": makespan,
+        "runs at a time, for the cores to have work": math.ceil(WORKERS / tasks),
+        "runs at a time, for what follows to keep up": math.ceil(ZOO * conclusions / makespan),
+        "stored, TiB": ZOO * stored / 2**40,
+        "networks through the object store, TiB": shipped / 2**40,
+        "object store, MiB a second": (shipped + ZOO * stored) / (makespan * 3600) / 2**20,
+        "of which results": ZOO * stored / (makespan * 3600) / 2**20,
+        "one writer takes, MiB a second": rate / 2**20,
     }
 
 
@@ -203,19 +218,16 @@ def main() -> None:
         "Seconds by canvas, ResNet-18", ["layer", *map(str, CANVASES), "exponent"],
         [[canvas["layer"], *canvas["seconds"], canvas["exponent"]]],
     )  # fmt: skip
-    filters, depths, hours, counts, sizes = [], [], [], [], []
+    filters, depths, runs = [], [], []
     for name in names:
         model = NETWORKS[name]()
-        network = FilterNetwork(model, (3, 224, 224))
         common = FilterNetwork(model, (3, 224, 224), COMMON)
         filters.append(by_filters(name, common))
         depths += by_depth(name, common)
-        plan = MemoryPlan(network, None, cores)
-        costs = estimate_stimuli(network, network.layers, FULL, plan, Progress())
-        hours.append(sum(cost.seconds for cost in costs) / 3600)
-        counts.append(sum(layer.filters for layer in network.layers))
-        sizes.append(sum(tensor.nbytes for tensor in model.state_dict().values()))
-        print(f"{name}: exponent in filters {filters[-1]['exponent']:.3f}, {hours[-1]:.2f} core hours")
+        torch.set_num_threads(cores)
+        runs.append(whole_run(name, model))
+        torch.set_num_threads(1)
+        print(json.dumps(runs[-1]), flush=True)
     print_table(
         "Seconds by filters of a layer", ["network", "layer", *map(str, COUNTS), "exponent"],
         [[one["network"], one["layer"], *one["seconds"], one["exponent"]] for one in filters],
@@ -225,15 +237,17 @@ def main() -> None:
         [list(one.values()) for one in depths],
     )  # fmt: skip
     print_table(
-        "Core hours of all stimuli, by network", ["network", "filters", "hours"],
-        [list(row) for row in zip(names, counts, hours, strict=True)],
+        "Whole runs, estimated",
+        ["network", "filters", "tasks", "search, core hours", "what follows, hours", "disk, GiB"],
+        [[*(row[key] for key in ("network", "filters", "tasks", "hours", "after")), row["disk"] / 2**30]
+         for row in runs],
     )  # fmt: skip
     piece = do_task(small, Task("layer3.1.conv1", 0, 192, None, "", ""), BRIEF, None)
-    zoo = plan_zoo(hours, counts, sizes, piece)
+    zoo = plan_zoo(runs, piece)
     print_table(f"{ZOO:,} networks on {WORKERS:,} cores", ["what", ""], [list(item) for item in zoo.items()])
     print(json.dumps({
         "filters": filters, "depth": depths, "canvas": canvas, "cores": used, "zoo": zoo,
-        "exponent": max(one["exponent"] for one in filters), "networks": dict(zip(names, hours, strict=True)),
+        "exponent": max(one["exponent"] for one in filters), "runs": runs,
     }))  # fmt: skip
 
 

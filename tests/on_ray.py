@@ -126,9 +126,23 @@ def alone(out: Path) -> None:
     shown.join()
 
 
+def shared(out: Path) -> None:
+    """On a cluster that another run uses at the same time, which goes to `beside`."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    os.environ["RAY_ADDRESS"] = cluster.address
+    beside = subprocess.Popen([sys.executable, __file__, "long", str(out.with_name("beside"))])
+    search(slow(), out, "ray", STEPS)
+    assert beside.wait(300) == 0
+    cluster.shutdown()
+
+
 SCENES: dict[str, Callable[[Path], None]] = {
     "nodes": on_nodes,
     "alone": alone,
+    "shared": shared,
     "long": lambda out: search(slow(), out, "ray", STEPS),
     "local": lambda out: search(slow(), out, "local", STEPS),
     "poisoned": lambda out: search(poisoned(), out, "ray", 40),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tortured
 from typer.testing import CliRunner
 
 from prune_viz import cli
+from prune_viz import estimate as module
 from prune_viz.analysis import analyze, estimate
 from prune_viz.demo import save_demo_model
 from prune_viz.digits import DigitsNet
 from prune_viz.estimate import REPORT_BYTES, LayerCost, disk_bytes, makespan
+from prune_viz.filters import FilterNetwork
 from prune_viz.layers import Layer
 
 
@@ -34,6 +38,32 @@ def test_disk_is_about_what_a_run_takes(tmp_path: Path) -> None:
     real = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
     said = estimate(tortured.network(), input_shape=(3, 16, 16), steps=2).disk
     assert 1 / 1.5 < said / real < 1.5
+
+
+def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: dict[str, str | None] = {}
+    whole = module._try
+
+    def spied(network: FilterNetwork, feeders: dict[str, str | None], *settings: Any) -> dict[str, float]:
+        tried.update(feeders)
+        return whole(network, feeders, *settings)
+
+    monkeypatch.setattr(module, "_try", spied)
+    monkeypatch.setattr(module, "TRIED_LAYERS", 1)
+    found = estimate(tortured.network(), input_shape=(3, 16, 16), steps=2)
+    # One of each kind, of those with an activation and nothing that feeds them the one amid the work.
+    ends = sorted(name.rpartition(".")[2] for name in tried)
+    assert ends == ["depthwise", "expand", "project"]
+    assert all(cost.seconds > 0 for cost in found.layers)
+    tried.clear()
+    estimate(tortured.network(), input_shape=(3, 16, 16), steps=2, layers=["*.depthwise"])
+    assert set(tried.values()) == {None}  # what would feed it is not looked at
+
+
+def test_the_middles_of_equal_shares_are_chosen() -> None:
+    assert module._spread(np.ones(9), 3).tolist() == [1, 4, 7]
+    assert module._spread(np.array([1, 1, 1, 97.0]), 4).tolist() == [3]
+    assert module._spread(np.ones(2), 4).tolist() == [0, 1]
 
 
 def test_responses_count_by_the_square() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -87,11 +88,31 @@ def test_of_a_mapped_array_only_what_is_used_is_in_memory(tmp_path: Path) -> Non
     for number, batch in enumerate(batches_of(images, 512)):
         assert (batch == rows[512 * number : 512 * (number + 1), None]).all()
         assert held() - before < 2**26
-    images[0] = -1  # which stays out of the file
-    assert read_arrays(tmp_path / "file", mapped={"images"})[0]["images"][0, 0] == 0
+    with pytest.raises(ValueError, match="read-only"):
+        images[0] = -1
 
 
 @pytest.mark.parametrize("mapped", [(), ("half", "transposed")])
+def test_what_the_machine_cannot_hold_is_not_called_damaged(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "file", ARRAYS)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UserError, match="file cannot be read: Too many open files"):
+            read_arrays(tmp_path / "file", mapped={"half"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_is_no_array_of_ours_is_nothing(tmp_path: Path) -> None:
+    save_file({"images": np.array(1.0, np.float32)}, tmp_path / "file", {"sha256": "x"})
+    assert read_arrays(tmp_path / "file") is None
+    assert read_arrays(tmp_path / "file", mapped={"images"}) is None
+    with pytest.raises(UnicodeEncodeError):
+        write_arrays(tmp_path / "other", ARRAYS, {"layer": "\ud800"})
+    assert not (tmp_path / "other").exists()
+
+
 def test_any_damage_is_noticed(tmp_path: Path, mapped: tuple[str, ...]) -> None:
     path, chance = tmp_path / "file", random.Random(0)
     write_arrays(path, ARRAYS, {"told": "x"})

@@ -45,14 +45,30 @@ def events(out: Path, kind: str) -> list[dict]:
     return [event for event in found if event["event"] == kind]
 
 
-def test_nodes_come_and_go_and_the_run_is_that_of_one_machine(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("local") / "run"
+    assert play("local", out)[0] == 0
+    return out
+
+
+def test_nodes_come_and_go_and_the_run_is_that_of_one_machine(local: Path, tmp_path: Path) -> None:
     code, _, complaints = play("nodes", tmp_path / "nodes")
     assert code == 0, complaints
-    assert play("local", tmp_path / "local")[0] == 0
-    assert_equal(tmp_path / "local", tmp_path / "nodes")
+    assert_equal(local, tmp_path / "nodes")
     done = events(tmp_path / "nodes", "task done")
     assert len(done) == len({event["task"] for event in done}) == 33
     assert len({event["worker"] for event in done}) >= 3  # that of the lost node and of the new one too
+
+
+def test_runs_share_a_cluster(local: Path, tmp_path: Path) -> None:
+    code, _, complaints = play("shared", tmp_path / "run")
+    assert code == 0, complaints
+    for name in ("run", "beside"):
+        assert_equal(local, tmp_path / name)
+    done = [events(tmp_path / name, "task done") for name in ("run", "beside")]
+    # Both had results before either had all.
+    assert max(found[0]["time"] for found in done) < min(found[-1]["time"] for found in done)
 
 
 def test_a_new_cluster_is_of_this_machine_alone(tmp_path: Path) -> None:

@@ -11,15 +11,29 @@ import pytest
 import torch
 from networks import Residual, randomise_norms
 
+from prune_viz import spill
 from prune_viz.coupling import find_groups
 from prune_viz.errors import UserError
 from prune_viz.files import evict
 from prune_viz.memory import Budget
 from prune_viz.moments import gather_moments, pool_moments, weigh_outputs
 from prune_viz.redundancy import judge, rank
+from prune_viz.sensitivity import gather_sensitivities
 from prune_viz.spill import Store
 
 CPU = torch.device("cpu")
+
+
+class Tight(Budget):
+    """Lets as many rows through at a time as one likes, and keeps no array."""
+
+    def rows(self, a_row: int, aside: int = 0) -> int:
+        return 64
+
+
+@pytest.fixture(autouse=True)
+def nothing_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "_LEAST", 0)
 
 
 def _held() -> int:
@@ -84,15 +98,25 @@ def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -
             pooled.append(np.array(matrix))
         return ranked, pooled
 
-    class Tight(Budget):
-        """Lets as many rows through at a time as one likes, and keeps no array."""
-
-        def rows(self, a_row: int, aside: int = 0) -> int:
-            return 64
-
     expected, matrices = conclude(None)
     found, others = conclude(Tight(CPU, 0, tmp_path))
     assert [repr(one) for one in found] == [repr(one) for one in expected]
     for one, same in zip(others, matrices, strict=True):
         np.testing.assert_array_equal(one, same)
     assert not list(tmp_path.iterdir())
+
+
+def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(Residual()).eval()
+    groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
+    images = torch.randn(24, 3, 16, 16)
+    expected = gather_sensitivities(model, groups, lambda: images.split(16), seed=0)
+    found = gather_sensitivities(model, groups, lambda: images.split(16), 0, Tight(CPU, 0, tmp_path))
+    assert expected is not None
+    assert found is not None
+    for name, square in expected.readers.items():
+        assert isinstance(found.readers[name], np.memmap)
+        np.testing.assert_array_equal(found.readers[name], square)
+    for number, cost in expected.ablations.items():
+        np.testing.assert_array_equal(found.ablations[number], cost)
