@@ -28,7 +28,7 @@ from prune_viz.network_map import embed_network
 from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages
-from prune_viz.ranking import calibrated_probes, measure_groups, rank_groups, sense_output
+from prune_viz.ranking import NearInputs, calibrated_probes, measure_groups, rank_groups, sense_output
 from prune_viz.runs import LayerFiles, RunDirectory
 from prune_viz.subjects import Subject
 from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
@@ -105,9 +105,9 @@ def conclude(
             calibrated = _calibrate(twin, subject, run, found, progress, key, budget)
     if calibrated is None:
         run.probes_file.unlink(missing_ok=True)  # an earlier run's
-    near = None if calibrated is None else calibrated.images
+    near = NearInputs(None if calibrated is None else calibrated.images, examples, seed)
     with stage("sensitivity"):
-        sensitivities = sense_output(twin, judged, near, examples, seed, progress, budget)
+        sensitivities = sense_output(twin, judged, near, progress, budget)
     verdicts, pooled = judge_groups(groups, {}, Progress()), {}
     for part in rounds(judged, budget.of_host().left() // 2):
         with stage("probes"):
@@ -115,11 +115,9 @@ def conclude(
         with stage("verdicts"):
             verdicts.update(judge_groups(part, moments, progress))
         with stage("ranking"):
-            known = moments if near is None and examples is None else {}
+            known = {} if near.any() else moments
             del moments  # a square of its channels for every reader of a group
-            measured = measure_groups(
-                twin, part, known, near, examples, sensitivities, seed, progress, budget
-            )
+            measured = measure_groups(twin, part, known, near, sensitivities, progress, budget)
             ranked = rank_groups(verdicts, measured)
             del measured
         verdicts = ranked.verdicts
@@ -140,7 +138,7 @@ def conclude(
     table = filter_table(subject.layers, found, embeddings, places, group_of_layer(groups), verdicts)
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
     masks = masks_of(table, groups, verdicts, counts_of_layers, subject.origin, unit)
-    masks.probes = near
+    masks.probes = near.calibrated
     run.write_filters(table)
     macs = surgery.count_macs(model, network.input_shape)
     decisions = decisions_json(table, groups, verdicts, masks, dict(model.named_modules()), macs, unit)

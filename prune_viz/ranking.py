@@ -7,7 +7,7 @@ own images where there are some. How much the output depends on what each reader
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -37,6 +37,36 @@ from prune_viz.tracing import norms_behind
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
 SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
+
+
+@dataclass(frozen=True)
+class NearInputs:
+    """Inputs near the training data.
+
+    Attributes
+    ----------
+    calibrated : Tensor or None, shape (N, C, *size)
+        Calibrated probes, where there can be any.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images, in the model's own input units, where there are some.
+    seed : int
+        Seed of all that is random when they are used.
+    """
+
+    calibrated: Tensor | None
+    examples: Tensor | None
+    seed: int
+
+    def any(self) -> bool:
+        """Whether there are inputs at all."""
+        return self.calibrated is not None or self.examples is not None
+
+    def varied(self, model: nn.Module) -> Iterator[Tensor]:
+        """Calibrated probes in their variants, a set each."""
+        if self.calibrated is not None:
+            images = self.calibrated
+            larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
+            yield from variants(images, larger, self.seed)
 
 
 @dataclass(frozen=True)
@@ -130,9 +160,7 @@ def calibrated_probes(
 def sense_output(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    calibrated: Tensor | None,
-    examples: Tensor | None,
-    seed: int,
+    near: NearInputs,
     progress: Progress,
     budget: Budget | None = None,
 ) -> Sensitivities | None:
@@ -141,30 +169,28 @@ def sense_output(
     Parameters are those of `measure_groups`. None where nothing is near the training data, or where it cannot
     be told (`prune_viz.sensitivity.gather_sensitivities`).
     """
-    if not groups or (calibrated is None and examples is None):
+    if not groups or not near.any():
         return None
 
-    def near() -> Iterator[Tensor]:
-        count = 0 if calibrated is None else SENSED * len(calibrated)
-        progress.start("sensitivity", count + (0 if examples is None else len(examples)))
-        sets = [] if calibrated is None else islice(_variants(model, calibrated, seed), SENSED)
-        for images in chain(sets, [] if examples is None else [examples]):
+    def batches() -> Iterator[Tensor]:
+        examples = [] if near.examples is None else [near.examples]
+        count = 0 if near.calibrated is None else SENSED * len(near.calibrated)
+        progress.start("sensitivity", count + sum(map(len, examples)))
+        for images in chain(islice(near.varied(model), SENSED), examples):
             for batch in torch.split(images, BATCH):
                 yield batch
                 progress.advance(len(batch))
         progress.finish()
 
-    return gather_sensitivities(model, groups, near, seed, budget)
+    return gather_sensitivities(model, groups, batches, near.seed, budget)
 
 
 def measure_groups(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     known: Mapping[int, Sequence[Moments]],
-    calibrated: Tensor | None,
-    examples: Tensor | None,
+    near: NearInputs,
     sensitivities: Sensitivities | None,
-    seed: int,
     progress: Progress,
     budget: Budget | None = None,
 ) -> Measured:
@@ -178,14 +204,10 @@ def measure_groups(
         Those to measure.
     known : mapping of int to sequence of Moments
         Their moments on noise and stimuli, which count where there is nothing nearer.
-    calibrated : Tensor or None, shape (N, C, *size)
-        Calibrated probes.
-    examples : Tensor or None, shape (N, C, *size)
-        The user's images, in the model's own input units.
+    near : NearInputs
+        What is near the training data.
     sensitivities : Sensitivities or None
         From `sense_output`.
-    seed : int
-        Seed of all that is random.
     progress : Progress
         Told how the work goes.
     budget : Budget, optional
@@ -193,7 +215,7 @@ def measure_groups(
     """
     norms = norms_behind(model)
     signs = {group.number: weight_signs(model, group, norms) for group in groups}
-    moments, silent = _gather(model, groups, calibrated, examples, seed, progress, budget)
+    moments, silent = _gather(model, groups, near, progress, budget)
     moments = moments or {number: list(readers) for number, readers in known.items()}
     if sensitivities is None:
         return Measured(moments, moments, silent, None, "readers", signs)
@@ -234,26 +256,24 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
 def _gather(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    calibrated: Tensor | None,
-    examples: Tensor | None,
-    seed: int,
+    near: NearInputs,
     progress: Progress,
     budget: Budget | None,
 ) -> tuple[dict[int, list[Moments]], dict[int, np.ndarray]]:
     """The groups' moments over calibrated probes and examples, and what channels examples leave silent."""
     parts, counts, silent = [], [], {}
-    if calibrated is not None:
+    if (calibrated := near.calibrated) is not None:
+        count = calibration.VARIANTS * len(calibrated)
 
         def moved() -> Iterator[tuple[Tensor, bool]]:
-            batches = _split(_variants(model, calibrated, seed))
-            return counted(progress, "ranking", batches, calibration.VARIANTS * len(calibrated))
+            return counted(progress, "ranking", _split(near.varied(model)), count)
 
         parts.append(gather_moments(model, groups, moved, budget))
         counts.append(len(calibrated))
-    if examples is not None:
+    if (examples := near.examples) is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
-            return counted(progress, "ranking, images", _split(iter([examples])), len(examples))
+            return counted(progress, "ranking, images", _split([examples]), len(examples))
 
         seen = gather_moments(model, groups, shown, budget)
         silent = {number: are_silent(readers) for number, readers in seen.items()}
@@ -266,12 +286,7 @@ def _gather(
     return pooled, silent
 
 
-def _variants(model: nn.Module, images: Tensor, seed: int) -> Iterator[Tensor]:
-    larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
-    return variants(images, larger, seed)
-
-
-def _split(sets: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+def _split(sets: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     for images in sets:
         yield from split(images, images.shape[2:])
 

@@ -45,7 +45,7 @@ from prune_viz.masks import Masks
 from prune_viz.plain import plain_copy
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
-from prune_viz.ranking import measure_groups, sense_output
+from prune_viz.ranking import NearInputs, measure_groups, sense_output
 from prune_viz.redundancy import combine, order_channels
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import compensate_filters
@@ -103,9 +103,9 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
         calibrated = load_probes(directory.probes_file)
         probes = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_moments(), probes)
-    inputs = probes, network.unlabelled
-    sensed = sense_output(network.model, groups, *inputs, 0, Progress())
-    measured = measure_groups(network.model, groups, {}, *inputs, sensed, 0, Progress())
+    near = NearInputs(probes, network.unlabelled, 0)
+    sensed = sense_output(network.model, groups, near, Progress())
+    measured = measure_groups(network.model, groups, {}, near, sensed, Progress())
     found = {
         number: order_channels(*combine([reader for reader in readers if reader.output_variance > 0]))
         for number, readers in measured.moments.items()

@@ -23,7 +23,7 @@ from prune_viz.masks import load_masks
 from prune_viz.origin import hash_model
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
-from prune_viz.ranking import measure_groups
+from prune_viz.ranking import NearInputs, measure_groups
 from prune_viz.runs import FILTER_COLUMNS, RunDirectory
 from prune_viz.surgery import remove_filters
 
@@ -308,7 +308,7 @@ def test_the_users_images_join_the_probes() -> None:
     groups = find_groups(model, torch.zeros(1, 3, 16, 16))
     probes, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
     alone, both, seen = (
-        measure_groups(model, groups, {}, calibrated, examples, None, 0, Progress()).moments
+        measure_groups(model, groups, {}, NearInputs(calibrated, examples, 0), None, Progress()).moments
         for calibrated, examples in ((probes, None), (probes, images), (None, images))
     )
     for number, readers in both.items():
@@ -316,7 +316,7 @@ def test_the_users_images_join_the_probes() -> None:
             np.testing.assert_allclose(mixed.fit, (one.fit + other.fit) / 2, rtol=1e-6)
             np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
     # Two images leave none to hold out; those that there are count whole.
-    few = measure_groups(model, groups, {}, probes, images[:2], None, 0, Progress()).moments
+    few = measure_groups(model, groups, {}, NearInputs(probes, images[:2], 0), None, Progress()).moments
     for number, readers in few.items():
         for one, mixed in zip(alone[number], readers, strict=True):
             np.testing.assert_allclose(mixed.held_out, one.held_out, rtol=1e-9)
