@@ -133,7 +133,7 @@ class RowBytes:
     @property
     def forward(self) -> int:
         """What a forward pass holds, and samples drawn from maps meanwhile."""
-        return int(SLACK * (6 * self.largest + 4 * self.row))
+        return int(SLACK * (10 * self.largest + 4 * self.row))
 
 
 def measure_row(run: Callable[[Tensor], object], shape: Sequence[int], device: torch.device) -> RowBytes:

@@ -28,7 +28,8 @@ from prune_viz.probes import BATCH
 from prune_viz.spill import Store
 
 POSITIONS = 64  # of a map that are sampled, a probe
-_MATRICES = 8  # of doubles, a square of its channels each, that a group's moments take for each reader
+# Of doubles, a square of its channels each, that a group's moments take for each reader, and judging it.
+_MATRICES, _JUDGING = 8, 10
 
 
 @dataclass
@@ -290,13 +291,17 @@ def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[Coupling
 
 
 def _bytes_of_moments(groups: Sequence[CouplingGroup]) -> int:
-    return sum(8 * _MATRICES * len(group.readers) * (group.channels + 1) ** 2 for group in groups)
+    """What the moments of groups take, and judging the widest."""
+    squares = [8 * (group.channels + 1) ** 2 for group in groups]
+    held = sum(_MATRICES * len(group.readers) * size for group, size in zip(groups, squares, strict=True))
+    return held + _JUDGING * max(squares)
 
 
 def _bytes_at_a_time(group: CouplingGroup, store: Store) -> int:
     """What the moments of a group take of memory while they are gathered: all, or of a file a few squares."""
-    gathered = _bytes_of_moments([group]) // 2
-    return gathered if gathered <= store.most else 8 * 4 * (group.channels + 1) ** 2
+    square = 8 * (group.channels + 1) ** 2
+    gathered = 4 * len(group.readers) * square
+    return 3 * square + (gathered if gathered <= store.most else 0)
 
 
 def gather_moments(

@@ -12,7 +12,7 @@ from torch import nn
 from prune_viz import moments as module
 from prune_viz.coupling import find_groups
 from prune_viz.filters import FilterNetwork
-from prune_viz.groups import group_of_layer
+from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.memory import Budget
 from prune_viz.moments import gather_moments
 from prune_viz.priors import tile
@@ -196,13 +196,18 @@ def test_batches_that_run_in_parts_give_the_same_moments(monkeypatch: pytest.Mon
 
 def test_groups_are_taken_in_turns_that_fit() -> None:
     groups = find_groups(Residual(), torch.zeros(1, 3, 16, 16))
-    sizes = {group.number: 64 * len(group.readers) * (group.channels + 1) ** 2 for group in groups}
-    for most in (0, max(sizes.values()), sum(sizes.values()) - 1, sum(sizes.values())):
+
+    def size(turn: list[CouplingGroup]) -> int:
+        squares = [8 * (group.channels + 1) ** 2 for group in turn]
+        kept = sum(8 * len(group.readers) * square for group, square in zip(turn, squares, strict=True))
+        return kept + 10 * max(squares)
+
+    for most in (0, max(size([group]) for group in groups), size(groups) - 1, size(groups)):
         turns = list(module.rounds(groups, most))
         assert [group for turn in turns for group in turn] == groups
-        assert all(len(turn) == 1 or sum(sizes[one.number] for one in turn) <= most for turn in turns)
+        assert all(len(turn) == 1 or size(turn) <= most for turn in turns)
         # No turn could have taken the next one's first group too.
         for turn, later in pairwise(turns):
-            assert sum(sizes[one.number] for one in [*turn, later[0]]) > most
-    assert len(list(module.rounds(groups, sum(sizes.values())))) == 1
+            assert size([*turn, later[0]]) > most
+    assert len(list(module.rounds(groups, size(groups)))) == 1
     assert len(list(module.rounds(groups, 0))) == len(groups)
