@@ -6,9 +6,9 @@
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of
 which only what does not change the peak is cut short. The search takes one step in two tasks of the layer
-whose ascents hold most; all other stimuli are noise. Eight a layer run through the network as probes; probes are
-calibrated in one pass and compared in two variants; of the verdicts only the widest group's is reached. Peaks
-are those of the whole process up to the end of a stage, in MiB. The last line is one JSON object.
+whose ascents hold most; all other stimuli are noise. Eight a layer run through the network as probes; probes
+are calibrated in one pass and compared in two variants; of the verdicts only the widest group's is reached.
+Peaks are those of the whole process up to the end of a stage, in MiB. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def apart(work: Callable[[Any], dict[str, Any]], given: object) -> dict[str, Any
 
 @contextmanager
 def shortened(heaviest: str, widest: int) -> Iterator[None]:
-    """Steps for two tasks of the heaviest layer alone, noise for all others, and less of what repeats itself."""
+    """Steps for two tasks of the heaviest layer, noise for all others, and less of what repeats itself."""
     make, find = probes.make_probes, engines.do_task
 
     def stimuli(network: FilterNetwork, task: Task, settings: StimulusSettings, *given: Any) -> Piece:
