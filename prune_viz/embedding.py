@@ -18,7 +18,7 @@ NEIGHBOURS = 15
 EPOCHS = 200
 PICTURE_SHARE = 0.2  # of the squared distance between unrelated filters; their responses have the rest
 CLUSTER_DIAMETER = 0.35  # unrelated filters are about 1.4 apart
-_ROWS = 1024  # of distances at a time
+_ROWS, _CELLS = 1024, 2**23  # of distances at a time, at most
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,10 @@ def nearest(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     points = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     squares = points.square().sum(dim=1)
     found = []
-    for start in range(0, len(points), _ROWS):
-        rows = points[start : start + _ROWS]
-        distances = squares - 2 * rows @ points.T + squares[start : start + _ROWS, None]
+    step = max(1, min(_ROWS, _CELLS // max(1, len(points))))
+    for start in range(0, len(points), step):
+        rows = points[start : start + step]
+        distances = (rows @ points.T).mul_(-2).add_(squares).add_(squares[start : start + step, None])
         own = torch.arange(len(rows))
         distances[own, start + own] = -1.0  # whatever else coincides with it
         found.append(distances.topk(count, largest=False))

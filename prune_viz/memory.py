@@ -155,7 +155,7 @@ def measure_row(run: Callable[[Tensor], object], shape: Sequence[int], device: t
 
         def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor.detach()  # a result that held the graph that holds it would never be freed
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             given = tensors_of(run(images * 1))  # held, so that no storage is freed and found again

@@ -62,7 +62,7 @@ def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyP
 
 def test_the_middles_of_equal_shares_are_chosen() -> None:
     assert module._spread(np.ones(9), 3).tolist() == [1, 4, 7]
-    assert module._spread(np.array([1, 1, 1, 97.0]), 4).tolist() == [3]
+    assert module._spread(np.array([1, 1, 1, 97.0]), 4).tolist() == [2, 3]
     assert module._spread(np.ones(2), 4).tolist() == [0, 1]
 
 

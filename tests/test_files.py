@@ -92,7 +92,6 @@ def test_of_a_mapped_array_only_what_is_used_is_in_memory(tmp_path: Path) -> Non
         images[0] = -1
 
 
-@pytest.mark.parametrize("mapped", [(), ("half", "transposed")])
 def test_what_the_machine_cannot_hold_is_not_called_damaged(tmp_path: Path) -> None:
     write_arrays(tmp_path / "file", ARRAYS)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -113,6 +112,7 @@ def test_what_is_no_array_of_ours_is_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("mapped", [(), ("half", "transposed")])
 def test_any_damage_is_noticed(tmp_path: Path, mapped: tuple[str, ...]) -> None:
     path, chance = tmp_path / "file", random.Random(0)
     write_arrays(path, ARRAYS, {"told": "x"})

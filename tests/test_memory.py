@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -53,6 +55,25 @@ def test_what_is_planned_fits_the_budget(network: FilterNetwork, workers: int) -
                 plan.workers * batch * plan.taken(layer.name) <= plan.budget.limit - plan.held or batch == 1
             )
     assert MemoryPlan(network, held + 4096 * MIB, 2).batch("blocks.1.project") == 48
+
+
+def test_measuring_leaves_nothing_behind(network: FilterNetwork) -> None:
+    """A saved result that held the graph that saved it would stay for ever, with all of a climb."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def run(images: Tensor) -> Tensor:
+        maps = network.maps("blocks.1.project")(images)[1].sigmoid()  # whose backward pass reads its result
+        made.append(weakref.ref(maps))
+        return maps
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert module.measure_row(run, (3, 16, 16), torch.device("cpu")).kept > 0
+        assert [ref for ref in made if ref() is not None] == []
+        assert len(made) == 2
+    finally:
+        gc.enable()
 
 
 def test_too_little_is_refused_with_how_much_it_takes(network: FilterNetwork) -> None:
