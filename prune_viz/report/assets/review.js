@@ -39,6 +39,7 @@
   const pairs = function (list) { return list.map(function (item) { return [place, number(item)]; }); };
 
   // Totals and what each card shows.
+  const inFull = function (number) { return number.toLocaleString("en-US"); };  // as the pages write it
   const percent = function (share) { return (100 * share).toFixed(1) + "\u202f%"; };
   const sized = function (damage) {
     if (run.unit === "nats") return (damage >= 1e-9 ? Number(damage.toPrecision(2)) : "below 1e-9") + "\u202fnats";
@@ -48,8 +49,8 @@
   const show = function () {
     const now = decisions.totals();
     const fields = {
-      reviewed: now.reviewed + " of " + now.decidable + " reviewed",
-      filters: now.filters + " of " + run.filters + " filters go" + (now.added ? ", " + now.added + " of them added" : ""),
+      reviewed: inFull(now.reviewed) + " of " + inFull(now.decidable) + " reviewed",
+      filters: inFull(now.filters) + " of " + inFull(run.filters) + " filters go" + (now.added ? ", " + inFull(now.added) + " of them added" : ""),
       macs: percent(now.macs) + " fewer multiply-accumulates",
       damage: "damage " + sized(now.damage),
     };
