@@ -125,6 +125,7 @@ def conclude(
         del ranked
     unit = sensitivities.unit if sensitivities else "readers"
     predicted = ranking.predictions_on(twin, calibrated)
+    del twin, sensitivities  # what follows needs the room
     if judged:
         count = 0 if examples is None else len(examples)
         notes.append(ranking.describe(calibrated, predicted, count, unit))

@@ -124,8 +124,10 @@ def common_profiles(network: FilterNetwork, layers: Sequence[str], stimuli: Sequ
         for start in range(0, len(images), BATCH)
     ]
     norms = network.read(layers, batches, map_norms)
-    responses = [np.nan_to_num(norms[name].numpy(), nan=0.0, posinf=0.0) for name in layers]
-    return np.vstack([response_profiles(one) for one in responses])
+    # Each layer's norms go as its profiles come.
+    return np.vstack(
+        [response_profiles(np.nan_to_num(norms.pop(name).numpy(), nan=0.0, posinf=0.0)) for name in layers]
+    )
 
 
 def place_filters(pictures: np.ndarray, profiles: np.ndarray, live: np.ndarray, seed: int) -> np.ndarray:
