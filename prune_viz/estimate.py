@@ -48,7 +48,7 @@ PASSES_PER_FILTER = 250  # forward ones that an ascent costs, about; only to cho
 TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
 # What maps and report take, in seconds, once and a filter.
 FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
-REPORT_BYTES = 350_000, 4500  # of a report, once and a filter
+REPORT_BYTES = 150_000, 4200  # of a report and the tables, once and a filter
 LIBRARIES = 350 * 2**20  # what drawing maps loads
 
 
@@ -148,7 +148,7 @@ def estimate_run(
     seconds.update(
         estimate_conclusions(twin, network, layers, judged, subject.seed, examples, noise, plan.budget)
     )
-    disk = disk_bytes(layers, network.input_shape, judged)
+    disk = disk_bytes(layers, network.input_shape, judged, seconds.get("calibration", 0) > 0)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
 
@@ -369,11 +369,13 @@ def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
     return max(free)
 
 
-def disk_bytes(layers: Sequence[Layer], input_shape: Sequence[int], groups: Sequence[CouplingGroup]) -> int:
-    """What a run directory holds in the end: stimuli, responses, moments, probes and the report."""
+def disk_bytes(
+    layers: Sequence[Layer], input_shape: Sequence[int], groups: Sequence[CouplingGroup], calibrated: bool
+) -> int:
+    """What a run directory holds in the end; probes only where they can be calibrated."""
     channels, *extents = input_shape
     size = [min(extent, ranking.WIDEST[len(extents)]) for extent in extents]
-    probed = 4 * probes_for(size) * channels * int(np.prod(size)) if groups else 0
+    probed = 4 * probes_for(size) * channels * int(np.prod(size)) if calibrated else 0
     stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
     responses = sum(4 * layer.filters**2 for layer in layers)
     moments = sum(4 * (group.channels + 1) ** 2 for group in groups)
