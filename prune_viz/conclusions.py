@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,9 @@ from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.devices import release_memory
 from prune_viz.errors import UserError
 from prune_viz.exciting import find_exciting_parts, write_exciting_parts
-from prune_viz.files import write_json
+from prune_viz.files import evict, write_json
 from prune_viz.filters import blank_input
-from prune_viz.groups import group_of_layer
+from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.masks import Masks, write_plain_masks
 from prune_viz.memory import Budget
 from prune_viz.moments import rounds
@@ -30,6 +30,7 @@ from prune_viz.progress import Progress
 from prune_viz.provenance import Stages
 from prune_viz.ranking import NearInputs, calibrated_probes, measure_groups, rank_groups, sense_output
 from prune_viz.runs import LayerFiles, RunDirectory
+from prune_viz.spill import Store
 from prune_viz.subjects import Subject
 from prune_viz.verdicts import judge_groups, probe_groups, probing_copy
 
@@ -108,7 +109,7 @@ def conclude(
     near = NearInputs(None if calibrated is None else calibrated.images, examples, seed)
     with stage("sensitivity"):
         sensitivities = sense_output(twin, judged, near, progress, budget)
-    verdicts, pooled = judge_groups(groups, {}, Progress()), {}
+    verdicts, pooled = judge_groups(groups, {}, Progress()), _squares(judged, budget)
     for part in rounds(judged, budget.of_host().left() // 2):
         with stage("probes"):
             moments = probe_groups(twin, network, part, found, examples, seed, statistics, progress, budget)
@@ -121,7 +122,9 @@ def conclude(
             ranked = rank_groups(verdicts, measured)
             del measured
         verdicts = ranked.verdicts
-        pooled.update({number: matrix.astype(np.float32) for number, matrix in ranked.moments.items()})
+        for number, matrix in ranked.moments.items():
+            pooled[number][:] = matrix
+            evict(pooled[number])
         del ranked
     unit = sensitivities.unit if sensitivities else "readers"
     predicted = ranking.predictions_on(twin, calibrated)
@@ -130,10 +133,10 @@ def conclude(
         count = 0 if examples is None else len(examples)
         notes.append(ranking.describe(calibrated, predicted, count, unit))
     with stage("embedding"):
-        embeddings, places = embed_network(network, subject.layers, found, seed, progress)
+        embeddings, places = embed_network(network, subject.layers, found, seed, progress, budget)
     if examples is not None:
         with stage("examples"):
-            parts = find_exciting_parts(network, subject.layers, examples, statistics)
+            parts = find_exciting_parts(network, subject.layers, examples, statistics, budget)
         if parts is not None:
             write_exciting_parts(parts, {one.name: one.slug for one in subject.records}, run.examples_file)
     table = filter_table(subject.layers, found, embeddings, places, group_of_layer(groups), verdicts)
@@ -175,6 +178,17 @@ def _calibrate(
         if calibrated is not None:
             save_probes(calibrated, run.probes_file, key)
     return calibrated
+
+
+def _squares(groups: Sequence[CouplingGroup], budget: Budget) -> dict[int, np.ndarray]:
+    """Room for each group's pooled moments, (channels + 1, channels + 1), all in one array."""
+    sides = {group.number: group.channels + 1 for group in groups}
+    whole = Store(budget).zeros([sum(side**2 for side in sides.values())], np.float32)
+    ends = np.cumsum([side**2 for side in sides.values()])
+    return {
+        number: whole[end - side**2 : end].reshape(side, side)
+        for (number, side), end in zip(sides.items(), ends, strict=True)
+    }
 
 
 def _summary(subject: Subject, table: pd.DataFrame, masks: Masks, notes: list[str]) -> dict[str, Any]:

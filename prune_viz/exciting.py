@@ -14,13 +14,13 @@ from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics
 from prune_viz.layers import Layer
+from prune_viz.memory import Budget
 from prune_viz.pictures import draw_inputs
 
 SHOWN = 6  # parts a filter, each of another image
 MOST_IMAGES = 192  # that are searched
 SIDE = 224  # pixels of an image that is kept, at most
 _LEAST = 32  # pixels of a part: less shows nothing of what is around
-_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class ExcitingParts:
 
 
 def find_exciting_parts(
-    network: FilterNetwork, layers: Sequence[Layer], examples: Tensor, statistics: InputStatistics | None
+    network: FilterNetwork,
+    layers: Sequence[Layer],
+    examples: Tensor,
+    statistics: InputStatistics | None,
+    budget: Budget | None = None,
 ) -> ExcitingParts | None:
     """Search example images for what excites each filter of some layers most.
 
@@ -60,6 +64,8 @@ def find_exciting_parts(
         Inputs in the model's own units; of many, some evenly spaced ones are searched.
     statistics : InputStatistics or None
         The normalisation, with which they become pictures again.
+    budget : Budget, optional
+        Memory that may be taken.
 
     Returns
     -------
@@ -70,8 +76,7 @@ def find_exciting_parts(
         return None
     count = min(len(examples), MOST_IMAGES)
     searched = examples[np.linspace(0, len(examples) - 1, count).round().astype(int)]
-    batches = [searched[begin : begin + _BATCH] for begin in range(0, count, _BATCH)]
-    found = network.read([layer.name for layer in layers], batches, _peaks)
+    found = network.read([layer.name for layer in layers], lambda: [searched], _peaks, budget)
     size = np.array(searched.shape[2:])
     chosen = {layer.name: _windows(found[layer.name].numpy(), layer, size) for layer in layers}
     used = np.unique(np.concatenate([windows[..., 0].ravel() for windows in chosen.values()]))

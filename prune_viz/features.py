@@ -6,6 +6,8 @@ filters lie about the square root of 2 apart: a distance means the same in every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from prune_viz.files import batches_of
@@ -167,8 +169,30 @@ def scaled_pictures(descriptors: np.ndarray) -> np.ndarray:
     return np.asarray(centred / total if total > 1e-6 else centred)
 
 
-def principal(features: np.ndarray, components: int) -> np.ndarray:
-    """Leading principal components of features, shape (F, K), where K is at most a few hundred."""
-    centred = features - features.mean(axis=0)
-    _, axes = np.linalg.eigh((centred.T @ centred).astype(np.float64))
-    return np.asarray(centred @ axes[:, ::-1][:, :components].astype(centred.dtype))
+def principal(parts: Sequence[np.ndarray], components: int) -> tuple[np.ndarray, float]:
+    """Leading principal components of features, K of them at most a few hundred.
+
+    Parameters
+    ----------
+    parts : sequence of ndarray, each shape (F_i, K)
+        The features, some filters at a time.
+    components : int
+        How many, if there are as many features.
+
+    Returns
+    -------
+    scores : ndarray of float32, shape (F, components)
+        Of all filters, those of the first part first.
+    variance : float
+        Total variance of the features.
+    """
+    count = sum(map(len, parts))
+    mean = np.sum([part.sum(axis=0, dtype=np.float64) for part in parts], axis=0) / max(count, 1)
+    mean = mean.astype(np.float32)
+    products = np.zeros((len(mean), len(mean)))
+    for part in parts:
+        centred = part - mean
+        products += centred.T @ centred
+    axes = np.linalg.eigh(products)[1][:, ::-1][:, :components].astype(np.float32)
+    scores = np.vstack([(part - mean) @ axes for part in parts])
+    return scores.astype(np.float32, copy=False), float(np.trace(products)) / max(count, 1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,20 +14,24 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz import tracing
-from prune_viz.devices import may_pass
+from prune_viz.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
+from prune_viz.devices import may_pass, with_fewer
 from prune_viz.errors import LayerError, UserError, brief
 from prune_viz.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
 from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
+from prune_viz.memory import Budget, RowLimit
 from prune_viz.origin import hash_structure
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.receptive_field import receptive_field
 
+READ_BATCH = 32  # inputs that run through the whole network at a time, at most
+
 
 class FilterNetwork:
     """A model prepared for looking at its filters: traced, batch norms folded, parameters frozen.
 
-    The model given is copied, never changed.
+    The model given is never changed; what is not folded shares its weights, so do not train it meanwhile.
 
     Parameters
     ----------
@@ -69,14 +73,15 @@ class FilterNetwork:
     ) -> None:
         self.input_shape = tuple(input_shape)
         self.device = torch.device(device)
-        model = plain_copy(model).float()
+        model = plain_copy(model, share=True).float()
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
         if not convolutions:
             raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
         calls, self.overflowing = _count_calls(model, self.input_shape, convolutions)
         self.skipped = [name for name in convolutions if name not in calls]
         self.repeated = {name: times for name, times in calls.items() if times > 1}
-        self.channels_last = _takes_channels_last(model, self.input_shape)
+        example = _ordinary_input(self.input_shape).to(blank_input(model, self.input_shape))
+        self.channels_last = takes_channels_last(model, example)
         self._row_by_row: set[str] = set()
         self._hooked: dict[str, HookedMaps] = {}
         self._alone = threading.RLock()
@@ -89,7 +94,7 @@ class FilterNetwork:
             folded = tracing.fold_batch_norms(traced, _ordinary_input(self.input_shape))
             self._graph = folded.to(self.device).requires_grad_(False)
             if self.channels_last:
-                self._graph = self._graph.to(memory_format=torch.channels_last)
+                lay_weights_channels_last(self._graph)
             self._taps = tracing.find_taps(self._graph)
         self.layers = [
             self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(calls)
@@ -183,7 +188,7 @@ class FilterNetwork:
     def takes(self, size: Sequence[int]) -> bool:
         """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
         try:
-            self._outputs(1, size)
+            self._outputs_of_blank(1, size)
         except Exception:  # whatever a stranger's forward pass raises
             return False
         return True
@@ -192,22 +197,29 @@ class FilterNetwork:
     def takes_batches(self) -> bool:
         """Whether the whole network gives twice as much for two inputs as for one, along its batch axis."""
         try:
-            one, two = (self._outputs(rows, self.input_shape[1:]) for rows in (1, 2))
+            one, two = (self._outputs_of_blank(rows, self.input_shape[1:]) for rows in (1, 2))
         except Exception:  # whatever a stranger's forward pass raises
             return False
         return len(two) == 2 * len(one) or any(
             _is_doubled(less.shape, more.shape) for less, more in zip(one, two, strict=False)
         )
 
-    def _outputs(self, rows: int, size: Sequence[int]) -> list[Tensor]:
-        with torch.no_grad(), as_it_was(self._model):
-            whole = self._graph or self._model
-            device = next(whole.parameters()).device
-            blank = torch.zeros(rows, self.input_shape[0], *size, device=device)
-            return tensors_of(whole(self._laid_out(blank)))
+    def _outputs_of_blank(self, rows: int, size: Sequence[int]) -> list[Tensor]:
+        with torch.no_grad():
+            return self.outputs(torch.zeros(rows, self.input_shape[0], *size))
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """What the whole network gives, its batch norms folded where it could be traced."""
+        whole = self._graph or self._model
+        with as_it_was(self._model):
+            return tensors_of(whole(self._laid_out(inputs.to(next(whole.parameters()).device))))
 
     def read(
-        self, names: Sequence[str], batches: Sequence[Tensor], reading: Callable[[Tensor], Tensor]
+        self,
+        names: Sequence[str],
+        inputs: Callable[[], Iterable[Tensor]],
+        reading: Callable[[Tensor], Tensor],
+        budget: Budget | None = None,
     ) -> dict[str, Tensor]:
         """Run inputs and keep what `reading` makes of several layers' feature maps.
 
@@ -215,17 +227,30 @@ class FilterNetwork:
         ----------
         names : sequence of str
             The layers.
-        batches : sequence of Tensor, each shape (B, C, *size)
-            Inputs of a size that the network `takes`.
+        inputs : callable
+            Gives them in parts, each shape (B, C, *size), of a size that the network `takes`.
         reading : callable
             From maps, shape (B, F, *map), to what is kept of them, shape (B, F, ...). A layer that cannot be
             traced nor looked at is read as a map of one zero.
+        budget : Budget, optional
+            Memory that may be taken.
 
         Returns
         -------
         dict of str to Tensor, shape (all inputs, F, ...)
             By layer.
         """
+        limit = RowLimit(budget, self.outputs, backward=False)
+        return with_fewer(partial(self._read, names, inputs, reading, limit), READ_BATCH, self.device)
+
+    def _read(
+        self,
+        names: Sequence[str],
+        inputs: Callable[[], Iterable[Tensor]],
+        reading: Callable[[Tensor], Tensor],
+        limit: RowLimit,
+        most: int,
+    ) -> dict[str, Tensor]:
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         whole = self.takes_batches
         tapped = [name for name in names if whole and name in self._taps and name not in self._row_by_row]
@@ -233,18 +258,25 @@ class FilterNetwork:
         with torch.no_grad():
             if self._graph is not None and tapped:
                 reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
-                for batch in batches:
-                    for name, found in reader.read(self._laid_out(batch.float().to(self.device))).items():
+                for batch in self._batches(inputs, limit, most):
+                    for name, found in reader.read(self._laid_out(batch)).items():
                         rows[name].append(found.cpu())
             for name in untapped:
                 maps = self.maps(name)
-                for batch in batches:
+                for batch in self._batches(inputs, limit, most):
                     try:
-                        after = maps(batch.float().to(self.device))[1]
+                        after = maps(batch)[1]
                     except LayerError:  # told where its stimuli are sought
                         after = torch.zeros(len(batch), self.layer(name).filters, *[1] * (batch.ndim - 2))
                     rows[name].append(reading(after).cpu())
-        return {name: torch.cat(parts) for name, parts in rows.items()}
+        return {name: torch.cat(rows.pop(name)) for name in names}
+
+    def _batches(
+        self, inputs: Callable[[], Iterable[Tensor]], limit: RowLimit, most: int
+    ) -> Iterator[Tensor]:
+        for part in inputs():
+            for batch in limit.split(part.float(), most):
+                yield batch.to(self.device)
 
     def is_first(self, name: str) -> bool:
         """Whether a layer's filters see the input through no other convolution."""
@@ -329,39 +361,6 @@ def _count_calls(
     if not calls:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
     return calls, overflowing
-
-
-def lay_channels_last(inputs: Tensor) -> Tensor:
-    """Inputs with their channels last in memory, where they are pictures."""
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
-
-
-def _takes_channels_last(model: nn.Module, input_shape: tuple[int, ...]) -> bool:
-    """Whether a model gives the same for channels last; its weights are laid out as usual again."""
-    if len(input_shape) != 3:
-        return False
-    example = blank_input(model, input_shape) + _ordinary_input(input_shape).to(
-        blank_input(model, input_shape)
-    )
-    try:
-        with torch.no_grad(), as_it_was(model):
-            usual = tensors_of(model(example))
-        model.to(memory_format=torch.channels_last)
-        with torch.no_grad(), as_it_was(model):
-            last = tensors_of(model(lay_channels_last(example)))
-            return all(_alike(one, other) for one, other in zip(usual, last, strict=True))
-    except Exception:  # whatever a stranger's forward pass raises
-        return False
-    finally:
-        model.to(memory_format=torch.contiguous_format)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by rounding alone; what is not finite counts as zero."""
-    if one.shape != other.shape or not one.numel():
-        return one.shape == other.shape
-    one, other = (tensor.nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other))
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-3 * float(one.abs().max()))
 
 
 def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:

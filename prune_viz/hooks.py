@@ -20,7 +20,7 @@ MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def hookable(model: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy of a model on a device, of which maps before activations can be looked at too."""
-    twin = free_copy(model).to(device).requires_grad_(False)
+    twin = free_copy(model, share=True).to(device).requires_grad_(False)
     modules: Iterator[Any] = twin.modules()
     for module in modules:
         if getattr(module, "inplace", False):

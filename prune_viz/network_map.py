@@ -14,23 +14,16 @@ import torch
 from torch import Tensor
 
 from prune_viz.embedding import Embedding, draw_map, embed, join, set_apart
-from prune_viz.features import (
-    describe_stimuli,
-    pictures_of,
-    principal,
-    responding,
-    response_profiles,
-    scaled_pictures,
-)
+from prune_viz.features import describe_stimuli, pictures_of, principal, responding, response_profiles
 from prune_viz.filters import FilterNetwork
 from prune_viz.layers import Layer
+from prune_viz.memory import Budget
 from prune_viz.priors import tile
 from prune_viz.progress import Progress
 from prune_viz.responses import map_norms
 from prune_viz.runs import LayerTensors
 
 COMMON_STIMULI = 384  # about; that all filters are shown
-BATCH = 32
 PICTURE_SHARE = 0.3  # of the squared distance between unrelated filters
 COMPONENTS = 48  # of each part that the map is drawn from
 
@@ -41,6 +34,7 @@ def embed_network(
     found: Mapping[str, LayerTensors],
     seed: int,
     progress: Progress | None = None,
+    budget: Budget | None = None,
 ) -> tuple[dict[str, Embedding], dict[str, np.ndarray]]:
     """Embed each layer's filters, and those of all layers together.
 
@@ -56,6 +50,8 @@ def embed_network(
         Of the maps and of the sample that all filters are shown.
     progress : Progress, optional
         Told about one step a layer, and one for the whole network.
+    budget : Budget, optional
+        Memory that may be taken.
 
     Returns
     -------
@@ -75,8 +71,8 @@ def embed_network(
         descriptors = describe_stimuli(tensors.images)
         embeddings[layer.name] = embed(descriptors, tensors.responses, seed)
         responses = np.nan_to_num(tensors.responses, nan=0.0, posinf=0.0)
-        pictures.append(pictures_of(descriptors, responses))
         live.append(responding(responses))
+        pictures.append(pictures_of(descriptors, responses)[live[-1]])
         chosen = np.sort(random.permutation(np.flatnonzero(live[-1]))[:quota])
         if len(chosen):
             shown.append(torch.from_numpy(tensors.images[chosen]))
@@ -84,8 +80,9 @@ def embed_network(
     progress.note("the whole network")
     names = [layer.name for layer in layers]
     if shown:
-        profiles = common_profiles(network, names, shown)
-        positions = place_filters(np.vstack(pictures), profiles, np.concatenate(live), seed)
+        profiles = common_profiles(network, names, shown, budget)
+        answers = [profiles.pop(name)[there] for name, there in zip(names, live, strict=True)]
+        positions = set_apart(place_filters(pictures, answers, seed), np.concatenate(live))
     else:
         positions = set_apart(np.zeros((0, 2)), np.concatenate(live))
     progress.advance()
@@ -97,7 +94,9 @@ def embed_network(
     return embeddings, places
 
 
-def common_profiles(network: FilterNetwork, layers: Sequence[str], stimuli: Sequence[Tensor]) -> np.ndarray:
+def common_profiles(
+    network: FilterNetwork, layers: Sequence[str], stimuli: Sequence[Tensor], budget: Budget | None = None
+) -> dict[str, np.ndarray]:
     """What the filters of several layers respond to among the same inputs.
 
     Parameters
@@ -109,38 +108,34 @@ def common_profiles(network: FilterNetwork, layers: Sequence[str], stimuli: Sequ
     stimuli : sequence of Tensor, each shape (N, C, *canvas)
         Inputs; each is repeated until it fills the largest canvas, or the input if the network takes no
         other size.
+    budget : Budget, optional
+        Memory that may be taken.
 
     Returns
     -------
-    ndarray of float32, shape (filters of all layers, all inputs)
-        From `features.response_profiles`.
+    dict of str to ndarray of float32, shape (F, all inputs)
+        By layer, from `features.response_profiles`.
     """
     axes = range(len(network.input_shape) - 1)
     largest = tuple(max(images.shape[axis + 2] for images in stimuli) for axis in axes)
     size = largest if network.takes(largest) else network.input_shape[1:]
-    batches = [
-        tile(images[start : start + BATCH], size)
-        for images in stimuli
-        for start in range(0, len(images), BATCH)
-    ]
-    norms = network.read(layers, batches, map_norms)
+    norms = network.read(layers, lambda: (tile(images, size) for images in stimuli), map_norms, budget)
     # Each layer's norms go as its profiles come.
-    return np.vstack(
-        [response_profiles(np.nan_to_num(norms.pop(name).numpy(), nan=0.0, posinf=0.0)) for name in layers]
-    )
+    return {
+        name: response_profiles(np.nan_to_num(norms.pop(name).numpy(), nan=0.0, posinf=0.0))
+        for name in layers
+    }
 
 
-def place_filters(pictures: np.ndarray, profiles: np.ndarray, live: np.ndarray, seed: int) -> np.ndarray:
+def place_filters(pictures: Sequence[np.ndarray], profiles: Sequence[np.ndarray], seed: int) -> np.ndarray:
     """Draw the map of the network.
 
     Parameters
     ----------
-    pictures : ndarray, shape (F, D)
-        What excites each filter looks like, from `features.pictures_of`.
-    profiles : ndarray, shape (F, N)
+    pictures : sequence of ndarray, each shape (F_i, D)
+        What excites each filter looks like, from `features.pictures_of`, a layer each.
+    profiles : sequence of ndarray, each shape (F_i, N)
         What it responds to among inputs that all filters were shown.
-    live : ndarray of bool, shape (F,)
-        Which filters respond to anything, one at least; the others are set apart.
     seed : int
         Of UMAP.
 
@@ -148,6 +143,6 @@ def place_filters(pictures: np.ndarray, profiles: np.ndarray, live: np.ndarray, 
     -------
     ndarray of float64, shape (F, 2)
     """
-    looks = principal(scaled_pictures(pictures[live]), COMPONENTS)
-    answers = principal(profiles[live], COMPONENTS)
-    return set_apart(draw_map(join(looks, answers, PICTURE_SHARE), seed), live)
+    looks, variance = principal(pictures, COMPONENTS)
+    answers, _ = principal(profiles, COMPONENTS)
+    return draw_map(join(looks / np.sqrt(max(variance, 1e-12)), answers, PICTURE_SHARE), seed)

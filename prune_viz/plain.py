@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,24 +16,41 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from prune_viz.errors import UserError, brief
 
+_Network = TypeVar("_Network", bound=nn.Module)
 
-def plain_copy(model: nn.Module) -> nn.Module:
+
+def plain_copy(model: _Network, *, share: bool = False) -> _Network:
     """A copy of `model` in eval mode, with everything laid over its parameters (`bake_parameters`) in them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    share : bool
+        As in `free_copy`.
 
     Raises
     ------
     UserError
         If the model cannot be copied.
     """
-    twin = free_copy(model).eval()
+    twin = free_copy(model, share=share).eval()
     bake_parameters(twin)
     return twin
 
 
-def free_copy(model: nn.Module) -> nn.Module:
+def free_copy(model: _Network, *, share: bool = False) -> _Network:
     """A copy of a model, without the history of tensors that it keeps beside its weights.
 
     Such are made by hooks, anew at each call, or kept for later; with a history they cannot be copied.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    share : bool
+        Whether the copy's parameters lie where the model's do, which costs no memory: it is to be run, or
+        given other parameters, never written into. (Its buffers are its own: a call may write into them.)
 
     Raises
     ------
@@ -41,6 +58,9 @@ def free_copy(model: nn.Module) -> nn.Module:
         If the model cannot be copied.
     """
     known: dict[int, Any] = {}
+    for parameter in model.parameters() if share else ():
+        if type(parameter) is nn.Parameter:
+            known[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for module in model.modules():
         for kept in vars(module).values():
             inner = list(kept.values()) if isinstance(kept, dict) else kept

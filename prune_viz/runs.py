@@ -340,7 +340,7 @@ class RunDirectory:
 
     def write_moments(self, moments: Mapping[int, np.ndarray]) -> None:
         """Write each group's second moments, (channels + 1, channels + 1), at single precision."""
-        arrays = {str(number): matrix.astype(np.float32) for number, matrix in moments.items()}
+        arrays = {str(number): matrix.astype(np.float32, copy=False) for number, matrix in moments.items()}
         write_arrays(self.moments_file, arrays)
 
     def read_moments(self) -> dict[int, np.ndarray]:

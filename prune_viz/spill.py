@@ -38,17 +38,24 @@ class Store:
         self.most = sys.maxsize if budget is None else max(_LEAST, budget.of_host().left() // _SHARE)
         self._folder = None if budget is None else budget.folder
 
-    def zeros(self, shape: Sequence[int]) -> np.ndarray:
-        """Zeros of float64; what of a file leaves memory by `files.evict` comes back when it is used again.
+    def zeros(self, shape: Sequence[int], dtype: type[np.floating] = np.float64) -> np.ndarray:
+        """Zeros; what of a file leaves memory by `files.evict` comes back when it is used again.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            The array's.
+        dtype : type
+            Of its numbers.
 
         Raises
         ------
         UserError
             If it goes to a file, and the disk has no room for it.
         """
-        size = 8 * math.prod(shape)
+        size = np.dtype(dtype).itemsize * math.prod(shape)
         if size <= self.most:
-            return np.zeros(shape)
+            return np.zeros(shape, dtype)
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 # A full disk says so here, and does not kill us later.
@@ -56,7 +63,7 @@ class Store:
                     os.posix_fallocate(file.fileno(), 0, size)
                 elif shutil.disk_usage(self._folder or tempfile.gettempdir()).free < size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return np.memmap(file, np.float64, "r+", shape=tuple(shape))
+                return np.memmap(file, dtype, "r+", shape=tuple(shape))
         except OSError as error:
             raise UserError(
                 f"{in_words(size)} that memory does not hold cannot be kept in "

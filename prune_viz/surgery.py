@@ -64,7 +64,7 @@ def remove_filters(
     consistent = reconcile_with_groups(model, masks, groups)
     if consistent.notes:
         warnings.warn("; ".join(consistent.notes), stacklevel=2)
-    smaller = plain_copy(model)
+    smaller = plain_copy(model, share=compensate == "none")
     if compensate == "merge":
         compensate_filters(smaller, consistent, groups)
     frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]
@@ -86,9 +86,12 @@ def remove_filters(
         raise UserError(
             f"this architecture does not work without those filters ({text}); mask them"
         ) from None
+    shared = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.grad = None
+        if parameter.untyped_storage().data_ptr() in shared:  # nothing of it went
+            parameter.data = parameter.data.clone()
     return smaller
 
 
@@ -113,7 +116,7 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
         merge_filters(model, masks, groups)
         return False
     whole = plain_copy(model).float()
-    merged = plain_copy(merge_filters(model, masks, groups)).float()
+    merged = plain_copy(merge_filters(model, masks, groups), share=True).float()
     if not recalibrate_norms(merged, whole, masks.probes):
         return False
     copy_statistics(merged, model)

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from prune_viz.outputs import tensors_of
-from prune_viz.plain import as_it_was
+from prune_viz.plain import as_it_was, free_copy
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -156,7 +156,7 @@ def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor) -> fx.GraphM
             )
     except Exception:  # a stranger's convolution may take its weights to be anything
         same = False
-    return folded if same else copy.deepcopy(traced).eval()
+    return folded if same else free_copy(traced, share=True).eval()
 
 
 def norms_behind(model: nn.Module) -> dict[str, str]:
@@ -175,7 +175,7 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
 
 
 def _fold(traced: fx.GraphModule) -> fx.GraphModule:
-    folded = copy.deepcopy(traced).eval()
+    folded = free_copy(traced, share=True).eval()
     _plain_convolutions(folded)
     modules = dict(folded.named_modules())
     calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]

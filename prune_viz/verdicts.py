@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prune_viz import probes, redundancy
-from prune_viz.filters import FilterNetwork, lay_channels_last
+from prune_viz.channels_last import lay_channels_last, lay_weights_channels_last
+from prune_viz.filters import FilterNetwork
 from prune_viz.groups import CouplingGroup
 from prune_viz.inputs import InputStatistics
 from prune_viz.memory import Budget
@@ -22,7 +22,7 @@ from prune_viz.runs import LayerTensors
 
 def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
     """A copy of the model to run probes through, its batch norms unfolded; it remembers nothing of a call."""
-    twin = plain_copy(model).float().to(network.device)
+    twin = plain_copy(model, share=True).float().to(network.device)
     run = twin.forward
 
     def forward(inputs: Tensor) -> Any:
@@ -31,7 +31,7 @@ def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
 
     twin.forward = forward
     if network.channels_last:
-        twin.to(memory_format=torch.channels_last)
+        lay_weights_channels_last(twin)
         twin.register_forward_pre_hook(lambda _, given: tuple(map(lay_channels_last, given)))
     return twin
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import _thread
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -401,8 +402,15 @@ def test_fresh_replaces_another_models_run(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "layers").iterdir()] == ["002-conv3.safetensors"]
 
 
-def test_the_model_is_left_alone() -> None:
-    model = randomise_norms(Residual()).train()
+def _weight_normed() -> nn.Module:
+    model = Plain()
+    nn.utils.parametrizations.weight_norm(model.conv2)
+    return model
+
+
+@pytest.mark.parametrize("network", [Residual, Untraceable, _weight_normed])
+def test_the_model_is_left_alone(network: Callable[[], nn.Module]) -> None:
+    model = randomise_norms(network()).train()
     before = copy.deepcopy(model.state_dict())
     analyze(model, input_shape=(3, 16, 16), steps=2)
     assert model.training

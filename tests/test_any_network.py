@@ -334,7 +334,7 @@ def test_rows_of_a_batch_give_what_they_give_alone(
         together = torch.linalg.vector_norm(maps(inputs)[1].flatten(2), dim=2)
         alone = [torch.linalg.vector_norm(maps(row[None])[1].flatten(2), dim=2) for row in inputs]
         torch.testing.assert_close(together, torch.cat(alone))
-        torch.testing.assert_close(network.read([layer], [inputs], map_norms)[layer], together)
+        torch.testing.assert_close(network.read([layer], lambda: [inputs], map_norms)[layer], together)
     model = make().eval()
     if make is Film:  # by hand: every frame alone
         model.load_state_dict(network._model.state_dict())

@@ -10,8 +10,10 @@ import torch
 from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
 from torch import Tensor, nn
 
+from prune_viz.features import principal
 from prune_viz.filters import FilterNetwork
-from prune_viz.network_map import common_profiles, embed_network, place_filters
+from prune_viz.memory import Budget
+from prune_viz.network_map import common_profiles, embed_network
 from prune_viz.responses import map_norms, response_matrix
 from prune_viz.runs import LayerTensors
 from prune_viz.stimuli import ascend
@@ -41,7 +43,7 @@ def test_norms_in_one_pass_are_those_of_each_layer(model: type[nn.Module]) -> No
     network = FilterNetwork(randomise_norms(model()), (3, 16, 16))
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     names = [layer.name for layer in network.layers]
-    norms = network.read(names, [images[:3], images[3:]], map_norms)
+    norms = network.read(names, lambda: [images[:3], images[3:]], map_norms)
     assert list(norms) == names
     for name in names:
         np.testing.assert_allclose(norms[name], response_matrix(network, name, images), rtol=1e-4, atol=1e-5)
@@ -128,15 +130,56 @@ def test_common_profiles_of_copies_are_the_same() -> None:
     network = FilterNetwork(Passing(), (3, 32, 32))
     stimuli = [torch.randn(7, 3, size, size) for size in (16, 24)]
     profiles = common_profiles(network, ["first", "second"], stimuli)
-    assert profiles.shape == (48, 14)
-    np.testing.assert_allclose(profiles[:24], profiles[24:], atol=1e-4)
+    assert profiles["first"].shape == (24, 14)
+    np.testing.assert_allclose(profiles["first"], profiles["second"], atol=1e-4)
 
 
 def test_filters_that_respond_to_nothing_lie_apart() -> None:
+    model = Passing()
+    with torch.no_grad():
+        model.second.weight[10:15] = 0.0
+    network = FilterNetwork(model, (3, 32, 32))
+    positions = embed_network(network, network.layers, _found(network), seed=0)[1]
+    silent = positions["second"][10:15]
+    others = np.vstack([positions["first"], np.delete(positions["second"], range(10, 15), axis=0)])
+    size = np.ptp(np.vstack([others, silent]), axis=0)
+    assert np.linalg.norm((others[:, None] - silent) / size, axis=2).min() > 0.02
+
+
+def test_the_map_is_of_the_principal_components_of_all_layers_together() -> None:
     random = np.random.default_rng(0)
-    live = np.ones(60, dtype=bool)
-    live[10:15] = False
-    places = place_filters(random.normal(size=(60, 30)), random.normal(size=(60, 40)), live, seed=0)
-    size = np.ptp(places, axis=0)
-    gaps = np.linalg.norm((places[live][:, None] - places[~live][None]) / size, axis=2)
-    assert gaps.min() > 0.02
+    parts = [random.normal(3, 1, size=(count, 6)) * np.arange(1, 7) for count in (5, 1, 30)]
+    scores, variance = principal([part.astype(np.float32) for part in parts], 2)
+    whole = np.vstack(parts)
+    centred = whole - whole.mean(axis=0)
+    left, values, _ = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.abs(scores), np.abs(left * values)[:, :2], rtol=1e-3, atol=1e-3)
+    assert variance == pytest.approx((centred**2).sum() / 36, rel=1e-4)
+
+
+class Tight(Budget):
+    """Lets two inputs through at a time."""
+
+    def rows(self, a_row: int, aside: int = 0) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("model", [Residual, Untraceable])
+@pytest.mark.parametrize("budget", [None, Tight(torch.device("cpu"), 2**40)])
+def test_inputs_are_read_as_many_at_a_time_as_memory_holds(
+    model: type[nn.Module], budget: Budget | None
+) -> None:
+    network = FilterNetwork(randomise_norms(model()), (3, 16, 16))
+    images = torch.randn(11, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    name = network.layers[-1].name
+    rows = []
+
+    def reading(maps: Tensor) -> Tensor:
+        rows.append(len(maps))
+        if len(maps) > 4:
+            raise torch.OutOfMemoryError
+        return map_norms(maps)
+
+    norms = network.read([name], lambda: [images[:10], images[10:]], reading, budget)[name]
+    assert rows == ([2] * 5 + [1] if budget else [10, 10, 8, 4, 4, 2, 1])
+    np.testing.assert_allclose(norms, response_matrix(network, name, images), rtol=1e-4, atol=1e-5)

@@ -165,14 +165,19 @@ def test_a_merge_of_a_filter_that_stays_is_left_out() -> None:
     assert torch.equal(model.conv3.weight, before)
 
 
-def test_the_model_given_is_not_changed_and_the_smaller_one_trains() -> None:
+@pytest.mark.parametrize("compensate", ["none", "merge"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_model_given_is_not_changed_and_the_smaller_one_trains(compensate: str, share: float) -> None:
     model = randomise_norms(Plain()).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    smaller = remove_filters(model, _random_masks(model), torch.zeros(1, 3, 16, 16))
+    masks = _random_masks(model, share)
+    smaller = remove_filters(model, masks, torch.zeros(1, 3, 16, 16), compensate)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     smaller.train()(torch.randn(4, 3, 16, 16)).sum().backward()
     assert all(parameter.grad is not None for parameter in smaller.parameters())
+    torch.optim.SGD(smaller.parameters(), lr=1.0).step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_masked_model_can_be_made_smaller() -> None:
