@@ -341,7 +341,7 @@ def test_rows_of_a_batch_give_what_they_give_alone(
         with torch.no_grad():
             frames = [model.one(inputs[:, :, frame]).relu() for frame in range(3)]
         expected = torch.linalg.vector_norm(torch.stack(frames, dim=2).flatten(2), dim=2)
-        torch.testing.assert_close(network.read(["one"], [inputs], map_norms)["one"], expected)
+        torch.testing.assert_close(network.read(["one"], lambda: [inputs], map_norms)["one"], expected)
 
 
 def test_a_silent_map_made_row_by_row_is_pulled_up() -> None:
