@@ -6,6 +6,7 @@ import pytest
 import torch
 from browser import chromium, watched  # noqa: F401 (fixtures)
 
+from prune_viz import calibration
 from prune_viz.digits import Digits, DigitsNet, load_digits, train_digits_net
 
 
@@ -29,6 +30,13 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)  # so that no test depends on which ran before it
+
+
+@pytest.fixture
+def few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conclusions in short, for tests of what comes before them."""
+    monkeypatch.setattr(calibration, "PROBES", 32)
+    monkeypatch.setattr(calibration, "MOST_PROBES", 32)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import time
@@ -111,7 +112,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(pictures: Path, model: Path) -
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(pictures: Path, model: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(
+    pictures: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     empty = tmp_path / "empty"
     (empty / "one").mkdir(parents=True)
     few = tmp_path / "few"
@@ -138,10 +145,13 @@ def test_what_does_not_fit_is_refused_in_one_line(pictures: Path, model: Path, t
         ([*whole, "--arch-kwargs", "[1]"], "--arch-kwargs must be a JSON object"),
         ([*whole, "--rate", "1e30", "--workers", "0"], "values that are not finite"),
     ):
-        command = [sys.executable, SCRIPT, model, *ARCH, "--out", tmp_path / "x.pt", *given]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr
-        assert says in done.stderr
-        assert "Traceback" not in done.stderr
-        assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
+        command = [SCRIPT, model, *ARCH, "--out", tmp_path / "x.pt", *given]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        complaints = capsys.readouterr().err
+        assert ended.value.code == 2, complaints
+        assert says in complaints
+        assert "Traceback" not in complaints
+        assert len([line for line in complaints.splitlines() if "error" in line]) == 1
     assert not (tmp_path / "x.pt").exists()

@@ -142,6 +142,7 @@ def test_one_failed_piece_fails_its_layer() -> None:
         assert np.isnan(piece.activations).all()
 
 
+@pytest.mark.usefixtures("few_probes")
 @pytest.mark.parametrize(
     "model", [tortured.network(), randomise_norms(Untraceable())], ids=["traced", "hooked"]
 )
@@ -161,6 +162,7 @@ def test_workers_and_threads_do_not_show(
             assert all(np.array_equal(one[name], other[name]) for name in one), (file.name, workers)
 
 
+@pytest.mark.usefixtures("few_probes")
 def test_what_is_maximised_in_python_is_what_a_run_finds() -> None:
     model = tortured.network()
     found = analyze(model, input_shape=(3, 16, 16), steps=12, layers=["blocks.0.project"])

@@ -40,10 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(tmp_path: Path) -> Path:
     """A run that was killed when a layer was done, and some of the next."""
     out = tmp_path / "run"
-    process = start(out, "1")
-    wait_for(out, 44, process)
-    process.kill()
-    process.wait()
+    kill_at(out, 44)
     return out
 
 
@@ -76,6 +73,14 @@ def wait_for(out: Path, filters: int, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def kill_at(out: Path, filters: int, workers: int = 1, seed: int = 0) -> None:
+    """Begin a run, and kill it when so many filters are done."""
+    process = start(out, str(workers), str(seed))
+    wait_for(out, filters, process)
+    process.kill()
+    process.wait()
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -153,10 +158,7 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Pa
 
 def test_what_was_done_is_on_disk_when_it_is_told_and_no_more_is_lost_than_was_begun(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(out, "2")
-    wait_for(out, 40, process)
-    process.kill()
-    process.wait()
+    kill_at(out, 40, workers=2)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     logged = 4 * sum(event["event"] == "task done" for event in log)
     begun = 4 * sum(event["event"] == "task begun" for event in log)
@@ -227,10 +229,7 @@ def test_damaged_pieces_are_found_again(undisturbed: Path, killed: Path, first: 
 
 
 def test_another_seed_reuses_nothing(killed: Path) -> None:
-    other = start(killed, "1", "1")  # another seed
-    wait_for(killed, 4, other)
-    other.kill()
-    other.wait()
+    kill_at(killed, 4, seed=1)
     log = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]
     begun = max(number for number, event in enumerate(log) if event["event"] == "run started")
     again = [event["task"] for event in log[begun:] if event["event"] == "task done"]
