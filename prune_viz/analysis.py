@@ -167,7 +167,7 @@ def analyze(
         if engine == "ray":
             from prune_viz.ray_engine import RayEngine, Work
 
-            plain = plain_copy(model, share=True).cpu()  # what is laid over parameters cannot be sent
+            plain = plain_copy(model).cpu()  # what is laid over parameters cannot be sent
             work = Work(plain, network.input_shape, canvas, network.device.type, settings)
             return RayEngine(work, workers, gpus_per_task, progress)
         plan = budgeted or MemoryPlan(network, memory, workers)

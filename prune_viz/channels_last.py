@@ -20,14 +20,17 @@ def lay_weights_channels_last(model: nn.Module) -> None:
         parameter.data = lay_channels_last(parameter.data)
 
 
-def takes_channels_last(model: nn.Module, example: Tensor) -> bool:
-    """Whether a model gives the same for an input, shape (1, C, *size), with its channels last."""
+def takes_channels_last(model: nn.Module, example: Tensor, *, share: bool) -> bool:
+    """Whether a model gives the same for an input, shape (1, C, *size), with its channels last.
+
+    It is tried on a copy, which shares what it can with the model where that is allowed (`free_copy`).
+    """
     if example.ndim != 4:
         return False
     try:
         with torch.no_grad(), as_it_was(model):
             usual = tensors_of(model(example))
-        twin = free_copy(model, share=True)
+        twin = free_copy(model, share=share)
         lay_weights_channels_last(twin)
         with torch.no_grad():
             last = tensors_of(twin(lay_channels_last(example)))

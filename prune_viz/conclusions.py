@@ -14,12 +14,12 @@ import pandas as pd
 from torch import nn
 
 from prune_viz import calibration, leaves, objectives, ranking, surgery
+from prune_viz.calls import blank_input
 from prune_viz.decisions import decisions_json, filter_table, masks_of
 from prune_viz.devices import release_memory
 from prune_viz.errors import UserError
 from prune_viz.exciting import find_exciting_parts, write_exciting_parts
 from prune_viz.files import evict, write_json
-from prune_viz.filters import blank_input
 from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.masks import Masks, write_plain_masks
 from prune_viz.memory import Budget
@@ -184,6 +184,8 @@ def _squares(groups: Sequence[CouplingGroup], budget: Budget) -> dict[int, np.nd
     """Room for each group's pooled moments, (channels + 1, channels + 1), all in one array."""
     sides = {group.number: group.channels + 1 for group in groups}
     whole = Store(budget).zeros([sum(side**2 for side in sides.values())], np.float32)
+    whole[:] = 0  # taken now, so that what is left is known
+    evict(whole)
     ends = np.cumsum([side**2 for side in sides.values()])
     return {
         number: whole[end - side**2 : end].reshape(side, side)

@@ -44,7 +44,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     UntraceableError
         If the dependency graph cannot be built.
     """
-    twin = plain_copy(model, share=True).float()
+    twin = plain_copy(model).float()
     example = example_inputs[:1].float()
     twin.to(example.device)
     graph = build_graph(twin, example)

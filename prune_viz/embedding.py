@@ -27,15 +27,12 @@ class Embedding:
 
     Attributes
     ----------
-    features : ndarray of float32, shape (F, K)
-        Joint features, pictures and profiles side by side; zero for a filter that responds to nothing.
     positions : ndarray of float64, shape (F, 2)
         The map.
     clusters : ndarray of int, shape (F,)
         Cluster of each filter, numbered from 0 by size; -1 for a filter that is in none.
     """
 
-    features: np.ndarray
     positions: np.ndarray
     clusters: np.ndarray
 
@@ -57,15 +54,26 @@ def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embe
     -------
     Embedding
     """
+    features, live = joint_features(descriptors, responses)
+    clusters = np.full(len(live), -1)
+    clusters[live] = find_clusters(features)
+    return Embedding(set_apart(draw_map(features, seed), live), clusters)
+
+
+def joint_features(descriptors: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a layer's filters are compared by; parameters as those of `embed`.
+
+    Returns
+    -------
+    features : ndarray of float32, shape (L, K)
+        Pictures and profiles side by side, of the L filters that respond to anything.
+    live : ndarray of bool, shape (F,)
+        Which ones they are.
+    """
     responses = np.nan_to_num(responses, nan=0.0, posinf=0.0)
     live = responding(responses)
     pictures = scaled_pictures(pictures_of(descriptors, responses)[live])
-    joint = join(pictures, response_profiles(responses[:, live]), PICTURE_SHARE)
-    features = np.zeros((len(live), joint.shape[1]), dtype=np.float32)
-    features[live] = joint
-    clusters = np.full(len(live), -1)
-    clusters[live] = find_clusters(joint)
-    return Embedding(features, set_apart(draw_map(joint, seed), live), clusters)
+    return join(pictures, response_profiles(responses[:, live]), PICTURE_SHARE), live
 
 
 def join(pictures: np.ndarray, profiles: np.ndarray, picture_share: float) -> np.ndarray:

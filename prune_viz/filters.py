@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_viz import tracing
+from prune_viz.calls import blank_input, called_copy, convolutions_of, ordinary_input
 from prune_viz.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
 from prune_viz.devices import may_pass, with_fewer
 from prune_viz.errors import LayerError, UserError, brief
@@ -22,7 +23,7 @@ from prune_viz.layers import Layer, choose_canvas, describe, is_depthwise, no_la
 from prune_viz.memory import Budget, RowLimit
 from prune_viz.origin import hash_structure
 from prune_viz.outputs import tensors_of
-from prune_viz.plain import as_it_was, plain_copy
+from prune_viz.plain import as_it_was
 from prune_viz.receptive_field import receptive_field
 
 READ_BATCH = 32  # inputs that run through the whole network at a time, at most
@@ -31,7 +32,8 @@ READ_BATCH = 32  # inputs that run through the whole network at a time, at most
 class FilterNetwork:
     """A model prepared for looking at its filters: traced, batch norms folded, parameters frozen.
 
-    The model given is never changed; what is not folded shares its weights, so do not train it meanwhile.
+    The model given is never changed. What is not folded shares its weights, unless a call writes into them:
+    do not change them meanwhile.
 
     Parameters
     ----------
@@ -50,6 +52,8 @@ class FilterNetwork:
         Every convolution that runs, in order of execution.
     skipped : list of str
         Names of convolutions that do not run when the model is called.
+    shares : bool
+        Whether copies may share the model's weights: a call leaves them as they are.
     channels_last : bool
         Whether the model computes the same with channels last in memory, which is faster; not where it views
         maps as they usually lie.
@@ -73,15 +77,14 @@ class FilterNetwork:
     ) -> None:
         self.input_shape = tuple(input_shape)
         self.device = torch.device(device)
-        model = plain_copy(model, share=True).float()
-        convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
-        if not convolutions:
-            raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
-        calls, self.overflowing = _count_calls(model, self.input_shape, convolutions)
+        called = called_copy(model, self.input_shape)
+        model, calls = called.model, called.calls
+        self.overflowing, self.shares = called.overflowing, called.shares
+        convolutions = convolutions_of(model)
         self.skipped = [name for name in convolutions if name not in calls]
         self.repeated = {name: times for name, times in calls.items() if times > 1}
-        example = _ordinary_input(self.input_shape).to(blank_input(model, self.input_shape))
-        self.channels_last = takes_channels_last(model, example)
+        example = ordinary_input(self.input_shape).to(blank_input(model, self.input_shape))
+        self.channels_last = takes_channels_last(model, example, share=self.shares)
         self._row_by_row: set[str] = set()
         self._hooked: dict[str, HookedMaps] = {}
         self._alone = threading.RLock()
@@ -91,7 +94,8 @@ class FilterNetwork:
         self._taps: dict[str, tracing.Tap] = {}
         self._model = model
         if traced is not None:
-            folded = tracing.fold_batch_norms(traced, _ordinary_input(self.input_shape))
+            example = ordinary_input(self.input_shape)
+            folded = tracing.fold_batch_norms(traced, example, share=self.shares)
             self._graph = folded.to(self.device).requires_grad_(False)
             if self.channels_last:
                 lay_weights_channels_last(self._graph)
@@ -111,7 +115,7 @@ class FilterNetwork:
             size = self.input_shape[1:]
             if not self._runs_on(name, size):
                 self._row_by_row.add(name)
-        pair = _ordinary_input((self.input_shape[0], *size), 2).to(self.device)
+        pair = ordinary_input((self.input_shape[0], *size), 2).to(self.device)
         if not takes_batches(self._maps(name), self._laid_out(pair)):
             self._row_by_row.add(name)
         return Layer(name, describe(module), module.out_channels, depth, field, size)
@@ -183,7 +187,7 @@ class FilterNetwork:
 
     @cached_property
     def _hookable(self) -> nn.Module:
-        return hookable(self._model, self.device)
+        return hookable(self._model, self.device, share=self.shares)
 
     def takes(self, size: Sequence[int]) -> bool:
         """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
@@ -320,49 +324,6 @@ class FilterNetwork:
         return next((tap.conv for tap in self._taps.values() if tap.after is read), None)
 
 
-def _count_calls(
-    model: nn.Module, input_shape: tuple[int, ...], convolutions: dict[str, _ConvNd]
-) -> tuple[dict[str, int], list[str]]:
-    """Run the model once on noise: how often each convolution is called, in order, and which overflow."""
-    unset = next((name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)), None)
-    if unset is not None:
-        raise UserError(
-            f"{unset} has no values yet: run the model once, or load weights, before its analysis"
-        )
-    axes = len(next(iter(convolutions.values())).kernel_size)
-    if not 2 <= len(input_shape) <= 4:
-        raise UserError(
-            f"input shape {_comma(input_shape)} does not fit: give the channels and one to three sizes"
-        )
-    calls: dict[str, int] = {}
-    overflowing: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(output)):
-                overflowing.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
-    try:
-        with torch.no_grad(), as_it_was(model):
-            model(_ordinary_input(input_shape).to(blank_input(model, input_shape).device))
-    except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
-        hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
-        raise UserError(
-            f"the model does not run on an input of shape {_comma(input_shape)} ({brief(error)}){hint}; give "
-            "the right --input-shape, channels first"
-        ) from None
-    finally:
-        for handle in hooks:
-            handle.remove()
-    if not calls:
-        raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
-    return calls, overflowing
-
-
 def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:
     """The maps as they are, if they are tensors of real numbers."""
     if not isinstance(after, Tensor):
@@ -381,17 +342,3 @@ def _is_doubled(one: Sequence[int], two: Sequence[int]) -> bool:
         return False
     (axis,) = differing
     return two[axis] == 2 * one[axis] and (axis == 0 or one[axis] == 1)
-
-
-def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """One input of zeros, shape (1, *input_shape), on the device and of the type of the model's weights."""
-    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    return torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype)
-
-
-def _ordinary_input(input_shape: Sequence[int], rows: int = 1) -> Tensor:
-    return torch.randn(rows, *input_shape, generator=torch.Generator().manual_seed(0))
-
-
-def _comma(shape: Sequence[int]) -> str:
-    return ",".join(str(size) for size in shape)

@@ -18,9 +18,12 @@ from prune_viz.tracing import ACTIVATION_NAMES
 MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def hookable(model: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy of a model on a device, of which maps before activations can be looked at too."""
-    twin = free_copy(model, share=True).to(device).requires_grad_(False)
+def hookable(model: nn.Module, device: torch.device, *, share: bool) -> nn.Module:
+    """A frozen copy of a model on a device, of which maps before activations can be looked at too.
+
+    `share` is that of `prune_viz.plain.free_copy`.
+    """
+    twin = free_copy(model, share=share).to(device).requires_grad_(False)
     modules: Iterator[Any] = twin.modules()
     for module in modules:
         if getattr(module, "inplace", False):

@@ -26,6 +26,7 @@ from prune_viz.runs import LayerTensors
 COMMON_STIMULI = 384  # about; that all filters are shown
 PICTURE_SHARE = 0.3  # of the squared distance between unrelated filters
 COMPONENTS = 48  # of each part that the map is drawn from
+_LEAST_VARIANCE = 1e-12  # of pictures that differ by more than rounding
 
 
 def embed_network(
@@ -145,4 +146,6 @@ def place_filters(pictures: Sequence[np.ndarray], profiles: Sequence[np.ndarray]
     """
     looks, variance = principal(pictures, COMPONENTS)
     answers, _ = principal(profiles, COMPONENTS)
-    return draw_map(join(looks / np.sqrt(max(variance, 1e-12)), answers, PICTURE_SHARE), seed)
+    if variance > _LEAST_VARIANCE:
+        looks /= np.sqrt(variance)
+    return draw_map(join(looks, answers, PICTURE_SHARE), seed)

@@ -49,8 +49,8 @@ def free_copy(model: _Network, *, share: bool = False) -> _Network:
     model : nn.Module
         The network.
     share : bool
-        Whether the copy's parameters lie where the model's do, which costs no memory: it is to be run, or
-        given other parameters, never written into. (Its buffers are its own: a call may write into them.)
+        Whether the copy's parameters lie where the model's do, which costs no memory. Then nothing may write
+        into them, nor a call of it; its buffers are its own.
 
     Raises
     ------
@@ -59,18 +59,24 @@ def free_copy(model: _Network, *, share: bool = False) -> _Network:
     """
     known: dict[int, Any] = {}
     for parameter in model.parameters() if share else ():
-        if type(parameter) is nn.Parameter:
-            known[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        if type(parameter) is nn.Parameter and not parameter.is_inference():
+            known[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad)
     for module in model.modules():
         for kept in vars(module).values():
             inner = list(kept.values()) if isinstance(kept, dict) else kept
             for made in (kept, *(inner if isinstance(inner, (list, tuple)) else ())):
                 if torch.is_tensor(made) and not made.is_leaf:
-                    known[id(made)] = made.detach()
+                    known[id(made)] = made.detach().clone()
     try:
         return copy.deepcopy(model, known)
     except Exception as error:  # whatever a stranger's module holds
         raise UserError(f"the model cannot be copied ({brief(error)})") from None
+
+
+def have_same_parameters(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two copies of a model have parameters of the same values."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(first, second) for first, second in pairs)
 
 
 @contextmanager

@@ -193,8 +193,7 @@ def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -
         size = _size(masks.predicted.damage, masks.predicted.unit)
         lines.append(f"predicted: the output changes by {size}")
     if masks.probes is not None:
-        before, after = (plain_copy(network, share=True).float() for network in (model, smaller))
-        change = change_on(masks.probes, before, after)
+        change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
         if change is not None:
             lines.append(f"on the run's {len(masks.probes)} probes the output changes by {_size(*change)}")
     return lines

@@ -53,7 +53,7 @@ def groups_for_removal(model: nn.Module, example_inputs: Tensor) -> list[Couplin
     """Coupling groups, or a `UserError` that says whether the input or the architecture is at fault."""
     try:
         with torch.no_grad():
-            plain_copy(model, share=True).float()(example_inputs.float())
+            plain_copy(model).float()(example_inputs.float())
     except Exception as error:  # whatever a stranger's forward pass raises
         text = brief(error)
         shape = ",".join(str(size) for size in example_inputs.shape[1:])

@@ -9,10 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from prune_viz import coupling
+from prune_viz.calls import blank_input
 from prune_viz.dependencies import UntraceableError
 from prune_viz.devices import pick_device
 from prune_viz.errors import UserError, few
-from prune_viz.filters import FilterNetwork, blank_input
+from prune_viz.filters import FilterNetwork
 from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.inputs import InputStatistics, read_inputs
 from prune_viz.layers import Layer, select_layers

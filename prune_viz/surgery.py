@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from prune_viz.calls import blank_input
 from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.errors import UserError, brief
-from prune_viz.filters import blank_input
 from prune_viz.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.masks import Masks, Merge, check_masks
 from prune_viz.plain import as_it_was, plain_copy
@@ -64,7 +64,7 @@ def remove_filters(
     consistent = reconcile_with_groups(model, masks, groups)
     if consistent.notes:
         warnings.warn("; ".join(consistent.notes), stacklevel=2)
-    smaller = plain_copy(model, share=compensate == "none")
+    smaller = plain_copy(model)
     if compensate == "merge":
         compensate_filters(smaller, consistent, groups)
     frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]
@@ -86,12 +86,9 @@ def remove_filters(
         raise UserError(
             f"this architecture does not work without those filters ({text}); mask them"
         ) from None
-    shared = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.grad = None
-        if parameter.untyped_storage().data_ptr() in shared:  # nothing of it went
-            parameter.data = parameter.data.clone()
     return smaller
 
 
@@ -116,7 +113,7 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
         merge_filters(model, masks, groups)
         return False
     whole = plain_copy(model).float()
-    merged = plain_copy(merge_filters(model, masks, groups), share=True).float()
+    merged = plain_copy(merge_filters(model, masks, groups)).float()
     if not recalibrate_norms(merged, whole, masks.probes):
         return False
     copy_statistics(merged, model)

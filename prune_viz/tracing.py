@@ -131,7 +131,7 @@ def _is_activation(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_method" and node.target in _ACTIVATION_METHODS
 
 
-def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor) -> fx.GraphModule:
+def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor, *, share: bool = False) -> fx.GraphModule:
     """Copy `traced` with every batch norm that follows a convolution folded into it.
 
     Only a convolution that is called once and read by its batch norm alone is folded; the copy computes
@@ -144,9 +144,11 @@ def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor) -> fx.GraphM
         The network.
     example : Tensor, shape (1, C, *size)
         An input, for comparing.
+    share : bool
+        Whether the copy shares what is not folded (`prune_viz.plain.free_copy`).
     """
     try:
-        folded = _fold(traced)
+        folded = _fold(traced, share)
         example = example.to(next(traced.parameters()).device)
         with torch.no_grad():
             pairs = zip(tensors_of(folded(example)), tensors_of(traced(example)), strict=True)
@@ -156,7 +158,7 @@ def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor) -> fx.GraphM
             )
     except Exception:  # a stranger's convolution may take its weights to be anything
         same = False
-    return folded if same else free_copy(traced, share=True).eval()
+    return folded if same else free_copy(traced, share=share).eval()
 
 
 def norms_behind(model: nn.Module) -> dict[str, str]:
@@ -174,8 +176,8 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _fold(traced: fx.GraphModule) -> fx.GraphModule:
-    folded = free_copy(traced, share=True).eval()
+def _fold(traced: fx.GraphModule, share: bool) -> fx.GraphModule:
+    folded = free_copy(traced, share=share).eval()
     _plain_convolutions(folded)
     modules = dict(folded.named_modules())
     calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]

@@ -22,7 +22,7 @@ from prune_viz.runs import LayerTensors
 
 def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
     """A copy of the model to run probes through, its batch norms unfolded; it remembers nothing of a call."""
-    twin = plain_copy(model, share=True).float().to(network.device)
+    twin = plain_copy(model, share=network.shares).float().to(network.device)
     run = twin.forward
 
     def forward(inputs: Tensor) -> Any:

@@ -40,7 +40,7 @@ from torch import nn
 
 from prune_viz.analysis import analyze
 from prune_viz.digits import DigitsNet, load_digits, train
-from prune_viz.embedding import embed, find_clusters
+from prune_viz.embedding import embed, find_clusters, joint_features
 from prune_viz.features import describe_stimuli, response_profiles
 from prune_viz.filters import FilterNetwork
 from prune_viz.layers import Layer
@@ -108,12 +108,12 @@ def plant(conv: nn.Module, norm: nn.Module, noise: float, random: torch.Generato
 def make_case(
     name: str, tensors: LayerTensors, families: np.ndarray, redundant: Sequence[tuple[int, int]]
 ) -> Case:
-    features = embed(describe_stimuli(tensors.images), tensors.responses).features
-    live = np.flatnonzero(features.any(axis=1))
+    features, responding = joint_features(describe_stimuli(tensors.images), tensors.responses)
+    live = np.flatnonzero(responding)
     place = {int(number): index for index, number in enumerate(live)}
     pairs = [(place[one], place[other]) for one, other in redundant if one in place and other in place]
     return Case(
-        name, features[live], tensors.responses[:, live], families[live], np.array(pairs, int).reshape(-1, 2)
+        name, features, tensors.responses[:, live], families[live], np.array(pairs, int).reshape(-1, 2)
     )
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from prune_viz.filters import FilterNetwork
 from prune_viz.plain import plain_copy
+from prune_viz.verdicts import probing_copy
 
 LAID_OVER = {
     "nothing": lambda conv: None,
@@ -53,6 +54,58 @@ def test_a_sharing_copy_takes_no_memory_for_parameters_and_has_its_own_buffers()
     assert all(one.data_ptr() != two.data_ptr() for one, two in apart)
 
 
+class Writing(nn.Sequential):
+    """Scales its weights down whenever it is called."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self[0].weight.mul_(0.9)
+        return super().forward(images)
+
+
+class Ready(nn.Sequential):
+    """Sets a scale by what it is called with first."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            if not self.ready:
+                self.scale.copy_(1 / (images.std() + torch.arange(4)))
+                self.ready.fill_(True)
+        return super().forward(images) * self.scale[:, None, None]
+
+
+@pytest.mark.parametrize("make", [lambda: Writing(nn.Conv2d(3, 4, 3), nn.ReLU()), Ready])
+def test_what_a_call_writes_does_not_reach_the_model(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    network = FilterNetwork(model, (3, 8, 8))
+    assert not network.shares
+    network.maps(network.layers[0].name)(torch.randn(2, 3, 8, 8))
+    probing_copy(model, network)(torch.randn(2, 3, 8, 8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_made_for_inference_alone_is_copied() -> None:
+    with torch.inference_mode():
+        model = randomise_norms(Plain()).eval()
+        expected = model(torch.ones(1, 3, 16, 16))
+    assert all(parameter.requires_grad for parameter in plain_copy(model, share=True).parameters())
+    torch.testing.assert_close(plain_copy(model, share=True)(torch.ones(1, 3, 16, 16)), expected)
+
+
+def test_a_copy_leaves_gradients_on_their_way() -> None:
+    model = randomise_norms(Plain()).eval()
+    parametrizations.spectral_norm(model.conv2)
+    loss = model(torch.ones(1, 3, 16, 16)).sum()
+    plain_copy(model, share=True)
+    loss.backward()
+
+
 def test_tied_parameters_stay_tied() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[1].weight = model[0].weight
@@ -65,6 +118,7 @@ def test_a_prepared_network_holds_again_only_what_is_folded_or_laid_out_anew() -
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
     )
     network = FilterNetwork(model, (3, 8, 8))
+    assert network.shares
     held = {parameter.data_ptr() for parameter in model.parameters()}
     prepared = dict(network._graph.named_parameters())
     assert prepared["3.weight"].data_ptr() in held
