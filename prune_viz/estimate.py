@@ -45,6 +45,7 @@ TRIED_LAYERS = 4
 TRIED_FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
 TRIAL_SECONDS = 60.0  # that trying them may take, about
 PASSES_PER_FILTER = 250  # forward ones that an ascent costs, about; only to choose how many are tried
+REPEATED_SECONDS, MOST_REPEATS = 1.0, 8  # of a pass of probes: what it takes more each time counts
 TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
 # What maps and report take, in seconds, once and a filter.
 FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
@@ -295,14 +296,16 @@ def estimate_conclusions(
     noise = natural_noise((channels, *size), BATCH, seed, None)
     judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
 
-    def probe(images: Tensor) -> float:
-        """Of one input, in as many turns as there are."""
-        return sum(
-            _seconds(partial(gather_moments, twin, part, lambda: [(images, False)], budget)) / len(images)
-            for part in rounds(judged, budget.of_host().left() // 2)
-        )
+    def probe(images: Tensor, count: float) -> float:
+        """Of so many inputs, in as many turns as there are."""
 
-    found["probes"] = probe(noise) * (filters + noise_probes + examples)
+        def turn(part: Sequence[CouplingGroup], times: int) -> None:
+            gather_moments(twin, part, lambda: [(images, False)] * times, budget)
+
+        parts = rounds(judged, budget.of_host().left() // 2)
+        return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
+
+    found["probes"] = probe(noise, filters + noise_probes + examples)
     widest = ranking.WIDEST[len(extents)]
     size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
     count, images = probes_for(size), tile(noise, size)
@@ -310,10 +313,9 @@ def estimate_conclusions(
     found["calibration"] = _calibration_seconds(twin, images, seed, count, budget)
     if found["calibration"]:
         large = tile(noise, enlarged(size)) if probes.runs_on(twin, channels, enlarged(size)) else images
-        moved = near * (probe(images) + probe(large)) / 2 + examples * probe(images)
         sensed = _seconds(lambda: gather_sensitivities(twin, judged, lambda: [images, large], seed, budget))
         found["sensitivity"] = sensed / 2 / BATCH * (ranking.SENSED * count + examples)
-        found["ranking"] = moved
+        found["ranking"] = probe(images, near / 2 + examples) + probe(large, near / 2)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found
@@ -322,14 +324,12 @@ def estimate_conclusions(
 def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int, budget: Budget) -> float:
     """Seconds of calibrating so many probes; 0 where none can be."""
 
-    def passes(number: int) -> float:
-        return _seconds(lambda: calibrate(twin, [Start(images)], seed=seed, passes=number, budget=budget))
+    def passes(number: int) -> None:
+        calibrate(twin, [Start(images)], seed=seed, passes=number, budget=budget)
 
     if calibrate(twin, [Start(images)], seed=seed, passes=1, budget=budget) is None:
         return 0.0
-    few, more = passes(1), passes(3)
-    a_pass = max(more - few, 0) / 2
-    return (few - a_pass + calibration.PASSES * a_pass) * count / len(images)
+    return _seconds_of_many(passes, calibration.PASSES) * count / len(images)
 
 
 def _judging_seconds(
@@ -356,6 +356,14 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def _seconds_of_many(work: Callable[[int], object], count: float) -> float:
+    """Of work that is told how often to do a thing: what it takes once, and each time more."""
+    once = _seconds(partial(work, 1))
+    more = int(np.clip(REPEATED_SECONDS / max(once, 1e-3), 1, MOST_REPEATS))
+    a_time = max(_seconds(partial(work, 1 + more)) - once, 0) / more
+    return once + a_time * max(count - 1, 0)
 
 
 def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
