@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -11,13 +12,15 @@ import pytest
 import torch
 from networks import Residual, randomise_norms
 
-from prune_viz import spill
+from prune_viz import conclusions, spill
+from prune_viz.analysis import analyze
 from prune_viz.coupling import find_groups
 from prune_viz.errors import UserError
 from prune_viz.files import evict
 from prune_viz.memory import Budget
 from prune_viz.moments import gather_moments, pool_moments, weigh_outputs
 from prune_viz.redundancy import judge, rank
+from prune_viz.runs import RunDirectory
 from prune_viz.sensitivity import gather_sensitivities
 from prune_viz.spill import Store
 
@@ -120,3 +123,38 @@ def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.readers[name], square)
     for number, cost in expected.ablations.items():
         np.testing.assert_array_equal(found.ablations[number], cost)
+
+
+@pytest.mark.usefixtures("few_probes")
+def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made, zeros = randomise_norms(Residual()), [], Store.zeros
+
+    def noted(store: Store, *given: Any) -> np.ndarray:
+        made.append(zeros(store, *given))
+        return made[-1]
+
+    pooled: dict[int, np.ndarray] = {}
+    rank_groups = conclusions.rank_groups
+
+    def ranking(*given: Any) -> Any:
+        ranked = rank_groups(*given)
+        pooled.update({number: square.astype(np.float32) for number, square in ranked.moments.items()})
+        return ranked
+
+    monkeypatch.setattr(Store, "zeros", noted)
+    monkeypatch.setattr(conclusions, "rank_groups", ranking)
+    for name, share in (("memory", 1), ("files", 2**62)):
+        monkeypatch.setattr(spill, "_SHARE", share)
+        made.clear()
+        analyze(model, input_shape=(3, 16, 16), steps=2, out=tmp_path / name)
+        assert {array.dtype.name for array in made} == {"float32", "float64"}
+        assert all(isinstance(array, np.memmap) == (name == "files") for array in made)
+        moments = RunDirectory(tmp_path / name).read_moments()
+        assert len(moments) > 1
+        assert moments.keys() == pooled.keys()
+        for number, square in moments.items():
+            np.testing.assert_array_equal(square, pooled[number])
+    decisions = [(tmp_path / name / "decisions.json").read_text() for name in ("memory", "files")]
+    assert decisions[0] == decisions[1]
