@@ -1,23 +1,23 @@
-"""Reading a stranger's file: what it is by its content, and never running what is in it unless told to.
+"""Reading model files of any kind: what they are by their content, and no code in them runs without trust.
 
-Without trust nothing that a file names is called, but for what torch itself takes for plain data: the rest is
-read as `prune_viz.inert` does.
+Files of torch.save are read by `prune_viz.torch_files`, which calls nothing that they name; PyTorch's own
+reader reads those alone that hold code and are trusted.
 """
 
 from __future__ import annotations
 
-import re
-import struct
 import warnings
-import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prune_viz.architectures import current_directory_importable
-from prune_viz.errors import UserError, brief, few
-from prune_viz.inert import read_inert, stub_for
+from prune_viz.errors import UserError, brief
+from prune_viz.files import check_readable
+from prune_viz.safe_unpickler import BoundsError
+from prune_viz.torch_files import ZipEntry, check_entries, read_directory, read_legacy, read_zip
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 
@@ -31,11 +31,7 @@ _OTHERS = (
     (b"gguf", "a GGUF file; prune-viz reads PyTorch's checkpoints and safetensors"),
     (b"\x08", "perhaps an ONNX model; prune-viz needs the PyTorch checkpoint it was made from"),
 )
-
-# What training loops left beside the weights in files of the old format; stubs stand for it.
-_LEFT_BESIDE = (
-    "argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"
-)  # fmt: skip
+_LARGEST_HEADER = 2**26  # bytes, of safetensors
 
 
 def read_content(path: Path, trust_pickle: bool = False) -> Any:
@@ -52,32 +48,34 @@ def read_content(path: Path, trust_pickle: bool = False) -> Any:
     -------
     object
         A mapping of tensors for safetensors, TorchScript and exported programs; whatever `torch.save` was
-        given otherwise, with stubs (`prune_viz.inert`) where code would have run.
+        given otherwise, with stubs (`prune_viz.inert`) where code would have run and `UnusableTensor` for
+        tensors that cannot be had.
 
     Raises
     ------
     UserError
         If the file is missing, empty, damaged, of another kind, or wants to run code it may not.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the model file inside it")
+    check_readable(path)
     try:
         with path.open("rb") as stream:
             head = stream.read(64)
             size = stream.seek(0, 2)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory; give the model file inside it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if size == 0:
         raise UserError(f"{path} is empty")
     if head.startswith(b"PK\x03\x04"):
-        kind = _kind_of_archive(path, size)
+        entries = read_directory(path)
+        kind = _kind_of_archive(path, entries)
         if kind is not None:
             return _read_program(path, kind, trust_pickle)
-        return _read_torch(path, trust_pickle, zipped=True)
+        check_entries(path, entries)
+        return _read_torch(path, trust_pickle, entries)
     if _LEGACY_MAGIC in head[:32]:
-        return _read_torch(path, trust_pickle, zipped=False)
+        return _read_torch(path, trust_pickle, None)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return _read_safetensors(path)
     if head[:1] == b"\x80":
@@ -92,14 +90,9 @@ def read_content(path: Path, trust_pickle: bool = False) -> Any:
     )
 
 
-def _kind_of_archive(path: Path, size: int) -> str | None:
+def _kind_of_archive(path: Path, names: Iterable[str]) -> str | None:
     """What a zip archive is if not a checkpoint: ``TorchScript`` or ``an exported program``."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise UserError(f"{path} is damaged or was cut short; fetch or save it again") from None
-    names = [entry.filename for entry in entries]
+    names = list(names)
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         return "TorchScript"
     if any("/models/" in name or name.endswith("archive_format") for name in names):
@@ -109,29 +102,7 @@ def _kind_of_archive(path: Path, size: int) -> str | None:
         raise UserError(
             f"{path} is a zip archive {what}but not a PyTorch checkpoint; save the state dict with torch.save"
         )
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > size or not _has_one_directory(path, size):
-        # No checkpoint that PyTorch wrote does.
-        raise UserError(f"{path} would unpack to more than it holds; save the state dict with torch.save")
     return None
-
-
-def _has_one_directory(path: Path, size: int) -> bool:
-    """Whether a zip archive ends with its directory, so that all who read it find the same one."""
-    with path.open("rb") as stream:
-        stream.seek(max(0, size - 98))
-        tail = stream.read()
-    end, locator, record = tail[-22:], tail[-42:-22], tail[-98:-42]
-    if end[:4] != b"PK\x05\x06":
-        return False
-    length, offset = struct.unpack("<II", end[12:20])
-    position = size - len(end)
-    if locator[:4] == b"PK\x06\x07":
-        if record[:4] != b"PK\x06\x06":
-            return False
-        length, offset = struct.unpack("<QQ", record[40:56])
-        position = size - 98
-    return bool(offset + length == position)
 
 
 def _read_program(path: Path, kind: str, trust_pickle: bool) -> dict[str, torch.Tensor]:
@@ -147,7 +118,7 @@ def _read_program(path: Path, kind: str, trust_pickle: bool) -> dict[str, torch.
             if kind == "TorchScript":
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
             return dict(torch.export.load(path).state_dict)
-    except Exception as error:  # whatever a stranger's program runs into
+    except Exception as error:  # a program can fail in any way
         raise UserError(f"{path} is {kind}, but cannot be read: {brief(error)}") from None
 
 
@@ -155,44 +126,40 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > _LARGEST_HEADER:
+        raise UserError(f"{path} has a header of {length:,} bytes, more than prune-viz reads")
     try:
-        return dict(load_file(path, device="cpu"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        tensors = dict(load_file(path, device="cpu"))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {brief(error)}") from None
+    for tensor in tensors.values():
+        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise UserError(f"{path} is damaged: a truth value is neither 0 nor 1")
+    return tensors
 
 
-def _read_torch(path: Path, trust_pickle: bool, zipped: bool) -> Any:
-    with warnings.catch_warnings():
+def _read_torch(path: Path, trust_pickle: bool, entries: Mapping[str, ZipEntry] | None) -> Any:
+    """What `torch.save` wrote; code in it runs only if trusted, and only where there is some."""
+    try:
+        read = read_legacy(path) if entries is None else read_zip(path, entries)
+        if not (trust_pickle and read.code):
+            return read.content
+        damage = None
+    except BoundsError:
+        if not trust_pickle:
+            raise
+        damage = None
+    except UserError as error:
+        if not trust_pickle:
+            raise
+        damage = error
+    with warnings.catch_warnings(), current_directory_importable():
         warnings.simplefilter("ignore")
         try:
-            stubs: list[Any] = [] if zipped else [(stub_for(name), name) for name in _LEFT_BESIDE]
-            with torch.serialization.safe_globals(stubs):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=False)
         except Exception as error:
-            wanted = _wanted_code(path, error)
-        if not wanted:
-            raise UserError(f"{path} is damaged and cannot be read; fetch or save it again")
-        if not trust_pickle and zipped:
-            return read_inert(path)
-        if not trust_pickle:
-            raise UserError(
-                f"{path} holds pickled code, which could do anything ({few(wanted)}): save the model's "
-                "state dict and give --arch, or pass --trust-pickle if you trust where the file comes from"
-            )
-        with current_directory_importable():
-            try:
-                return torch.load(path, map_location="cpu", weights_only=False)
-            except Exception as error:
-                raise UserError(
-                    f"{path} could not be unpickled ({brief(error)}); is its code installed?"
-                ) from error
-
-
-def _wanted_code(path: Path, error: Exception) -> list[str]:
-    """Names of what a checkpoint wants to import beyond plain data."""
-    try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:
-        wanted = []
-    found = re.findall(r"GLOBAL (\S+)", str(error))
-    return sorted({*wanted, *found})
+            raise damage or UserError(
+                f"{path} could not be unpickled ({brief(error)}); is its code installed?"
+            ) from error

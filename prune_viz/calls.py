@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_viz.errors import UserError, brief
+from prune_viz.memory import Budget, in_words
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import as_it_was, have_same_parameters, plain_copy
 
@@ -45,11 +47,52 @@ def called_copy(model: nn.Module, input_shape: tuple[int, ...]) -> CalledCopy:
     UserError
         If the model has no convolutions, or does not run on an input of that shape.
     """
+    _check_maps(model, input_shape)
     called = plain_copy(model).float()
     calls, overflowing = _count_calls(called, input_shape)
     sharing = plain_copy(model, share=True).float()
     shares = have_same_parameters(called, sharing)
     return CalledCopy(sharing if shares else called, calls, overflowing, shares)
+
+
+def _check_maps(model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Refuse a pass in which some tensor would not fit memory: an untrusted network may ask for any size."""
+    largest, most = largest_tensor(model, input_shape), Budget.of(torch.device("cpu")).limit
+    if 2 * largest > most:  # what is made, and what it is made of
+        raise UserError(
+            f"on an input of shape {_comma(input_shape)} the model makes a tensor of {in_words(largest)}, "
+            f"too much for the {in_words(most)} that may be taken; give a smaller --input-shape"
+        )
+
+
+def largest_tensor(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Bytes of the largest tensor that a call of a model makes, found without memory for it.
+
+    0 where that cannot be found: the model is called on the meta device, which not every model allows.
+    """
+    sizes = _Sizes()
+    try:
+        twin = plain_copy(model, share=True).float().to("meta")
+        with torch.no_grad(), sizes:
+            twin(torch.zeros(1, *input_shape, device="meta"))
+    except Exception:  # whatever an untrusted network raises there
+        return 0
+    return sizes.largest
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(one.numel() * one.element_size() for one in tensors_of(made))])
+        return made
 
 
 def convolutions_of(model: nn.Module) -> dict[str, _ConvNd]:

@@ -6,8 +6,7 @@ belong to, which `recognition` finds where nobody names it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_viz.architectures import LARGEST_INPUT, resolve_architecture
+from prune_viz.architectures import resolve_architecture
 from prune_viz.archives import read_content
-from prune_viz.errors import UserError, few
+from prune_viz.errors import UserError, few, one_line
 from prune_viz.files import sha256
-from prune_viz.held_inputs import HeldInputs, hold_inputs, release_inputs
+from prune_viz.held_inputs import HeldInputs, held_from, hold_inputs
 from prune_viz.inert import Stub, rebuild_network, weights_of
 from prune_viz.recognition import recognise, shapes_of
+from prune_viz.removal_records import build_pruned, removed_before
 from prune_viz.weights import (
     StateDict,
     check_finite,
@@ -36,6 +36,9 @@ from prune_viz.weights import (
 # A file may name its own architecture, but not a module of the file's choosing to import.
 _OWN_ARCHITECTURES = ("prune_viz.demo:DigitsNet",)
 _LARGEST_OWN = 64  # times the file, of the network that it names
+_LONGEST_LIST = 64  # among the arguments of an architecture
+_LARGEST_SUM = 4096  # of the whole numbers in all such lists, which may be numbers of layers
+_LONGEST_LINE = 1_000  # of a message, in which names from a file may stand
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Checkpoint:
     input_shape : tuple of int or None
         (C, *spatial), where the file itself says it.
     pruning : list of dict
-        The masks that `prune-viz apply --mode remove` has already carried out on it, in order.
+        The masks that `prune-viz apply --mode remove` has already carried out on it, as one step.
     held : HeldInputs or None
         Where it takes several inputs, what all but one of them are held at (`hold`).
     inputs_said : tuple of str
@@ -171,11 +174,19 @@ def load_checkpoint(
         If the file is missing, damaged, not a checkpoint, wants to run code, does not fit the
         architecture, or holds weights that are not finite.
     """
-    path = Path(path)
+    try:
+        return _load(Path(path), arch, arch_kwargs, trust_pickle, key)
+    except UserError as error:  # its words may be the file's
+        raise UserError(one_line(error)[:_LONGEST_LINE]) from error.__cause__
+
+
+def _load(
+    path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | None, trust_pickle: bool, key: str | None
+) -> Checkpoint:
     content = read_content(path, trust_pickle)
     weights, key, other_keys = find_weights(content, path, key)
     about = content if isinstance(content, Mapping) and "state_dict" in content else {}
-    pruning, input_shape = _pruning_of(about)
+    pruning, input_shape = removed_before(path, about)
     kwargs = dict(arch_kwargs or {})
     recognised, strange = False, ""
     if isinstance(weights, Stub):
@@ -190,7 +201,9 @@ def load_checkpoint(
             named, kwargs = _recognised(path, state, about.get("arch"), kwargs, strange)
         arch = named
         if pruning and input_shape:
-            model = _build_pruned(path, arch, kwargs, pruning, input_shape, about.get("held_inputs"), state)
+            held = about.get("held_inputs")
+            inputs = None if held is None else held_from(held, path)
+            model = build_pruned(path, arch, kwargs, pruning[0], input_shape, inputs, state)
         else:
             model, kwargs = _build_for(state, arch, kwargs)
             fill(model, state, path)
@@ -227,7 +240,7 @@ def _architecture_of(
     path: Path, about: Mapping[str, Any], arch: str | None, kwargs: Mapping[str, Any] | None
 ) -> tuple[str | None, dict[str, Any]]:
     """Choose the architecture to build: the caller's, else the file's own where that is safe, else none."""
-    said, said_kwargs = about.get("arch"), about.get("arch_kwargs") or {}
+    said, said_kwargs = about.get("arch"), about.get("arch_kwargs")
     if arch is None:
         if not isinstance(said, str) or ":" not in said:
             return None, dict(kwargs or {})
@@ -235,8 +248,9 @@ def _architecture_of(
             raise UserError(f"{path} asks for code, {said}: pass --arch {said} if you trust it")
         arch = said
     if arch == said and kwargs is None:
-        if not isinstance(said_kwargs, dict) or not all(isinstance(key, str) for key in said_kwargs):
-            raise UserError(f"{path} is damaged: its arch_kwargs are not names and values")
+        said_kwargs = {} if said_kwargs is None else said_kwargs
+        if not isinstance(said_kwargs, dict) or not _are_arguments(said_kwargs):
+            raise UserError(f"{path} is damaged: its arch_kwargs are not names and plain values")
         named = sum(tensor.numel() for tensor in shapes_of(arch, said_kwargs).values())
         if 4 * named > _LARGEST_OWN * path.stat().st_size + 2**28:
             raise UserError(
@@ -247,41 +261,20 @@ def _architecture_of(
     return arch, dict(kwargs or {})
 
 
-def _pruning_of(about: Mapping[str, Any]) -> tuple[list[dict[str, torch.Tensor]], tuple[int, ...] | None]:
-    """Give what prune-viz removed before it wrote the file, and the shape of the network's input."""
-    shape, pruning = about.get("input_shape"), about.get("pruning")
-    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
-        return [], None
-    if math.prod(shape) > LARGEST_INPUT:
-        raise UserError(f"the file names an input of shape {tuple(shape)}, which is too large to be one")
-    if not isinstance(pruning, list) or not all(isinstance(masks, dict) for masks in pruning):
-        return [], tuple(shape)
-    return pruning, tuple(shape)
-
-
-def _build_pruned(
-    path: Path,
-    arch: str,
-    kwargs: Mapping[str, Any],
-    pruning: Sequence[dict[str, torch.Tensor]],
-    input_shape: tuple[int, ...],
-    held: Any,
-    state: StateDict,
-) -> nn.Module:
-    """Build the architecture, remove from it the filters that the file's weights lack, and load those."""
-    from prune_viz.surgery import rebuild_smaller, remove_filters
-
-    model = resolve_architecture(arch, kwargs).cpu().float().eval()
-    try:
-        if held is not None:
-            hold_inputs(model, HeldInputs(**held))
-        example = torch.zeros(1, *input_shape)
-        for masks in pruning[:-1]:
-            model = remove_filters(model, masks, example)
-        smaller = rebuild_smaller(model, pruning[-1], state, example)
-        return smaller if held is None else release_inputs(smaller)
-    except Exception as error:  # a stranger's record can be wrong in any way
-        raise UserError(f"{path}: its record of removed filters does not fit {arch}: {error}") from error
+def _are_arguments(kwargs: Mapping[Any, Any]) -> bool:
+    """Whether a file's arguments of an architecture are plain, and ask for no network without end."""
+    plain, total, left = (type(None), bool, int, float, str), 0, list(kwargs.values())
+    for depth in range(4):
+        lists = [value for value in left if type(value) in (list, tuple)]
+        if any(type(value) not in plain for value in left if type(value) not in (list, tuple)):
+            return False
+        if any(len(value) > _LONGEST_LIST for value in lists) or len(lists) > _LONGEST_LIST:
+            return False
+        if any(type(value) is int and abs(value) >= 2**31 for value in left):
+            return False
+        total += sum(abs(value) for value in left if type(value) is int) if depth else 0
+        left = [item for value in lists for item in value]
+    return not left and total <= _LARGEST_SUM and all(isinstance(name, str) for name in kwargs)
 
 
 def _from_stub(stub: Stub, arch: str | None) -> tuple[StateDict | nn.Module, str]:
@@ -308,9 +301,8 @@ def _recognised(
         )
     near = "; ".join(f"{one.arch} has {', '.join(one.misfits)}" for one in found)
     raise UserError(
-        f"{path} holds weights but no network, and they fit none that is known"
-        + (f" (nearest: {near})" if near else "")
-        + ": name their architecture with --arch, such as --arch package.module:factory"
+        f"{path} holds weights but no network, and they fit none that is known: name their architecture with "
+        "--arch, such as --arch package.module:factory" + (f" (nearest: {near})" if near else "")
     )
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from prune_viz.archives import read_content
 from prune_viz.errors import UserError
+from prune_viz.tensor_checks import UnusableTensor, check_all_tensors
 
 _HELD = "held_input_"
+_MOST = 64  # arguments that a file may hold
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,18 @@ def read_example(path: Path) -> HeldInputs:
     ----------
     path : Path
         A tensor, a sequence of arguments or a mapping of named ones, as `torch.save` or safetensors wrote
-        them. The first of them that is a batch of floating-point maps, (B, C, *spatial), is varied, or else
-        the first batch of signals, (B, T); of batches the first row is taken.
+        them; plain values may be among them. The first that is a batch of floating-point maps,
+        (B, C, *spatial), is varied, or else the first batch of signals, (B, T); of batches the first row is
+        taken.
 
     Raises
     ------
     UserError
-        If the file cannot be read without running code, or nothing in it can be varied.
+        If the file cannot be read without running code, holds anything but usable tensors and plain values,
+        or nothing in it can be varied.
     """
     content = read_content(path)
-    if torch.is_tensor(content):
+    if isinstance(content, (Tensor, UnusableTensor)):
         content = [content]
     if isinstance(content, Mapping):
         arguments = dict(content)
@@ -92,10 +96,11 @@ def read_example(path: Path) -> HeldInputs:
         raise UserError(
             f"{path} holds a {type(content).__name__}; save a tensor, or a tuple or dict of inputs"
         )
+    _check_arguments(arguments, path)
     varied = next(
         (place for axes in (3, 2) for place, value in arguments.items() if _is_batch(value, axes)), None
     )
-    if varied is None or not all(isinstance(place, (int, str)) for place in arguments):
+    if varied is None:
         raise UserError(
             f"{path} holds no floating-point tensor of shape (B, C, *sizes) or (B, T), so there is "
             "nothing to vary"
@@ -106,6 +111,47 @@ def read_example(path: Path) -> HeldInputs:
         for place, value in arguments.items()
     }
     return HeldInputs(first, varied)
+
+
+def held_from(content: Any, path: Path) -> HeldInputs:
+    """Give the inputs that a checkpoint of prune-viz says are held.
+
+    Parameters
+    ----------
+    content : object
+        What the file holds of them: ``arguments`` and ``varied``.
+    path : Path
+        The file.
+
+    Raises
+    ------
+    UserError
+        If they are not what prune-viz writes.
+    """
+    if not isinstance(content, dict) or set(content) != {"arguments", "varied"}:
+        raise UserError(f"{path}: held_inputs are not arguments and the one that is varied")
+    arguments, place = content["arguments"], content["varied"]
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path}: held_inputs.arguments are not a dict")
+    _check_arguments(arguments, path, "held_inputs.arguments")
+    if type(place) not in (int, str) or place not in arguments:
+        raise UserError(f"{path}: held_inputs.varied is none of the arguments")
+    varied = arguments[place]
+    if not _is_batch(varied, 2) or len(varied) != 1:
+        raise UserError(
+            f"{path}: held_inputs.arguments.{place} is varied, but is not a floating-point tensor of shape "
+            "(1, C, *sizes) or (1, T)"
+        )
+    return HeldInputs(dict(arguments), place)
+
+
+def _check_arguments(arguments: Mapping[Any, Any], path: Path, place: str = "") -> None:
+    """Refuse what no network is called with."""
+    if len(arguments) > _MOST:
+        raise UserError(f"{path} holds {len(arguments):,} arguments; at most {_MOST} are read")
+    if not all(type(name) in (int, str) for name in arguments):
+        raise UserError(f"{path} holds arguments that have neither places nor names")
+    check_all_tensors(arguments, path, place)
 
 
 def _is_batch(value: Any, axes: int) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from prune_viz.errors import UserError, brief, few
 from prune_viz.inert import Stub, is_network, weights_of
+from prune_viz.tensor_checks import UnusableTensor, check_claim, check_tensor, claims_too_much
 
 StateDict = dict[str, torch.Tensor]
 
@@ -26,7 +27,6 @@ _LONGEST = 64  # of a list that is looked through
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 # Counters, of training and of profilers, which the outputs of a network in eval mode do not depend on.
 _IDLE = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
-_OFTENEST = 16  # that what a file holds may be named, as single-precision numbers
 _SHARED = 0.5  # of the names that begin alike, so that it may be the name of what is around the network
 # Names of DenseNet's layers as torchvision's published files still have them.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
@@ -83,7 +83,7 @@ def find_weights(
             raise UserError(f"{path} holds no weights at --key {key}; there are: {there}")
         chosen = found[key]
     others = [".".join(place) for place in places if place != chosen and 2 * sizes[place] >= sizes[chosen]]
-    check_tensors(_state_of(places[chosen]), path)
+    check_tensors(_state_of(places[chosen], whole=True), path)
     return places[chosen], ".".join(chosen), others
 
 
@@ -119,37 +119,30 @@ def _rank(place: tuple[str, ...]) -> tuple[int, ...]:
     return (*(_PLACES.index(part) for part in place), len(_PLACES))
 
 
-def _state_of(weights: StateDict | nn.Module | Stub) -> StateDict:
+def _state_of(weights: StateDict | nn.Module | Stub, whole: bool = False) -> StateDict:
     if isinstance(weights, Stub):
-        return weights_of(weights)
+        return weights_of(weights, whole)
     return tensors_in(weights.state_dict()) if isinstance(weights, nn.Module) else weights
 
 
 def check_tensors(weights: StateDict, path: Path) -> None:
-    """Raise `UserError`, naming the tensor, for what is sparse, quantised or larger than the file."""
-    size = path.stat().st_size
+    """Raise `UserError`, naming the tensor, for what is sparse, quantised, without values or too large."""
+    size, claimed = path.stat().st_size, 0
     for name, tensor in weights.items():
         if nn.parameter.is_lazy(tensor):
             continue
-        if tensor.layout != torch.strided:
-            raise UserError(f"{path}: {name} is sparse; save it dense, with to_dense()")
-        if tensor.is_quantized:
-            raise UserError(
-                f"{path}: {name} is quantised; prune the network before that, or save dequantize()"
-            )
+        check_tensor(f"{path}: {name}", tensor)
         if tensor.numel() * tensor.element_size() > size:
-            raise UserError(
-                f"{path}: {name} claims the shape {tuple(tensor.shape)}, more than the file holds"
-            )
-    if 4 * sum(tensor.numel() for tensor in weights.values() if not nn.parameter.is_lazy(tensor)) > (
-        _OFTENEST * size + 2**20
-    ):
-        raise UserError(f"{path}: its tensors together claim far more than the file holds")
+            raise UserError(f"{path}: {name} {claims_too_much(tuple(tensor.shape)).why}")
+        claimed += 4 * tensor.numel()  # as single-precision numbers
+    check_claim(claimed, size, path)
 
 
 def tensors_in(mapping: Mapping[Any, Any]) -> StateDict:
-    """What of a mapping is a tensor under a string."""
-    return {key: value for key, value in mapping.items() if isinstance(key, str) and torch.is_tensor(value)}
+    """What of a mapping is a tensor under a string, usable or not (`check_tensors`)."""
+    kinds: Any = (torch.Tensor, UnusableTensor)
+    named: dict[str, Any] = {key: value for key, value in mapping.items() if isinstance(key, str)}
+    return {key: value for key, value in named.items() if isinstance(value, kinds)}
 
 
 def plain_state(model: nn.Module) -> StateDict:
@@ -261,6 +254,7 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
         If they do not fit; says what does not.
     """
     state = matching(state, plain_state(model))
+    check_real(state, plain_state(model), path)
     problems = misfits(state, tensors_in(model.state_dict()))
     if not problems:
         try:
@@ -274,16 +268,32 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
         raise UserError(f"the weights of {path} do not fit the architecture: {'; '.join(problems)}")
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise `UserError`, naming the tensor, if a parameter or a norm's statistics hold NaN or infinity.
+def check_real(state: StateDict, wanted: StateDict, path: Path) -> None:
+    """Raise `UserError`, naming the tensor, for complex numbers where a network has real ones."""
+    for name, tensor in state.items():
+        if tensor.is_complex() and name in wanted and not wanted[name].is_complex():
+            raise UserError(f"{path}: {name} holds complex numbers, the network's are real")
 
-    Other buffers may: attention is masked with infinity, and observers of ranges begin with it.
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `UserError`, naming the tensor, for weights and statistics of norms that cannot be computed with.
+
+    Those are NaN and infinity, negative variances, and tensors that are sparse, quantised or without values.
+    Other buffers may hold any number: attention is masked with infinity, observers of ranges begin with it.
     """
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in plain_state(model).items():
         watched = name in weights or name.endswith(("running_mean", "running_var"))
-        if watched and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if watched or tensor.is_meta:
+            check_tensor(name, tensor)
+        if not watched or not tensor.is_floating_point():
+            continue
+        values = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits few things are known
+        if not bool(torch.isfinite(values).all()):
+            bad = int((~torch.isfinite(values)).sum())
             raise UserError(
                 f"{name} holds {bad} values that are not finite (NaN or infinity); repair the model first"
             )
+        negative = int((values < 0).sum()) if name.endswith("running_var") else 0
+        if negative:
+            raise UserError(f"{name} holds {negative} negative values; repair the model first")

@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from prune_viz import cli
 from prune_viz.checkpoints import load_model
 from prune_viz.errors import UserError
-from prune_viz.held_inputs import HeldInputs, held_at_noise, hold_inputs, read_example, release_inputs
+from prune_viz.held_inputs import (
+    HeldInputs,
+    held_at_noise,
+    held_from,
+    hold_inputs,
+    read_example,
+    release_inputs,
+)
 from prune_viz.tracing import trace
 
 
@@ -107,6 +114,57 @@ def test_examples_without_pictures_get_one_line(tmp_path: Path, content: object,
     torch.save(content, tmp_path / "example.pt")
     with pytest.raises(UserError, match=says):
         read_example(tmp_path / "example.pt")
+
+
+class Anything:
+    """What a pickle names, and nobody should import."""
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([torch.rand(1, 3, 8, 8), torch.zeros(1).expand(36_000, 36_000)], "1 claims the shape"),
+        ({"x": torch.rand(1, 3, 8, 8), "more": {"y": [torch.eye(3).to_sparse()]}}, "more.y.0 is sparse"),
+        ([torch.rand(1, 3, 8, 8), Anything()], "1 holds .*Anything, not tensors and plain values"),
+        ([torch.rand(1, 3, 8, 8)] * 65, "holds 65 arguments; at most 64"),
+        ({(1, 2): torch.rand(1, 3, 8, 8), 2.5: torch.rand(1, 3, 8, 8)}, "neither places nor names"),
+        (
+            [torch.rand(1, 3, 8, 8), *[torch.zeros(1).expand(150_000)] * 60],
+            "0 claims|1 claims|together claim",
+        ),
+    ],
+)
+def test_examples_that_no_network_is_called_with_are_refused(tmp_path: Path, content, says: str) -> None:
+    torch.save(content, tmp_path / "example.pt")
+    with pytest.raises(UserError, match=says) as caught:
+        read_example(tmp_path / "example.pt")
+    assert "\n" not in str(caught.value)
+
+
+PICTURES = torch.rand(1, 1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (3, "not arguments and the one"),
+        ({"arguments": {0: PICTURES}}, "not arguments and the one"),
+        ({"arguments": {0: PICTURES}, "varied": 0, "more": 1}, "not arguments and the one"),
+        ({"arguments": [PICTURES], "varied": 0}, "held_inputs.arguments are not a dict"),
+        ({"arguments": {0: PICTURES}, "varied": 1}, "varied is none of the arguments"),
+        ({"arguments": {0: PICTURES}, "varied": [0]}, "varied is none of the arguments"),
+        ({"arguments": {0: PICTURES.int()}, "varied": 0}, "arguments.0 is varied, but"),
+        ({"arguments": {0: PICTURES.expand(2, -1, -1, -1)}, "varied": 0}, "arguments.0 is varied, but"),
+        ({"arguments": {0: PICTURES, "x": object()}, "varied": 0}, "arguments.x holds object"),
+    ],
+)
+def test_held_inputs_of_a_file_are_what_prune_viz_writes(tmp_path: Path, content, says: str) -> None:
+    (tmp_path / "model.pt").write_bytes(bytes(10_000))
+    with pytest.raises(UserError, match=says):
+        held_from(content, tmp_path / "model.pt")
+    assert (
+        held_from({"arguments": {"x": PICTURES, 1: None}, "varied": "x"}, tmp_path / "model.pt").varied == "x"
+    )
 
 
 @pytest.mark.parametrize("given", ["example", "length"])

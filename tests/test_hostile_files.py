@@ -29,6 +29,7 @@ import torchvision
 from torch import nn
 
 from prune_viz.architectures import default_input_shape
+from prune_viz.calls import largest_tensor
 from prune_viz.checkpoints import load_model
 from prune_viz.errors import UserError
 from prune_viz.export import export_model
@@ -105,7 +106,6 @@ def test_no_road_leads_to_code(
             except UserError as error:
                 message = str(error)
             if found is not None:  # the weights alone
-                assert zipped
                 assert torch.equal(found.weight, network[0].weight)
             else:
                 assert "\n" not in message
@@ -180,7 +180,7 @@ def _elsewhere(path: Path) -> None:
         (lambda path: torch.save({"w": torch.sparse_coo_tensor(size=(10**9, 10**9))}, path), "w is sparse"),
         (lambda path: torch.save({"w": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)}, path),
          "w is quantised"),
-        (lambda path: torch.save({"w": torch.empty(3, 10**12, device="meta")}, path), "w claims|do not fit"),
+        (lambda path: torch.save({"w": torch.empty(3, 10**12, device="meta")}, path), "w has no values"),
     ],
 )  # fmt: skip
 def test_what_would_exhaust_memory_or_escape_gets_one_line(
@@ -210,7 +210,7 @@ def test_every_load_says_whether_code_may_run() -> None:
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 loads = safe if given.get("weights_only") == "True" else unsafe
                 loads.append((file.name, reader, given.get("weights_only")))
-    assert len(safe) > 3
+    assert {file for file, _, _ in safe} <= {"finetune.py"}  # the package has a reader of its own
     assert sorted(unsafe, key=str) == [
         ("archives.py", "torch.export.load", None),  # these three behind --trust-pickle
         ("archives.py", "torch.jit.load", None),
@@ -350,3 +350,21 @@ def test_a_file_does_not_say_how_much_memory_is_taken(tmp_path: Path, content: d
     with pytest.raises(UserError, match=r"larger than the file|too large"):
         load_model(tmp_path / "model.pt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Upsample(size=60_000), nn.ZeroPad2d(60_000), nn.Upsample(scale_factor=4_000)]
+)
+def test_a_pickled_layer_does_not_say_how_large_its_maps_are(tmp_path: Path, layer: nn.Module) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 4, 3)).eval(), tmp_path / "model.pt")
+    model = load_model(tmp_path / "model.pt")
+    assert largest_tensor(model, (3, 32, 32)) > 2**35
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="the model makes a tensor of"):
+        maximize(model, "0", input_shape=(3, 32, 32), steps=1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_the_largest_tensor_of_a_call_is_found_without_making_it() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    assert largest_tensor(network, (3, 10, 10)) == 4 * 8 * 10 * 10
