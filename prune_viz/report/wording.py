@@ -12,17 +12,26 @@ _DASH = "\u2013"
 _MINUS = "\u2212"
 _RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 _TIMES = " \u00d7 "
+_LONGEST = 160  # characters of a name where it is not the matter itself
 
 
 def printable(text: str) -> str:
     """Return `text` with control, bidi and other invisible characters as backslash escapes.
 
-    Escaping for HTML is left to the template; this keeps a name from reordering, hiding or breaking
-    the text around it.
+    Escaping for HTML is left to the template; this keeps a name from reordering, hiding, breaking or
+    marking the text around it.
     """
+    if unicodedata.category(text[:1] or " ")[0] == "M":  # it would combine with what stands before
+        return _escape(text[0]) + printable(text[1:])
     if text.isprintable():
         return text
     return "".join(_escape(char) if _invisible(char) else char for char in text)
+
+
+def label(name: str, longest: int = _LONGEST) -> str:
+    """Return a name as `printable` does, without the middle where it has more than `longest` characters."""
+    shown, end = printable(name), longest // 4
+    return shown if len(shown) <= longest else f"{shown[: longest - end]}\u2026{shown[-end:]}"
 
 
 def _invisible(char: str) -> bool:

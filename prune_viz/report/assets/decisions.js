@@ -27,7 +27,7 @@
   const decidable = Array.from(channels.values()).filter(function (one) { return one.flagged; }).length;
 
   // What was decided: key -> { layer, filter, decision }. Served, the run directory keeps it too.
-  const shelf = "prune-viz/review/" + run.run;
+  const shelf = "prune-viz/review/" + run.run, unsaved = shelf + "/unsaved"; // whether this browser is ahead
   const source = document.currentScript.src; // none where all is in one file
   const served = source && location.protocol === "http:" && new URL("../review.json", source);
   const listeners = [];
@@ -36,7 +36,10 @@
   let complaint = function () {};
   const tell = function () { listeners.forEach(function (listener) { listener(); }); };
   const changed = function () {
-    try { localStorage.setItem(shelf, JSON.stringify(decided)); } catch {
+    try {
+      localStorage.setItem(shelf, JSON.stringify(decided));
+      if (served) localStorage.setItem(unsaved, "1");
+    } catch {
       setTimeout(complaint, 0, "This browser keeps nothing: save the review before you leave the page");
     }
     if (served) put();
@@ -46,10 +49,26 @@
     try { decided = JSON.parse(localStorage.getItem(shelf)) || {}; } catch { decided = {}; }
   };
   const file = function () { return { format: 1, run: run.run, decisions: Object.values(decided) }; };
+  // One save at a time, or an older one could come last; what changes meanwhile is saved next.
+  let saving = Boolean(served), waiting = false, loaded = false; // nothing is saved before what is there is read
   const put = function () {
-    fetch(served, { method: "PUT", body: JSON.stringify(file()), headers: { "Content-Type": "application/json" } })
-      .then(function (answer) { if (!answer.ok) complaint("Not saved: the run has changed, or the server ended"); })
-      .catch(function () { complaint("Not saved: the server does not answer"); });
+    waiting = saving;
+    if (saving) return;
+    saving = true;
+    const body = JSON.stringify(file());
+    const kept = new Blob([body]).size < 60000; // browsers finish no larger ones once the page is left
+    fetch(served, { method: "PUT", body: body, keepalive: kept, headers: { "Content-Type": "application/json" } })
+      .then(function (answer) {
+        if (!answer.ok) return answer.text().then(function (why) { complaint("Not saved: " + why); });
+        if (waiting) return;
+        try { localStorage.removeItem(unsaved); } catch { /* nothing is kept */ }
+      })
+      .catch(function () { complaint("Not saved: the server does not answer"); })
+      .then(proceed);
+  };
+  const proceed = function () {
+    saving = false;
+    if (waiting) put();
   };
 
   // Decide on filters, pairs of a place and a number; tells how many of them can be decided on.
@@ -114,7 +133,7 @@
     const found = {};
     read.decisions.forEach(function (one) {
       const place = places.get(one.layer);
-      const key = (keys[place] || [])[one.filter];
+      const key = Number.isInteger(one.filter) ? (keys[place] || [])[one.filter] : undefined;
       const known = one.decision === "remove" || one.decision === "keep";
       if (key && known && removable(place, one.filter)) found[key] = { layer: one.layer, filter: one.filter, decision: one.decision };
     });
@@ -134,12 +153,29 @@
 
   addEventListener("storage", function (event) { if (event.key === shelf) { recall(); tell(); } });
   recall();
-  if (served) { // the run directory knows best
-    fetch(served).then(function (answer) { return answer.ok ? answer.json() : null; }).then(function (saved) {
-      if (!saved || saved.run !== run.run) return;
+  if (served) { // the run directory knows best, but of what was decided since, or left before it was saved
+    const before = decided;
+    try { waiting = localStorage.getItem(unsaved) !== null; } catch { /* nothing is kept */ }
+    const ahead = waiting;
+    decided = { ...before };
+    fetch(served).then(function (answer) {
+      if (answer.status === 409) answer.text().then(function (why) { complaint(why); }); // what is there is no review
+      return answer.ok ? answer.json() : null;
+    }).then(function (saved) {
+      if (ahead || !saved || saved.run !== run.run) return;
+      const since = decided;
       decided = parse(saved);
+      Object.keys({ ...before, ...since }).forEach(function (key) {
+        if (since[key] === before[key]) return;
+        if (since[key]) decided[key] = since[key];
+        else delete decided[key];
+      });
       tell();
-    }).catch(function () { complaint("The server does not answer"); });
+    }).catch(function () { complaint("The server does not answer"); }).then(function () {
+      loaded = true;
+      proceed();
+    });
+    addEventListener("pagehide", function () { if (loaded) proceed(); });
   }
 
   pruneViz.decisions = {
