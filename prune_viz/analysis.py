@@ -23,7 +23,7 @@ from prune_viz.engines import Engine, LocalEngine, run_tasks
 from prune_viz.errors import RunInterruptedError, UserError, one_line
 from prune_viz.estimate import Estimate, estimate_run
 from prune_viz.masks import Masks
-from prune_viz.memory import Budget
+from prune_viz.memory import Budget, check_sizes
 from prune_viz.memory_plan import MemoryPlan
 from prune_viz.pieces import Pieces
 from prune_viz.plain import plain_copy
@@ -31,7 +31,8 @@ from prune_viz.progress import Progress
 from prune_viz.provenance import Stages, peak_mib, versions
 from prune_viz.report import write_report
 from prune_viz.run_log import RunLog, now
-from prune_viz.runs import FORMAT, LayerFiles, LayerTensors, RunDirectory
+from prune_viz.run_ownership import check_run_directory, claimed
+from prune_viz.runs import LayerFiles, LayerTensors, RunDirectory
 from prune_viz.stimuli import STEPS, check_options
 from prune_viz.subjects import Subject, prepare_subject
 from prune_viz.tasks import StimulusSettings, Task, plan_tasks, stimuli_key
@@ -44,7 +45,7 @@ class Analysis:
     Attributes
     ----------
     filters : DataFrame
-        A row a filter, columns `runs.FILTER_COLUMNS`.
+        A row a filter, columns `filters_csv.FILTER_COLUMNS`.
     masks : Masks
         A mask for every convolution that runs, True = keep, consistent over coupling groups.
     layers : mapping of str to LayerTensors
@@ -141,6 +142,9 @@ def analyze(
         raise UserError("--engine ray needs Ray: pip install 'prune-viz[ray]'")
     if not (0 < gpus_per_task <= 1 or gpus_per_task == int(gpus_per_task) > 0):
         raise UserError(f"--gpus-per-task is a share of a GPU, or a whole number, not {gpus_per_task:g}")
+    if out is not None:
+        check_run_directory(Path(out))
+    check_sizes(input_shape, canvas, memory)
     source = dict(source or {})
     subject = prepare_subject(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
@@ -205,6 +209,7 @@ def estimate(
     Parameters and errors are those of `analyze`.
     """
     check_options(prior, steps)
+    check_sizes(input_shape, canvas, memory)
     start = time.perf_counter()
     subject = prepare_subject(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
@@ -233,7 +238,7 @@ def _run(
     key = stimuli_key(provenance)
     tasks = plan_tasks(subject.network, subject.records, key)
     provenance = {**provenance, "key": key, "tasks": len(tasks)}
-    with run.claimed(str(subject.origin.file), fresh), _states(run, provenance, log), progress:
+    with claimed(run, str(subject.origin.file), fresh), _states(run, provenance, log), progress:
         with stages.timed("stimuli"):
             provenance["notes"] += _find_stimuli(subject, run, tasks, key, make_engine, progress, log)
         concluded = conclude(subject, run, key, stages, progress, budget)
@@ -316,7 +321,6 @@ def _provenance(subject: Subject, source: Mapping[str, Any], options: Mapping[st
     """What `run.json` says before anything is found."""
     cost = surgery.count_cost(subject.model, subject.network.input_shape)
     return {
-        "format": FORMAT,
         "model": {
             "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, "held_inputs": None,
             **source, "sha256": subject.origin.file, "weights": subject.origin.weights,

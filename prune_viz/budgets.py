@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from prune_viz.decision_records import Decisions, Merge, Predicted
 from prune_viz.elimination import rebuild_all
 from prune_viz.errors import UserError
 from prune_viz.groups import Passage, Places, passages
-from prune_viz.masks import Masks, Merge, Predicted, read_beside, save_masks
+from prune_viz.masks import Masks, read_beside, save_masks
 from prune_viz.origin import Origin
 from prune_viz.probes import read_images
+from prune_viz.run_records import Unit
 from prune_viz.runs import RunDirectory, merges_beside
 
 _SHARES = 1000  # how finely an even share is searched for
@@ -108,7 +109,7 @@ def write_masks(
     """
     directory = RunDirectory(run)
     decisions = directory.read_decisions()
-    filters, costs = decisions["filters"], decisions["macs"]
+    filters, costs = decisions.filters, decisions.macs
     rankings = read_rankings(decisions)
     counts = None
     if ratio is not None:
@@ -123,7 +124,7 @@ def write_masks(
     if counts is None:
         masks.update(_masks_of_verdicts(decisions))
     else:
-        unit = decisions.get("damage_unit", "readers")
+        unit = decisions.damage_unit
         masks = masks_for_counts(rankings, counts, directory.read_moments(), filters, masks.origin, unit)
     if not inside:
         masks.probes = read_images(directory.probes_file)
@@ -139,41 +140,39 @@ def write_masks(
         if worst is not None:
             most = worst.damage_of(counts)
             cost = f"{most:.2%} of what a group's readers give"
-            if decisions.get("damage_unit") == "nats":
+            if decisions.damage_unit == "nats":
                 cost = f"{most:.2g} nats of the network's output a group"
-            elif decisions.get("damage_unit") == "output":
+            elif decisions.damage_unit == "output":
                 cost = f"{most:.2%} of the network's output a group"
             lines.append(f"predicted damage: at most {cost}, at {next(iter(worst.filters))}")
     return [*lines, f"written to {out}"]
 
 
-def _masks_of_verdicts(decisions: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in decisions["filters"].items()}
-    for verdict in decisions["verdicts"]:
-        masks[verdict["layer"]][verdict["filter"]] = False
+def _masks_of_verdicts(decisions: Decisions) -> dict[str, torch.Tensor]:
+    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in decisions.filters.items()}
+    for verdict in decisions.verdicts:
+        masks[verdict.layer][verdict.filter] = False
     return masks
 
 
-def read_rankings(decisions: Mapping[str, Any]) -> list[Ranking]:
+def read_rankings(decisions: Decisions) -> list[Ranking]:
     """The ranked groups that `decisions.json` holds."""
-    orders = {entry["group"]: entry for entry in decisions["removal_order"] if entry["channels"]}
+    orders = {entry.group: entry for entry in decisions.removal_order if entry.channels}
     rankings = []
-    for group in decisions["groups"]:
-        if group["id"] not in orders:
+    for group in decisions.groups:
+        if group.id not in orders:
             continue
-        filters = {}
-        for writer in group["writers"]:
-            filters[writer["layer"]] = np.full(group["channels"], -1)
-            filters[writer["layer"]][writer["channels"]] = writer["filters"]
-        entry = orders[group["id"]]
-        reads = {reader["module"]: reader["share"] for reader in group["reads"]}
+        filters = {writer.layer: np.full(group.channels, -1) for writer in group.writers}
+        for writer in group.writers:
+            filters[writer.layer][list(writer.channels)] = writer.filters
+        entry = orders[group.id]
+        reads = {reader.module: reader.share for reader in group.reads}
         norms = [
-            Places(norm["module"], np.array(norm["indices"]), np.array(norm["channels"]))
-            for norm in group.get("norms", [])  # not told by earlier versions
+            Places(norm.module, np.array(norm.indices, int), np.array(norm.channels, int))
+            for norm in group.norms
         ]
-        rankings.append(
-            Ranking(group["id"], group["channels"], entry["channels"], entry["damage"], filters, reads, norms)
-        )
+        order, damage = list(entry.channels), list(entry.damage)
+        rankings.append(Ranking(group.id, group.channels, order, damage, filters, reads, norms))
     return rankings
 
 
@@ -302,7 +301,7 @@ def masks_for_counts(
     moments: Mapping[int, np.ndarray],
     filters: Mapping[str, int],
     origin: Origin,
-    unit: str,
+    unit: Unit,
 ) -> Masks:
     """Masks that remove so many channels of each group, with the merges that make up for them.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +14,12 @@ from prune_viz import __version__
 from prune_viz.arguments import (
     check_budget,
     check_device,
-    check_output,
-    check_writable,
     parse_kwargs,
     parse_memory,
     parse_numbers,
     parse_shapes,
 )
+from prune_viz.destinations import check_destination, check_writable
 from prune_viz.errors import UserError, one_line
 from prune_viz.options import (
     Arch,
@@ -30,6 +30,7 @@ from prune_viz.options import (
     Engine,
     EngineName,
     Example,
+    Force,
     GpusPerTask,
     InputShapes,
     Key,
@@ -146,13 +147,17 @@ def analyze(
     out = out or Path("reports") / model.stem
     check_writable(out)
 
+    from prune_viz.run_ownership import check_run_directory
+
+    check_run_directory(out)
+
     from prune_viz import analysis
     from prune_viz.architectures import default_normalisation
     from prune_viz.loading import hold_as_told, input_shape_of, load_as_told
 
     silent = quiet or as_json
     checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent)
-    checkpoint = hold_as_told(checkpoint, shapes, example)
+    checkpoint = hold_as_told(checkpoint, shapes, example, budget)
     shape = input_shape_of(checkpoint)
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
@@ -238,6 +243,7 @@ def masks(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts."""
     budget = check_budget(ratio=ratio, macs=macs, tolerance=tolerance)
@@ -245,9 +251,10 @@ def masks(
         raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
     if review is not None and budget:
         raise UserError(f"give --review or --{next(iter(budget))}, not both")
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a directory; name a file")
-    check_writable((out or run).absolute().parent)
+
+    from prune_viz.runs import RunDirectory
+
+    RunDirectory(run).check_masks_destination(out, review, force)
 
     from prune_viz.budgets import write_masks
     from prune_viz.review import write_reviewed_masks
@@ -290,6 +297,7 @@ def apply(
     trust_pickle: TrustPickle = False,
     input_shapes: InputShapes = None,
     example: Example = None,
+    force: Force = False,
 ) -> None:
     """Carry out MASKS on MODEL and write the result to a new file."""
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
@@ -298,9 +306,9 @@ def apply(
     from prune_viz.runs import merges_beside, probes_beside
 
     inputs = (model, masks, merges_beside(masks), probes_beside(masks))
-    check_output("--out", out, inputs)
+    check_destination("--out", out, inputs, force)
     if export is not None:
-        check_output("--export", export, inputs)
+        check_destination("--export", export, inputs, force)
         if export.absolute() == out.absolute():
             raise UserError(f"--export {export} is the file that --out names; name another")
 
@@ -344,6 +352,8 @@ def demo(
 
 def main() -> None:
     """Run the command line; mistakes in how it is called get one line too."""
+    # Nobody could act on warnings of torch and numpy, and a model file could choose their words.
+    warnings.simplefilter("ignore")
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="prune-viz", standalone_mode=False)
     except Exception as error:

@@ -7,19 +7,19 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
 from prune_viz import calibration, leaves, objectives, ranking, surgery
+from prune_viz.array_files import evict
 from prune_viz.calls import blank_input
-from prune_viz.decisions import decisions_json, filter_table, masks_of
+from prune_viz.decisions import decisions_of, filter_table, masks_of
 from prune_viz.devices import release_memory
 from prune_viz.errors import UserError
 from prune_viz.exciting import find_exciting_parts, write_exciting_parts
-from prune_viz.files import evict, write_json
 from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.masks import Masks, write_plain_masks
 from prune_viz.memory import Budget
@@ -29,6 +29,7 @@ from prune_viz.probes import Calibrated, load_probes, save_probes
 from prune_viz.progress import Progress
 from prune_viz.provenance import Stages
 from prune_viz.ranking import NearInputs, calibrated_probes, measure_groups, rank_groups, sense_output
+from prune_viz.run_records import Unit
 from prune_viz.runs import LayerFiles, RunDirectory
 from prune_viz.spill import Store
 from prune_viz.subjects import Subject
@@ -42,7 +43,7 @@ class Conclusions:
     Attributes
     ----------
     filters : DataFrame
-        A row a filter, columns `runs.FILTER_COLUMNS`.
+        A row a filter, columns `filters_csv.FILTER_COLUMNS`.
     masks : Masks
         Consistent over coupling groups.
     provenance : dict
@@ -126,7 +127,7 @@ def conclude(
             pooled[number][:] = matrix
             evict(pooled[number])
         del ranked
-    unit = sensitivities.unit if sensitivities else "readers"
+    unit = cast(Unit, sensitivities.unit if sensitivities else "readers")
     predicted = ranking.predictions_on(twin, calibrated)
     del twin, sensitivities  # what follows needs the room
     if judged:
@@ -145,8 +146,8 @@ def conclude(
     masks.probes = near.calibrated
     run.write_filters(table)
     macs = surgery.count_macs(model, network.input_shape)
-    decisions = decisions_json(table, groups, verdicts, masks, dict(model.named_modules()), macs, unit)
-    write_json(run.decisions_file, decisions)
+    decisions = decisions_of(table, groups, verdicts, masks, dict(model.named_modules()), macs, unit)
+    run.write_decisions(decisions)
     run.write_moments(pooled)
     write_plain_masks(masks, run.masks_file)
     with stage("removal"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prune_viz.files import evict
+from prune_viz.array_files import evict
 from prune_viz.moments import Moments
 
 _SILENT = 1e-6  # largest value of a silent map, of its layer's typical one

@@ -9,13 +9,26 @@ import numpy as np
 import pandas as pd
 import torch
 
+from prune_viz.decision_records import (
+    Decisions,
+    GroupRecord,
+    Merge,
+    NormRecord,
+    Predicted,
+    ReaderRecord,
+    RemovalOrder,
+    VerdictRecord,
+    WriterRecord,
+)
 from prune_viz.embedding import Embedding
-from prune_viz.groups import CouplingGroup, passages
+from prune_viz.filters_csv import FILTER_COLUMNS
+from prune_viz.groups import CouplingGroup, Places, passages
 from prune_viz.layers import Layer
-from prune_viz.masks import Masks, Merge, Predicted, beside_json
+from prune_viz.masks import Masks, beside_masks
 from prune_viz.origin import Origin
 from prune_viz.redundancy import TOLERANCE, ChannelVerdict, GroupVerdicts
-from prune_viz.runs import FILTER_COLUMNS, FORMAT, LayerTensors
+from prune_viz.run_records import Unit
+from prune_viz.runs import LayerTensors
 
 
 def filter_rows(
@@ -175,7 +188,7 @@ def masks_of(
     verdicts: Mapping[int, GroupVerdicts],
     filters: Mapping[str, int],
     origin: Origin,
-    unit: str,
+    unit: Unit,
 ) -> Masks:
     """Masks of every layer from the rows' verdicts, with the merges that make up for them."""
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
@@ -208,15 +221,15 @@ def masks_of(
     return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), passages=passed)
 
 
-def decisions_json(
+def decisions_of(
     table: pd.DataFrame,
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     masks: Masks,
     modules: Mapping[str, Any],
     macs: Mapping[str, int],
-    unit: str,
-) -> dict[str, Any]:
+    unit: Unit,
+) -> Decisions:
     """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges.
 
     Parameters
@@ -240,70 +253,55 @@ def decisions_json(
     flagged = []
     for row in table[table["verdict"] != "keep"].to_dict("records"):
         entry: dict[str, Any] = {name: row[name] for name in ("layer", "filter", "verdict")}
-        entry["representatives"] = [int(part) for part in row["representative"].split(";") if part]
+        entry["representatives"] = tuple(int(part) for part in row["representative"].split(";") if part)
         group = in_group.get(row["layer"])
         if group is not None:
             places = next(p for p in group.writers if p.module == row["layer"])
             channel = int(places.channels[places.indices == row["filter"]][0])
             found = verdicts[group.number].channels[channel]
-            entry.update(kind=found.kind, coefficients=found.coefficients, constant=found.constant)
+            entry.update(kind=found.kind, coefficients=tuple(found.coefficients), constant=found.constant)
         entry.update({name: row[name] for name in ("score", "damage", "reason")})
-        flagged.append(entry)
-    beside = beside_json(masks)
-    merges = beside.pop("merges")
-    return {
-        "format": FORMAT,
-        **beside,
-        "tolerance": TOLERANCE,
-        "damage_unit": unit,
-        "filters": {name: len(mask) for name, mask in masks.items()},
-        "macs": dict(macs),
-        "groups": [
-            {
-                "id": group.number,
-                "layers": group.layers,
-                "readers": [places.module for places in group.readers],
-                "writers": [
-                    {
-                        "layer": places.module,
-                        "filters": places.indices.tolist(),
-                        "channels": places.channels.tolist(),
-                    }
-                    for places in group.writers
-                ],
-                "norms": [
-                    {
-                        "module": places.module,
-                        "indices": places.indices.tolist(),
-                        "channels": places.channels.tolist(),
-                    }
-                    for places in group.norms
-                ],
-                "reads": [
-                    {
-                        "module": places.module,
-                        "share": len(places.indices) / _inputs(modules[places.module]),
-                    }
-                    for places in group.readers
-                ],
-                "channels": group.channels,
-                "removable": group.removable,
-                "note": group.note,
-                "readers_damage": verdicts[group.number].damage,
-            }
+        flagged.append(VerdictRecord(**entry))
+    return Decisions(
+        **vars(beside_masks(masks)),
+        tolerance=TOLERANCE,
+        damage_unit=unit,
+        filters={name: len(mask) for name, mask in masks.items()},
+        macs=dict(macs),
+        groups=tuple(_group_record(group, verdicts[group.number], modules) for group in groups),
+        verdicts=tuple(flagged),
+        removal_order=tuple(
+            RemovalOrder(
+                group.number,
+                tuple(verdicts[group.number].order),
+                tuple(float(f"{damage:.4g}") for damage in verdicts[group.number].order_damage),
+            )
             for group in groups
-        ],
-        "verdicts": flagged,
-        "merges": merges,
-        "removal_order": [
-            {
-                "group": group.number,
-                "channels": verdicts[group.number].order,
-                "damage": [float(f"{damage:.4g}") for damage in verdicts[group.number].order_damage],
-            }
-            for group in groups
-        ],
-    }
+        ),
+    )
+
+
+def _group_record(group: CouplingGroup, verdicts: GroupVerdicts, modules: Mapping[str, Any]) -> GroupRecord:
+    """A coupling group as `decisions.json` holds it."""
+
+    def listed(places: Places) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        return places.module, tuple(places.indices.tolist()), tuple(places.channels.tolist())
+
+    return GroupRecord(
+        id=group.number,
+        layers=tuple(group.layers),
+        readers=tuple(places.module for places in group.readers),
+        writers=tuple(WriterRecord(*listed(places)) for places in group.writers),
+        norms=tuple(NormRecord(*listed(places)) for places in group.norms),
+        reads=tuple(
+            ReaderRecord(places.module, len(places.indices) / _inputs(modules[places.module]))
+            for places in group.readers
+        ),
+        channels=group.channels,
+        removable=group.removable,
+        note=group.note,
+        readers_damage=verdicts.damage,
+    )
 
 
 def _inputs(module: Any) -> int:

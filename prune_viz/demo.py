@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from prune_viz.archives import read_content
 from prune_viz.digits import DigitsNet, Planted, accuracy, found, load_digits, plant, train, train_digits_net
 from prune_viz.errors import UserError
-from prune_viz.files import written_aside
+from prune_viz.files import write_torch
 from prune_viz.progress import Progress
-from prune_viz.runs import FORMAT, RunDirectory
+from prune_viz.runs import RunDirectory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,9 +100,7 @@ def run_demo(
     run = RunDirectory(out)
     if not (out / "run.json").exists():
         # The model lies in the run directory, which analyze takes only if it is a run of that model.
-        run.write_provenance(
-            {"format": FORMAT, "state": "running", "model": {"sha256": checkpoint.sha256}, "layers": []}
-        )
+        run.write_provenance({"state": "running", "model": {"sha256": checkpoint.sha256}, "layers": []})
     shape = DigitsNet.input_shape
     analysis = analyze(model, input_shape=shape, out=out, progress=progress, source=checkpoint.source)
 
@@ -132,16 +131,13 @@ def save_demo_model(model: DigitsNet, planted: Sequence[Planted], path: Path) ->
         "state_dict": model.state_dict(),
         "planted": [asdict(truth) for truth in planted],
     }
-    # Through a stream, since torch.save writes a file's name into it: the same model gives the same bytes.
-    with written_aside(path) as aside, aside.open("wb") as stream:
-        torch.save(content, stream)
+    write_torch(path, content)
 
 
 def read_planted(path: Path) -> list[Planted]:
     """Read what was planted from the demo's checkpoint; raises `UserError` if it is another's."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return [Planted(**truth) for truth in content["planted"]]
+        return [Planted(**truth) for truth in read_content(path)["planted"]]
     except Exception:
         raise UserError(f"{path} is not the demo's model; choose another --out") from None
 

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 class UserError(Exception):
     """Something the user gave is wrong; the message says what it is and what to do.
 
-    The command line prints the message as one line and exits with code 2. Library callers can catch
-    it as they would a ``ValueError``.
+    The command line prints the message and exits with code 2. Library callers can catch it as they would a
+    ``ValueError``. The message is one line without control characters, whatever an untrusted file put in it.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 class LayerError(UserError):

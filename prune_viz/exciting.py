@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prune_viz.files import read_arrays, write_arrays
+from prune_viz.array_files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics
 from prune_viz.layers import Layer

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_viz import __version__
 from prune_viz.errors import UserError, brief
-from prune_viz.files import written_aside
+from prune_viz.files import MARK, written_aside
 from prune_viz.outputs import tensors_of
 from prune_viz.plain import plain_copy
 from prune_viz.tracing import are_names_safe
@@ -115,7 +116,7 @@ def _to_pt2(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> tu
     """The content of a ``.pt2`` file, and what it computes once it is read again."""
     program = torch.export.export(model, (inputs,), dynamic_shapes=None if axes is None else (axes,))
     stream = io.BytesIO()
-    torch.export.save(program, stream)
+    torch.export.save(program, stream, extra_files={MARK: __version__})
     again = torch.export.load(io.BytesIO(stream.getvalue())).module()
     return stream.getvalue(), lambda batch: tensors_of(again(batch))
 
@@ -129,6 +130,7 @@ def _to_onnx(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> t
     )
     if program is None:
         raise RuntimeError("the exporter gave nothing")
+    program.model_proto.producer_name, program.model_proto.producer_version = MARK, __version__
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prune_viz.files import batches_of
+from prune_viz.array_files import batches_of
 
 BATCH = 128
 # The spectrum's bins along each axis, by number of spatial axes. They are evenly spaced in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,15 @@ import numpy as np
 import pandas as pd
 
 from prune_viz.errors import UserError
-from prune_viz.files import written_aside
+from prune_viz.files import MARK, written_aside
 from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.layers import no_layer_message
 from prune_viz.pictures import colour_axes, draw_pictures
 from prune_viz.report.layer_pages import filter_card, gallery
 from prune_viz.report.pages import depth_rows, layer_rows
-from prune_viz.runs import LayerRecord, RunDirectory
+from prune_viz.report.wording import label
+from prune_viz.run_records import LayerRecord
+from prune_viz.runs import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +31,7 @@ _SIDE = 96  # pixels of a stimulus, at least
 _INCHES = 0.62  # a stimulus takes
 _COLUMNS = 16
 _DPI = 300
+_LABEL = 40  # characters of a layer's name
 _MARKS = {"redundant": ("#a85a06", "D"), "dead": ("#8a2f55", "X")}  # as in the report
 
 
@@ -59,7 +63,7 @@ def write_figure(run: Path, layer: str | None, out: Path) -> str:
         raise UserError(f"--out {out}: a figure ends in {', '.join(ENDINGS)}")
     directory = RunDirectory(run)
     records, table = directory.layers(), directory.read_filters()
-    statistics = stored_statistics(directory.read_provenance().get("inputs"))
+    statistics = stored_statistics(directory.read_provenance().inputs)
     if layer is None:
         figure, what = _by_depth(directory, records, table, statistics)
     else:
@@ -69,8 +73,17 @@ def write_figure(run: Path, layer: str | None, out: Path) -> str:
         rows = table[table["layer"] == layer]
         figure, what = _of_layer(directory, record, rows, statistics), f"{len(rows)} stimuli of {layer}"
     # Neither a date nor a chance name in it: the same run gives the same file.
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(out.suffix)
-    with written_aside(out) as aside, rc_context({"svg.hashsalt": "prune-viz"}):
+    metadata = {
+        ".svg": {"Date": None, "Creator": MARK},
+        ".pdf": {"CreationDate": None, "Creator": MARK},
+        ".png": {"Software": MARK},
+    }[out.suffix]
+    with (
+        written_aside(out) as aside,
+        rc_context({"svg.hashsalt": "prune-viz"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name may hold what no font has
         figure.savefig(aside, format=out.suffix[1:], dpi=_DPI, metadata=metadata)
     return what
 
@@ -107,8 +120,8 @@ def _by_depth(
         for axis, tile in zip(axes[place * columns :], row.tiles, strict=False):
             _show(axis, images, [tile.filter], statistics)
         axes[place * columns].text(
-            -0.08, 0.5, row.row.record.name, fontsize=6, ha="right", va="center", family="monospace",
-            transform=axes[place * columns].transAxes, parse_math=False,
+            -0.08, 0.5, label(row.row.record.name, _LABEL), fontsize=6, family="monospace", parse_math=False,
+            ha="right", va="center", transform=axes[place * columns].transAxes,
         )  # fmt: skip
     return figure, f"stimuli of {len(rows)} layers by depth"
 

@@ -1,38 +1,74 @@
-"""Files that are complete or absent: written aside, then renamed; arrays with a digest of what they hold.
-
-Large arrays need not be in memory: they are written in parts, and read by mapping their files.
-"""
+"""Files that are complete or absent: written aside, then renamed; and what may stand where one is to go."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import mmap
+import math
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prune_viz.errors import UserError
 
-ASIDE = ".part"  # ending of what is still being written
-_DIGEST = "sha256"
-_EXHAUSTED = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-_CHUNK = 2**25  # bytes of a mapped file that are in memory at a time
-_CODES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U8": np.uint8,
-}
-_CODE_OF = {np.dtype(kind): code for code, kind in _CODES.items()}
+MARK = "written by prune-viz"  # in every file we write that has room for it
+# Start of the names of files that are still being written. torch.save names the folder inside its archive
+# after the file up to the last dot, so that this is also the mark of what it wrote for us.
+ASIDE = ".prune-viz."
+_LEFT_ASIDE = re.compile(r"\.prune-viz\.[a-z0-9_]{8}")
+
+
+def irregularity(path: Path) -> str:
+    """What stands at `path` that is not a regular file, in words; empty for a regular file and for nothing.
+
+    Links are followed: a link to a regular file counts as one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return ""
+    except RuntimeError:
+        return "a link that leads back to itself"
+    except OSError as error:
+        return "a link that leads back to itself" if error.errno == errno.ELOOP else ""
+    kinds = {
+        stat.S_IFREG: "", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "not a regular file")
+
+
+def check_readable(path: Path) -> None:
+    """Check that `path` is a file to be read: opening a pipe would wait, a device might never end.
+
+    Raises
+    ------
+    UserError
+        If it does not exist or is not a regular file.
+    """
+    what = irregularity(path)
+    if what:
+        raise UserError(f"{path} is {what}, not a regular file")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `UserError` where something else than a regular file stands, which no result may replace."""
+    what = irregularity(path)
+    if what:
+        raise UserError(f"{path} is {what}, which is not replaced; name a regular file")
+
+
+def is_left_aside(name: str) -> bool:
+    """Whether a file of this name was being written by us when its process died."""
+    return _LEFT_ASIDE.fullmatch(name) is not None
 
 
 @contextmanager
@@ -40,16 +76,19 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; rename it into place if all went well.
 
     What was written is on the disk before it takes its name, so that a machine that dies leaves no half.
+    Behind a link the file that it leads to is written.
 
     Raises
     ------
     UserError
-        If the disk is full, or nothing may be written there.
+        If the disk is full, nothing may be written there, or what is there is not a regular file.
     """
+    check_replaceable(path)
+    path = path.resolve() if path.is_symlink() else path
     aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=ASIDE, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=ASIDE, dir=path.parent)
         os.close(handle)
         aside = Path(name)
         yield aside
@@ -75,158 +114,31 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(jsonable(value), indent=1, allow_nan=False, ensure_ascii=True) + "\n")
 
 
+def write_torch(path: Path, content: object) -> None:
+    """Write what `torch.save` takes, whole or not at all: the same content gives the same bytes."""
+    import torch
+
+    with written_aside(path) as aside:  # whose name up to the last dot torch writes into it, see `ASIDE`
+        torch.save(content, aside)
+
+
 def jsonable(value: Any) -> Any:
     """A value as JSON has it: numbers of numpy as Python's, what is not finite as null, paths as strings."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
-    if isinstance(value, np.generic):
+    if type(value).__module__ == "numpy":
         value = value.item()
     if isinstance(value, float):
-        return value if np.isfinite(value) else None
+        return value if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
     return value
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes; raises `UserError` where there is no regular file."""
+    check_readable(path)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_arrays(
-    path: Path,
-    arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write arrays of at least one axis to a safetensors file, with strings and a digest of both.
-
-    An array may come in parts that lie one behind the other along the first axis. (The library's own writer
-    wants each array whole.)
-    """
-    parts = {name: [array] if isinstance(array, np.ndarray) else array for name, array in arrays.items()}
-    order = sorted(parts, key=lambda name: (-parts[name][0].itemsize, name))  # so that each is aligned
-    metadata = dict(metadata or {})
-    metadata[_DIGEST] = _digest(parts, metadata)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    begin = 0
-    for name in order:
-        end = begin + sum(part.nbytes for part in parts[name])
-        code, shape = _CODE_OF[parts[name][0].dtype], _shape(parts[name])
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    words = json.dumps(header, ensure_ascii=False).encode()  # what UTF-8 cannot hold is refused
-    words += b" " * (-len(words) % 8)
-    with written_aside(path) as aside, aside.open("wb") as stream:
-        stream.write(len(words).to_bytes(8, "little") + words)
-        for name in order:
-            for chunk in _chunks(parts[name]):
-                stream.write(chunk)
-
-
-def read_arrays(
-    path: Path, strict: bool = True, mapped: Container[str] = ()
-) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
-    """What `write_arrays` wrote, arrays and strings; None where there is nothing, or not just that.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    strict : bool
-        False: files without a digest count too, as earlier versions wrote them.
-    mapped : container of str
-        Names of arrays to be left in the file, read-only; what is used of them is in memory until `evict`.
-        Meanwhile the file may be replaced or removed, but not cut short in place.
-
-    Raises
-    ------
-    UserError
-        If the file may be sound, but the machine cannot open or hold it.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        path.open("rb").close()  # the library calls a file absent that cannot be opened
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            arrays = {name: file.get_tensor(name) for name in names if name not in mapped}
-        arrays.update(_mapped(path, [name for name in names if name in mapped]))
-        digest = metadata.pop(_DIGEST, None)
-        parts = {name: [array] for name, array in arrays.items()}
-        sound = not strict if digest is None else digest == _digest(parts, metadata)
-    except OSError as error:
-        if error.errno in _EXHAUSTED:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        return None
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return (arrays, metadata) if sound else None
-
-
-def _mapped(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of a safetensors file, left there."""
-    if not names:
-        return {}
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    whole = np.memmap(path, np.uint8, "r")
-    arrays = {}
-    for name in names:
-        begin, end = (8 + length + place for place in header[name]["data_offsets"])
-        arrays[name] = whole[begin:end].view(_CODES[header[name]["dtype"]]).reshape(header[name]["shape"])
-    return arrays
-
-
-def batches_of(array: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """So many rows of an array after each other, of what is kept in a file each only meanwhile in memory."""
-    for begin in range(0, len(array), count):
-        yield array[begin : begin + count]
-        evict(array)
-
-
-def evict(array: np.ndarray) -> None:
-    """Take out of memory what an array keeps in a file, with all else that is mapped with it."""
-    mapping = getattr(array, "_mmap", None)
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def read_header(path: Path) -> dict[str, str] | None:
-    """The strings of a safetensors file, unverified; None where there is no such file of the right length."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
-        return None
-
-
-def _digest(arrays: Mapping[str, Sequence[np.ndarray]], metadata: Mapping[str, str]) -> str:
-    """Hex SHA-256 of arrays, each in parts, with their names, types and shapes, and of strings."""
-    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
-    for name in sorted(arrays):
-        parts = arrays[name]
-        digest.update(json.dumps([name, str(parts[0].dtype), _shape(parts)]).encode())
-        for chunk in _chunks(parts):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _shape(parts: Sequence[np.ndarray]) -> list[int]:
-    """Of the array whose parts lie one behind the other along the first axis."""
-    return [sum(len(part) for part in parts), *parts[0].shape[1:]]
-
-
-def _chunks(parts: Sequence[np.ndarray]) -> Iterator[memoryview]:
-    """The bytes of an array, each chunk in memory only until the next."""
-    for part in parts:
-        flat = (part if part.flags.c_contiguous else part.copy()).reshape(-1).view(np.uint8)
-        for begin in range(0, len(flat), _CHUNK):
-            yield flat[begin : begin + _CHUNK].data
-            evict(part)

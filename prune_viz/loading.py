@@ -11,6 +11,7 @@ from prune_viz.architectures import default_input_shape
 from prune_viz.checkpoints import Checkpoint, load_checkpoint
 from prune_viz.errors import UserError, one_line
 from prune_viz.held_inputs import held_at_noise, read_example
+from prune_viz.memory import check_input_size
 from prune_viz.terminal import make_console
 
 
@@ -35,10 +36,20 @@ def load_as_told(
     return checkpoint
 
 
-def hold_as_told(checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path | None) -> Checkpoint:
-    """A checkpoint whose network takes one input, of the shape that was given, if one was."""
+def hold_as_told(
+    checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path | None, memory: int | None = None
+) -> Checkpoint:
+    """A checkpoint whose network takes one input, of the shape that was given, if one was.
+
+    Raises
+    ------
+    UserError
+        If an input would not fit the `memory` that may be taken, or as `read_example`.
+    """
     if shapes and example is not None:
         raise UserError("give --input-shape or --example, not both")
+    for shape in shapes:
+        check_input_size(shape, memory)
     said = [word for shape in shapes for word in ("--input-shape", ",".join(map(str, shape)))]
     if example is not None:
         said = ["--example", str(example)]

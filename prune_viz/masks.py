@@ -2,66 +2,28 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import msgspec
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from prune_viz.archives import read_content
+from prune_viz.decision_records import BesideMasks, Merge, Predicted, PredictionRecord
 from prune_viz.errors import UserError
-from prune_viz.files import write_json, written_aside
+from prune_viz.files import MARK, check_readable, check_replaceable, write_json, write_torch
 from prune_viz.groups import Passage
+from prune_viz.json_files import read_json
 from prune_viz.origin import Origin
 from prune_viz.probes import read_images, write_images
-from prune_viz.runs import FORMAT, merges_beside, probes_beside
-
-
-@dataclass(frozen=True)
-class Merge:
-    """How what a removed filter contributed is rebuilt from kept ones.
-
-    Attributes
-    ----------
-    layer : str
-        A convolution that writes the coupled channel; the filters below are its own.
-    filter : int
-        The removed filter.
-    representatives : tuple of int
-        Kept filters.
-    coefficients : tuple of float
-        Their weights.
-    constant : float
-        What is added.
-    """
-
-    layer: str
-    filter: int
-    representatives: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    constant: float
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What removing all that masks remove, merged, is predicted to cost.
-
-    Attributes
-    ----------
-    damage : float
-        Summed over coupling groups.
-    unit : {"nats", "output", "readers"}
-        Divergence of the network's output, its squared change as a share of its square, or a share of
-        what the layers give that read the filters.
-    """
-
-    damage: float
-    unit: str
+from prune_viz.run_records import FORMAT
+from prune_viz.runs import merges_beside, probes_beside
+from prune_viz.tensor_checks import check_all_tensors, check_tensor
 
 
 class Masks(dict[str, Tensor]):
@@ -214,13 +176,21 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 
     The file itself is a plain dict that ``torch.load(path, weights_only=True)`` reads. Merges go to
     ``NAME.merges.json``, calibrated probes to ``NAME.probes.safetensors``.
+
+    Raises
+    ------
+    UserError
+        If something else than a regular file stands at one of them, or nothing can be written there.
     """
     path = Path(path)
     held = masks if isinstance(masks, Masks) else Masks(masks)
     merges, probes = merges_beside(path), probes_beside(path)
-    path.unlink(missing_ok=True)  # never beside what belongs to other masks
+    for file in (path, merges, probes):
+        check_replaceable(file)
+    path.resolve().unlink(missing_ok=True)  # never beside what belongs to other masks
     if held.merges or held.passages or held.origin != Origin() or held.predicted is not None:
-        write_json(merges, {"format": FORMAT, **beside_json(held)})
+        beside = msgspec.to_builtins(beside_masks(held))
+        write_json(merges, {"format": FORMAT, "written_by": MARK, **beside})
     else:
         merges.unlink(missing_ok=True)
     if held.probes is not None:
@@ -232,23 +202,18 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 
 def write_plain_masks(masks: Mapping[str, Tensor], path: Path) -> None:
     """Write masks alone, as a plain dict."""
-    plain = {name: mask.detach().cpu().bool() for name, mask in masks.items()}
-    # Through a stream, since torch writes the name of a file into it and equal masks should be equal files.
-    stream = io.BytesIO()
-    torch.save(plain, stream)
-    with written_aside(path) as aside:
-        aside.write_bytes(stream.getvalue())
+    write_torch(path, {name: mask.detach().cpu().bool() for name, mask in masks.items()})
 
 
-def beside_json(masks: Masks) -> dict[str, Any]:
+def beside_masks(masks: Masks) -> BesideMasks:
     """All that JSON files say of masks beside the masks themselves; `read_beside` reads it."""
-    return {
-        "model_sha256": masks.origin.file,
-        "weights_sha256": masks.origin.weights,
-        "predicted": None if masks.predicted is None else asdict(masks.predicted),
-        "passages": [astuple(passage) for passage in masks.passages],
-        "merges": [asdict(merge) for merge in masks.merges],
-    }
+    return BesideMasks(
+        model_sha256=masks.origin.file,
+        weights_sha256=masks.origin.weights,
+        predicted=None if masks.predicted is None else PredictionRecord(**asdict(masks.predicted)),
+        passages=tuple(astuple(passage) for passage in masks.passages),
+        merges=masks.merges,
+    )
 
 
 def load_masks(path: str | Path) -> Masks:
@@ -262,19 +227,19 @@ def load_masks(path: str | Path) -> Masks:
         If the file is missing or is not a dict of bool tensors.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; masks.pt stands in the run directory of an analysis")
+    check_readable(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; masks.pt stands in the run directory of an analysis"
-        ) from None
-    except Exception:  # torch raises nearly anything on a damaged file
+        loaded = read_content(path)
+    except UserError:
         raise UserError(f"{path} is not a masks file, or it is damaged; make it again with analyze") from None
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1
-        for name, mask in loaded.items()
-    ):
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise UserError(f"{path} is not a masks file: it should hold a bool tensor a convolution")
+    check_all_tensors(loaded, path)
+    for name, mask in loaded.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
+            raise UserError(f"{path} is not a masks file: {name[:80]!r} is not a bool tensor of one axis")
     own, run = merges_beside(path), path.with_name("decisions.json")
     beside = own if own.exists() else run
     if not beside.exists():
@@ -295,39 +260,13 @@ def read_beside(path: Path) -> Masks:
     UserError
         If the file is damaged.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        told = content.get("predicted") or {}
-        predicted = None
-        if told.get("damage") is not None:
-            predicted = Predicted(float(told["damage"]), str(told["unit"]))
-        return Masks(
-            merges=tuple(_read_merge(entry) for entry in content["merges"]),
-            origin=Origin(content["model_sha256"], content.get("weights_sha256")),
-            predicted=predicted,
-            passages=[_read_passage(*entry) for entry in content.get("passages", [])],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} beside the masks is damaged; make it again") from None
-
-
-def _read_merge(entry: Mapping[str, Any]) -> Merge:
-    representatives = tuple(_index(number) for number in entry["representatives"])
-    coefficients = tuple(float(number) for number in entry["coefficients"])
-    if len(representatives) != len(coefficients):
-        raise ValueError("a coefficient is missing")
-    layer, constant = str(entry["layer"]), float(entry["constant"])
-    return Merge(layer, _index(entry["filter"]), representatives, coefficients, constant)
-
-
-def _read_passage(norm: str, channel: int, filters: Sequence[tuple[str, int]]) -> Passage:
-    return Passage(norm, _index(channel), tuple((str(layer), _index(number)) for layer, number in filters))
-
-
-def _index(number: object) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise ValueError("not the number of a filter")
-    return number
+    beside = read_json(path, BesideMasks, f"{path} beside the masks")
+    return Masks(
+        merges=beside.merges,
+        origin=Origin(beside.model_sha256, beside.weights_sha256),
+        predicted=beside.prediction,
+        passages=[Passage(*passage) for passage in beside.passages],
+    )
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -336,14 +275,19 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises
     ------
     UserError
-        If a mask names no convolution of the model, is not bool, has another number of filters, or
-        keeps none.
+        If a mask names no convolution of the model, is not a dense bool tensor on the CPU or where the
+        layer is, has another number of filters, or keeps none.
     """
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         module = modules.get(name)
         if not isinstance(module, _ConvNd):
             raise UserError(f"these masks are for another model: it has no convolution {name!r}")
+        check_tensor(f"the mask of {name}", mask)
+        if mask.device not in (torch.device("cpu"), module.weight.device):
+            raise UserError(
+                f"the mask of {name} is on {mask.device}; put it on the CPU or on {module.weight.device}"
+            )
         if mask.dtype != torch.bool:
             raise UserError(f"the mask of {name} is {mask.dtype}; masks are bool tensors, True = keep")
         if mask.shape != (module.out_channels,):

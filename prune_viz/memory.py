@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from prune_viz.devices import WHOLE, is_out_of_memory, release_memory
+from prune_viz.errors import UserError
 from prune_viz.outputs import tensors_of
 
 SHARE = 0.8  # of what is free that a run takes where it is not told how much
 _GROUPS = Path("/sys/fs/cgroup")
+_PASS = 16  # times its input, what a forward pass holds: 64 channels at half the size, three maps at a time
+_SMALL_INPUT = 2**20  # numbers
 SLACK = 1.5  # of what a climb holds, for what the allocator keeps and libraries work with
 
 
@@ -92,6 +95,42 @@ class Budget:
     def rows(self, a_row: int, aside: int = 0) -> int:
         """How many rows of so many bytes fit at a time beside what is put aside; at least one."""
         return fitting(self.left() - aside, a_row)
+
+
+def check_input_size(shape: Sequence[int], limit: int | None = None, option: str = "--input-shape") -> None:
+    """Check that an input of a shape is one that memory holds, before it is made.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        (C, *size).
+    limit : int, optional
+        Bytes that may be taken (`Budget.of`).
+    option : str
+        What gave the shape, for the message.
+
+    Raises
+    ------
+    UserError
+        If a forward pass, which holds about `_PASS` times its input, would not fit. Inputs of up to
+        `_SMALL_INPUT` numbers are left to what is measured later.
+    """
+    numbers = math.prod(shape)
+    most = Budget.of(torch.device("cpu"), limit).limit
+    if numbers > _SMALL_INPUT and 4 * _PASS * numbers > most:
+        raise UserError(
+            f"{option} {','.join(map(str, shape))}: one such input takes {in_words(4 * numbers)} and a "
+            f"forward pass about {in_words(4 * _PASS * numbers)}, more than the {in_words(most)} that may be "
+            "taken; give a smaller one, or more --memory"
+        )
+
+
+def check_sizes(input_shape: Sequence[int], canvas: int | None, memory: int | None = None) -> None:
+    """Raise `UserError` if an input, or a stimulus on such a canvas, would not fit the memory allowed."""
+    check_input_size(input_shape, memory)
+    if canvas is not None:
+        sides = [canvas] * (len(input_shape) - 1)
+        check_input_size((*input_shape[:1], *sides), memory, "--canvas, with the input's channels,")
 
 
 def _held(device: torch.device) -> int:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from prune_viz.array_files import evict
 from prune_viz.devices import with_fewer
-from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup, Places
 from prune_viz.memory import Budget, RowLimit
 from prune_viz.probes import BATCH

@@ -103,5 +103,8 @@ Memory = Annotated[
 GpusPerTask = Annotated[
     float, typer.Option(min=0.01, metavar="R", help="With --engine ray: of a GPU, what each task takes.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what is there already, though prune-viz did not write it.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

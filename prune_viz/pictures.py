@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prune_viz.files import batches_of
+from prune_viz.array_files import batches_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import numpy as np
 
+from prune_viz.array_files import read_arrays, read_header, write_arrays
 from prune_viz.errors import UserError
-from prune_viz.files import read_arrays, read_header, write_arrays
-from prune_viz.runs import LayerRecord, RunDirectory
+from prune_viz.run_ownership import own_tensors, remove_tensors
+from prune_viz.run_records import LayerRecord
+from prune_viz.runs import RunDirectory
 from prune_viz.tasks import Piece, Task, failing_together
 
 _ARRAYS = ("images", "activations", "responses")
@@ -52,6 +53,7 @@ class Pieces:
             for name, metadata in self.metadata.items()
             if "key" not in metadata  # else a piece stands in the layer's place
             and whole[name].items() <= metadata.items()
+            and {"failed", "derailed"} <= metadata.keys()
         }
         self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
         for name in self._files:
@@ -76,13 +78,15 @@ class Pieces:
         return np.array(self._run.read_layer(self._files[task.feeder]).images[task.start : task.stop])
 
     def tidy(self) -> None:
-        """Take away results of other options, and of layers that are whole; those of other layers stay."""
-        for file in self._run.tasks_folder.glob("*.safetensors"):
-            metadata = read_header(file) or {}
-            if metadata.get("run") != self._key or metadata.get("layer") in self.whole:
-                file.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty, or not there
-            self._run.tasks_folder.rmdir()
+        """Remove results of other options, and of layers that are whole; those of other layers stay."""
+        files = own_tensors(self._run.tasks_folder)
+        headers = {file.name: read_header(file) or {} for file in files}
+        keep = {
+            name
+            for name, header in headers.items()
+            if header.get("run") == self._key and header.get("layer") not in self.whole
+        }
+        remove_tensors(self._run.tasks_folder, frozenset(keep))
 
     def _complete(self, name: str) -> None:
         tasks = self._tasks[name]
@@ -110,11 +114,16 @@ class Pieces:
         if read is None or read[1].get("key") != task.key:
             return None
         arrays, metadata = read
-        derailed = tuple(int(number) for number in metadata["derailed"].split(", ") if number)
-        return Piece(
-            arrays["images"], arrays["activations"], arrays["responses"], derailed, metadata["failed"],
-            float(metadata["seconds"]),
-        )  # fmt: skip
+        try:
+            derailed = tuple(int(number) for number in metadata["derailed"].split(", ") if number)
+            seconds, failed = float(metadata["seconds"]), metadata["failed"]
+            images, activations, responses = (arrays[name] for name in _ARRAYS)
+        except (KeyError, ValueError):  # not as we write them
+            return None
+        shapes = images.shape[:1], activations.shape, responses.shape[:1]
+        if any(shape != (task.filters,) for shape in shapes) or responses.ndim != 2:
+            return None
+        return Piece(images, activations, responses, derailed, failed, seconds)
 
     def _describe(self, layer: str, pieces: Sequence[Piece]) -> dict[str, str]:
         return {

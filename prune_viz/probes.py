@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_viz.files import batches_of, read_arrays, write_arrays
+from prune_viz.array_files import batches_of, read_arrays, write_arrays
 from prune_viz.inputs import InputStatistics
 from prune_viz.leaves import dead_leaves
 from prune_viz.priors import make_prior, tile

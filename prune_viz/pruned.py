@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,12 +15,13 @@ from torch import nn
 from prune_viz.checkpoints import Checkpoint
 from prune_viz.errors import UserError
 from prune_viz.export import export_model
-from prune_viz.files import written_aside
+from prune_viz.files import write_torch
 from prune_viz.masking import apply_masks, are_zero, make_permanent
 from prune_viz.masks import Masks, check_masks, load_masks
 from prune_viz.plain import parametrised, plain_copy
 from prune_viz.recalibration import change_on
 from prune_viz.reconciliation import reconcile_masks
+from prune_viz.removal_records import compose_steps
 from prune_viz.surgery import count_cost, remove_filters
 
 
@@ -81,7 +83,7 @@ def write_removed(
 
     It loads with ``torch.load(out, weights_only=True)``: ``state_dict``, and what `load_checkpoint` needs
     to build the smaller network again: ``arch``, ``arch_kwargs``, ``input_shape`` and ``pruning``, the
-    masks carried out so far.
+    masks carried out so far, as one step.
 
     Parameters
     ----------
@@ -125,8 +127,8 @@ def write_removed(
         smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
     changes = _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
     exported = [] if export is None else [export_model(smaller, input_shape, export)]
-    steps = [*checkpoint.pruning, {name: mask.cpu() for name, mask in consistent.items()}]
-    save_checkpoint(replace(checkpoint, pruning=steps), smaller, out, input_shape)
+    done = compose_steps([*checkpoint.pruning, consistent])
+    save_checkpoint(replace(checkpoint, pruning=[done]), smaller, out, input_shape)
     lines = [f"note: {note}" for note in consistent.notes]
     how = {"merge": "what they gave merged into the rest", "none": "nothing in their place"}[compensate]
     lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed, {how}")
@@ -194,7 +196,7 @@ def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -
         lines.append(f"predicted: the output changes by {size}")
     if masks.probes is not None:
         change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
-        if change is not None:
+        if change is not None and math.isfinite(change[0]):
             lines.append(f"on the run's {len(masks.probes)} probes the output changes by {_size(*change)}")
     return lines
 
@@ -239,6 +241,4 @@ def _check_input(model: nn.Module, example: torch.Tensor) -> None:
 
 
 def _save(content: dict[str, Any], out: Path) -> None:
-    # Through a stream, since torch.save writes a file's name into it: the same model gives the same bytes.
-    with written_aside(out) as aside, aside.open("wb") as stream:
-        torch.save(content, stream)
+    write_torch(out, content)

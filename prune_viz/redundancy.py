@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from prune_viz.array_files import evict
 from prune_viz.dead import dead_kinds
 from prune_viz.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
-from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup
 from prune_viz.moments import Moments
 from prune_viz.opposites import last_of_their_sign

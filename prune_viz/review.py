@@ -7,25 +7,44 @@ filters of one channel, is decided together.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from prune_viz.budgets import masks_for_channels, read_rankings
+from prune_viz.decision_records import Decisions, Predicted
 from prune_viz.errors import UserError, few
 from prune_viz.files import sha256, write_json
-from prune_viz.masks import Masks, Predicted, read_beside, save_masks
+from prune_viz.json_files import convert_json, decode_json, read_text
+from prune_viz.masks import Masks, read_beside, save_masks
 from prune_viz.probes import read_images
+from prune_viz.run_records import Index
 from prune_viz.runs import RunDirectory
 
 FORMAT = 1
+LARGEST = 2**25  # bytes of a review
 REMOVE, KEEP = "remove", "keep"
 
 Filter = tuple[str, int]  # a layer and the number of a filter of it
+
+
+@dataclass(frozen=True)
+class _DecisionRecord:
+    layer: str
+    filter: Index
+    decision: Literal["remove", "keep"]
+
+
+@dataclass(frozen=True)
+class _ReviewRecord:
+    """What `review.json` holds."""
+
+    format: int
+    run: str
+    decisions: tuple[_DecisionRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -44,9 +63,39 @@ class Review:
     decisions: dict[Filter, str]
 
 
+@dataclass(frozen=True)
+class ReviewedRun:
+    """What a review must fit.
+
+    Attributes
+    ----------
+    run : str
+        The run's identity (`identity`).
+    filters : mapping of str to int
+        How many filters each layer has.
+    """
+
+    run: str
+    filters: Mapping[str, int]
+
+
 def identity(run: RunDirectory) -> str:
     """What tells the verdicts of a run from those of any other: the SHA-256 of its `decisions.json`."""
     return sha256(run.decisions_file)
+
+
+def reviewed_run(run: RunDirectory) -> ReviewedRun:
+    """What reviews of a run must fit.
+
+    Raises
+    ------
+    UserError
+        If the run has no verdicts, or they cannot be read.
+    """
+    try:
+        return ReviewedRun(identity(run), run.read_decisions().filters)
+    except OSError as error:
+        raise UserError(f"{run.decisions_file} cannot be read: {error.strerror}") from None
 
 
 def read_review(path: Path, run: RunDirectory) -> Review:
@@ -57,43 +106,42 @@ def read_review(path: Path, run: RunDirectory) -> Review:
     UserError
         If there is none, it is damaged, of another run, or decides on filters that the run does not have.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not a review: save one from the report of the run") from None
-    return parse_review(content, run, str(path))
+    return parse_review(decode_json(read_text(path, LARGEST), str(path)), run, str(path))
 
 
-def parse_review(content: Any, run: RunDirectory, name: str = "the review") -> Review:
-    """Check what a review holds; arguments and errors are `read_review`'s."""
+def parse_review(
+    content: Any, run: RunDirectory, name: str = "the review", expected: ReviewedRun | None = None
+) -> Review:
+    """Check what a review holds; arguments and errors are `read_review`'s.
+
+    `expected` is what the review must fit; it is read from the run where it is None.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{name} is not a review: save one from the report of the run")
-    if content.get("run") != identity(run):
+    record = convert_json(content, _ReviewRecord, name)
+    expected = expected or reviewed_run(run)
+    if record.run != expected.run:
         raise UserError(f"{name} is of another run than {run.path}, or of verdicts that it had before")
-    listed, counts = content.get("decisions"), run.read_decisions()["filters"]
-    if not isinstance(listed, list):
-        raise UserError(f"{name} is damaged: it has no list of decisions")
-    decisions: dict[Filter, str] = {}
-    for entry in listed:
-        known = isinstance(entry, dict) and entry.get("decision") in (REMOVE, KEEP)
-        layer, number = (entry.get("layer"), entry.get("filter")) if known else (None, None)
-        if not isinstance(layer, str) or type(number) is not int:
-            raise UserError(f"{name} is damaged: a decision is not on a layer and a filter, remove or keep")
-        if not 0 <= number < counts.get(layer, 0):
-            raise UserError(f"{name} decides on filter {number} of {layer}, which the run does not have")
-        decisions[layer, number] = entry["decision"]
-    return Review(content["run"], decisions)
+    for one in record.decisions:
+        if one.filter >= expected.filters.get(one.layer, 0):
+            raise UserError(
+                f"{name} decides on filter {one.filter} of {one.layer}, which the run does not have"
+            )
+    return Review(record.run, {(one.layer, one.filter): one.decision for one in record.decisions})
 
 
-def write_review(review: Review, path: Path) -> None:
-    """Write a review, whole or not at all."""
+def review_content(review: Review) -> dict[str, Any]:
+    """A review as plain data: what `review.json` holds."""
     listed = [
         {"layer": layer, "filter": number, "decision": decision}
         for (layer, number), decision in sorted(review.decisions.items())
     ]
-    write_json(path, {"format": FORMAT, "run": review.run, "decisions": listed})
+    return {"format": FORMAT, "run": review.run, "decisions": listed}
+
+
+def write_review(review: Review, path: Path) -> None:
+    """Write a review, whole or not at all."""
+    write_json(path, review_content(review))
 
 
 def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
@@ -108,14 +156,14 @@ def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
     decisions = run.read_decisions()
     table = run.read_filters()
     damage = dict(zip(zip(table["layer"], table["filter"], strict=True), table["damage"], strict=True))
-    going = {(entry["layer"], entry["filter"]) for entry in decisions["verdicts"]}
+    going = {(entry.layer, entry.filter) for entry in decisions.verdicts}
     channels, loose = _gone(review, decisions, going)
     origin = read_beside(run.decisions_file).origin
     costs = [damage.get(filters[0], np.nan) for filters in _first_filters(channels, decisions)]
-    predicted = Predicted(float(np.nansum(costs)), decisions.get("damage_unit", "readers"))
+    predicted = Predicted(float(np.nansum(costs)), decisions.damage_unit)
     rankings = read_rankings(decisions)
     moments = run.read_moments() if channels else {}
-    masks = masks_for_channels(rankings, channels, moments, decisions["filters"], origin, predicted)
+    masks = masks_for_channels(rankings, channels, moments, decisions.filters, origin, predicted)
     for layer, number in loose:
         masks[layer][number] = False
     emptied = next((layer for layer, mask in masks.items() if not mask.any()), None)
@@ -125,25 +173,25 @@ def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
 
 
 def _gone(
-    review: Review, decisions: Mapping[str, Any], going: set[Filter]
+    review: Review, decisions: Decisions, going: set[Filter]
 ) -> tuple[dict[int, list[int]], list[Filter]]:
     """Channels that go, by group, and filters that go and are in none."""
-    ranked = {entry["group"] for entry in decisions["removal_order"] if entry["channels"]}
+    ranked = decisions.ranked
     said: dict[tuple[int, int], dict[str, Filter]] = {}
     gone: set[tuple[int, int]] = set()
     placed: set[Filter] = set()
-    for group in decisions["groups"]:
-        for writer in group["writers"]:
-            for number, channel in zip(writer["filters"], writer["channels"], strict=True):
-                one = writer["layer"], number
+    for group in decisions.groups:
+        for writer in group.writers:
+            for number, channel in zip(writer.filters, writer.channels, strict=True):
+                one = writer.layer, number
                 placed.add(one)
-                place = group["id"], channel
+                place = group.id, channel
                 decision = review.decisions.get(one)
                 if decision is not None:
                     said.setdefault(place, {})[decision] = one
-                if decision == REMOVE and not (group["removable"] and group["id"] in ranked):
-                    why = group["note"] or "its group was not ranked in this run"
-                    raise UserError(f"filter {number} of {writer['layer']} cannot be removed: {why}")
+                if decision == REMOVE and not (group.removable and group.id in ranked):
+                    why = group.note or "its group was not ranked in this run"
+                    raise UserError(f"filter {number} of {writer.layer} cannot be removed: {why}")
                 if one in going:
                     gone.add(place)
     for place, told in said.items():
@@ -161,15 +209,15 @@ def _gone(
     return channels, sorted(loose)
 
 
-def _first_filters(channels: Mapping[int, list[int]], decisions: Mapping[str, Any]) -> list[list[Filter]]:
+def _first_filters(channels: Mapping[int, list[int]], decisions: Decisions) -> list[list[Filter]]:
     """For each channel that goes the filters at it."""
     found: dict[tuple[int, int], list[Filter]] = {}
-    for group in decisions["groups"]:
-        wanted = set(channels.get(group["id"], ()))
-        for writer in group["writers"]:
-            for number, channel in zip(writer["filters"], writer["channels"], strict=True):
+    for group in decisions.groups:
+        wanted = set(channels.get(group.id, ()))
+        for writer in group.writers:
+            for number, channel in zip(writer.filters, writer.channels, strict=True):
                 if channel in wanted:
-                    found.setdefault((group["id"], channel), []).append((writer["layer"], number))
+                    found.setdefault((group.id, channel), []).append((writer.layer, number))
     return list(found.values())
 
 
@@ -202,7 +250,7 @@ def write_reviewed_masks(run: Path, review: Path, out: Path | None = None) -> li
     if out.resolve().parent != directory.path.resolve():
         masks.probes = read_images(directory.probes_file)
     save_masks(masks, out)
-    flagged = {(entry["layer"], entry["filter"]) for entry in directory.read_decisions()["verdicts"]}
+    flagged = {(entry.layer, entry.filter) for entry in directory.read_decisions().verdicts}
     accepted = sum(read.decisions.get(one) == REMOVE for one in flagged)
     rejected = sum(read.decisions.get(one) == KEEP for one in flagged)
     added = sum(decision == REMOVE and one not in flagged for one, decision in read.decisions.items())

@@ -17,69 +17,33 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import numpy as np
 
+from prune_viz import __version__
+from prune_viz.array_files import read_arrays, write_arrays
+from prune_viz.decision_records import Decisions
+from prune_viz.destinations import check_destination
 from prune_viz.errors import UserError
-from prune_viz.files import ASIDE, read_arrays, write_arrays, write_json, written_aside
+from prune_viz.files import write_json
+from prune_viz.filters_csv import read_filters, write_filters
+from prune_viz.json_files import convert_json, decode_json, read_text
+from prune_viz.run_records import FORMAT, LayerRecord, Provenance
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
-FILTER_COLUMNS = [
-    "layer", "filter", "verdict", "representative", "score", "cluster", "x", "y", "activation", "damage",
-    "reason", "network_x", "network_y",
-]  # fmt: skip
-_LOCK = ".lock"
-_FIGURES = ["score", "x", "y", "network_x", "network_y", "activation", "damage"]
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What `run.json` says of a layer.
-
-    Attributes
-    ----------
-    name : str
-        The module's dotted name in the model, as a stranger wrote it: escape before showing.
-    kind : str
-        For people: ``"3x3 convolution, stride 2"``, ``"5x5 depthwise convolution"``.
-    filters : int
-        Number of filters.
-    depth : int
-        Position in the order of execution, from 0.
-    receptive_field : tuple of int or None
-        Input pixels that one position of the feature map sees, a spatial axis each; None if unknown.
-    canvas : tuple of int
-        Spatial size of the layer's stimuli.
-    group : int or None
-        Index into the coupling groups of `decisions.json`; None if it was not found.
-    file : str
-        Path of the layer's tensors below the run directory, ``layers/NNN-name.safetensors``.
-    """
-
-    name: str
-    kind: str
-    filters: int
-    depth: int
-    receptive_field: tuple[int, ...] | None
-    canvas: tuple[int, ...]
-    group: int | None
-    file: str
-
-    @property
-    def slug(self) -> str:
-        """File name without ending, safe on any file system and in any URL."""
-        return Path(self.file).stem
+TASKS, LAYERS = "tasks", "layers"  # folders
 
 
 @dataclass(frozen=True)
@@ -90,7 +54,7 @@ class LayerTensors:
     ----------
     images : ndarray of float16, shape (F, C, *canvas)
         Stimuli in the model's own (normalised) input units. Read from a file they stay there, read-only, and
-        come into memory as they are used, until `files.evict`.
+        come into memory as they are used, until `array_array_files.evict`.
     activations : ndarray of float32, shape (F,)
         L2 norm of each filter's feature map on its own stimulus.
     responses : ndarray of float32, shape (F, F)
@@ -171,96 +135,22 @@ class RunDirectory:
     @property
     def layers_folder(self) -> Path:
         """The layers' tensors."""
-        return self.path / "layers"
+        return self.path / LAYERS
 
     @property
     def tasks_folder(self) -> Path:
         """Pieces of layers that are not whole yet."""
-        return self.path / "tasks"
+        return self.path / TASKS
 
     @property
     def filters_file(self) -> Path:
         """The table of filters."""
         return self.path / "filters.csv"
 
-    @contextmanager
-    def claimed(self, model_sha256: str, fresh: bool) -> Iterator[None]:
-        """Hold the directory for a run of this model, and clear away what an earlier one concluded.
-
-        Raises
-        ------
-        UserError
-            If the directory cannot be written, another process works in it, or it holds another model's run
-            or something that is no run.
-        """
-        from filelock import FileLock, Timeout
-
-        self._check_owner(model_sha256, fresh)
-        lock = FileLock(self.path / _LOCK)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"another prune-viz is at work in {self.path}: wait until it ends, or give another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); give another --out") from None
-        except NotImplementedError:
-            raise UserError(f"{self.path} lies where no file can be locked; give another --out") from None
-        with lock:
-            self._check_owner(model_sha256, fresh)
-            with suppress(UserError):  # there may be none yet, or another version's
-                self.write_provenance({**self.read_provenance(), "state": "running"})
-            self._clear(fresh)
-            yield
-
-    def in_use(self) -> bool | None:
-        """Whether a process holds the directory for a run; None where this user cannot tell."""
-        from filelock import FileLock, Timeout
-
-        if not (self.path / _LOCK).exists():
-            return False
-        try:
-            with FileLock(self.path / _LOCK, timeout=0):
-                return False
-        except Timeout:
-            return True
-        except (OSError, NotImplementedError):
-            return None
-
-    def _check_owner(self, model_sha256: str, fresh: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; give --out a directory")
-        there = list(self.path.iterdir()) if self.path.is_dir() else []
-        if all(file.name == _LOCK or file.suffix == ASIDE for file in there):
-            return
-        if not (self.path / "run.json").exists():
-            raise UserError(f"{self.path} holds something that is not a prune-viz run; give another --out")
-        try:
-            owner = self.read_provenance()["model"]["sha256"]
-        except (UserError, KeyError, TypeError):
-            owner = None
-        if owner != model_sha256 and not fresh:
-            raise UserError(
-                f"{self.path} holds another model's run; give another --out, or --fresh to replace it"
-            )
-
-    def _clear(self, fresh: bool) -> None:
-        """Take away halves of a run that died and conclusions of an earlier one; with `fresh`, everything."""
-        for left in [*self.path.rglob(f".*{ASIDE}"), self.path / ".report.old"]:
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-        if fresh:
-            shutil.rmtree(self.layers_folder, ignore_errors=True)
-            shutil.rmtree(self.tasks_folder, ignore_errors=True)
-            self.probes_file.unlink(missing_ok=True)
-            self.log_file.unlink(missing_ok=True)
-        # While a run is under way, no verdicts of an earlier one stand beside its provenance.
-        shutil.rmtree(self.path / "report", ignore_errors=True)
-        files = (
+    @property
+    def conclusions(self) -> list[Path]:
+        """Files that follow from stimuli and probes, and are written anew by every run."""
+        return [
             self.masks_file,
             merges_beside(self.masks_file),
             probes_beside(self.masks_file),
@@ -268,57 +158,89 @@ class RunDirectory:
             self.filters_file,
             self.moments_file,
             self.examples_file,
-        )
-        for file in files:
-            file.unlink(missing_ok=True)
+        ]
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of fixed name that a run writes."""
+        return [*self.conclusions, self.provenance_file, self.probes_file, self.log_file]
+
+    @property
+    def provenance_file(self) -> Path:
+        """Provenance, the layers, the stages and the summary."""
+        return self.path / "run.json"
+
+    def check_masks_destination(self, out: Path | None, review: Path | None, force: bool) -> None:
+        """Check where masks made from this run are to be written (`destinations.check_destination`).
+
+        Parameters
+        ----------
+        out : Path or None
+            The file; the run's own masks for None, which may always be replaced.
+        review : Path or None
+            A review that they follow.
+        force : bool
+            Whether a file that prune-viz did not write may be replaced.
+
+        Raises
+        ------
+        UserError
+            If they may not be written there.
+        """
+        masks = self.masks_file if out is None else out
+        own = os.path.realpath(masks) == os.path.realpath(self.masks_file)
+        replaced = [self.masks_file, merges_beside(self.masks_file), probes_beside(self.masks_file)]
+        given = [*self.files, *([] if review is None else [review])]
+        inputs = [file for file in given if not (own and file in replaced)]
+        check_destination("--out", masks, inputs, force or own)
+        for file in (merges_beside(masks), probes_beside(masks)):
+            check_destination("--out", file, inputs, force or own)
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
-        """Write `run.json`."""
-        write_json(self.path / "run.json", provenance)
+        """Write `run.json` from the fields of `Provenance`, with the mark by which a run is known."""
+        mark = {"format": FORMAT, "written_by": f"prune-viz {__version__}"}
+        write_json(self.provenance_file, {**mark, **provenance})
 
-    def read_provenance(self) -> dict[str, Any]:
+    def mark_running(self) -> None:
+        """Say in `run.json` that a process works on the run; a directory without one stays as it is."""
+        with suppress(UserError):
+            value = decode_json(read_text(self.provenance_file), "run.json")
+            self.write_provenance({**value, "state": "running"})
+
+    def read_provenance(self) -> Provenance:
         """Read `run.json`.
 
         Raises
         ------
         UserError
-            If the directory is not a run of this format.
+            If the directory is not a run of this format, or the file is damaged.
         """
-        return self._read_json(self.path / "run.json")
+        return self._read(self.provenance_file, Provenance)
 
-    def read_decisions(self) -> dict[str, Any]:
+    def write_decisions(self, decisions: Decisions) -> None:
+        """Write `decisions.json`."""
+        write_json(self.decisions_file, msgspec.to_builtins(decisions))
+
+    def read_decisions(self) -> Decisions:
         """Read `decisions.json`; raises `UserError` as `read_provenance` does."""
-        return self._read_json(self.decisions_file)
+        return self._read(self.decisions_file, Decisions)
 
-    def _read_json(self, path: Path) -> dict[str, Any]:
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if path.name != "run.json" and (self.path / "run.json").exists():
+    def _read(self, path: Path, kind: type[T]) -> T:
+        if not path.exists():
+            if path.name != "run.json" and self.provenance_file.exists():
                 raise UserError(
                     f"the run in {self.path} has not come to its end: it has no {path.name}; the same "
                     "analyze command goes on"
-                ) from None
-            raise UserError(f"{self.path} is not a prune-viz run: it has no {path.name}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+                )
+            raise UserError(f"{self.path} is not a prune-viz run: it has no {path.name}")
+        value = decode_json(read_text(path), str(path))
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserError(f"{path} was written by another version of prune-viz; run analyze again")
-        return value
+        return convert_json(value, kind, str(path))
 
     def layers(self) -> list[LayerRecord]:
         """The run's layers in order of depth."""
-        records = self.read_provenance()["layers"]
-        return [
-            LayerRecord(
-                **{
-                    **record,
-                    "canvas": tuple(record["canvas"]),
-                    "receptive_field": record["receptive_field"] and tuple(record["receptive_field"]),
-                }
-            )
-            for record in records
-        ]
+        return list(self.read_provenance().layers)
 
     def read_layer(self, file: str) -> LayerTensors:
         """Read a layer's tensors.
@@ -329,7 +251,7 @@ class RunDirectory:
             If the file is missing or damaged.
         """
         read = read_arrays(self.path / file, mapped=("images",))
-        if read is None:
+        if read is None or not _are_layer(read[0]):
             raise UserError(f"{self.path / file} cannot be read: missing or damaged; run analyze again")
         return LayerTensors(**read[0])
 
@@ -352,26 +274,33 @@ class RunDirectory:
             If the file is missing or damaged.
         """
         read = read_arrays(self.moments_file)
-        if read is None:
+        sound = read is not None and all(
+            re.fullmatch(r"[0-9]{1,9}", number) and matrix.ndim == 2 and len(set(matrix.shape)) == 1
+            for number, matrix in read[0].items()
+        )
+        if read is None or not sound:
             raise UserError(f"{self.moments_file} cannot be read: missing or damaged; run analyze again")
         return {int(number): matrix for number, matrix in read[0].items()}
 
     def write_filters(self, table: pd.DataFrame) -> None:
         """Write `filters.csv`, columns `FILTER_COLUMNS` in that order."""
-        with written_aside(self.filters_file) as aside:
-            table[FILTER_COLUMNS].to_csv(aside, index=False, lineterminator="\n")
+        write_filters(table, self.filters_file)
 
     def read_filters(self) -> pd.DataFrame:
-        """Read `filters.csv`; `representative` is a string, empty where there is none."""
-        import pandas as pd
+        """Read `filters.csv` (`prune_viz.filters_csv.read_filters`)."""
+        return read_filters(self.filters_file)
 
-        return pd.read_csv(
-            self.filters_file,
-            dtype={"layer": str, "representative": str, "reason": str},
-            keep_default_na=False,
-            lineterminator="\n",  # a carriage return may stand in a layer's name
-            na_values={name: [""] for name in _FIGURES},
-        )
+
+def _are_layer(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether arrays of a file are a layer's, of shapes that belong together."""
+    names = {"images", "activations", "responses"}
+    if not names <= arrays.keys() <= names | {"weights"}:
+        return False
+    count = len(arrays["images"])
+    shapes = arrays["activations"].shape, arrays["responses"].shape
+    weights = arrays.get("weights")
+    sound = arrays["images"].ndim >= 3 and shapes == ((count,), (count, count))
+    return sound and (weights is None or (weights.ndim >= 2 and len(weights) == count))
 
 
 class LayerFiles(Mapping[str, LayerTensors]):

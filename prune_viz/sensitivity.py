@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from prune_viz.array_files import evict
 from prune_viz.devices import is_out_of_memory, with_fewer
-from prune_viz.files import evict
 from prune_viz.groups import CouplingGroup
 from prune_viz.memory import Budget, RowLimit
 from prune_viz.outputs import are_probabilities, class_probabilities, tensors_of

@@ -39,7 +39,7 @@ class Store:
         self._folder = None if budget is None else budget.folder
 
     def zeros(self, shape: Sequence[int], dtype: type[np.floating] = np.float64) -> np.ndarray:
-        """Zeros; what of a file leaves memory by `files.evict` comes back when it is used again.
+        """Zeros; what of a file leaves memory by `array_array_files.evict` comes back when it is used again.
 
         Parameters
         ----------

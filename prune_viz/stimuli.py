@@ -40,6 +40,7 @@ from prune_viz.errors import UserError
 from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics, describe_inputs
 from prune_viz.layers import LARGEST_CANVAS, Layer
+from prune_viz.memory import check_sizes
 from prune_viz.pictures import plot_pictures
 from prune_viz.priors import make_prior, tile
 from prune_viz.progress import Progress
@@ -150,6 +151,7 @@ def maximize(
         the input shape does not fit.
     """
     check_finite(model)
+    check_sizes(input_shape, canvas)
     statistics = describe_inputs(input_shape[0], mean, std, images)
     network = FilterNetwork(model, input_shape, canvas, pick_device(device))
     wanted = list(range(network.layer(layer).filters)) if filters is None else list(filters)

@@ -18,7 +18,8 @@ from prune_viz.groups import CouplingGroup, group_of_layer
 from prune_viz.inputs import InputStatistics, read_inputs
 from prune_viz.layers import Layer, select_layers
 from prune_viz.origin import Origin, hash_model
-from prune_viz.runs import LayerRecord, slug
+from prune_viz.run_records import LayerRecord
+from prune_viz.runs import slug
 from prune_viz.weights import check_finite
 
 

@@ -14,10 +14,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune_viz.calls import blank_input
+from prune_viz.decision_records import Merge
 from prune_viz.dependencies import build_graph, tied_to
 from prune_viz.errors import UserError, brief
 from prune_viz.groups import CouplingGroup, Places, group_of_layer
-from prune_viz.masks import Masks, Merge, check_masks
+from prune_viz.masks import Masks, check_masks
 from prune_viz.plain import as_it_was, plain_copy
 from prune_viz.recalibration import copy_statistics, recalibrate_norms
 from prune_viz.reconciliation import channels_gone, groups_for_removal, reconcile_with_groups

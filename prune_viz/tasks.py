@@ -25,7 +25,7 @@ from prune_viz.filters import FilterNetwork
 from prune_viz.inputs import InputStatistics
 from prune_viz.progress import Progress
 from prune_viz.responses import response_matrix
-from prune_viz.runs import LayerRecord
+from prune_viz.run_records import LayerRecord
 from prune_viz.stimuli import BATCH, as_stored, ascend
 
 _MODEL = ("sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prune_viz.arguments import check_output
+from prune_viz.destinations import check_destination
 from prune_viz.errors import UserError, one_line
-from prune_viz.options import RunArgument
+from prune_viz.options import Force, RunArgument
 from prune_viz.terminal import exit_codes, make_console, make_progress
 
 
@@ -22,6 +23,7 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="Write it as one file too, for a mail.", show_default=False),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Write the report of RUN again, from what the run directory holds."""
     from prune_viz.report import write_report
@@ -29,9 +31,9 @@ def report(
     from prune_viz.runs import RunDirectory
 
     if single_file is not None:
-        check_output("--single-file", single_file, [])
-        if single_file.resolve().is_relative_to(run.resolve()):
+        if Path(os.path.realpath(single_file)).is_relative_to(os.path.realpath(run)):
             raise UserError(f"--single-file {single_file} lies in the run directory; name a file elsewhere")
+        check_destination("--single-file", single_file, force=force)
     directory = RunDirectory(run)
     with make_progress() as progress:
         page = write_report(directory, progress)
@@ -51,11 +53,15 @@ def figure(
     layer: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which layer.", show_default="the network by depth")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Draw stimuli of RUN for a paper: a layer's in cluster order, or some of every depth."""
+    from prune_viz.runs import RunDirectory
+
+    check_destination("--out", out, RunDirectory(run).files, force)
+
     from prune_viz.figures import write_figure
 
-    check_output("--out", out, [])
     what = write_figure(run, layer, out)
     make_console().print(f"{one_line(what)}: {one_line(out)}", soft_wrap=True)
 
@@ -80,6 +86,6 @@ def review(
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
         file = server.review_file
-    if file.exists():
+    if file.is_file() and not file.is_symlink():
         masks = shlex.join(["prune-viz", "masks", str(run), "--review", str(file)])
         console.print(f"saved in {one_line(file)}; masks: {one_line(masks)}", soft_wrap=True)

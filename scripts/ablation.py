@@ -13,9 +13,10 @@ from planting import Truth
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from prune_viz.decision_records import Merge
 from prune_viz.elimination import rebuild_all
 from prune_viz.groups import CouplingGroup, group_of_layer
-from prune_viz.masks import Masks, Merge
+from prune_viz.masks import Masks
 from prune_viz.surgery import merge_filters
 from prune_viz.tracing import norms_behind
 

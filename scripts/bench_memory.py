@@ -67,8 +67,8 @@ def run(known: dict[str, Any]) -> dict[str, Any]:
     model = seeded(known["network"])
     with tempfile.TemporaryDirectory() as folder, shortened(known["heaviest"], known["widest"]):
         analyze(model, input_shape=(3, 224, 224), memory=BUDGET, device="cpu", out=folder)
-        stages = RunDirectory(Path(folder)).read_provenance()["stages"]
-    return {**known, "peaks": {one["name"]: one["peak_mib"] for one in stages}, "peak_mib": peak_mib()}
+        stages = RunDirectory(Path(folder)).read_provenance().stages
+    return {**known, "peaks": {one.name: one.peak_mib for one in stages}, "peak_mib": peak_mib()}
 
 
 def seeded(name: str) -> nn.Module:

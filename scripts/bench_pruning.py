@@ -99,7 +99,7 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
         if not directory.decisions_file.exists():
             # Only where calibration starts rests on the stimuli: their last percents do not matter here.
             pv.analyze(network.model, input_shape=network.input_shape, out=directory.path, steps=STEPS)
-        order = {entry["group"]: entry["channels"] for entry in directory.read_decisions()["removal_order"]}
+        order = {entry.group: list(entry.channels) for entry in directory.read_decisions().removal_order}
         calibrated = load_probes(directory.probes_file)
         probes = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_moments(), probes)

@@ -37,8 +37,8 @@ from torchvision import models
 
 import prune_viz as pv
 from prune_viz.analysis import estimate
+from prune_viz.array_files import read_arrays, write_arrays
 from prune_viz.engines import LocalEngine
-from prune_viz.files import read_arrays, write_arrays
 from prune_viz.filters import FilterNetwork
 from prune_viz.stimuli import BATCH
 from prune_viz.tasks import BATCHES, Piece, StimulusSettings, Task, do_task

@@ -33,8 +33,10 @@ from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
 from prune_viz.architectures import default_input_shape
-from prune_viz.arguments import check_output, parse_kwargs, parse_numbers, parse_shape
+from prune_viz.archives import read_content
+from prune_viz.arguments import parse_kwargs, parse_numbers, parse_shape
 from prune_viz.checkpoints import load_checkpoint
+from prune_viz.destinations import check_destination
 from prune_viz.devices import pick_device
 from prune_viz.errors import UserError, one_line
 from prune_viz.files import sha256, written_aside
@@ -74,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="pictures to train on")
     parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="pictures to validate on")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write")
+    parser.add_argument("--force", action="store_true", help="replace what is there, whoever wrote it")
     parser.add_argument("--epochs", type=at_least(int, 1), default=5)
     parser.add_argument("--batch", type=at_least(int, 1), default=64)
     parser.add_argument("--rate", type=at_least(float, 0), default=3e-4, help="largest, of AdamW")
@@ -103,7 +106,9 @@ def finetune(options: argparse.Namespace, console: Console) -> None:
     """Train as the options say, print a line an epoch, write the result."""
     device = pick_device(options.device)
     kwargs, wished = parse_kwargs(options.arch_kwargs), parse_shape(options.input_shape)
-    check_output("--out", options.out, [file for file in (options.model, options.masks) if file is not None])
+    inputs = [file for file in (options.model, options.masks) if file is not None]
+    for file in (options.out, checkpoint_beside(options.out)):
+        check_destination("--out", file, inputs, options.force)
     checkpoint = load_checkpoint(options.model, options.arch, kwargs, key=options.key)
     check_plain(checkpoint.model)
     shape = wished or checkpoint.input_shape or default_input_shape(checkpoint.model, checkpoint.arch)
@@ -215,12 +220,17 @@ def batches(
 # Training
 
 
+def checkpoint_beside(out: Path) -> Path:
+    """Where training keeps what it has reached, beside the file that it is to write."""
+    return out.with_name(f"{out.name}.checkpoint")
+
+
 class Training:
     """What training has reached: the model, its optimiser and rate, and the epoch; kept on disk."""
 
     def __init__(self, model: nn.Module, options: argparse.Namespace, pictures: int) -> None:
         self.model = model
-        self.file = options.out.with_name(f"{options.out.name}.checkpoint")
+        self.file = checkpoint_beside(options.out)
         self.epoch = 0
         count = pictures // options.batch if pictures > options.batch else 1
         # Scales, shifts and biases have no reason to be small.
@@ -232,7 +242,8 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, max(1, options.epochs * count)
         )
-        given = {name: str(value) for name, value in vars(options).items() if name not in ("device", "out")}
+        beside = ("device", "out", "force")
+        given = {name: str(value) for name, value in vars(options).items() if name not in beside}
         files = [file for file in (options.model, options.masks) if file is not None]
         self._key = json.dumps([given, [sha256(file) for file in files]], sort_keys=True)
 
@@ -247,9 +258,9 @@ class Training:
         if not self.file.exists():
             return
         try:
-            found = torch.load(self.file, map_location="cpu", weights_only=True)
+            found = read_content(self.file)
             known = found["key"] == self._key
-        except Exception:  # torch raises nearly anything on a damaged file
+        except (UserError, KeyError, TypeError):
             raise UserError(f"{self.file} is damaged; delete it to start over") from None
         if not known:
             raise UserError(f"{self.file} is of another model or other options; delete it to start over")

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_viz.decision_records import Merge
 from prune_viz.groups import CouplingGroup
 from prune_viz.layers import is_depthwise
-from prune_viz.masks import Masks, Merge
+from prune_viz.masks import Masks
 from prune_viz.tracing import norms_behind
 
 SELECTORS = ("random", "L1", "L2", "FPGM", "BN scale")

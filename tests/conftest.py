@@ -1,6 +1,8 @@
 """What all tests share: slow ones only on demand, one thread, and the demo's trained network."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -32,11 +34,20 @@ def _seeded() -> None:
     torch.manual_seed(0)  # so that no test depends on which ran before it
 
 
+@contextmanager
+def short_conclusions() -> Iterator[None]:
+    """Conclusions in short, for tests of what comes before or after them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "PROBES", 32)
+        patch.setattr(calibration, "MOST_PROBES", 32)
+        patch.setattr(calibration, "_PATIENCE", 2)
+        yield
+
+
 @pytest.fixture
-def few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conclusions in short, for tests of what comes before them."""
-    monkeypatch.setattr(calibration, "PROBES", 32)
-    monkeypatch.setattr(calibration, "MOST_PROBES", 32)
+def few_probes() -> Iterator[None]:
+    with short_conclusions():
+        yield
 
 
 @pytest.fixture(scope="session")

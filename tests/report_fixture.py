@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from prune_viz.files import write_arrays, write_json
-from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory, slug
+from prune_viz.array_files import write_arrays
+from prune_viz.files import write_json
+from prune_viz.run_records import LayerRecord
+from prune_viz.runs import LayerTensors, RunDirectory, slug
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>\"'&../..{{7*7}}\x1b[31m\x07\u202etxt.\u00e9\u4e16"
@@ -181,6 +183,7 @@ def write_run(
         {
             "format": 1,
             "model_sha256": "ab" * 32,
+            "merges": [],
             "tolerance": 0.001,
             "groups": groups,
             "verdicts": verdicts,

@@ -20,12 +20,14 @@ from prune_viz.analysis import Analysis, analyze
 from prune_viz.coupling import find_groups
 from prune_viz.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.errors import UserError
+from prune_viz.files import ASIDE
+from prune_viz.filters_csv import FILTER_COLUMNS
 from prune_viz.masks import load_masks
 from prune_viz.origin import hash_model
 from prune_viz.probes import load_probes
 from prune_viz.progress import Progress
 from prune_viz.ranking import NearInputs, measure_groups
-from prune_viz.runs import FILTER_COLUMNS, RunDirectory
+from prune_viz.runs import RunDirectory
 from prune_viz.surgery import remove_filters
 
 
@@ -104,31 +106,31 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     flagged = table[table["verdict"] == "redundant"]
     assert (flagged["representative"] != "").all()
     provenance = files.read_provenance()
-    assert provenance["state"] == "complete"
-    assert provenance["model"]["sha256"] == hash_model(planted[0])
-    assert {stage["name"] for stage in provenance["stages"]} >= {
+    assert provenance.state == "complete"
+    assert provenance.model.sha256 == hash_model(planted[0])
+    assert {stage.name for stage in provenance.stages} >= {
         "stimuli",
         "probes",
         "verdicts",
         "report",
     }
-    assert all(stage["seconds"] >= 0 and stage["peak_mib"] > 0 for stage in provenance["stages"])
-    calibration = provenance["calibration"]
+    assert all(stage.seconds >= 0 and stage.peak_mib > 0 for stage in provenance.stages)
+    calibration = provenance.calibration
     probes = load_probes(files.probes_file).images
     with torch.no_grad():
         shares = planted[0](probes).softmax(dim=1)
     assert calibration["confidence"] == pytest.approx(float(shares.amax(dim=1).mean()), rel=1e-4)
     assert calibration["classes"] == len(shares.argmax(dim=1).unique())
-    (told,) = [note for note in provenance["notes"] if note.startswith("The removal order")]
+    (told,) = [note for note in provenance.notes if note.startswith("The removal order")]
     assert f"for {calibration['classes']} classes" in told
     assert 0.3 < calibration["held"] < 2
     assert f"give their own filters {calibration['held']:.2f} of what they did (median)" in told
     decisions = files.read_decisions()
-    assert len(decisions["verdicts"]) == (table["verdict"] != "keep").sum()
-    for order in decisions["removal_order"]:
-        assert order["damage"] == sorted(order["damage"])
+    assert len(decisions.verdicts) == (table["verdict"] != "keep").sum()
+    for order in decisions.removal_order:
+        assert list(order.damage) == sorted(order.damage)
     assert (run.out / "report" / "index.html").stat().st_size > 1000
-    assert not list(run.out.rglob("*.part"))
+    assert not list(run.out.rglob(f"{ASIDE}*"))
     for record in files.layers():
         tensors = files.read_layer(record.file)
         assert tensors.images.shape == (record.filters, 1, *record.canvas)

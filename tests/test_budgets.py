@@ -25,6 +25,7 @@ from prune_viz.errors import UserError
 from prune_viz.masking import apply_masks
 from prune_viz.masks import load_masks
 from prune_viz.probes import natural_noise
+from prune_viz.run_ownership import claimed
 from prune_viz.runs import RunDirectory
 from prune_viz.surgery import count_cost, remove_filters
 
@@ -62,13 +63,13 @@ def test_a_share_of_the_macs_is_saved_as_predicted(
     model, decisions = _model(name), RunDirectory(runs[name]).read_decisions()
     before = count_cost(model, SHAPES[name])[1]
     after = count_cost(remove_filters(model, masks, torch.zeros(1, *SHAPES[name])), SHAPES[name])[1]
-    assert sum(decisions["macs"].values()) == before
+    assert sum(decisions.macs.values()) == before
     assert after <= (1 - ratio) * before
     rankings = read_rankings(decisions)
     counts = {r.number: sum(not bool(masks[layer][f]) for layer in [next(iter(r.filters))]
                             for f in r.filters[layer][r.filters[layer] >= 0]) for r in rankings}  # fmt: skip
     if name != "concatenating":  # there a group's first layer does not hold all of its channels
-        assert macs_left(rankings, counts, decisions["macs"]) == pytest.approx(after)
+        assert macs_left(rankings, counts, decisions.macs) == pytest.approx(after)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -202,7 +203,7 @@ def test_without_a_budget_the_verdicts_masks_come_back(runs: dict[str, Path], tm
     write_masks(run, tmp_path / "elsewhere.pt")
     assert load_masks(tmp_path / "elsewhere.pt").merges == merges
     again = RunDirectory(shutil.copytree(run, tmp_path / "again"))
-    with again.claimed(again.read_provenance()["model"]["sha256"], fresh=False):
+    with claimed(again, again.read_provenance().model.sha256, fresh=False):
         pass
     assert not list((tmp_path / "again").glob("*.merges.json"))  # nor would they outlive a new analysis
     write_masks(run)

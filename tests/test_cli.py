@@ -106,6 +106,12 @@ def test_options_of_the_contract_exist() -> None:
         (["--input-shape", "3x8x8"], "--input-shape 3x8x8: expected channels and sizes"),
         (["--input-shape", "1,0,8"], "--input-shape 1,0,8: expected"),
         (["--input-shape", "8,"], "--input-shape 8,: expected"),
+        (["--input-shape", "999999,999999"], "one such input takes 3725"),
+        (["--input-shape", "1,999999,999999", "--input-shape", "1,8,8"], "may be taken"),
+        (["--canvas", "999999"], "may be taken"),
+        (["--arch-kwargs", '{"a": 1, "a": 2}'], "names a twice"),
+        (["--arch-kwargs", '{"a": ' * 5000], "nested too deep"),
+        (["--arch-kwargs", '{"a": 1' + "0" * 400 + "}"], "is too large"),
         (["--input-shape", "8"], "does not run on an input of shape 1,8"),
         (["--device", "gpu"], "--device gpu: expected"),
         (["--out", "model.pt"], "is not a directory"),
@@ -140,6 +146,27 @@ def test_files_at_fault(here: Path, content: bytes | None, says: str, command: s
     before = written(here)
     assert_refused(run(*command.split()), says, "model.pt")
     assert written(here) == before
+
+
+@pytest.mark.parametrize("name", ["model.pt", "masks.pt", "example.pt"])
+def test_pipes_are_not_waited_for(here: Path, weights: Path, name: str) -> None:
+    torch.save({"conv1": torch.tensor([False] + [True] * 11)}, "masks.pt")
+    Path(name).unlink(missing_ok=True)
+    os.mkfifo(name)
+    given = ["--example", "example.pt"] if name == "example.pt" else []
+    result = run("apply", "model.pt", "masks.pt", *DIGITS, *given, "--out", "new.pt", "--mode", "remove")
+    assert_refused(result, f"{name} is a named pipe, not a regular file")
+
+
+def test_warnings_of_a_crafted_file_stay_silent(here: Path) -> None:
+    model = DigitsNet()
+    torch.save({**model.state_dict(), "warned": torch.eye(3).to_sparse_csr()}, "sparse.pt")
+    state = {name: tensor.to(torch.complex64) for name, tensor in model.state_dict().items()}
+    torch.save(state, "complex.pt")
+    for name in ("sparse.pt", "complex.pt"):
+        result = python("-W", "always", "-m", "prune_viz", "analyze", name, *DIGITS, "--out", "run")
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1, result.stderr
 
 
 def test_pickled_code_is_refused_from_the_shell_and_does_not_run(here: Path) -> None:

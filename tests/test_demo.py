@@ -140,7 +140,7 @@ def test_the_demo_finds_everything_planted(ran: tuple[Path, io.StringIO, list[St
     assert str(out / "report" / "index.html") in text.getvalue()
     for name in ("model.pt", "run.json", "filters.csv", "masks.pt", "decisions.json", "report/index.html"):
         assert (out / name).stat().st_size > 0
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob(".prune-viz*"))
 
 
 def test_the_demos_table_holds_what_it_promises(ran: tuple[Path, io.StringIO, list[Stage]]) -> None:

@@ -92,3 +92,22 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(
     with pytest.raises(UserError, match=r"needs no_such_package; pip install 'prune-viz\[onnx\]'"):
         export_model(Flattening(), (1, 8, 8), tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+@pytest.mark.parametrize("name", ["../../up", "/etc/up", "a\\..\\b", "a\nb", "\u202eup"])
+def test_names_of_layers_lead_to_no_files(tmp_path: Path, name: str, ending: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network._modules[name] = nn.Conv2d(4, 2, 3)
+    home = tmp_path / "a" / "b" / "a folder, with spaces"
+    home.mkdir(parents=True)
+    out = home / f"net work{ending}"
+    try:
+        export_model(network.eval(), (3, 16, 16), out)
+    except UserError as error:
+        said = str(error)
+    else:
+        said = ""
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert files == ([] if said else [out])
+    assert said.isprintable()

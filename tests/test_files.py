@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from prune_viz.array_files import batches_of, read_arrays, read_header, write_arrays
 from prune_viz.errors import UserError
-from prune_viz.files import batches_of, read_arrays, read_header, write_arrays, written_aside
+from prune_viz.files import written_aside
 from prune_viz.run_log import RunLog
 
 ARRAYS = {

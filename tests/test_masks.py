@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import Plain, mask_without
 
+from prune_viz.decision_records import Merge, Predicted
 from prune_viz.errors import UserError
 from prune_viz.groups import Passage
-from prune_viz.masks import Masks, Merge, Predicted, load_masks, save_masks
+from prune_viz.masks import Masks, load_masks, save_masks
 from prune_viz.origin import Origin, hash_model
 
 
@@ -46,7 +47,7 @@ def test_merges_come_from_the_decisions_beside_the_masks(tmp_path: Path) -> None
         with pytest.raises(UserError, match="damaged"):
             load_masks(tmp_path / "masks.pt")
     (tmp_path / "decisions.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="is not JSON"):
         load_masks(tmp_path / "masks.pt")
     (tmp_path / "decisions.json").write_text(
         json.dumps({**whole, "predicted": {"damage": None, "unit": "nats"}})

@@ -140,7 +140,7 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     ]
     assert len(rankings) == 3  # blocks 1, 8 and 9
     counts = {ranking.number: ranking.count(0.3, 1) for ranking in rankings}
-    given = run.read_moments(), decisions["filters"], Origin(decisions["model_sha256"]), "nats"
+    given = run.read_moments(), decisions.filters, Origin(decisions.model_sha256), "nats"
     masks = masks_for_counts(rankings, counts, *given)
     smallest = []
     for ranking in rankings:
@@ -151,10 +151,10 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     ours = pv.remove_filters(model, masks, photographs[:1], compensate="merge")
     raw = pv.remove_filters(model, by_weight, photographs[:1])
     assert _divergence(model, ours, photographs) < 0.1 * _divergence(model, raw, photographs)
-    predicted = macs_left(rankings, counts, decisions["macs"])
+    predicted = macs_left(rankings, counts, decisions.macs)
     assert predicted == pytest.approx(count_cost(ours, (3, 224, 224))[1], rel=1e-6)
     # Batch norms were fed nearly as in training.
-    calibration = run.read_provenance()["calibration"]
+    calibration = run.read_provenance().calibration
     assert calibration["distance"] < 0.25 * calibration["before"]
     assert calibration["distance"] < 0.06
     # Many classes, none of them a certainty; and stimuli excite their own filters still.

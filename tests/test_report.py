@@ -16,11 +16,13 @@ from PIL import Image
 from report_fixture import HOSTILE, SMALL, Plan, write_run
 
 from prune_viz import pictures
+from prune_viz.decision_records import Predicted
 from prune_viz.errors import UserError
 from prune_viz.progress import Progress
 from prune_viz.report import layout, map_drawing, render, sprites, wording, write_report
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
 from prune_viz.report.pages import Counts, certainty, depth_rows, finding, layer_rows
+from prune_viz.report_files import NEW_REPORT, OLD_REPORT, remove_report
 from prune_viz.runs import LayerTensors, RunDirectory
 
 
@@ -179,20 +181,33 @@ def test_a_failing_write_leaves_the_old_report(tmp_path: Path) -> None:
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_new_report_replaces_the_old_one(tmp_path: Path) -> None:
     run = write_run(tmp_path, SMALL[:1])
     page = write_report(run)
-    page.with_name("mark").write_text("old")
+    page.write_text("old")
     assert write_report(run) == page == tmp_path / "report" / "index.html"
-    assert not page.with_name("mark").exists()
+    assert page.read_text() != "old"
+
+
+def test_files_beside_the_pages_stay(tmp_path: Path) -> None:
+    run = write_run(tmp_path, SMALL[:1])
+    page = write_report(run)
+    (page.parent / "layers" / "notes.txt").write_text("mine")
+    (page.parent / "link").symlink_to(tmp_path / "run.json")
+    write_report(run)
+    assert (page.parent / "layers" / "notes.txt").read_text() == "mine"
+    assert (page.parent / "link").is_symlink()
+    remove_report(tmp_path)
+    left = sorted(file.name for file in page.parent.rglob("*"))
+    assert left == ["files.json", "layers", "link", "notes.txt"]
 
 
 def test_what_a_killed_write_left_is_put_right(tmp_path: Path) -> None:
     run = write_run(tmp_path, SMALL[:1])
     page = write_report(run)
     page.with_name("mark").write_text("old")
-    page.parent.rename(tmp_path / ".report.old")
-    (tmp_path / ".report.part").mkdir()
+    page.parent.rename(tmp_path / OLD_REPORT)
+    (tmp_path / NEW_REPORT).mkdir()
     with pytest.raises(RuntimeError, match="power cut"):
         write_report(run, Failing())
     assert page.with_name("mark").read_text() == "old"
@@ -222,11 +237,11 @@ def _unknown_verdict(run: RunDirectory) -> None:
     ("damage", "message"),
     [
         (lambda run: (run.path / run.layers()[0].file).write_bytes(b"no"), "cannot be read"),
-        (lambda run: run.filters_file.unlink(), "cannot be read"),
+        (lambda run: run.filters_file.unlink(), "does not exist"),
         (_unknown_verdict, "verdict"),
         (lambda run: _edit(run, lambda value: value.pop("summary")), "stopped before"),
         (lambda run: _edit_layer(run, name="other"), "disagree on layer other"),
-        (lambda run: _edit_layer(run, file="layers/a b.safetensors"), "would not"),
+        (lambda run: _edit_layer(run, file="layers/a b.safetensors"), "would write"),
     ],
 )
 def test_a_damaged_run_gets_one_clear_line(
@@ -238,7 +253,7 @@ def test_a_damaged_run_gets_one_clear_line(
         write_report(run)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report").exists()
-    assert not (tmp_path / ".report.part").exists()
+    assert not (tmp_path / NEW_REPORT).exists()
 
 
 # --- pictures ----------------------------------------------------------------------------------------
@@ -488,13 +503,11 @@ def test_evidence_of_a_redundant_filter(run: RunDirectory) -> None:
     table = filters[filters["layer"] == "features.0"]
     responses = run.read_layer(rows[0].record.file).responses
     page = layer_page(rows, 0, table, responses, decisions)
-    stated = next(
-        v for v in decisions["verdicts"] if v["layer"] == "features.0" and v["verdict"] == "redundant"
-    )
-    shown = next(one for one in page.redundant if one.card.number == stated["filter"])
-    assert [one.number for one in shown.representatives] == stated["representatives"]
-    assert [one.coefficient for one in shown.representatives] == stated["coefficients"]
-    assert shown.card.score == pytest.approx(stated["score"])
+    stated = next(v for v in decisions.verdicts if v.layer == "features.0" and v.verdict == "redundant")
+    shown = next(one for one in page.redundant if one.card.number == stated.filter)
+    assert tuple(one.number for one in shown.representatives) == stated.representatives
+    assert tuple(one.coefficient for one in shown.representatives) == stated.coefficients
+    assert shown.card.score == pytest.approx(stated.score)
     assert [one.card.verdict for one in page.dead] == ["dead"]
     assert page.previous is None
     assert page.following is rows[1]
@@ -519,10 +532,15 @@ def test_stimuli_by_depth_are_spread_over_the_network_and_kept() -> None:
     import pandas as pd
 
     from prune_viz.report.pages import LayerRow
-    from prune_viz.runs import LayerRecord
+    from prune_viz.run_records import LayerRecord
 
     rows = [
-        LayerRow(LayerRecord(f"l{i}", "", 20, i, None, (8, 8), None, ""), i, "", Counts(20, 0, 0))
+        LayerRow(
+            LayerRecord(f"l{i}", "", 20, i, None, (8, 8), None, f"layers/{i}.safetensors"),
+            i,
+            "",
+            Counts(20, 0, 0),
+        )
         for i in range(30)
     ]
     table = pd.DataFrame(
@@ -548,12 +566,12 @@ def test_certainty_tells_the_worst_rebuilt_and_the_whole_damage() -> None:
     table = pd.DataFrame(
         {"verdict": ["redundant", "redundant", "dead", "keep"], "score": [0.9991, 0.99123, np.nan, 0.2]}
     )
-    told = certainty(table, {"damage": 0.0045, "unit": "nats"})
+    told = certainty(table, Predicted(0.0045, "nats"))
     assert "R² of at least 0.9912." in told
     assert told.endswith("move the output by 0.0045\u202fnats.")
     assert "R² of 0.9991." in certainty(table.iloc[[0, 3]], None)
-    assert certainty(table.iloc[[3]], {"damage": 0.0, "unit": "nats"}) == ""
-    assert "move what reads the filters by 10\u202f%" in certainty(table, {"damage": 0.1, "unit": "readers"})
+    assert certainty(table.iloc[[3]], Predicted(0.0, "nats")) == ""
+    assert "move what reads the filters by 10\u202f%" in certainty(table, Predicted(0.1, "readers"))
 
 
 @pytest.mark.parametrize(

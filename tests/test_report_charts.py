@@ -12,7 +12,7 @@ from prune_viz.report.coherence import LayerCoherence, coherence, draw_coherence
 from prune_viz.report.damage_histogram import draw_histogram
 from prune_viz.report.layer_pages import FilterCard
 from prune_viz.report.pages import Counts, LayerRow
-from prune_viz.runs import LayerRecord
+from prune_viz.run_records import LayerRecord
 
 SIDE = 48
 DOWN, ACROSS = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
@@ -52,9 +52,8 @@ def test_what_has_no_angle_is_left_out() -> None:
 
 
 def row(place: int) -> LayerRow:
-    return LayerRow(
-        LayerRecord(f"l{place}", "", 4, place, None, (8, 8), None, ""), place, "", Counts(4, 0, 0)
-    )
+    record = LayerRecord(f"l{place}", "", 4, place, None, (8, 8), None, f"layers/{place}.safetensors")
+    return LayerRow(record, place, "", Counts(4, 0, 0))
 
 
 def layers(medians: list[float]) -> list[LayerCoherence]:

@@ -51,7 +51,7 @@ def expected_totals(run: RunDirectory, review: Path) -> tuple[int, float]:
         gone = [channel for channel in range(ranking.channels) if not masks[layer][placed[channel]]]
         ranking.order[:] = [*gone, *(c for c in ranking.order if c not in gone)]
         counts[ranking.number] = len(gone)
-    return masks.removed, 1 - macs_left(rankings, counts, decisions["macs"]) / sum(decisions["macs"].values())
+    return masks.removed, 1 - macs_left(rankings, counts, decisions.macs) / sum(decisions.macs.values())
 
 
 def saved(page: Any, path: Path) -> Path:
@@ -65,7 +65,7 @@ def saved(page: Any, path: Path) -> Path:
 def test_deciding_by_mouse_and_keys_gives_the_masks(
     run: RunDirectory, watched: Watched, tmp_path: Path
 ) -> None:
-    flagged = [one["filter"] for one in run.read_decisions()["verdicts"] if one["layer"] == "inner"]
+    flagged = [one.filter for one in run.read_decisions().verdicts if one.layer == "inner"]
     assert len(flagged) == 2
     page = watched.open(page_of(run, "inner"))
     assert totals(page)["reviewed"].startswith("0 of ")

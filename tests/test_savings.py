@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from report_fixture import write_run
 
 from prune_viz.budgets import counts_for_macs, read_rankings
-from prune_viz.files import write_json
+from prune_viz.decision_records import PredictionRecord
 from prune_viz.report import write_report
 from prune_viz.report.savings import Budget, budgets, default_budget, draw_curve
 from prune_viz.report.wording import magnitude
@@ -19,10 +20,12 @@ from prune_viz.runs import RunDirectory
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     made = write_run(tmp_path_factory.mktemp("run"))
     decisions = made.read_decisions()
-    for entry in decisions["removal_order"]:
-        entry["damage"] = [1e-6 * 1.3**step for step in range(len(entry["channels"]))]
-    decisions["predicted"] = {"damage": 2e-5, "unit": "nats"}
-    write_json(made.decisions_file, decisions)
+    orders = tuple(
+        replace(order, damage=tuple(1e-6 * 1.3**step for step in range(len(order.channels))))
+        for order in decisions.removal_order
+    )
+    predicted = PredictionRecord(2e-5, "nats")
+    made.write_decisions(replace(decisions, removal_order=orders, predicted=predicted))
     return made
 
 
@@ -32,12 +35,12 @@ def test_budgets_are_those_of_the_command_line(run: RunDirectory) -> None:
     rankings = read_rankings(decisions)
     assert len(found) > 5
     for share, budget in zip((0.05, 0.1, 0.15), found, strict=False):
-        counts = counts_for_macs(rankings, share, decisions["macs"])
+        counts = counts_for_macs(rankings, share, decisions.macs)
         assert budget.saved >= share
         assert budget.filters == sum(counts.values())
         assert budget.damage == pytest.approx(sum(ranking.damage_of(counts) for ranking in rankings))
-    assert budgets({**decisions, "removal_order": []}) == []
-    assert budgets({**decisions, "macs": {}}) == []
+    assert budgets(replace(decisions, removal_order=())) == []
+    assert budgets(replace(decisions, macs={})) == []
 
 
 def test_the_curve_is_drawn_where_its_figures_say(run: RunDirectory) -> None:
@@ -57,12 +60,12 @@ def test_the_curve_is_drawn_where_its_figures_say(run: RunDirectory) -> None:
 
 
 def test_the_default_is_what_the_verdicts_take(run: RunDirectory) -> None:
-    decisions, summary = run.read_decisions(), run.read_provenance()["summary"]
+    decisions, summary = run.read_decisions(), run.read_provenance().summary
     default = default_budget(decisions, summary)
-    assert default == Budget(1 - 322_190_000 / 385_811_000, len(decisions["verdicts"]), 2e-5)
-    assert default_budget({**decisions, "predicted": None}, summary) is None
-    assert default_budget({**decisions, "verdicts": []}, summary) is None
-    assert default_budget(decisions, {**summary, "macs_after": None}) is None
+    assert default == Budget(1 - 322_190_000 / 385_811_000, len(decisions.verdicts), 2e-5)
+    assert default_budget(replace(decisions, predicted=None), summary) is None
+    assert default_budget(replace(decisions, verdicts=()), summary) is None
+    assert default_budget(decisions, replace(summary, macs_after=None)) is None
 
 
 def test_the_page_has_the_curve_and_its_figures(run: RunDirectory) -> None:
@@ -75,7 +78,7 @@ def test_the_page_has_the_curve_and_its_figures(run: RunDirectory) -> None:
 
 def test_runs_without_an_order_have_no_curve(tmp_path: Path) -> None:
     made = write_run(tmp_path / "run")
-    write_json(made.decisions_file, {**made.read_decisions(), "removal_order": []})
+    made.write_decisions(replace(made.read_decisions(), removal_order=()))
     assert "Budgets" not in write_report(made).read_text()
 
 

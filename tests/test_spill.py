@@ -14,9 +14,9 @@ from networks import Residual, randomise_norms
 
 from prune_viz import conclusions, spill
 from prune_viz.analysis import analyze
+from prune_viz.array_files import evict
 from prune_viz.coupling import find_groups
 from prune_viz.errors import UserError
-from prune_viz.files import evict
 from prune_viz.memory import Budget
 from prune_viz.moments import gather_moments, pool_moments, weigh_outputs
 from prune_viz.redundancy import judge, rank

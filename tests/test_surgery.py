@@ -10,9 +10,10 @@ from networks import Concatenating, Dense, Flattening, Plain, Residual, randomis
 from torch import nn
 
 from prune_viz.coupling import find_groups
+from prune_viz.decision_records import Merge
 from prune_viz.errors import UserError
 from prune_viz.masking import apply_masks
-from prune_viz.masks import Masks, Merge
+from prune_viz.masks import Masks
 from prune_viz.reconciliation import reconcile_masks
 from prune_viz.surgery import count_cost, count_macs, merge_filters, rebuild_smaller, remove_filters
 

@@ -19,15 +19,18 @@ from torch import Tensor, nn
 
 from prune_viz import tasks
 from prune_viz.analysis import analyze
+from prune_viz.array_files import read_arrays
 from prune_viz.ascent import StoppedError
 from prune_viz.engines import LocalEngine, run_tasks
 from prune_viz.errors import IncompleteError, UserError
-from prune_viz.files import read_arrays
+from prune_viz.files import ASIDE
 from prune_viz.filters import FilterNetwork
 from prune_viz.pieces import Pieces
+from prune_viz.report_files import NEW_REPORT
 from prune_viz.responses import response_matrix
 from prune_viz.run_log import RunLog
-from prune_viz.runs import LayerRecord, RunDirectory, slug
+from prune_viz.run_records import LayerRecord
+from prune_viz.runs import RunDirectory, slug
 from prune_viz.status import read_status
 from prune_viz.stimuli import ascend, maximize
 from prune_viz.tasks import Piece, StimulusSettings, Task, do_task, failing_together, plan_tasks
@@ -308,14 +311,17 @@ def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tm
     assert Shrinking.most <= 3
 
 
+KEY = 64 * "a"  # as a digest is
+
+
 def test_pieces_of_layers_not_asked_for_stay(network: FilterNetwork, tmp_path: Path) -> None:
     run, cut = RunDirectory(tmp_path), records(network)
     piece = do_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None)
-    halves = [replace(task, stop=4) for task in plan_tasks(network, cut, "key")[:1]]
-    Pieces(run, cut[:1], [*halves, replace(halves[0], start=4, stop=12)], "key", lambda name: None).add(
+    halves = [replace(task, stop=4) for task in plan_tasks(network, cut, KEY)[:1]]
+    Pieces(run, cut[:1], [*halves, replace(halves[0], start=4, stop=12)], KEY, lambda name: None).add(
         halves[0], piece
     )
-    other = Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], "key"), "key", lambda name: None)
+    other = Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], KEY), KEY, lambda name: None)
     other.tidy()
     assert (tmp_path / halves[0].file).exists()
     Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], "new"), "new", lambda name: None).tidy()
@@ -386,10 +392,9 @@ def test_what_is_wrong_with_a_call_costs_an_earlier_run_nothing(tmp_path: Path) 
 def test_a_run_that_died_in_its_report_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, layers=["stem"])
-    for left in (".report.part", ".report.old"):
-        (out / left / "layers").mkdir(parents=True)
-        (out / left / "index.html").write_text("half")
-    (out / ".x.part").write_text("half")
+    (out / NEW_REPORT / "layers").mkdir(parents=True)
+    (out / NEW_REPORT / "index.html").write_text("half")
+    (out / f"{ASIDE}abcd_123").write_text("half")
     analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, layers=["stem"])
     assert (out / "report" / "index.html").exists()
     assert not [file for file in out.iterdir() if file.name.startswith(".") and file.name != ".lock"]

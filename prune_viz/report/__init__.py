@@ -12,9 +12,17 @@ from pathlib import Path
 
 from prune_viz.errors import UserError
 from prune_viz.progress import Progress
+from prune_viz.report_files import NEW_REPORT, check_report, list_files, replace_report, restore_report
 from prune_viz.runs import RunDirectory
 
-__all__ = ["write_report"]
+__all__ = ["CONTENT_SECURITY_POLICY", "write_report"]
+
+# In Chromium 'self' covers the neighbouring files of a page opened from disk (tests/test_report_browser.py
+# fails if it does not). Style attributes are blocked, so positions come from a style sheet a layer.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'"
+)
 
 
 def write_report(run: RunDirectory, progress: Progress | None = None) -> Path:
@@ -42,36 +50,19 @@ def write_report(run: RunDirectory, progress: Progress | None = None) -> Path:
     """
     from prune_viz.report.render import render
 
-    if "summary" not in run.read_provenance():
+    if run.read_provenance().summary is None:
         raise UserError(f"the run in {run.path} stopped before its verdicts; run analyze again to finish it")
-    target = run.report_page.parent
-    aside, old = run.path / ".report.part", run.path / ".report.old"
+    check_report(run.path)
+    new = run.path / NEW_REPORT
     try:
-        # What a killed write left behind: the last whole report may still stand aside.
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        restore_report(run.path)
+        shutil.rmtree(new, ignore_errors=True)  # what a process left that died
+        new.mkdir()
+        render(run, new, progress or Progress())
+        list_files(new)
+        replace_report(run.path)
     except OSError as error:
-        raise UserError(f"{run.path} cannot be written ({error.strerror}); choose another place") from None
-    try:
-        render(run, aside, progress or Progress())
-        _swap(aside, target, old)
+        raise UserError(f"{run.path} cannot be written ({error.strerror}); choose another place") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
     return run.report_page
-
-
-def _swap(aside: Path, target: Path, old: Path) -> None:
-    """Move the directory `aside` to `target`; what was there goes, or comes back if that fails."""
-    had_one = target.exists()
-    if had_one:
-        target.rename(old)
-    try:
-        aside.rename(target)
-    except BaseException:
-        if had_one:
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune_viz.files import batches_of
+from prune_viz.array_files import batches_of
 from prune_viz.report.pages import LayerRow
 
 _WIDTH, _HEIGHT = 720, 200  # of the drawing, in its own units

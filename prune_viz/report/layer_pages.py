@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prune_viz.decision_records import Decisions, GroupRecord, VerdictRecord
 from prune_viz.report import layout, wording
 from prune_viz.report.pages import LayerRow
 
@@ -165,7 +166,7 @@ def layer_page(
     index: int,
     table: pd.DataFrame,
     responses: np.ndarray,
-    decisions: Mapping[str, Any],
+    decisions: Decisions,
 ) -> LayerPage:
     """Gather what the page of layer `index` of `rows` shows.
 
@@ -179,8 +180,8 @@ def layer_page(
         The layer's part of `filters.csv`.
     responses : ndarray, shape (F, F)
         ``responses[i, j]``: norm of filter j's feature map on stimulus i.
-    decisions : mapping
-        `decisions.json`.
+    decisions : Decisions
+        The run's.
     """
     row = rows[index]
     table = table.sort_values("filter")
@@ -192,12 +193,10 @@ def layer_page(
         for number, text in zip(table["filter"], table["representative"], strict=True)
         if text
     }
-    verdicts = {
-        int(entry["filter"]): entry for entry in decisions["verdicts"] if entry["layer"] == row.record.name
-    }
+    verdicts = {one.filter: one for one in decisions.verdicts if one.layer == row.record.name}
     profiles = Profiles(responses, order)
     flagged = [
-        _flagged(card, kin.get(card.number, []), verdicts.get(card.number, {}), profiles)
+        _flagged(card, kin.get(card.number, []), verdicts.get(card.number), profiles)
         for card in cards
         if card.verdict != "keep"
     ]
@@ -206,7 +205,7 @@ def layer_page(
         row=row,
         previous=rows[index - 1] if index else None,
         following=rows[index + 1] if index + 1 < len(rows) else None,
-        coupling=coupling(row, decisions["groups"]),
+        coupling=coupling(row, decisions.groups),
         map=layer_map(cards, table[["x", "y"]].to_numpy(dtype=float)),
         clusters=clusters,
         redundant=[one for one in flagged if one.card.verdict == "redundant"],
@@ -304,28 +303,27 @@ class Profiles:
 
 
 def _flagged(
-    card: FilterCard, listed: Sequence[int], verdict: Mapping[str, Any], profiles: Profiles
+    card: FilterCard, listed: Sequence[int], verdict: VerdictRecord | None, profiles: Profiles
 ) -> Flagged:
-    numbers = [int(number) for number in verdict.get("representatives") or listed]
-    weights = list(verdict.get("coefficients") or [])
+    numbers = listed if verdict is None else verdict.representatives or listed
+    weights: list[float | None] = [] if verdict is None else list(verdict.coefficients)
     weights += [None] * (len(numbers) - len(weights))
     known = [Representative(*pair) for pair in zip(numbers, weights, strict=False) if pair[0] in profiles]
     return Flagged(
         card=card,
         representatives=known[:_SHOWN],
         more=max(0, len(known) - _SHOWN),
-        constant=verdict.get("constant"),
+        constant=None if verdict is None else verdict.constant,
         profile=profiles.path(card.number, -1, dead=card.verdict == "dead"),
         other=profiles.path(known[0].number, 1) if known else "",
         bins=profiles.bins,
     )
 
 
-def coupling(row: LayerRow, groups: Sequence[Mapping[str, Any]]) -> Coupling | None:
+def coupling(row: LayerRow, groups: Sequence[GroupRecord]) -> Coupling | None:
     """Find the layer's coupling group; None if it has none."""
-    group = next((one for one in groups if one["id"] == row.record.group), None)
+    group = next((one for one in groups if one.id == row.record.group), None)
     if group is None:
         return None
-    tied = [str(name) for name in group["layers"] if name != row.record.name]
-    readers = [str(name) for name in group["readers"]]
-    return Coupling(tied, readers, bool(group["removable"]), str(group["note"]))
+    tied = [name for name in group.layers if name != row.record.name]
+    return Coupling(tied, list(group.readers), group.removable, group.note)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from prune_viz.decision_records import Decisions, Predicted
 from prune_viz.errors import UserError
 from prune_viz.report import wording
-from prune_viz.runs import LayerRecord
+from prune_viz.run_records import LayerRecord, ModelRecord, Provenance, StageRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,16 +134,14 @@ def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[La
     Raises
     ------
     UserError
-        If a layer's file name would not be safe as a page name, or its filters are not in the table.
+        If a layer's filters are not in the table.
     """
     rows = []
     tables = dict(tuple(filters.groupby("layer", sort=False)))
     for place, record in enumerate(records):
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", record.slug):
-            raise UserError("run.json names a layer file that prune-viz would not write; run analyze again")
         table = tables.get(record.name)
         if table is None or sorted(table["filter"]) != list(range(record.filters)):
-            name = wording.printable(record.name)
+            name = wording.label(record.name)
             raise UserError(f"filters.csv and run.json disagree on layer {name}; run analyze again")
         found = table["verdict"].value_counts()
         counts = Counts(*(int(found.get(verdict, 0)) for verdict in VERDICTS))
@@ -157,8 +155,8 @@ def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[La
 
 def network_page(
     run: Path,
-    provenance: Mapping[str, Any],
-    decisions: Mapping[str, Any],
+    provenance: Provenance,
+    decisions: Decisions,
     rows: Sequence[LayerRow],
     filters: pd.DataFrame,
 ) -> NetworkPage:
@@ -168,41 +166,41 @@ def network_page(
     ----------
     run : Path
         The run directory, as the commands on the page should name it.
-    provenance : mapping
-        `run.json`.
-    decisions : mapping
-        `decisions.json`.
+    provenance : Provenance
+        The run's.
+    decisions : Decisions
+        The run's.
     rows : sequence of LayerRow
         From `layer_rows`.
     filters : DataFrame
         `filters.csv`.
     """
-    model = provenance["model"]
+    model, summary = provenance.model, provenance.summary
     counts = Counts(*(sum(getattr(row.counts, verdict) for row in rows) for verdict in VERDICTS))
-    summary = provenance["summary"]
     savings = [Saving("Filters", counts.filters, counts.keep)]
     for key, name in (("parameters", "Parameters"), ("macs", "Multiply-accumulates")):
-        if summary.get(key) is not None and summary.get(f"{key}_after") is not None:
-            savings.append(Saving(name, summary[key], summary[f"{key}_after"]))
+        before, after = getattr(summary, key, None), getattr(summary, f"{key}_after", None)
+        if before is not None and after is not None:
+            savings.append(Saving(name, before, after))
     return NetworkPage(
-        title=str(model["class_name"]),
+        title=model.class_name,
         subtitle=[
-            Path(str(model["path"])).name,
+            Path(str(model.path)).name,
             wording.plural(len(rows), "layer"),
             wording.plural(counts.filters, "filter"),
-            f"input {wording.size(model['input_shape'])}",
+            f"input {wording.size(model.input_shape)}",
         ],
         finding=finding(counts),
-        certainty=certainty(filters, decisions.get("predicted")),
+        certainty=certainty(filters, decisions.prediction),
         counts=counts,
         savings=savings,
-        notes=[str(note) for note in provenance["notes"]],
+        notes=list(provenance.notes),
         rows=list(rows),
         depths=depth_rows(rows, filters),
-        usage=usage(str(model["path"]), run, model),
+        usage=usage(str(model.path), run, model),
         provenance=provenance_table(provenance),
-        stages=stages(provenance["stages"]),
-        damage_unit=str(provenance.get("damage_unit", "readers")),
+        stages=stages(provenance.stages),
+        damage_unit=provenance.damage_unit,
     )
 
 
@@ -222,15 +220,15 @@ def finding(counts: Counts) -> str:
     return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}."
 
 
-def certainty(filters: pd.DataFrame, predicted: Mapping[str, Any] | None) -> str:
+def certainty(filters: pd.DataFrame, predicted: Predicted | None) -> str:
     """Say how sure the finding is: how well what is redundant was rebuilt, and what all that goes will cost.
 
     Parameters
     ----------
     filters : DataFrame
         `filters.csv`.
-    predicted : mapping or None
-        The ``damage`` of the run's masks and its ``unit``, where that was predicted.
+    predicted : Predicted or None
+        What the run's masks cost, where that was predicted.
     """
     sentences = []
     scores = filters.loc[filters["verdict"] == "redundant", "score"].dropna()
@@ -242,8 +240,8 @@ def certainty(filters: pd.DataFrame, predicted: Mapping[str, Any] | None) -> str
             f"with an R² of {each}."
         )
     if predicted is not None and (filters["verdict"] != "keep").any():
-        size = wording.damage(float(predicted["damage"]), str(predicted["unit"]))
-        whose = "what reads the filters" if predicted["unit"] == "readers" else "the output"
+        size = wording.damage(predicted.damage, predicted.unit)
+        whose = "what reads the filters" if predicted.unit == "readers" else "the output"
         sentences.append(f"Removing all that can go is predicted to move {whose} by {size}.")
     return " ".join(sentences)
 
@@ -280,28 +278,25 @@ def _telling_filters(table: pd.DataFrame) -> list[int]:
     return [int(number) for number in ranked["filter"].head(_ACROSS)]
 
 
-def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def usage(model_path: str, run: Path, model: ModelRecord) -> list[tuple[str, list[str]]]:
     """Give the lines that put the run's masks to use, each group under its heading."""
     masks = str(run / "masks.pt")
-    shape = ", ".join(str(int(axis)) for axis in model["input_shape"])
+    shape = ", ".join(map(str, model.input_shape))
     arch, options = "", ""
-    if model.get("arch"):
-        arch = f", arch={str(model['arch'])!r}"
-        options = f" --arch {shlex.quote(str(model['arch']))}"
-        if model.get("arch_kwargs"):
-            arch += f", arch_kwargs={model['arch_kwargs']!r}"
-            options += f" --arch-kwargs {shlex.quote(json.dumps(model['arch_kwargs']))}"
-    if model.get("key"):
-        arch += f", key={str(model['key'])!r}"
-        options += f" --key {shlex.quote(str(model['key']))}"
-    if model.get("trust_pickle"):
+    if model.arch:
+        arch = f", arch={model.arch!r}"
+        options = f" --arch {shlex.quote(model.arch)}"
+        if model.arch_kwargs:
+            arch += f", arch_kwargs={model.arch_kwargs!r}"
+            options += f" --arch-kwargs {shlex.quote(json.dumps(model.arch_kwargs))}"
+    if model.key:
+        arch += f", key={model.key!r}"
+        options += f" --key {shlex.quote(model.key)}"
+    if model.trust_pickle:
         arch += ", trust_pickle=True"
         options += " --trust-pickle"
-    said = model.get("inputs_said") or [
-        "--input-shape",
-        ",".join(str(int(axis)) for axis in model["input_shape"]),
-    ]
-    options += " " + shlex.join(map(str, said))
+    said = model.inputs_said or ("--input-shape", ",".join(map(str, model.input_shape)))
+    options += " " + shlex.join(said)
     removal = [
         "import torch",
         f"example = torch.zeros(1, {shape})",
@@ -328,30 +323,30 @@ def usage(model_path: str, run: Path, model: Mapping[str, Any]) -> list[tuple[st
                 "pv.apply_masks(model, masks)  # zero now, and after every optimiser step",
             ],
         ),
-        *([] if model.get("held_inputs") else [("In Python: take them out", removal)]),
+        *([] if model.held_inputs else [("In Python: take them out", removal)]),
     ]
 
 
-def provenance_table(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+def provenance_table(provenance: Provenance) -> list[tuple[str, str]]:
     """List where the report comes from, label and value."""
-    model = provenance["model"]
-    arch = str(model["arch"] or "as saved in the file")
-    if model.get("arch_kwargs"):
-        arch += " " + json.dumps(model["arch_kwargs"])
-    options = ", ".join(f"{name} {_option(value)}" for name, value in provenance["options"].items())
+    model = provenance.model
+    arch = model.arch or "as saved in the file"
+    if model.arch_kwargs:
+        arch += " " + json.dumps(model.arch_kwargs)
+    options = ", ".join(f"{name} {_option(value)}" for name, value in provenance.options.items())
     table = [
-        ("Model file", str(model["path"])),
-        ("SHA-256", str(model["sha256"])),
+        ("Model file", str(model.path)),
+        ("SHA-256", model.sha256),
         ("Architecture", arch),
-        ("Loaded with pickle trusted", "yes" if model["trust_pickle"] else "no"),
+        ("Loaded with pickle trusted", "yes" if model.trust_pickle else "no"),
         ("Options", options or "defaults"),
-        ("Seed", str(provenance["seed"])),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),
-        ("Device", f"{provenance['device']}, {wording.plural(int(provenance['threads']), 'thread')}"),
-        ("Started", wording.moment(provenance["started"])),
+        ("Seed", str(provenance.seed)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+        ("Device", f"{provenance.device}, {wording.plural(provenance.threads, 'thread')}"),
+        ("Started", wording.moment(provenance.started)),
     ]
-    if provenance.get("finished"):  # analyze writes the report as its last stage, before it has finished
-        table.append(("Finished", wording.moment(provenance["finished"])))
+    if provenance.finished:  # analyze writes the report as its last stage, before it has finished
+        table.append(("Finished", wording.moment(provenance.finished)))
     return table
 
 
@@ -361,15 +356,7 @@ def _option(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def stages(entries: Sequence[Mapping[str, Any]]) -> list[Stage]:
+def stages(entries: Sequence[StageRecord]) -> list[Stage]:
     """List the run's stages with their part of its time."""
-    total = sum(float(entry["seconds"]) for entry in entries) or 1.0
-    return [
-        Stage(
-            str(entry["name"]),
-            float(entry["seconds"]),
-            entry.get("peak_mib"),
-            float(entry["seconds"]) / total,
-        )
-        for entry in entries
-    ]
+    total = sum(entry.seconds for entry in entries) or 1.0
+    return [Stage(entry.name, entry.seconds, entry.peak_mib, entry.seconds / total) for entry in entries]

@@ -61,7 +61,7 @@ def panel_data(
         ],
         "fires": firing(tensors.responses),
         "alike": similar(tensors.responses),
-        "readers": [(wording.printable(name), places.get(name, -1)) for name in readers],
+        "readers": [(wording.label(name), places.get(name, -1)) for name in readers],
         "weights": tensors.weights is not None,
         "crops": None if windows is None else [_crops(row) for row in windows],
         "side": 1.0 if windows is None else round(float(windows[0, 0, 3]), 4),

@@ -16,10 +16,11 @@ from PIL import Image
 
 from prune_viz.errors import UserError
 from prune_viz.exciting import ExcitingParts, read_exciting_parts
+from prune_viz.files import MARK
 from prune_viz.inputs import InputStatistics, stored_statistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 from prune_viz.progress import Progress
-from prune_viz.report import map_drawing, sprites, wording
+from prune_viz.report import CONTENT_SECURITY_POLICY, map_drawing, sprites, wording
 from prune_viz.report.coherence import LayerCoherence, draw_coherence, layer_coherence
 from prune_viz.report.damage_histogram import draw_histogram
 from prune_viz.report.layer_pages import LayerPage, Map, layer_page
@@ -28,20 +29,14 @@ from prune_viz.report.panel_data import panel_data
 from prune_viz.report.run_data import run_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
 from prune_viz.review import identity
-from prune_viz.runs import LayerRecord, LayerTensors, RunDirectory
+from prune_viz.run_records import LayerRecord
+from prune_viz.runs import LayerTensors, RunDirectory
 
 _STRIP_COLUMNS = 8
 _STRIP_SIDE = 96
 _WEIGHTS_SIDE = 96
 _PHOTO_QUALITY = 82
 _MAP_WIDTH = 1120  # CSS pixels, on a wide screen
-
-# In Chromium 'self' covers the neighbouring files of a page opened from disk (tests/test_report_browser.py
-# fails if it does not). Style attributes are blocked, so positions come from a style sheet a layer.
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'"
-)
 
 # In the order in which they run: each builds on those before.
 SCRIPTS = (
@@ -83,10 +78,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     """
     provenance = run.read_provenance()
     decisions = run.read_decisions()
-    try:
-        filters = run.read_filters()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run.filters_file} cannot be read ({error}); run analyze again") from None
+    filters = run.read_filters()
     rows = layer_rows(run.layers(), filters)
     network = network_page(run.path, provenance, decisions, rows, filters)
     templates = _environment()
@@ -94,7 +86,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     reviewed = run_data(rows, decisions, filters, identity(run))
     _write_data(folder / "run.js", "window.pruneVizRun", reviewed)
     (folder / "layers").mkdir()
-    statistics = stored_statistics(provenance.get("inputs"))
+    statistics = stored_statistics(provenance.inputs)
     overview = map_drawing.draw_map(rows, filters)
     strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
@@ -118,7 +110,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     known = budgets(decisions)
     parts = {
         "budgets": known,
-        "curve": draw_curve(known, default_budget(decisions, provenance["summary"])),
+        "curve": draw_curve(known, default_budget(decisions, provenance.summary)),
         "coherence": draw_coherence([one for one in coherences if one is not None]),
     }
     _write_network(folder, network, strip, overview, shown, templates, parts)
@@ -148,11 +140,13 @@ def _environment() -> jinja2.Environment:
             name: getattr(wording, name)
             for name in (
                 "count", "quantity", "percent", "plural", "r_squared", "damage", "magnitude", "activation",
-                "coefficient", "duration", "memory", "size", "printable",
+                "coefficient", "duration", "memory", "size", "printable", "label",
             )
         }
     )  # fmt: skip
-    environment.globals.update(saving=wording.saving, policy=CONTENT_SECURITY_POLICY, scripts=SCRIPTS)
+    environment.globals.update(
+        saving=wording.saving, policy=CONTENT_SECURITY_POLICY, scripts=SCRIPTS, generator=MARK
+    )
     return environment
 
 

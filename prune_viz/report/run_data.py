@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from prune_viz.decision_records import Decisions
 from prune_viz.report.pages import LayerRow
-from prune_viz.report.wording import printable
+from prune_viz.report.wording import label
 
 _LETTERS = {"keep": "k", "redundant": "r", "dead": "d"}
 
 
 def run_data(
-    rows: Sequence[LayerRow], decisions: Mapping[str, Any], filters: pd.DataFrame, run: str
+    rows: Sequence[LayerRow], decisions: Decisions, filters: pd.DataFrame, run: str
 ) -> dict[str, Any]:
     """Gather what every page of the report knows of the run, as plain data.
 
@@ -24,8 +25,8 @@ def run_data(
     ----------
     rows : sequence of LayerRow
         All layers, in the order of their pages.
-    decisions : mapping
-        `decisions.json`.
+    decisions : Decisions
+        The run's.
     filters : DataFrame
         `filters.csv`.
     run : str
@@ -39,11 +40,10 @@ def run_data(
         ``damage`` (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of
         each module; ``run``, ``unit`` of the damage and ``filters``, how many.
     """
-    ranked = {entry["group"] for entry in decisions["removal_order"] if entry["channels"]}
     places = {
-        writer["layer"]: (group["id"], dict(zip(writer["filters"], writer["channels"], strict=True)))
-        for group in decisions["groups"]
-        for writer in group["writers"]
+        writer.layer: (group.id, dict(zip(writer.filters, writer.channels, strict=True)))
+        for group in decisions.groups
+        for writer in group.writers
     }
     tables = {str(name): table.sort_values("filter") for name, table in filters.groupby("layer")}
     listed = []
@@ -55,7 +55,7 @@ def run_data(
         listed.append(
             {
                 "name": row.record.name,
-                "shown": printable(row.record.name),
+                "shown": label(row.record.name),
                 "page": row.page,
                 "group": group,
                 "channels": None if channels == numbers else channels,
@@ -65,19 +65,19 @@ def run_data(
         )
     return {
         "run": run,
-        "unit": decisions.get("damage_unit", "readers"),
-        "filters": sum(decisions["filters"].values()),
-        "macs": decisions["macs"],
+        "unit": decisions.damage_unit,
+        "filters": sum(decisions.filters.values()),
+        "macs": decisions.macs,
         "layers": listed,
         "groups": [
             {
-                "id": group["id"],
-                "channels": group["channels"],
-                "removable": bool(group["removable"]) and group["id"] in ranked,
-                "layers": group["layers"],
-                "reads": {reader["module"]: reader["share"] for reader in group["reads"]},
+                "id": group.id,
+                "channels": group.channels,
+                "removable": group.removable and group.id in decisions.ranked,
+                "layers": group.layers,
+                "reads": {reader.module: reader.share for reader in group.reads},
             }
-            for group in decisions["groups"]
+            for group in decisions.groups
         ],
     }
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from prune_viz.budgets import counts_for_macs, macs_left, read_rankings, removed_filters
+from prune_viz.decision_records import Decisions
 from prune_viz.errors import UserError
+from prune_viz.run_records import Summary
 
 _SHARES = tuple(step / 20 for step in range(1, 15))  # of the multiply-accumulates, on the curve
 _WIDTH, _HEIGHT = 720, 280  # of the drawing, in its own units
@@ -78,9 +79,9 @@ class Curve:
     up: list[Tick]
 
 
-def budgets(decisions: Mapping[str, Any]) -> list[Budget]:
+def budgets(decisions: Decisions) -> list[Budget]:
     """Budgets that the run's removal order can meet; empty where nothing was ranked."""
-    rankings, costs = read_rankings(decisions), decisions["macs"]
+    rankings, costs = read_rankings(decisions), decisions.macs
     total = sum(costs.values())
     found: list[Budget] = []
     for share in _SHARES if rankings and total else ():
@@ -94,13 +95,14 @@ def budgets(decisions: Mapping[str, Any]) -> list[Budget]:
     return found
 
 
-def default_budget(decisions: Mapping[str, Any], summary: Mapping[str, Any]) -> Budget | None:
+def default_budget(decisions: Decisions, summary: Summary | None) -> Budget | None:
     """What the run's own masks take; None where that is nothing or was not measured."""
-    predicted = decisions.get("predicted")
-    before, after = summary.get("macs"), summary.get("macs_after")
-    if not predicted or not before or after is None or not decisions["verdicts"]:
+    predicted = decisions.prediction
+    if predicted is None or summary is None or not summary.macs or summary.macs_after is None:
         return None
-    return Budget(1 - after / before, len(decisions["verdicts"]), float(predicted["damage"]))
+    if not decisions.verdicts:
+        return None
+    return Budget(1 - summary.macs_after / summary.macs, len(decisions.verdicts), predicted.damage)
 
 
 def draw_curve(known: Sequence[Budget], default: Budget | None) -> Curve | None:

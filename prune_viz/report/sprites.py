@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prune_viz.files import evict
+from prune_viz.array_files import evict
 from prune_viz.inputs import InputStatistics
 from prune_viz.pictures import GREY, colour_axes, draw_pictures
 
