@@ -10,15 +10,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune_viz.analysis import analyze
-    from prune_viz.checkpoints import load_model
-    from prune_viz.errors import UserError
-    from prune_viz.mask_formats import prune_with_torch, to_indices, to_nni
-    from prune_viz.masking import apply_masks, make_permanent
-    from prune_viz.masks import Masks, load_masks, save_masks
-    from prune_viz.reconciliation import reconcile_masks
-    from prune_viz.stimuli import maximize
-    from prune_viz.surgery import remove_filters
+    from prune_viz.analysis.pipeline import analyze
+    from prune_viz.feature_visualization.stimuli import maximize
+    from prune_viz.loading.checkpoints import load_model
+    from prune_viz.pruning.apply import apply_masks, make_permanent
+    from prune_viz.pruning.consistency import reconcile_masks
+    from prune_viz.pruning.interop import prune_with_torch, to_indices, to_nni
+    from prune_viz.pruning.masks import Masks, load_masks, save_masks
+    from prune_viz.pruning.remove import remove_filters
+    from prune_viz.utils.errors import UserError
 
 # Read by torch at its first allocation, on Linux: large feature maps on huge pages are made faster.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -43,20 +43,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Masks": "masks",
-    "UserError": "errors",
-    "analyze": "analysis",
-    "apply_masks": "masking",
-    "load_masks": "masks",
-    "load_model": "checkpoints",
-    "make_permanent": "masking",
-    "maximize": "stimuli",
-    "prune_with_torch": "mask_formats",
-    "reconcile_masks": "reconciliation",
-    "remove_filters": "surgery",
-    "save_masks": "masks",
-    "to_indices": "mask_formats",
-    "to_nni": "mask_formats",
+    "Masks": "pruning.masks",
+    "UserError": "utils.errors",
+    "analyze": "analysis.pipeline",
+    "apply_masks": "pruning.apply",
+    "load_masks": "pruning.masks",
+    "load_model": "loading.checkpoints",
+    "make_permanent": "pruning.apply",
+    "maximize": "feature_visualization.stimuli",
+    "prune_with_torch": "pruning.interop",
+    "reconcile_masks": "pruning.consistency",
+    "remove_filters": "pruning.remove",
+    "save_masks": "pruning.masks",
+    "to_indices": "pruning.interop",
+    "to_nni": "pruning.interop",
 }
 
 

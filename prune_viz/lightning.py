@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from prune_viz.errors import UserError
-from prune_viz.masking import FilterMask, apply_masks, make_permanent
-from prune_viz.masks import load_masks
+from prune_viz.pruning.apply import FilterMask, apply_masks, make_permanent
+from prune_viz.pruning.masks import load_masks
+from prune_viz.utils.errors import UserError
 
 
 class HoldMasks(Callback):

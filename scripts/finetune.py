@@ -32,18 +32,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
-from prune_viz.architectures import default_input_shape
-from prune_viz.archives import read_content
-from prune_viz.arguments import parse_kwargs, parse_numbers, parse_shape
-from prune_viz.checkpoints import load_checkpoint
-from prune_viz.destinations import check_destination
-from prune_viz.devices import pick_device
-from prune_viz.errors import UserError, one_line
-from prune_viz.files import sha256, written_aside
-from prune_viz.masking import apply_masks, make_permanent
-from prune_viz.masks import load_masks
-from prune_viz.pruned import check_origin, check_plain, save_checkpoint
-from prune_viz.weights import check_finite
+from prune_viz.cli.arguments import parse_kwargs, parse_numbers, parse_shape
+from prune_viz.loading.architectures import default_input_shape
+from prune_viz.loading.checkpoints import load_checkpoint
+from prune_viz.loading.formats import read_content
+from prune_viz.loading.state_dicts import check_finite
+from prune_viz.pruning.apply import apply_masks, make_permanent
+from prune_viz.pruning.masks import load_masks
+from prune_viz.pruning.write import check_origin, check_plain, save_checkpoint
+from prune_viz.utils.destinations import check_destination
+from prune_viz.utils.devices import pick_device
+from prune_viz.utils.errors import UserError, one_line
+from prune_viz.utils.files import sha256, written_aside
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1
 SMALL = 64  # inputs up to this size are not cropped at random scales

@@ -74,3 +74,16 @@ def watched(chromium: Any) -> Iterator[Watched]:
     yield made
     made.context.close()
     assert made.wrong == []
+
+
+# How much of the map of the network is faded, 0 to 1.
+VEILED = """() => {
+  const one = document.querySelector(".network canvas");
+  const copy = Object.assign(document.createElement("canvas"), { width: one.width, height: one.height });
+  const paint = copy.getContext("2d", { willReadFrequently: true });
+  paint.drawImage(one, 0, 0);
+  const dots = paint.getImageData(0, 0, one.width, one.height).data;
+  let covered = 0;
+  for (let at = 3; at < dots.length; at += 4) covered += dots[at] > 127;
+  return covered / (one.width * one.height);
+}"""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from browser import chromium, watched  # noqa: F401 (fixtures)
 
-from prune_viz import calibration
-from prune_viz.digits import Digits, DigitsNet, load_digits, train_digits_net
+from prune_viz.calibration import synthetic_images
+from prune_viz.demo.digits import Digits, DigitsNet, load_digits, train_digits_net
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,9 +38,9 @@ def _seeded() -> None:
 def short_conclusions() -> Iterator[None]:
     """Conclusions in short, for tests of what comes before or after them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "PROBES", 32)
-        patch.setattr(calibration, "MOST_PROBES", 32)
-        patch.setattr(calibration, "_PATIENCE", 2)
+        patch.setattr(synthetic_images, "PROBES", 32)
+        patch.setattr(synthetic_images, "MOST_PROBES", 32)
+        patch.setattr(synthetic_images, "_PATIENCE", 2)
         yield
 
 

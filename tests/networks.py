@@ -129,3 +129,15 @@ class Flattening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.conv(x)).flatten(1))
+
+
+def residual_with_a_copy() -> Residual:
+    """A filter of the inner convolution stands there twice, and one of it is silent."""
+    torch.manual_seed(0)
+    model = randomise_norms(Residual())
+    with torch.no_grad():
+        model.inner.weight[5] = model.inner.weight[1]
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(model.bn1, name)[5] = getattr(model.bn1, name)[1]
+        model.bn1.weight[7], model.bn1.bias[7] = 0.0, -1.0
+    return model

@@ -16,10 +16,10 @@ import tortured
 import typer
 from torch import Tensor, nn
 
-from prune_viz.analysis import analyze
-from prune_viz.runs import RunDirectory
-from prune_viz.status import read_status
-from prune_viz.terminal import exit_codes
+from prune_viz.analysis.pipeline import analyze
+from prune_viz.cli.console import exit_codes
+from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.runs.status import read_status
 
 STEPS = 60
 

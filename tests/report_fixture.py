@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from prune_viz.array_files import write_arrays
-from prune_viz.files import write_json
-from prune_viz.run_records import LayerRecord
-from prune_viz.runs import LayerTensors, RunDirectory, slug
+from prune_viz.runs.run_directory import LayerTensors, RunDirectory, slug
+from prune_viz.runs.run_json import LayerRecord
+from prune_viz.utils.array_files import write_arrays
+from prune_viz.utils.files import write_json
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>\"'&../..{{7*7}}\x1b[31m\x07\u202etxt.\u00e9\u4e16"

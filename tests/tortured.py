@@ -9,9 +9,11 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from prune_viz import calibration, stimuli, tasks
-from prune_viz.analysis import analyze
-from prune_viz.terminal import exit_codes
+from prune_viz.analysis.pipeline import analyze
+from prune_viz.calibration import synthetic_images
+from prune_viz.cli.console import exit_codes
+from prune_viz.execution import tasks
+from prune_viz.feature_visualization import stimuli
 
 
 class Inverted(nn.Module):
@@ -62,7 +64,7 @@ def cut_small() -> None:
     """Have tasks of four filters, and few probes."""
     torch.set_num_threads(1)
     stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
-    calibration.PROBES = calibration.MOST_PROBES = 32
+    synthetic_images.PROBES = synthetic_images.MOST_PROBES = 32
 
 
 def run(out: str | Path, workers: int = 1, seed: int = 0, steps: int = 40) -> None:

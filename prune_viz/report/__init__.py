@@ -10,10 +10,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from prune_viz.errors import UserError
-from prune_viz.progress import Progress
-from prune_viz.report_files import NEW_REPORT, check_report, list_files, replace_report, restore_report
-from prune_viz.runs import RunDirectory
+from prune_viz.runs.report_files import NEW_REPORT, check_report, list_files, replace_report, restore_report
+from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.progress import Progress
 
 __all__ = ["CONTENT_SECURITY_POLICY", "write_report"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune_viz.array_files import batches_of
 from prune_viz.report.pages import LayerRow
+from prune_viz.utils.array_files import batches_of
 
 _WIDTH, _HEIGHT = 720, 200  # of the drawing, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40

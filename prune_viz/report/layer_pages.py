@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prune_viz.decision_records import Decisions, GroupRecord, VerdictRecord
 from prune_viz.report import layout, wording
 from prune_viz.report.pages import LayerRow
+from prune_viz.runs.decisions_json import Decisions, GroupRecord, VerdictRecord
 
 if TYPE_CHECKING:
     import pandas as pd

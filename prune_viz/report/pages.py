@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prune_viz.decision_records import Decisions, Predicted
-from prune_viz.errors import UserError
 from prune_viz.report import wording
-from prune_viz.run_records import LayerRecord, ModelRecord, Provenance, StageRecord
+from prune_viz.runs.decisions_json import Decisions, Predicted
+from prune_viz.runs.run_json import LayerRecord, ModelRecord, Provenance, StageRecord
+from prune_viz.utils.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import numpy as np
 from prune_viz.report import wording
 from prune_viz.report.layer_pages import LayerPage
 from prune_viz.report.neighbours import firing, similar
-from prune_viz.runs import LayerTensors
+from prune_viz.runs.run_directory import LayerTensors
 
 _STEPS = 1000  # of a place on a picture, for the browser
 

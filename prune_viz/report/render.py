@@ -14,12 +14,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from prune_viz.errors import UserError
-from prune_viz.exciting import ExcitingParts, read_exciting_parts
-from prune_viz.files import MARK
-from prune_viz.inputs import InputStatistics, stored_statistics
-from prune_viz.pictures import GREY, colour_axes, draw_pictures
-from prune_viz.progress import Progress
+from prune_viz.feature_visualization.rendering import GREY, colour_axes, draw_pictures
+from prune_viz.feature_visualization.top_patches import ExcitingParts, read_exciting_parts
+from prune_viz.network.inputs import InputStatistics, stored_statistics
+from prune_viz.pruning.review import identity
 from prune_viz.report import CONTENT_SECURITY_POLICY, map_drawing, sprites, wording
 from prune_viz.report.coherence import LayerCoherence, draw_coherence, layer_coherence
 from prune_viz.report.damage_histogram import draw_histogram
@@ -28,9 +26,11 @@ from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.report.panel_data import panel_data
 from prune_viz.report.run_data import run_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
-from prune_viz.review import identity
-from prune_viz.run_records import LayerRecord
-from prune_viz.runs import LayerTensors, RunDirectory
+from prune_viz.runs.run_directory import LayerTensors, RunDirectory
+from prune_viz.runs.run_json import LayerRecord
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.files import MARK
+from prune_viz.utils.progress import Progress
 
 _STRIP_COLUMNS = 8
 _STRIP_SIDE = 96

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prune_viz.decision_records import Decisions
 from prune_viz.report.pages import LayerRow
 from prune_viz.report.wording import label
+from prune_viz.runs.decisions_json import Decisions
 
 _LETTERS = {"keep": "k", "redundant": "r", "dead": "d"}
 
@@ -30,7 +30,7 @@ def run_data(
     filters : DataFrame
         `filters.csv`.
     run : str
-        The run's identity (`prune_viz.review.identity`).
+        The run's identity (`prune_viz.pruning.review.identity`).
 
     Returns
     -------

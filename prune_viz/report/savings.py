@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune_viz.budgets import counts_for_macs, macs_left, read_rankings, removed_filters
-from prune_viz.decision_records import Decisions
-from prune_viz.errors import UserError
-from prune_viz.run_records import Summary
+from prune_viz.pruning.budgets import counts_for_macs, macs_left, read_rankings, removed_filters
+from prune_viz.runs.decisions_json import Decisions
+from prune_viz.runs.run_json import Summary
+from prune_viz.utils.errors import UserError
 
 _SHARES = tuple(step / 20 for step in range(1, 15))  # of the multiply-accumulates, on the curve
 _WIDTH, _HEIGHT = 720, 280  # of the drawing, in its own units

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from prune_viz.errors import UserError
-from prune_viz.files import write_text
 from prune_viz.report.render import SCRIPTS
-from prune_viz.runs import RunDirectory
+from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.files import write_text
 
 LIMIT = 25_000_000  # bytes; what most mail servers take
 _KINDS = {".jpg": "image/jpeg", ".png": "image/png"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prune_viz.array_files import evict
-from prune_viz.inputs import InputStatistics
-from prune_viz.pictures import GREY, colour_axes, draw_pictures
+from prune_viz.feature_visualization.rendering import GREY, colour_axes, draw_pictures
+from prune_viz.network.inputs import InputStatistics
+from prune_viz.utils.array_files import evict
 
 MAX_SIDE = 8192  # browsers and their graphics hardware decode no larger picture reliably
 _CHUNK = 100

@@ -1,0 +1,309 @@
+"""From a group's verdicts to what is written: a row a filter with its reason, masks, `decisions.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from prune_viz.channels.groups import CouplingGroup, Places, passages
+from prune_viz.embedding.layer_map import Embedding
+from prune_viz.network.layers import Layer
+from prune_viz.pruning.masks import Masks, beside_masks
+from prune_viz.redundancy.judge import TOLERANCE, ChannelVerdict, GroupVerdicts
+from prune_viz.runs.decisions_json import (
+    Decisions,
+    GroupRecord,
+    Merge,
+    NormRecord,
+    Predicted,
+    ReaderRecord,
+    RemovalOrder,
+    VerdictRecord,
+    WriterRecord,
+)
+from prune_viz.runs.filters_csv import FILTER_COLUMNS
+from prune_viz.runs.fingerprint import Origin
+from prune_viz.runs.run_directory import LayerTensors
+from prune_viz.runs.run_json import Unit
+
+
+def filter_rows(
+    layer: Layer,
+    tensors: LayerTensors,
+    embedding: Embedding,
+    places: np.ndarray,
+    group: CouplingGroup | None,
+    verdicts: Mapping[int, GroupVerdicts],
+    judged: set[str],
+) -> pd.DataFrame:
+    """A layer's rows of `filters.csv`.
+
+    Parameters
+    ----------
+    layer : Layer
+        The layer.
+    tensors : LayerTensors
+        Its stimuli and responses.
+    embedding : Embedding
+        Its map and clusters.
+    places : ndarray, shape (F, 2)
+        Its filters on the map of the network.
+    group : CouplingGroup or None
+        The group that ties its filters; None if groups could not be found.
+    verdicts : mapping of int to GroupVerdicts
+        By the group's number.
+    judged : set of str
+        Names of the layers that this run looked at.
+    """
+    rows = []
+    written = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None
+    channel_of: dict[int, int] = {}
+    if written is not None:
+        channel_of = dict(zip(written.indices.tolist(), written.channels.tolist(), strict=True))
+    filter_at = {channel: index for index, channel in channel_of.items()}
+    for index in range(layer.filters):
+        activation = float(tensors.activations[index])
+        if group is None:
+            silent = activation == 0 and float(tensors.responses[:, index].max()) == 0
+            verdict, score, damage = ("dead" if silent else "keep"), float("nan"), float("nan")
+            representatives: list[int] = []
+            reason = (
+                f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at "
+                "zero."
+                if silent
+                else "Kept: what reads it could not be traced."
+            )
+        else:
+            found = verdicts[group.number].channels[channel_of[index]]
+            verdict, score, damage = found.verdict, found.score, found.damage
+            representatives = [filter_at[channel] for channel in found.representatives]
+            unit = verdicts[group.number].unit
+            reason = explain(found, representatives, group, layer.name, activation, judged, unit)
+        rows.append(
+            (
+                layer.name, index, verdict, ";".join(map(str, representatives)), score,
+                int(embedding.clusters[index]), *embedding.positions[index], activation, damage, reason,
+                *places[index],
+            )
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=FILTER_COLUMNS)
+
+
+def filter_table(
+    layers: Sequence[Layer],
+    found: Mapping[str, LayerTensors],
+    embeddings: Mapping[str, Embedding],
+    places: Mapping[str, np.ndarray],
+    tied: Mapping[str, CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+) -> pd.DataFrame:
+    """The whole of `filters.csv`: `filter_rows` of every layer, each layer's share looked up by its name."""
+    judged = set(found)
+    tables = [
+        filter_rows(
+            layer, found[layer.name], embeddings[layer.name], places[layer.name], tied.get(layer.name),
+            verdicts, judged,
+        )
+        for layer in layers
+    ]  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def explain(
+    verdict: ChannelVerdict,
+    representatives: Sequence[int],
+    group: CouplingGroup,
+    layer: str,
+    activation: float,
+    judged: set[str],
+    unit: str,
+) -> str:
+    """Say in a sentence why a filter has its verdict."""
+    tied = [name for name in group.layers if name != layer]
+    channel = "it" if not tied else "the channel that ties it to " + " and ".join(tied)
+    cost = _cost(verdict.damage, unit)
+    if verdict.kind == "silent":
+        if activation > 0:
+            return f"Silent: {channel} never fires where it is read, on its own stimulus or any other probe."
+        return "Silent: its own stimulus and every other probe leave its feature map at zero."
+    if verdict.kind == "unread":
+        return "Unread: every weight that reads it is zero."
+    if verdict.kind == "constant":
+        return (
+            f"Constant: it gives the same whatever it is shown, so {verdict.constant:.3g} in the bias of "
+            f"what reads it takes its place; removing it {cost}."
+        )
+    if verdict.verdict == "redundant":
+        mix = _mix(representatives, verdict.coefficients)
+        return (
+            f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; "
+            f"removing it {cost}."
+        )
+    if group.note:
+        return f"Kept: {group.note}."
+    if np.isnan(verdict.damage):
+        missing = [name for name in group.layers if name not in judged]
+        if missing:
+            return f"Kept: it is tied to {', '.join(missing)}, which this run did not look at."
+        return "Kept: the layers that read it give no output that varies."
+    rebuilt = f"all others together rebuild {_percent(verdict.score)} of it"
+    silent = "" if verdict.fires else " It gave nothing on any of the images of --data, which is no proof."
+    return f"Kept: {rebuilt}; removing it with nothing in its place {cost}.{silent}"
+
+
+def _cost(damage: float, unit: str) -> str:
+    """What removal does, after the word "it"."""
+    if np.isnan(damage):
+        return "has a cost that could not be measured"
+    if unit == "nats":
+        size = f"{damage:.2g}" if damage >= 1e-9 else "less than 1e-9"
+        return f"changes the network's output by {size} nats"
+    what = "changes the network's output by" if unit == "output" else "costs"
+    whose = "" if unit == "output" else " of the output of the layers that read it"
+    return f"{what} {_percent(damage)}{whose}"
+
+
+def _mix(filters: Sequence[int], coefficients: Sequence[float]) -> str:
+    """A weighted sum of filters, such as ``0.5 x filter 3 - 0.2 x filter 7``."""
+    terms = (f"{weight:.3g} x filter {index}" for index, weight in zip(filters, coefficients, strict=True))
+    return " + ".join(terms).replace("+ -", "- ")
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    if percent >= 99.995:
+        return "100%"
+    if percent >= 99:
+        return f"{percent:.2f}%"
+    return f"{percent:.3g}%" if percent >= 1e-3 else "under 0.001%"
+
+
+def masks_of(
+    table: pd.DataFrame,
+    groups: Sequence[CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    filters: Mapping[str, int],
+    origin: Origin,
+    unit: Unit,
+) -> Masks:
+    """Masks of every layer from the rows' verdicts, with the merges that make up for them."""
+    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
+    flagged = table[table["verdict"] != "keep"]
+    for name, rows in flagged.groupby("layer", sort=False):
+        masks[str(name)][torch.from_numpy(rows["filter"].to_numpy().copy())] = False
+    merges, damage = [], 0.0
+    gone: dict[int, set[int]] = {}
+    for group in groups:
+        for found in verdicts[group.number].channels:
+            if found.verdict != "keep":
+                gone.setdefault(group.number, set()).add(found.channel)
+                damage += 0.0 if np.isnan(found.damage) else found.damage
+                root = group.writers[0]
+                filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
+                merges.append(
+                    Merge(
+                        root.module,
+                        filter_at[found.channel],
+                        tuple(filter_at[channel] for channel in found.representatives),
+                        tuple(found.coefficients),
+                        found.constant,
+                    )
+                )
+    passed = [
+        passage
+        for group in groups
+        for passage in passages(group.writers, group.norms, gone.get(group.number, set()))
+    ]
+    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), passages=passed)
+
+
+def decisions_of(
+    table: pd.DataFrame,
+    groups: Sequence[CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    masks: Masks,
+    modules: Mapping[str, Any],
+    macs: Mapping[str, int],
+    unit: Unit,
+) -> Decisions:
+    """What `decisions.json` holds: groups, flagged filters with their evidence, removal order, merges.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The rows of `filters.csv`.
+    groups : sequence of CouplingGroup
+        The network's groups.
+    verdicts : mapping of int to GroupVerdicts
+        By the group's number.
+    masks : Masks
+        What the verdicts remove.
+    modules : mapping of str to Module
+        The network's modules, for how much each reads.
+    macs : mapping of str to int
+        Multiply-accumulates of each module.
+    unit : {"nats", "output", "readers"}
+        Of the damage, but for that of merging all that is flagged in a group (`GroupVerdicts`).
+    """
+    in_group = {layer: group for group in groups for layer in group.layers}
+    flagged = []
+    for row in table[table["verdict"] != "keep"].to_dict("records"):
+        entry: dict[str, Any] = {name: row[name] for name in ("layer", "filter", "verdict")}
+        entry["representatives"] = tuple(int(part) for part in row["representative"].split(";") if part)
+        group = in_group.get(row["layer"])
+        if group is not None:
+            places = next(p for p in group.writers if p.module == row["layer"])
+            channel = int(places.channels[places.indices == row["filter"]][0])
+            found = verdicts[group.number].channels[channel]
+            entry.update(kind=found.kind, coefficients=tuple(found.coefficients), constant=found.constant)
+        entry.update({name: row[name] for name in ("score", "damage", "reason")})
+        flagged.append(VerdictRecord(**entry))
+    return Decisions(
+        **vars(beside_masks(masks)),
+        tolerance=TOLERANCE,
+        damage_unit=unit,
+        filters={name: len(mask) for name, mask in masks.items()},
+        macs=dict(macs),
+        groups=tuple(_group_record(group, verdicts[group.number], modules) for group in groups),
+        verdicts=tuple(flagged),
+        removal_order=tuple(
+            RemovalOrder(
+                group.number,
+                tuple(verdicts[group.number].order),
+                tuple(float(f"{damage:.4g}") for damage in verdicts[group.number].order_damage),
+            )
+            for group in groups
+        ),
+    )
+
+
+def _group_record(group: CouplingGroup, verdicts: GroupVerdicts, modules: Mapping[str, Any]) -> GroupRecord:
+    """A coupling group as `decisions.json` holds it."""
+
+    def listed(places: Places) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        return places.module, tuple(places.indices.tolist()), tuple(places.channels.tolist())
+
+    return GroupRecord(
+        id=group.number,
+        layers=tuple(group.layers),
+        readers=tuple(places.module for places in group.readers),
+        writers=tuple(WriterRecord(*listed(places)) for places in group.writers),
+        norms=tuple(NormRecord(*listed(places)) for places in group.norms),
+        reads=tuple(
+            ReaderRecord(places.module, len(places.indices) / _inputs(modules[places.module]))
+            for places in group.readers
+        ),
+        channels=group.channels,
+        removable=group.removable,
+        note=group.note,
+        readers_damage=verdicts.damage,
+    )
+
+
+def _inputs(module: Any) -> int:
+    """How many channels or features a module reads."""
+    return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)

@@ -1,0 +1,135 @@
+"""What is analysed, made ready: the network as its filters' maps, its layers, groups and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from prune_viz.channels import coupling
+from prune_viz.channels.dependency_graph import UntraceableError
+from prune_viz.channels.groups import CouplingGroup, group_of_layer
+from prune_viz.loading.state_dicts import check_finite
+from prune_viz.network.calls import blank_input
+from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.inputs import InputStatistics, read_inputs
+from prune_viz.network.layers import Layer, select_layers
+from prune_viz.runs.fingerprint import Origin, hash_model
+from prune_viz.runs.run_directory import slug
+from prune_viz.runs.run_json import LayerRecord
+from prune_viz.utils.devices import pick_device
+from prune_viz.utils.errors import UserError, few
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is analysed.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The network as it was given.
+    network : FilterNetwork
+        It, prepared.
+    layers : list of Layer
+        Those looked at.
+    records : list of LayerRecord
+        The same as the run directory has them.
+    groups : list of CouplingGroup
+        Of all layers.
+    statistics : InputStatistics or None
+        What is known of the model's inputs.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images, in the model's own input units.
+    seed : int
+        Of all that is random.
+    origin : Origin
+        What model it is.
+    notes : list of str
+        For the report: what had to be left out.
+    """
+
+    model: nn.Module
+    network: FilterNetwork
+    layers: list[Layer]
+    records: list[LayerRecord]
+    groups: list[CouplingGroup]
+    statistics: InputStatistics | None
+    examples: Tensor | None
+    seed: int
+    origin: Origin
+    notes: list[str]
+
+    @property
+    def judged(self) -> list[CouplingGroup]:
+        """Groups that are judged: removable ones of which every layer is looked at."""
+        names = {layer.name for layer in self.layers}
+        return [group for group in self.groups if group.removable and names.issuperset(group.layers)]
+
+
+def prepare_subject(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    layers: Sequence[str],
+    canvas: int | None,
+    seed: int,
+    device: str,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    data: str | Path | None,
+    out: str | Path | None,
+    file_sha256: str | None,
+) -> Subject:
+    """Make a model ready for its analysis; parameters and errors are those of `analyze`.
+
+    Parameters
+    ----------
+    file_sha256 : str or None
+        SHA-256 of the file that the model came from, if it did.
+    """
+    check_finite(model)
+    if canvas is not None and canvas < 1:
+        raise UserError(f"--canvas must be at least 1, not {canvas}")
+    network = FilterNetwork(model, input_shape, canvas, pick_device(device))
+    if network.overflowing:
+        raise UserError(
+            f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
+        )
+    chosen = select_layers(network.layers, layers)
+    statistics, examples, unread = read_inputs(network.input_shape, mean, std, data, out)
+    groups, notes = _couple(model, network)
+    tied = group_of_layer(groups)
+    records = [_record(layer, tied.get(layer.name)) for layer in chosen]
+    weights = hash_model(model)
+    return Subject(
+        model, network, chosen, records, groups, statistics, examples, seed,
+        Origin(file_sha256 or weights, weights), notes + unread,
+    )  # fmt: skip
+
+
+def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGroup], list[str]]:
+    """Coupling groups, and notes for the report where something had to be left out."""
+    notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
+    if network.repeated:
+        names = few(list(network.repeated))
+        notes.append(f"Run several times when the model is called, looked at the first time: {names}.")
+    if not network.takes_batches:
+        notes.append("The model takes one input at a time, so its filters are not judged, only looked at.")
+        return [], notes
+    try:
+        return coupling.find_groups(model, blank_input(model, network.input_shape)), notes
+    except UntraceableError as error:
+        notes.append(
+            f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
+            "only silent ones are called dead."
+        )
+        return [], notes
+
+
+def _record(layer: Layer, group: CouplingGroup | None) -> LayerRecord:
+    number = None if group is None else group.number
+    file = f"layers/{slug(layer.depth, layer.name)}.safetensors"
+    return LayerRecord(**vars(layer), group=number, file=file)

@@ -1,0 +1,144 @@
+"""Seconds of the stages that follow the stimuli, timed on a few inputs, for the dry run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor, nn
+
+from prune_viz.calibration import images as calibration_images
+from prune_viz.calibration import synthetic_images
+from prune_viz.calibration.images import BATCH, Start, natural_noise, probe_size
+from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, probes_for
+from prune_viz.channels.groups import CouplingGroup
+from prune_viz.feature_visualization.priors import tile
+from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.layers import Layer
+from prune_viz.redundancy import importance
+from prune_viz.redundancy.fisher import gather_sensitivities
+from prune_viz.redundancy.gram_matrices import gather_moments, rounds
+from prune_viz.redundancy.judge import judge
+from prune_viz.utils.memory import Budget
+
+REPEATED_SECONDS, MOST_REPEATS = 1.0, 8  # of a pass of probes: what it takes more each time counts
+TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
+# What maps and report take, in seconds, once and a filter.
+FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
+
+
+def estimate_conclusions(
+    twin: nn.Module,
+    network: FilterNetwork,
+    layers: Sequence[Layer],
+    judged: Sequence[CouplingGroup],
+    seed: int,
+    examples: int,
+    noise_probes: int,
+    budget: Budget,
+) -> dict[str, float]:
+    """Seconds of what follows the stimuli, by stage.
+
+    Parameters
+    ----------
+    twin : nn.Module
+        The network to run probes through (`verdicts.probing_copy`).
+    network : FilterNetwork
+        The prepared network.
+    layers : sequence of Layer
+        Those looked at.
+    judged : sequence of CouplingGroup
+        Groups that would be judged.
+    seed : int
+        Seed of inputs made for the trial.
+    examples : int
+        How many images of the user's there are.
+    noise_probes : int
+        How many pictures of noise are probes.
+    budget : Budget
+        Memory that may be taken.
+    """
+    filters = sum(layer.filters for layer in layers)
+    found = {"embedding and report": FIXED_SECONDS + SECONDS_PER_FILTER * filters}
+    if not judged:
+        return found
+    channels, *extents = network.input_shape
+    largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
+    size = probe_size(twin, network.input_shape, largest)
+    noise = natural_noise((channels, *size), BATCH, seed, None)
+    judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
+
+    def probe(images: Tensor, count: float) -> float:
+        """Of so many inputs, in as many turns as there are."""
+
+        def turn(part: Sequence[CouplingGroup], times: int) -> None:
+            gather_moments(twin, part, lambda: [(images, False)] * times, budget)
+
+        parts = rounds(judged, budget.of_host().left() // 2)
+        return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
+
+    found["probes"] = probe(noise, filters + noise_probes + examples)
+    widest = importance.WIDEST[len(extents)]
+    size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
+    count, images = probes_for(size), tile(noise, size)
+    near = count * VARIANTS
+    found["calibration"] = _calibration_seconds(twin, images, seed, count, budget)
+    if found["calibration"]:
+        large = (
+            tile(noise, enlarged(size))
+            if calibration_images.runs_on(twin, channels, enlarged(size))
+            else images
+        )
+        sensed = _seconds(lambda: gather_sensitivities(twin, judged, lambda: [images, large], seed, budget))
+        found["sensitivity"] = sensed / 2 / BATCH * (importance.SENSED * count + examples)
+        found["ranking"] = probe(images, near / 2 + examples) + probe(large, near / 2)
+    found["verdicts"] = sum(judging(group.channels) for group in judged)
+    found["ranking"] = found.get("ranking", 0) + found["verdicts"]
+    return found
+
+
+def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int, budget: Budget) -> float:
+    """Seconds of calibrating so many probes; 0 where none can be."""
+
+    def passes(number: int) -> None:
+        calibrate(twin, [Start(images)], seed=seed, passes=number, budget=budget)
+
+    if calibrate(twin, [Start(images)], seed=seed, passes=1, budget=budget) is None:
+        return 0.0
+    return _seconds_of_many(passes, synthetic_images.PASSES) * count / len(images)
+
+
+def _judging_seconds(
+    twin: nn.Module, judged: Sequence[CouplingGroup], noise: Tensor, budget: Budget
+) -> Callable[[int], float]:
+    """Seconds of judging a group by its channels, from judging a small and a larger one."""
+    sizes = sorted(
+        {min(judged, key=lambda group: abs(group.channels - size)).number for size in TIMED_CHANNELS}
+    )
+    groups = [group for group in judged if group.number in sizes]
+    moments = gather_moments(twin, groups, lambda: [(noise, False), (noise, True)], budget)
+    points = []
+    for group in sorted(groups, key=lambda group: group.channels):
+        start = time.perf_counter()
+        judge(group, moments[group.number])
+        points.append((group.channels, time.perf_counter() - start))
+    (small, least), (large, most) = points[0], points[-1]
+    power = np.log(most / least) / np.log(large / small) if large > small else 3.0
+    power = float(np.clip(power, 1, 3))
+    return lambda channels: most * (channels / large) ** power
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _seconds_of_many(work: Callable[[int], object], count: float) -> float:
+    """Of work that is told how often to do a thing: what it takes once, and each time more."""
+    once = _seconds(partial(work, 1))
+    more = int(np.clip(REPEATED_SECONDS / max(once, 1e-3), 1, MOST_REPEATS))
+    a_time = max(_seconds(partial(work, 1 + more)) - once, 0) / more
+    return once + a_time * max(count - 1, 0)

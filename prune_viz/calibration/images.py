@@ -1,0 +1,243 @@
+"""The inputs on which filters are compared: natural noise, stimuli, calibrated probes and their starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_viz.calibration.dead_leaves import dead_leaves
+from prune_viz.feature_visualization.priors import make_prior, tile
+from prune_viz.network.inputs import InputStatistics
+from prune_viz.runs.run_directory import LayerTensors
+from prune_viz.utils.array_files import batches_of, read_arrays, write_arrays
+
+BATCH = 32
+_CHUNK = 4 * BATCH  # images of which a batch may be made
+NOISE_PROBES = 256
+HELD_OUT = 1 / 4  # share of the probes that no fit sees
+
+
+def natural_noise(
+    shape: Sequence[int], count: int, seed: int, statistics: InputStatistics | None = None
+) -> Tensor:
+    """Random inputs with the spectrum and colours of natural ones; of variance 1 where none are known.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        (C, *size).
+    count : int
+        How many.
+    seed : int
+        Of the generator.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+    """
+    prior = make_prior("natural", shape[0], tuple(shape[1:]), statistics=statistics)
+    generator = torch.Generator().manual_seed(seed)
+    return prior.colour(torch.randn(count, *shape, generator=generator))
+
+
+def noise_count(statistics: InputStatistics | None) -> int:
+    """How many pictures of noise `make_probes` gives."""
+    return NOISE_PROBES * (2 if statistics is not None and statistics.covariance is not None else 1)
+
+
+def probe_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
+    """Spatial size of probes: what is wished for if the model runs on it, else its own input size."""
+    return tuple(wished) if runs_on(model, input_shape[0], wished) else tuple(input_shape[1:])
+
+
+def runs_on(model: nn.Module, channels: int, size: Sequence[int]) -> bool:
+    """Whether a network takes inputs of a size; a flatten, say, ties it to one."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
+    except Exception:  # whatever a stranger's forward pass raises
+        return False
+    return True
+
+
+def make_probes(
+    layers: Iterable[np.ndarray],
+    input_channels: int,
+    size: Sequence[int],
+    seed: int,
+    statistics: InputStatistics | None = None,
+) -> Iterator[tuple[Tensor, bool]]:
+    """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
+
+    Where natural inputs were measured on examples, as much noise again is of the usual kind.
+
+    Parameters
+    ----------
+    layers : iterable of ndarray of float16, each shape (F, C, *canvas)
+        Stimuli, a layer at a time.
+    input_channels : int
+        C.
+    size : sequence of int
+        Spatial size of the probes.
+    seed : int
+        Seed of the noise.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs, for the noise.
+
+    Yields
+    ------
+    batch : Tensor, shape (B, C, *size)
+    held_out : bool
+        Every fourth probe is held out.
+    """
+    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed, statistics)
+    yield from split(noise, size)
+    if statistics is not None and statistics.covariance is not None:
+        # What never varied in the example inputs may yet: no filter is dead for want of it.
+        usual = replace(statistics, covariance=None, exponent=None)
+        yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed + 1, usual), size)
+    for images in layers:
+        for chunk in batches_of(images, _CHUNK):
+            yield from split(torch.from_numpy(chunk.astype(np.float32)), size)
+
+
+def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
+    """Give images batch by batch, filling `size`, every fourth held out, as `make_probes` does."""
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK]
+        places = torch.arange(len(chunk)) % 4
+        for held_out in (False, True):
+            chosen = chunk[(places == 3) == held_out]
+            for begin in range(0, len(chosen), BATCH):
+                yield tile(chosen[begin : begin + BATCH], size), held_out
+
+
+Owner = tuple[str, int]  # a layer and a filter of it
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures of one kind that calibration starts from.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, *size)
+        In the model's own input units.
+    owners : tuple of (str, int)
+        The layer and filter whose stimulus each is; empty where they are none.
+    """
+
+    images: Tensor
+    owners: tuple[Owner, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Probes that feed the batch norms as training did, and how nearly.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, *size)
+        The probes, in the model's own input units, on the CPU.
+    before, distance : float
+        How far the batch norms' inputs were and are from their running statistics, over all channels and
+        layers: mean squared error of the mean plus that of the deviation, in running deviations.
+    passes : int
+        How often each probe was moved.
+    held : float or None
+        What the filters whose stimuli probes started from give on them, as a share of what they gave at
+        the start, the median; None where no probe started from a stimulus.
+    """
+
+    images: Tensor
+    before: float
+    distance: float
+    passes: int
+    held: float | None = None
+
+
+def calibration_starts(
+    layers: Mapping[str, LayerTensors],
+    input_channels: int,
+    size: Sequence[int],
+    count: int,
+    seed: int,
+    statistics: InputStatistics | None = None,
+) -> tuple[Start, Start]:
+    """Where calibrated probes start: dead leaves, and as many stimuli of the deeper half of the layers.
+
+    Parameters
+    ----------
+    layers : mapping of str to LayerTensors
+        The layers' stimuli, in order of depth.
+    input_channels : int
+        C.
+    size : sequence of int
+        Spatial size of the probes.
+    count : int
+        How many probes.
+    seed : int
+        Seed of the leaves.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+
+    Returns
+    -------
+    leaves, stimuli : Start
+        With ``count - n`` and n pictures, and the stimuli's owners.
+    """
+    deep = list(layers)[len(layers) // 2 :]
+    quotas = np.diff(np.linspace(0, count // 2, len(deep) + 1).astype(int))
+    chosen = []
+    owners: list[Owner] = []
+    for name, quota in zip(deep, quotas, strict=True):
+        if quota:
+            tensors = layers[name]
+            live = np.flatnonzero(tensors.activations > 0)
+            rows = live[np.unique(np.linspace(0, len(live) - 1, quota).astype(int))] if len(live) else live
+            chosen.append(tile(torch.from_numpy(tensors.images[rows]).float(), size))
+            owners += [(name, int(row)) for row in rows]
+    stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
+    leaves = dead_leaves((input_channels, *size), count - len(stimuli), seed, statistics)
+    return Start(leaves), Start(stimuli, tuple(owners))
+
+
+def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
+    """Write calibrated probes, and a digest of what they depend on."""
+    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
+    write_images(calibrated.images, path, {"key": key, **numbers})
+
+
+def write_images(images: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write probes alone, shape (N, C, *size), and what is said of them."""
+    write_arrays(path, {"images": images.cpu().numpy()}, metadata)
+
+
+def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
+    """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
+    read = _read(path, strict=key is not None)
+    if read is None or key not in (None, read[1].get("key")):
+        return None
+    images, metadata = read
+    try:
+        numbers = float(metadata["before"]), float(metadata["distance"]), int(metadata["passes"])
+        held = metadata.get("held", "None")  # not there in earlier versions
+        return Calibrated(images, *numbers, None if held == "None" else float(held))
+    except (KeyError, ValueError):
+        return None
+
+
+def read_images(path: Path) -> Tensor | None:
+    """Read probes alone, shape (N, C, *size); None where there are none."""
+    read = _read(path, strict=False)
+    return None if read is None else read[0]
+
+
+def _read(path: Path, strict: bool) -> tuple[Tensor, dict[str, str]] | None:
+    read = read_arrays(path, strict)
+    if read is None or "images" not in read[0]:
+        return None
+    return torch.from_numpy(read[0]["images"]), read[1]

@@ -1,0 +1,368 @@
+"""Calibrated probes: inputs moved until every batch norm sees the mean and variance it saw in training.
+
+Drawn pictures and stimuli alone drive a network where its training never led it, and what is fitted on them
+does not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
+near the training data as far as the network can tell (Yin et al. 2020, DeepInversion). The statistics are
+those of all the probes together, which no batch could match: each batch is moved given what the others
+last gave. What else is asked of probes stands in `prune_viz.calibration.losses`. Steps are taken in the white
+coordinates of the natural prior, so that broad patterns move as easily as fine ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prune_viz.calibration.images import Calibrated, Owner, Start
+from prune_viz.calibration.losses import (
+    Means,
+    Seen,
+    Watched,
+    join,
+    norms_error,
+    own_shares,
+    pool,
+    total_error,
+)
+from prune_viz.feature_visualization.optimiser import roll, unit
+from prune_viz.feature_visualization.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
+from prune_viz.network.inputs import InputStatistics
+from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
+from prune_viz.utils.memory import Budget, RowLimit, even_parts
+from prune_viz.utils.progress import Progress
+
+PROBES = 96  # of `POSITIONS` pixels; of smaller ones more
+POSITIONS = 160 * 160
+MOST_PROBES = 384
+PASSES = 76  # over all probes, at most
+BATCH = 32
+RATE = 0.1  # of the first steps, in deviations of a white coordinate
+BETAS = 0.9, 0.99  # of the running means of gradients and of their squares
+JITTER = 1 / 16  # of the size, each way
+CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
+VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
+ENLARGED = 1.25
+# What probes depend on.
+SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, SCENE_EXPONENT)
+_PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
+_FALL = 0.01
+
+
+def calibrate(
+    model: nn.Module,
+    starts: Sequence[Start],
+    *,
+    seed: int = 0,
+    statistics: InputStatistics | None = None,
+    passes: int = PASSES,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+) -> Calibrated | None:
+    """Move inputs until the batch norms of a network see their running statistics.
+
+    Meanwhile the network stays half sure of each and takes them for many classes, and those that start
+    from stimuli go on exciting the filters whose they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, not folded; left unchanged.
+    starts : sequence of Start
+        Where the probes start, kind by kind. Every kind is brought to that of `CONTRASTS` at which the batch
+        norms see what is nearest to their statistics.
+    seed : int
+        Seed of the jitter.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs.
+    passes : int
+        How often each probe is moved, at most.
+    budget : Budget, optional
+        Memory that may be taken. Where a batch does not fit, it runs through the network in parts, twice.
+    progress : Progress, optional
+        Advanced by every probe that is moved, and at the end by those that need not be.
+
+    Returns
+    -------
+    Calibrated or None
+        None where the network has no batch norm with running statistics, lets no gradient through or
+        meets values that are not finite.
+    """
+    device = next(model.parameters()).device
+    settings = starts, seed, statistics, passes, budget, progress or Progress()
+    for classes in (True, False):  # a head may let no gradient through where the batch norms before it do
+        found = with_fewer(partial(_calibrate, model, *settings, classes), BATCH, device)
+        if found is not None:
+            return found
+    return None
+
+
+def _calibrate(
+    model: nn.Module,
+    starts: Sequence[Start],
+    seed: int,
+    statistics: InputStatistics | None,
+    passes: int,
+    budget: Budget | None,
+    progress: Progress,
+    classes: bool,
+    most: int,
+) -> Calibrated | None:
+    device = next(model.parameters()).device
+    kinds = [kind for kind in starts if len(kind.images)]
+    count, shape = sum(len(kind.images) for kind in kinds), kinds[0].images.shape[1:]
+    prior = make_prior("natural", shape[0], tuple(shape[1:]), device, statistics, scene_exponent(shape))
+    random = torch.Generator().manual_seed(seed)
+    photographs = are_photographs(shape)
+
+    def images(chunk: Tensor, contrast: float) -> Tensor:
+        return contrast * prior.colour(chunk)
+
+    with Watched(model, classes) as watched:
+        rows = RowLimit(budget, watched.see, backward=True).rows(shape, most)
+        parts: list[_Part] = []
+        for kind in kinds:
+            white = unit(prior.whiten(kind.images.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
+            parts += _nearest(watched, white.view_as(kind.images), kind.owners, images, rows)
+            if not parts[-1].seen.norms:
+                return None
+        shares = [len(part.white) / count for part in parts]
+        known = [part.seen.means() for part in parts]
+        steppers = [_Stepper(part.white) for part in parts]
+        distances = [_distance(known, shares)]
+        for number in range(passes):
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
+            for index, (part, stepper) in enumerate(zip(parts, steppers, strict=True)):
+                free = part.white.detach().requires_grad_()
+                moved, mirrored = _shift(images(free, part.contrast), random, photographs)
+                asked = part.asked(mirrored)
+
+                def error(seen: Seen, index: int = index, asked: Tensor | None = asked) -> Tensor:
+                    pooled = pool([*known[:index], seen.means(), *known[index + 1 :]], shares)
+                    return total_error(pooled, seen.own, asked)
+
+                found = _differentiate(watched, moved, part.owners, error, rows)
+                if found is None:
+                    return None
+                known[index] = found[0].means().detach()
+                stepper.step(torch.autograd.grad(moved, free, found[1])[0], rate)
+                progress.advance(len(part.white))
+            distances.append(_distance(known, shares))
+            if not math.isfinite(distances[-1]):
+                return None
+            if _settled(distances):
+                progress.advance(count * (passes - number - 1))
+                break
+        ends = [images(part.white, part.contrast) for part in parts]
+        held = _held(watched, parts, ends, rows)
+    ended = torch.cat([end.cpu() for end in ends])
+    return Calibrated(ended, distances[0], distances[-1], len(distances) - 1, held)
+
+
+@dataclass
+class _Part:
+    """A batch of probes of one kind that moves together.
+
+    Attributes
+    ----------
+    white : Tensor, shape (B, C, *size)
+        In white coordinates; moved in place.
+    contrast : float
+        Of its kind.
+    owners : sequence of (str, int)
+        Whose stimuli they were.
+    seen : Seen
+        What it gave at the start.
+    """
+
+    white: Tensor
+    contrast: float
+    owners: Sequence[Owner]
+    seen: Seen
+
+    def asked(self, mirrored: Tensor) -> Tensor | None:
+        """What own filters gave at the start, of mirrored stimuli nothing: they need not excite them."""
+        if self.seen.own is None:
+            return None
+        return torch.where(mirrored[:, None].to(self.seen.own.device), 0.0, self.seen.own)
+
+
+def _nearest(
+    watched: Watched,
+    white: Tensor,
+    owners: Sequence[Owner],
+    images: Callable[[Tensor, float], Tensor],
+    rows: int,
+) -> list[_Part]:
+    """A kind's probes in batches, at the contrast at which batch norms see what is nearest to training."""
+    chunks = torch.split(white, BATCH)
+    whose = [owners[start : start + BATCH] for start in range(0, len(white), BATCH)]
+    shares = [len(chunk) / len(white) for chunk in chunks]
+    found = []
+    with torch.no_grad():
+        for contrast in CONTRASTS:
+            parts = [
+                _Part(chunk, contrast, own, _see(watched, images(chunk, contrast), own, rows))
+                for chunk, own in zip(chunks, whose, strict=True)
+            ]
+            if not parts[0].seen.norms:
+                return parts
+            found.append((_distance([part.seen.means() for part in parts], shares), parts))
+    return min(found, key=lambda one: one[0] if math.isfinite(one[0]) else math.inf)[1]
+
+
+def _see(watched: Watched, images: Tensor, owners: Sequence[Owner], rows: int) -> Seen:
+    """What images give, so many of them at a time, without gradients."""
+    with torch.no_grad():
+        return join([watched.see(*part) for part in _split(images, owners, rows)])
+
+
+def _split(images: Tensor, owners: Sequence[Owner], rows: int) -> list[tuple[Tensor, Sequence[Owner]]]:
+    return [(images[part], owners[part]) for part in even_parts(len(images), rows)]
+
+
+def _differentiate(
+    watched: Watched, images: Tensor, owners: Sequence[Owner], error: Callable[[Seen], Tensor], rows: int
+) -> tuple[Seen, Tensor] | None:
+    """What images give and the gradient of the error by them; None where none comes through.
+
+    More images than `rows` go through the network in parts, twice: what all of them give tells what the error
+    asks of each.
+    """
+    inputs = images.detach().requires_grad_()
+    if len(inputs) <= rows:
+        seen = watched.see(inputs, owners)
+        gradient = _gradient(error(seen), inputs)
+        return None if gradient is None else (seen, gradient)
+    with torch.no_grad():
+        parts = [watched.see(*part).leaves() for part in _split(inputs, owners, rows)]
+    seen = join(parts)
+    asked = iter(torch.autograd.grad(
+        error(seen), [one for part in parts for one in part.tensors()], materialize_grads=True
+    ))  # fmt: skip
+    gradients = []
+    for chunk, whose in _split(inputs.detach(), owners, rows):
+        chunk = chunk.requires_grad_()
+        given = watched.see(chunk, whose).tensors()
+        asking = sum(((one * next(asked)).sum() for one in given), chunk.new_zeros(()))
+        gradient = _gradient(asking, chunk)
+        if gradient is None:
+            return None
+        gradients.append(gradient)
+        release_memory(images.device)
+    return seen, torch.cat(gradients)
+
+
+def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor], rows: int) -> float | None:
+    """Median over stimuli of what their own filters give, as a share of that at the start."""
+    shares = []
+    for part, end in zip(parts, ends, strict=True):
+        own = _see(watched, end, part.owners, rows).own if part.owners else None
+        if own is not None and part.seen.own is not None:
+            shares.append(own_shares(own, part.seen.own))
+    return float(torch.cat(shares).median()) if shares else None
+
+
+def _distance(known: Sequence[Means], shares: Sequence[float]) -> float:
+    return float(norms_error(pool(known, shares)))
+
+
+def _gradient(loss: Tensor, chunk: Tensor) -> Tensor | None:
+    """The gradient, or None where the forward pass lets none through."""
+    try:
+        return torch.autograd.grad(loss, chunk)[0]
+    except RuntimeError as error:  # nothing to differentiate, or changed in place what a gradient needs
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+class _Stepper:
+    """Adam (Kingma and Ba 2015) with one second moment an image instead of one a coordinate.
+
+    With its own second moment every coordinate moves at first by the whole rate, as noise does, whether the
+    loss asks for it or not. So the steps go where the gradient points, and leave the rest of a picture clean.
+    """
+
+    def __init__(self, chunk: Tensor) -> None:
+        self._chunk = chunk
+        self._mean = torch.zeros_like(chunk)
+        self._square = torch.zeros(len(chunk), *(1,) * (chunk.ndim - 1), device=chunk.device)
+        self._steps = 0
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Move the chunk in place, shape (B, C, *size)."""
+        self._steps += 1
+        axes = tuple(range(1, gradient.ndim))
+        self._mean.lerp_(gradient, 1 - BETAS[0])
+        self._square.lerp_(gradient.square().mean(dim=axes, keepdim=True), 1 - BETAS[1])
+        mean = self._mean / (1 - BETAS[0] ** self._steps)
+        deviation = (self._square / (1 - BETAS[1] ** self._steps)).sqrt()
+        self._chunk -= rate * mean / deviation.clamp_min(1e-12)
+
+
+def _settled(distances: Sequence[float]) -> bool:
+    """Whether the distance has stopped falling."""
+    if len(distances) <= _PATIENCE:
+        return False
+    return min(distances[-_PATIENCE:]) > (1 - _FALL) * min(distances[:-_PATIENCE])
+
+
+def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> tuple[Tensor, Tensor]:
+    """Shift each image around its canvas by up to `JITTER` of it, and mirror half of them if asked to.
+
+    Returns the images, and which of them are mirrored.
+    """
+    size = images.shape[2:]
+    reaches = torch.tensor([max(1, int(extent * JITTER)) for extent in size])
+    chance = 2 * torch.rand((len(images), len(size)), generator=random) - 1
+    shifts = (chance * (reaches + 0.5)).round().long().clamp(-reaches, reaches)
+    moved = roll(images, shifts.to(images.device))
+    mirrored = torch.zeros(len(images), dtype=torch.bool)
+    if mirror:
+        mirrored = torch.rand(len(images), generator=random) < 0.5
+        moved = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), moved.flip(-1), moved)
+    return moved, mirrored
+
+
+def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
+    """Give `VARIANTS` copies of probes, each shifted at random; of photographs, mirrored and enlarged too.
+
+    Calibration shifts and mirrors alike as it goes, so that these feed the batch norms as well as the probes
+    themselves, and a deep layer, which sees few positions of each, gets samples enough for a regression.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, C, *size)
+        Probes.
+    enlarge : bool
+        Whether the network takes inputs `ENLARGED` times as large.
+    seed : int
+        Seed of the shifts.
+
+    Yields
+    ------
+    Tensor, shape (N, C, *size), or larger for some copies of photographs
+    """
+    random = torch.Generator().manual_seed(seed)
+    photographs = are_photographs(images.shape[1:])
+    for number in range(VARIANTS):
+        moved, _ = _shift(images, random, photographs)
+        if enlarge and photographs and number % 2:
+            moved = F.interpolate(moved, size=enlarged(images.shape[2:]), mode="bicubic", antialias=True)
+        yield moved
+
+
+def enlarged(size: Sequence[int]) -> list[int]:
+    """The size of enlarged probes."""
+    return [round(ENLARGED * extent) for extent in size]
+
+
+def probes_for(size: Sequence[int]) -> int:
+    """How many probes of a spatial size are calibrated: small ones cost less and give fewer samples."""
+    return int(min(max(PROBES * POSITIONS / math.prod(size), PROBES), MOST_PROBES))

@@ -1,0 +1,366 @@
+"""The command line. Torch and what else is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prune_viz import __version__
+from prune_viz.cli.arguments import (
+    check_budget,
+    check_device,
+    parse_kwargs,
+    parse_memory,
+    parse_numbers,
+    parse_shapes,
+)
+from prune_viz.cli.console import (
+    exit_codes,
+    make_console,
+    make_progress,
+    print_estimate,
+    print_status,
+    print_summary,
+)
+from prune_viz.cli.options import (
+    Arch,
+    ArchKwargs,
+    AsJson,
+    Code,
+    Compensate,
+    Engine,
+    EngineName,
+    Example,
+    Force,
+    GpusPerTask,
+    InputShapes,
+    Key,
+    Memory,
+    Mode,
+    ModelFile,
+    Prior,
+    Quiet,
+    RunArgument,
+    TrustPickle,
+    Workers,
+)
+from prune_viz.cli.viewing import figure, report, review
+from prune_viz.utils.destinations import check_destination, check_writable
+from prune_viz.utils.errors import UserError, one_line
+
+app = typer.Typer(
+    name="prune-viz",
+    help="See what every filter of a convolutional network does; remove those that do nothing or repeat.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prune-viz {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@exit_codes
+def analyze(
+    model: ModelFile,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
+    trust_pickle: TrustPickle = False,
+    input_shapes: InputShapes = None,
+    example: Example = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Only layers whose name matches; may be repeated.", show_default="all"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run directory.", show_default="reports/MODEL's stem")
+    ] = None,
+    prior: Annotated[
+        Prior, typer.Option(help="Bound stimuli as natural pictures, or by their norm alone.")
+    ] = (Prior.natural),
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most steps of an ascent.", show_default="176"),
+    ] = None,
+    canvas: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Size of the stimuli.", show_default="by receptive field"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of all that is random.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Mean of the normalisation, of pixels in 0..1."),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the normalisation.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Example images, unlabelled: what is natural is measured on them."),
+    ] = None,
+    engine: Engine = EngineName.local,
+    workers: Workers = None,
+    gpus_per_task: GpusPerTask = 1.0,
+    memory: Memory = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do again what the run directory already holds.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take, from a short trial.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the redundant and dead filters of MODEL; write stimuli, masks and a report.
+
+    A run that was cut short is taken up where it stopped. Exit codes: 0 done, 2 something that was given is
+    wrong, 1 anything else, a failed task for instance, 130 interrupted.
+    """
+    kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
+    normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
+    check_device(device)
+    budget = parse_memory(memory)
+    out = out or Path("reports") / model.stem
+    check_writable(out)
+
+    from prune_viz.runs.ownership import check_run_directory
+
+    check_run_directory(out)
+
+    from prune_viz.analysis import analyze as run_analysis
+    from prune_viz.analysis import estimate as estimate_analysis
+    from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
+    from prune_viz.loading.architectures import default_normalisation
+
+    silent = quiet or as_json
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent)
+    checkpoint = hold_as_told(checkpoint, shapes, example, budget)
+    shape = input_shape_of(checkpoint)
+    if normalisation == (None, None):
+        normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
+    options: dict[str, Any] = {
+        "input_shape": shape,
+        "mean": normalisation[0],
+        "std": normalisation[1],
+        "data": data,
+        "out": out,
+        "layers": layers or (),
+        "prior": prior.value,
+        "canvas": canvas,
+        "seed": seed,
+        "device": device,
+        "workers": workers,
+        "memory": budget,
+        "progress": make_progress(silent),
+        **({} if steps is None else {"steps": steps}),
+    }
+    if dry_run:
+        if engine is not EngineName.local:
+            raise UserError("--dry-run tells what a run on this machine takes: leave out --engine")
+        estimate = estimate_analysis(checkpoint.model, **options)
+        if as_json:
+            print(json.dumps(estimate.as_json()))
+        print_estimate(estimate, make_console(silent))
+        return
+    result = run_analysis(
+        checkpoint.model,
+        engine=engine.value,
+        gpus_per_task=gpus_per_task,
+        fresh=fresh,
+        source=checkpoint.source,
+        **options,
+    )
+    if as_json:
+        print(json.dumps({**result.summary, "out": str(out)}))
+    print_summary(result, out, make_console(silent))
+
+
+@app.command()
+@exit_codes
+def status(run: RunArgument, as_json: AsJson = False) -> None:
+    """Say what of RUN is done, failed and left."""
+    from prune_viz.runs.run_directory import RunDirectory
+    from prune_viz.runs.status import read_status
+
+    found = read_status(RunDirectory(run))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_status(found, make_console())
+
+
+@app.command()
+@exit_codes
+def masks(
+    run: RunArgument,
+    ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="Share of the filters to remove, 0 to 1.")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(metavar="R", help="Share of the multiply-accumulates to remove, 0 to 1.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T", help="Damage allowed to each group, in the run's own unit: nats for classifiers."
+        ),
+    ] = None,
+    round_to: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With a budget: leave layers a multiple of N filters; hardware is fastest at 8 or 16.",
+        ),
+    ] = 1,
+    review: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What was decided in the report of RUN: its review.json."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts."""
+    budget = check_budget(ratio=ratio, macs=macs, tolerance=tolerance)
+    if round_to != 1 and not budget:
+        raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
+    if review is not None and budget:
+        raise UserError(f"give --review or --{next(iter(budget))}, not both")
+
+    from prune_viz.runs.run_directory import RunDirectory
+
+    RunDirectory(run).check_masks_destination(out, review, force)
+
+    from prune_viz.pruning.budgets import write_masks
+    from prune_viz.pruning.review import write_reviewed_masks
+
+    if review is None:
+        lines = write_masks(run, out, round_to=round_to, **budget)
+    else:
+        lines = write_reviewed_masks(run, review, out)
+    console = make_console()
+    for line in lines:
+        console.print(one_line(line), soft_wrap=True)
+
+
+@app.command()
+@exit_codes
+def apply(
+    model: ModelFile,
+    masks: Annotated[Path, typer.Argument(metavar="MASKS", help="masks.pt of a run.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the pruned model.", show_default=False)
+    ],
+    mode: Annotated[
+        Mode, typer.Option(help="Set the filters to zero, or take them out of the network.")
+    ] = Mode.zero,
+    compensate: Annotated[
+        Compensate | None,
+        typer.Option(
+            help="With --mode remove: make up for them in the weights and batch norms left, or not.",
+            show_default="merge, where the masks carry merges fitted to MODEL",
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the pruned network itself too: FILE.pt2 or FILE.onnx."),
+    ] = None,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
+    trust_pickle: TrustPickle = False,
+    input_shapes: InputShapes = None,
+    example: Example = None,
+    force: Force = False,
+) -> None:
+    """Carry out MASKS on MODEL and write the result to a new file."""
+    kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
+    if mode is Mode.zero and compensate is Compensate.merge:
+        raise UserError("--compensate merge needs --mode remove")
+    from prune_viz.runs.run_directory import merges_beside, probes_beside
+
+    inputs = (model, masks, merges_beside(masks), probes_beside(masks))
+    check_destination("--out", out, inputs, force)
+    if export is not None:
+        check_destination("--export", export, inputs, force)
+        if export.absolute() == out.absolute():
+            raise UserError(f"--export {export} is the file that --out names; name another")
+
+        from prune_viz.pruning.export import check_export
+
+        check_export(export)
+
+    from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
+    from prune_viz.pruning.write import write_removed, write_zeroed
+
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle)
+    checkpoint = hold_as_told(checkpoint, shapes, example)
+    shape = input_shape_of(checkpoint) if export or mode is Mode.remove else ()
+    if mode is Mode.zero:
+        lines = write_zeroed(checkpoint, masks, out, export, shape)
+    else:
+        how = None if compensate is None else compensate.value
+        lines = write_removed(checkpoint, masks, shape, out, how, export)
+    console = make_console()
+    for line in lines:
+        console.print(one_line(line), soft_wrap=True)
+    console.print(f"written to {one_line(out)}", soft_wrap=True)
+
+
+for _view in (report, figure, review):
+    app.command()(_view)
+
+
+@app.command()
+@exit_codes
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory.")] = Path("reports/demo"),
+) -> None:
+    """Train a small network on handwritten digits, plant useless filters in it, find and remove them."""
+    check_writable(out)
+
+    from prune_viz.demo.run import run_demo
+
+    run_demo(out, make_progress(), make_console())
+
+
+def main() -> None:
+    """Run the command line; mistakes in how it is called get one line too."""
+    # Nobody could act on warnings of torch and numpy, and a model file could choose their words.
+    warnings.simplefilter("ignore")
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="prune-viz", standalone_mode=False)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what all of typer's usage errors have
+        if message is None:
+            raise
+        print(f"error: {one_line(message())} (--help shows how)", file=sys.stderr)
+        code = 2
+    sys.exit(code)

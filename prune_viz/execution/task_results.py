@@ -1,0 +1,136 @@
+"""Results of tasks as a run directory keeps them, until they make a layer's file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from prune_viz.execution.tasks import Piece, Task, failing_together
+from prune_viz.runs.ownership import own_tensors, remove_tensors
+from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.runs.run_json import LayerRecord
+from prune_viz.utils.array_files import read_arrays, read_header, write_arrays
+from prune_viz.utils.errors import UserError
+
+_ARRAYS = ("images", "activations", "responses")
+
+
+class Pieces:
+    """Results of tasks in a run directory, until a layer's are all there and make its file.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run directory.
+    records : sequence of LayerRecord
+        The layers.
+    tasks : sequence of Task
+        All tasks of the run.
+    key : str
+        From `tasks.stimuli_key`.
+    weights : callable
+        From a layer's name to the weights to be shown, if any.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        records: Sequence[LayerRecord],
+        tasks: Sequence[Task],
+        key: str,
+        weights: Callable[[str], np.ndarray | None],
+    ) -> None:
+        self._run, self._key, self._weights = run, key, weights
+        self._files = {record.name: record.file for record in records}
+        self._tasks: dict[str, list[Task]] = {record.name: [] for record in records}
+        for task in tasks:
+            self._tasks[task.layer].append(task)
+        self.metadata = {name: run.layer_metadata(file) for name, file in self._files.items()}
+        whole = {one.name: {"run": key, "layer": one.name, "filters": str(one.filters)} for one in records}
+        self.whole = {
+            name
+            for name, metadata in self.metadata.items()
+            if "key" not in metadata  # else a piece stands in the layer's place
+            and whole[name].items() <= metadata.items()
+            and {"failed", "derailed"} <= metadata.keys()
+        }
+        self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
+        for name in self._files:
+            self._complete(name)
+
+    def add(self, task: Task, piece: Piece) -> None:
+        """Keep a result, and write the layer's file once all are there."""
+        arrays = {name: getattr(piece, name) for name in _ARRAYS}
+        metadata = {"key": task.key, **self._describe(task.layer, [piece])}
+        write_arrays(self._run.path / task.file, arrays, metadata)
+        self.done.add(task)
+        self._complete(task.layer)
+
+    def ready(self, task: Task) -> bool:
+        """Whether the layer that the task starts from is there."""
+        return task.feeder is None or task.feeder in self.whole
+
+    def fed(self, task: Task) -> np.ndarray | None:
+        """The stimuli that a task starts from."""
+        if task.feeder is None:
+            return None
+        return np.array(self._run.read_layer(self._files[task.feeder]).images[task.start : task.stop])
+
+    def tidy(self) -> None:
+        """Remove results of other options, and of layers that are whole; those of other layers stay."""
+        files = own_tensors(self._run.tasks_folder)
+        headers = {file.name: read_header(file) or {} for file in files}
+        keep = {
+            name
+            for name, header in headers.items()
+            if header.get("run") == self._key and header.get("layer") not in self.whole
+        }
+        remove_tensors(self._run.tasks_folder, frozenset(keep))
+
+    def _complete(self, name: str) -> None:
+        tasks = self._tasks[name]
+        if name in self.whole or not self.done.issuperset(tasks):
+            return
+        pieces = failing_together([self._sound(task) for task in tasks])
+        arrays = {part: [getattr(piece, part) for piece in pieces] for part in _ARRAYS}
+        weights = None if pieces[0].failed else self._weights(name)
+        if weights is not None:
+            arrays["weights"] = [weights]
+        self.metadata[name] = self._describe(name, pieces)
+        write_arrays(self._run.path / self._files[name], arrays, self.metadata[name])
+        self.whole.add(name)
+        for task in tasks:
+            (self._run.path / task.file).unlink(missing_ok=True)
+
+    def _sound(self, task: Task) -> Piece:
+        piece = self._read(task)
+        if piece is None:
+            raise UserError(f"{self._run.path / task.file} was damaged meanwhile; the same command goes on")
+        return piece
+
+    def _read(self, task: Task) -> Piece | None:
+        read = read_arrays(self._run.path / task.file, mapped=("images",))
+        if read is None or read[1].get("key") != task.key:
+            return None
+        arrays, metadata = read
+        try:
+            derailed = tuple(int(number) for number in metadata["derailed"].split(", ") if number)
+            seconds, failed = float(metadata["seconds"]), metadata["failed"]
+            images, activations, responses = (arrays[name] for name in _ARRAYS)
+        except (KeyError, ValueError):  # not as we write them
+            return None
+        shapes = images.shape[:1], activations.shape, responses.shape[:1]
+        if any(shape != (task.filters,) for shape in shapes) or responses.ndim != 2:
+            return None
+        return Piece(images, activations, responses, derailed, failed, seconds)
+
+    def _describe(self, layer: str, pieces: Sequence[Piece]) -> dict[str, str]:
+        return {
+            "run": self._key,
+            "layer": layer,
+            "filters": str(sum(len(piece.activations) for piece in pieces)),
+            "derailed": ", ".join(str(number) for piece in pieces for number in piece.derailed),
+            "failed": pieces[0].failed,
+            "seconds": f"{sum(piece.seconds for piece in pieces):.3f}",
+        }

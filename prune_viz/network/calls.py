@@ -1,0 +1,159 @@
+"""A model is called once, on noise: which convolutions run, and whether that leaves its weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune_viz.network.copies import as_it_was, have_same_parameters, plain_copy
+from prune_viz.utils.errors import UserError, brief
+from prune_viz.utils.memory import Budget, in_words
+from prune_viz.utils.nested_tensors import tensors_of
+
+
+@dataclass(frozen=True)
+class CalledCopy:
+    """A plain copy of a model, and what happened when the model was called.
+
+    Attributes
+    ----------
+    model : nn.Module
+        In single precision.
+    calls : dict of str to int
+        How often each convolution that runs is called, in the order of their first calls.
+    overflowing : list of str
+        Convolutions that gave values that are not finite.
+    shares : bool
+        Whether the copy shares the model's weights: where a call leaves them as they are.
+    """
+
+    model: nn.Module
+    calls: dict[str, int]
+    overflowing: list[str]
+    shares: bool
+
+
+def called_copy(model: nn.Module, input_shape: tuple[int, ...]) -> CalledCopy:
+    """Copy a model, and call it once.
+
+    Raises
+    ------
+    UserError
+        If the model has no convolutions, or does not run on an input of that shape.
+    """
+    _check_maps(model, input_shape)
+    called = plain_copy(model).float()
+    calls, overflowing = _count_calls(called, input_shape)
+    sharing = plain_copy(model, share=True).float()
+    shares = have_same_parameters(called, sharing)
+    return CalledCopy(sharing if shares else called, calls, overflowing, shares)
+
+
+def _check_maps(model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Refuse a pass in which some tensor would not fit memory: an untrusted network may ask for any size."""
+    largest, most = largest_tensor(model, input_shape), Budget.of(torch.device("cpu")).limit
+    if 2 * largest > most:  # what is made, and what it is made of
+        raise UserError(
+            f"on an input of shape {_comma(input_shape)} the model makes a tensor of {in_words(largest)}, "
+            f"too much for the {in_words(most)} that may be taken; give a smaller --input-shape"
+        )
+
+
+def largest_tensor(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Bytes of the largest tensor that a call of a model makes, found without memory for it.
+
+    0 where that cannot be found: the model is called on the meta device, which not every model allows.
+    """
+    sizes = _Sizes()
+    try:
+        twin = plain_copy(model, share=True).float().to("meta")
+        with torch.no_grad(), sizes:
+            twin(torch.zeros(1, *input_shape, device="meta"))
+    except Exception:  # whatever an untrusted network raises there
+        return 0
+    return sizes.largest
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(one.numel() * one.element_size() for one in tensors_of(made))])
+        return made
+
+
+def convolutions_of(model: nn.Module) -> dict[str, _ConvNd]:
+    """A model's convolutions by name, those that never run included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+
+
+def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, int], list[str]]:
+    """Run the model once on noise: how often each convolution is called, in order, and which overflow."""
+    convolutions = convolutions_of(model)
+    if not convolutions:
+        raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
+    unset = next((name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)), None)
+    if unset is not None:
+        raise UserError(
+            f"{unset} has no values yet: run the model once, or load weights, before its analysis"
+        )
+    axes = len(next(iter(convolutions.values())).kernel_size)
+    if not 2 <= len(input_shape) <= 4:
+        raise UserError(
+            f"input shape {_comma(input_shape)} does not fit: give the channels and one to three sizes"
+        )
+    calls: dict[str, int] = {}
+    overflowing: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(output)):
+                overflowing.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
+    try:
+        with torch.no_grad(), as_it_was(model):
+            model(ordinary_input(input_shape).to(blank_input(model, input_shape).device))
+    except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
+        hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
+        raise UserError(
+            f"the model does not run on an input of shape {_comma(input_shape)} ({brief(error)}){hint}; give "
+            "the right --input-shape, channels first"
+        ) from None
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not calls:
+        raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
+    return calls, overflowing
+
+
+def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """One input of zeros, shape (1, *input_shape), on the device and of the type of the model's weights."""
+    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype)
+
+
+def ordinary_input(input_shape: Sequence[int], rows: int = 1) -> Tensor:
+    """Noise, shape (rows, *input_shape), the same each time."""
+    return torch.randn(rows, *input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def _comma(shape: Sequence[int]) -> str:
+    return ",".join(str(size) for size in shape)

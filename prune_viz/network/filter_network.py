@@ -1,0 +1,344 @@
+"""A network as its filters' maps: `FilterNetwork`."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from prune_viz.network import tracing
+from prune_viz.network.calls import blank_input, called_copy, convolutions_of, ordinary_input
+from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
+from prune_viz.network.copies import as_it_was
+from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
+from prune_viz.network.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
+from prune_viz.network.receptive_field import receptive_field
+from prune_viz.runs.fingerprint import hash_structure
+from prune_viz.utils.devices import may_pass, with_fewer
+from prune_viz.utils.errors import LayerError, UserError, brief
+from prune_viz.utils.memory import Budget, RowLimit
+from prune_viz.utils.nested_tensors import tensors_of
+
+READ_BATCH = 32  # inputs that run through the whole network at a time, at most
+
+
+class FilterNetwork:
+    """A model prepared for looking at its filters: traced, batch norms folded, parameters frozen.
+
+    The model given is never changed. What is not folded shares its weights, unless a call writes into them:
+    do not change them meanwhile.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; used in eval mode.
+    input_shape : tuple of int
+        Shape of one input, channels first, without the batch axis.
+    canvas : int, optional
+        Size of every stimulus along each axis, instead of one chosen from the receptive field.
+    device : torch.device
+        Where the work is done.
+
+    Attributes
+    ----------
+    layers : list of Layer
+        Every convolution that runs, in order of execution.
+    skipped : list of str
+        Names of convolutions that do not run when the model is called.
+    shares : bool
+        Whether copies may share the model's weights: a call leaves them as they are.
+    channels_last : bool
+        Whether the model computes the same with channels last in memory, which is faster; not where it views
+        maps as they usually lie.
+    repeated : dict of str to int
+        Convolutions that run several times, and how often; looked at is what they give first.
+    overflowing : list of str
+        Names of convolutions that give values that are not finite on plain noise.
+
+    Raises
+    ------
+    UserError
+        If the model has no convolutions, or does not run on an input of that shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        canvas: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.input_shape = tuple(input_shape)
+        self.device = torch.device(device)
+        called = called_copy(model, self.input_shape)
+        model, calls = called.model, called.calls
+        self.overflowing, self.shares = called.overflowing, called.shares
+        convolutions = convolutions_of(model)
+        self.skipped = [name for name in convolutions if name not in calls]
+        self.repeated = {name: times for name, times in calls.items() if times > 1}
+        example = ordinary_input(self.input_shape).to(blank_input(model, self.input_shape))
+        self.channels_last = takes_channels_last(model, example, share=self.shares)
+        self._row_by_row: set[str] = set()
+        self._hooked: dict[str, HookedMaps] = {}
+        self._alone = threading.RLock()
+
+        traced = tracing.trace(model)
+        self._graph: fx.GraphModule | None = None
+        self._taps: dict[str, tracing.Tap] = {}
+        self._model = model
+        if traced is not None:
+            example = ordinary_input(self.input_shape)
+            folded = tracing.fold_batch_norms(traced, example, share=self.shares)
+            self._graph = folded.to(self.device).requires_grad_(False)
+            if self.channels_last:
+                lay_weights_channels_last(self._graph)
+            self._taps = tracing.find_taps(self._graph)
+        self.layers = [
+            self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(calls)
+        ]
+
+    def _layer(self, depth: int, name: str, module: _ConvNd, canvas: int | None) -> Layer:
+        field = None
+        if self._graph is not None and name in self._taps:
+            field = receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
+        size = choose_canvas(self.input_shape[1:], field, canvas)
+        if not self._runs_on(name, size):
+            if canvas is not None:
+                raise UserError(f"--canvas {canvas} is too small for {name}, or not what the model takes")
+            size = self.input_shape[1:]
+            if not self._runs_on(name, size):
+                self._row_by_row.add(name)
+        pair = ordinary_input((self.input_shape[0], *size), 2).to(self.device)
+        if not takes_batches(self._maps(name), self._laid_out(pair)):
+            self._row_by_row.add(name)
+        return Layer(name, describe(module), module.out_channels, depth, field, size)
+
+    def _runs_on(self, name: str, canvas: tuple[int, ...]) -> bool:
+        """Whether the network up to a layer works on a canvas; without padding a small one may not do."""
+        try:
+            with torch.no_grad():
+                blank = torch.zeros(1, self.input_shape[0], *canvas, device=self.device)
+                return self.maps(name)(blank)[1].numel() > 0
+        except Exception:  # whatever a stranger's forward pass raises
+            return False
+
+    @property
+    def structure(self) -> str:
+        """Hex SHA-256 of what the network computes beside its weights, as far as it can be told."""
+        return hash_structure(self._model, "" if self._graph is None else self._graph.code)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name; raises `UserError`, with near names, if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise UserError(no_layer_message(name, [layer.name for layer in self.layers]))
+
+    def _laid_out(self, inputs: Tensor) -> Tensor:
+        """Inputs as the network computes with them in memory."""
+        return lay_channels_last(inputs) if self.channels_last else inputs.contiguous()
+
+    def maps(self, name: str) -> MapFunction:
+        """The network up to a layer's feature maps.
+
+        Returns
+        -------
+        callable
+            From inputs, shape (B, C, *canvas), to the layer's maps before and after its activation, both
+            (B, F, *spatial); the same tensor where no activation follows. It raises `LayerError` where the
+            model fails.
+        """
+        plain = self._maps(name)
+
+        def checked(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return _floating(*plain(inputs))
+
+        found = RowByRow(checked) if name in self._row_by_row else checked
+        one_at_a_time = self._alone if self._has_own_code else nullcontext()
+
+        def guarded(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            try:
+                with one_at_a_time:
+                    return found(self._laid_out(inputs))
+            except Exception as error:  # whatever a stranger's forward pass raises
+                if may_pass(error):
+                    raise
+                raise LayerError(f"{name}: the model fails on a stimulus ({brief(error)})") from error
+
+        return guarded
+
+    def _maps(self, name: str) -> MapFunction:
+        if self._graph is not None and name in self._taps:
+            return tracing.cut(self._graph, self._taps[name])
+        return self._hooked.setdefault(name, HookedMaps(self._hookable, name, self._alone))
+
+    @cached_property
+    def _has_own_code(self) -> bool:
+        """Whether modules in the graph are not torch's own: they may keep what they saw."""
+        modules = () if self._graph is None else self._graph.modules()
+        return not all(type(module).__module__.startswith("torch.") for module in modules)
+
+    @cached_property
+    def _hookable(self) -> nn.Module:
+        return hookable(self._model, self.device, share=self.shares)
+
+    def takes(self, size: Sequence[int]) -> bool:
+        """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
+        try:
+            self._outputs_of_blank(1, size)
+        except Exception:  # whatever a stranger's forward pass raises
+            return False
+        return True
+
+    @cached_property
+    def takes_batches(self) -> bool:
+        """Whether the whole network gives twice as much for two inputs as for one, along its batch axis."""
+        try:
+            one, two = (self._outputs_of_blank(rows, self.input_shape[1:]) for rows in (1, 2))
+        except Exception:  # whatever a stranger's forward pass raises
+            return False
+        return len(two) == 2 * len(one) or any(
+            _is_doubled(less.shape, more.shape) for less, more in zip(one, two, strict=False)
+        )
+
+    def _outputs_of_blank(self, rows: int, size: Sequence[int]) -> list[Tensor]:
+        with torch.no_grad():
+            return self.outputs(torch.zeros(rows, self.input_shape[0], *size))
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """What the whole network gives, its batch norms folded where it could be traced."""
+        whole = self._graph or self._model
+        with as_it_was(self._model):
+            return tensors_of(whole(self._laid_out(inputs.to(next(whole.parameters()).device))))
+
+    def read(
+        self,
+        names: Sequence[str],
+        inputs: Callable[[], Iterable[Tensor]],
+        reading: Callable[[Tensor], Tensor],
+        budget: Budget | None = None,
+    ) -> dict[str, Tensor]:
+        """Run inputs and keep what `reading` makes of several layers' feature maps.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The layers.
+        inputs : callable
+            Gives them in parts, each shape (B, C, *size), of a size that the network `takes`.
+        reading : callable
+            From maps, shape (B, F, *map), to what is kept of them, shape (B, F, ...). A layer that cannot be
+            traced nor looked at is read as a map of one zero.
+        budget : Budget, optional
+            Memory that may be taken.
+
+        Returns
+        -------
+        dict of str to Tensor, shape (all inputs, F, ...)
+            By layer.
+        """
+        limit = RowLimit(budget, self.outputs, backward=False)
+        return with_fewer(partial(self._read, names, inputs, reading, limit), READ_BATCH, self.device)
+
+    def _read(
+        self,
+        names: Sequence[str],
+        inputs: Callable[[], Iterable[Tensor]],
+        reading: Callable[[Tensor], Tensor],
+        limit: RowLimit,
+        most: int,
+    ) -> dict[str, Tensor]:
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        whole = self.takes_batches
+        tapped = [name for name in names if whole and name in self._taps and name not in self._row_by_row]
+        untapped = [name for name in names if name not in tapped]
+        with torch.no_grad():
+            if self._graph is not None and tapped:
+                reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
+                for batch in self._batches(inputs, limit, most):
+                    for name, found in reader.read(self._laid_out(batch)).items():
+                        rows[name].append(found.cpu())
+            for name in untapped:
+                maps = self.maps(name)
+                for batch in self._batches(inputs, limit, most):
+                    try:
+                        after = maps(batch)[1]
+                    except LayerError:  # told where its stimuli are sought
+                        after = torch.zeros(len(batch), self.layer(name).filters, *[1] * (batch.ndim - 2))
+                    rows[name].append(reading(after).cpu())
+        return {name: torch.cat(rows.pop(name)) for name in names}
+
+    def _batches(
+        self, inputs: Callable[[], Iterable[Tensor]], limit: RowLimit, most: int
+    ) -> Iterator[Tensor]:
+        for part in inputs():
+            for batch in limit.split(part.float(), most):
+                yield batch.to(self.device)
+
+    def is_first(self, name: str) -> bool:
+        """Whether a layer's filters see the input through no other convolution."""
+        if self._graph is None or name not in self._taps:
+            return next(layer.depth for layer in self.layers if layer.name == name) == 0
+        return not tracing.has_convolution_before(self._graph, self._taps[name].call)
+
+    def input_weights(self, name: str) -> Tensor | None:
+        """Weights, (F, C, *kernel), of a layer known to read the input itself, all channels by every filter.
+
+        None for others: those of a grouped or transposed convolution are laid out otherwise, and no pictures.
+        """
+        if self._graph is None or name not in self._taps:
+            return None
+        module: Any = self._model.get_submodule(name)
+        reads_input = self._taps[name].call.all_input_nodes[0].op == "placeholder"
+        return (
+            module.weight.detach() if reads_input and module.groups == 1 and not module.transposed else None
+        )
+
+    def has_activation(self, name: str) -> bool:
+        """Whether an activation follows a layer; taken to be so where that is unknown."""
+        tap = self._taps.get(name)
+        if tap is not None:
+            return tap.after is not tap.before
+        return name not in self._hooked or self._hooked[name].has_activation is not False
+
+    def upper_bound(self, name: str) -> float:
+        """Largest absolute value of a layer's maps, by its activation; infinite where none is known."""
+        if self._graph is None or name not in self._taps:
+            return math.inf
+        return tracing.upper_bound(self._graph, self._taps[name])
+
+    def feeder(self, name: str) -> str | None:
+        """The convolution whose feature maps a depthwise one reads filter by filter; None for others."""
+        if self._graph is None or name not in self._taps:
+            return None
+        if not is_depthwise(self._graph.get_submodule(name)):
+            return None
+        read = self._taps[name].call.all_input_nodes[0]
+        return next((tap.conv for tap in self._taps.values() if tap.after is read), None)
+
+
+def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:
+    """The maps as they are, if they are tensors of real numbers."""
+    if not isinstance(after, Tensor):
+        raise TypeError(f"it gives no maps but a {type(after).__name__}")
+    if not after.is_floating_point():
+        raise TypeError(f"its maps are {str(after.dtype).removeprefix('torch.')}, not real numbers")
+    return before, after
+
+
+def _is_doubled(one: Sequence[int], two: Sequence[int]) -> bool:
+    """Whether a shape is another's but for one axis, the first or one of length 1, that is twice as long."""
+    if len(one) != len(two):
+        return False
+    differing = [axis for axis, (less, more) in enumerate(zip(one, two, strict=True)) if less != more]
+    if len(differing) != 1:
+        return False
+    (axis,) = differing
+    return two[axis] == 2 * one[axis] and (axis == 0 or one[axis] == 1)

@@ -1,0 +1,127 @@
+"""A network's convolutions as people know them: names, kinds, receptive fields, and sizes of stimuli."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prune_viz.utils.errors import UserError
+
+# A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
+SMALLEST_CANVAS = {1: 64, 2: 64, 3: 8}
+LARGEST_CANVAS = {1: 4096, 2: 80, 3: 24}
+_CANVAS_STEP = {1: 32, 2: 16, 3: 4}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution and its filters.
+
+    Attributes
+    ----------
+    name : str
+        The module's dotted name.
+    kind : str
+        For people, ``"3x3 convolution, stride 2"``.
+    filters : int
+        Number of filters (output channels).
+    depth : int
+        Position in the order of execution, from 0.
+    receptive_field : tuple of int or None
+        Input pixels one position of the feature map sees, a spatial axis each; None if unknown.
+    canvas : tuple of int
+        Spatial size of the stimuli.
+    """
+
+    name: str
+    kind: str
+    filters: int
+    depth: int
+    receptive_field: tuple[int, ...] | None
+    canvas: tuple[int, ...]
+
+
+def choose_canvas(
+    input_size: Sequence[int], field: Sequence[int] | None, canvas: int | None = None
+) -> tuple[int, ...]:
+    """Choose a layer's canvas: twice its receptive field, within bounds, never beyond the model's input.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Spatial size of the model's input.
+    field : sequence of int or None
+        The receptive field; None counts as unbounded.
+    canvas : int, optional
+        A size wished for instead; the input still bounds it.
+
+    Returns
+    -------
+    tuple of int
+        A size an axis.
+    """
+    axes = len(input_size)
+    if canvas is not None:
+        return tuple(min(size, canvas) for size in input_size)
+    smallest, largest, step = SMALLEST_CANVAS[axes], LARGEST_CANVAS[axes], _CANVAS_STEP[axes]
+    seen = field if field is not None else (largest,) * axes
+    wished = [math.ceil(2 * extent / step) * step for extent in seen]
+    return tuple(
+        min(size, max(smallest, min(largest, wish))) for size, wish in zip(input_size, wished, strict=True)
+    )
+
+
+def describe(module: _ConvNd) -> str:
+    """Name a convolution for people, ``"5x5 depthwise convolution, stride 2"``."""
+    size = "x".join(str(extent) for extent in module.kernel_size)
+    words = [size]
+    if is_depthwise(module):
+        words.append("depthwise")
+    elif module.groups > 1:
+        words.append(f"grouped ({module.groups})")
+    words.append("transposed convolution" if isinstance(module, _ConvTransposeNd) else "convolution")
+    text = " ".join(words)
+    if max(module.stride) > 1:
+        text += f", stride {max(module.stride)}"
+    if max(module.dilation) > 1:
+        text += f", dilation {max(module.dilation)}"
+    return text
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each filter of a convolution reads exactly one channel, its own."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def select_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """Layers whose name matches any of the shell patterns; all of them if there is no pattern.
+
+    Raises
+    ------
+    UserError
+        If a pattern matches no layer; the message lists near names.
+    """
+    if not patterns:
+        return list(layers)
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(no_layer_message(pattern, names))
+    return [
+        layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)
+    ]
+
+
+def no_layer_message(wanted: str, names: Sequence[str]) -> str:
+    """Say that no layer matches, and which names are near."""
+    bare = wanted.replace("*", "")
+    near = difflib.get_close_matches(bare, names, n=4, cutoff=0.3)
+    near += [name for name in names if bare and bare in name and name not in near][:4]
+    listed = ", ".join((near or list(names))[:6])
+    return f"no convolution matches {wanted!r}; there are {len(names)}, for instance: {listed}"

@@ -1,0 +1,157 @@
+"""Masks carried out on a model: filters at zero, and still at zero after any optimiser's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize, prune
+
+from prune_viz.network import tracing
+from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch
+from prune_viz.pruning.masks import Masks, check_masks
+from prune_viz.utils.errors import UserError
+
+
+class FilterMask(nn.Module):
+    """Parametrisation that multiplies a parameter by a mask, so that no optimiser can revive a filter."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.clone())
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """Zero what the mask removes."""
+        return parameter * self.mask
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Zero the masked filters now and keep them at zero through any optimiser's steps.
+
+    The weights and biases of masked filters, and the scale and shift of the norms they pass, are
+    parametrised (`torch.nn.utils.parametrize`): the values read are always the masked ones. Parameters
+    stay the same objects, so an optimiser made before goes on working. Of a plain dict only the batch norm
+    right behind a filter is known; `Masks` from a run or `reconcile_masks` know those behind
+    concatenations too, as DenseNet has them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; changed in place.
+    masks : mapping of str to bool Tensor
+        True = keep.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    UserError
+        If the masks are for another model.
+    """
+    for module, name, mask in masked_tensors(model, masks):
+        mask_tensor(module, name, mask)
+    return model
+
+
+def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Give all that must be zero for masked filters to give nothing: a module, its tensor's name, the mask.
+
+    That is their weights and biases and the scale and shift of the norms that they pass: of those that
+    `Masks.passages` name, and of the batch norm behind each. Where a norm has none, its running mean, as it
+    would give the old one, negated (fed zeros, it stays at zero). Masks broadcast over the tensor.
+
+    Raises
+    ------
+    UserError
+        If the masks are for another model; nothing was given then.
+    """
+    check_masks(model, masks)
+    modules: dict[str, Any] = dict(model.named_modules())
+    known = masks if isinstance(masks, Masks) else Masks(masks)
+    passed: dict[str, set[int]] = {}
+    for passage in filter(known.silences, known.passages):
+        norm = modules.get(passage.norm)
+        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or passage.channel >= norm.num_features:
+            raise UserError(f"these masks are for another model: it has no such norm {passage.norm!r}")
+        passed.setdefault(passage.norm, set()).add(passage.channel)
+    behind = tracing.norms_behind(model)
+    for name, mask in masks.items():
+        if bool(mask.all()):
+            continue
+        yield modules[name], "weight", _over_weight(modules[name], mask)
+        if modules[name].bias is not None:
+            yield modules[name], "bias", mask
+        if name in behind:
+            passed.setdefault(behind[name], set()).update((~mask).nonzero().ravel().tolist())
+    for name, channels in passed.items():
+        norm = modules[name]
+        mask = torch.ones(norm.num_features, dtype=torch.bool)
+        mask[sorted(channels)] = False
+        for tensor in ("running_mean",) if norm.weight is None else ("weight", "bias"):
+            if getattr(norm, tensor) is not None:
+                yield norm, tensor, mask
+
+
+def make_permanent(model: nn.Module) -> nn.Module:
+    """Turn masks that `apply_masks` or `prune_with_torch` set into zeros, under the state dict's own keys.
+
+    Other parametrisations of the model, weight norm say, become plain values with them.
+    """
+    bake_parameters(model)
+    return model
+
+
+def are_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
+    """Whether all that `apply_masks` would set to zero in `model` is at zero already."""
+    for module, name, mask in masked_tensors(model, masks):
+        tensor = getattr(module, name)
+        if bool((tensor * ~mask.to(tensor.device)).any()):
+            return False
+    return True
+
+
+def _over_weight(conv: Any, mask: Tensor) -> Tensor:
+    """The mask in the shape that multiplies the weight: filters lie on axis 0, or 1 if transposed."""
+    tail = [1] * (conv.weight.ndim - 2)
+    if not isinstance(conv, _ConvTransposeNd):
+        return mask.view(-1, 1, *tail)
+    per_group = mask.view(conv.groups, -1)
+    return per_group.repeat_interleave(conv.in_channels // conv.groups, dim=0).view(
+        conv.in_channels, -1, *tail
+    )
+
+
+def mask_tensor(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Zero what a mask removes of a module's tensor, now and whenever it is read."""
+    parametrise_norms(module)
+    tensor = getattr(module, name)
+    mask = mask.to(tensor.device)
+    if name in pruned_by_torch(module):
+        prune_tensor(module, name, mask)
+        return
+    if parametrize.is_parametrized(module, name):
+        for step in module.parametrizations[name]:  # type: ignore[index]
+            if isinstance(step, FilterMask):
+                step.mask.mul_(mask)
+                return
+    with torch.no_grad():
+        tensor.mul_(mask)
+    if isinstance(tensor, nn.Parameter) or parametrize.is_parametrized(module, name):
+        parametrize.register_parametrization(module, name, FilterMask(mask))
+
+
+def prune_tensor(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Lay a mask over a module's parameter by `torch.nn.utils.prune`."""
+    tensor = getattr(module, name)
+    whole = mask.to(tensor).expand_as(tensor).clone()
+    prune.custom_from_mask(module, name, whole)  # type: ignore[no-untyped-call]

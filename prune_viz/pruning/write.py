@@ -1,0 +1,244 @@
+"""Writing pruned models to files: the same network with zeros, or a smaller one that can be built again."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_viz.loading.checkpoints import Checkpoint
+from prune_viz.loading.smaller_networks import compose_steps
+from prune_viz.network.copies import parametrised, plain_copy
+from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
+from prune_viz.pruning.batch_norms import change_on
+from prune_viz.pruning.consistency import reconcile_masks
+from prune_viz.pruning.export import export_model
+from prune_viz.pruning.masks import Masks, check_masks, load_masks
+from prune_viz.pruning.remove import count_cost, remove_filters
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.files import write_torch
+
+
+def write_zeroed(
+    checkpoint: Checkpoint,
+    masks_file: Path,
+    out: Path,
+    export: Path | None = None,
+    input_shape: Sequence[int] = (),
+) -> list[str]:
+    """Write the state dict of a model with its masked filters at zero.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model; its own weights are changed too.
+    masks_file : Path
+        A run's ``masks.pt``.
+    out : Path
+        Where to write. A plain state dict, save where the model was made smaller before: then what
+        `write_removed` writes.
+    export : Path, optional
+        Where to write the network itself too (`prune_viz.pruning.export.export_model`).
+    input_shape : sequence of int
+        Shape of one input, (C, *spatial), to export it for.
+
+    Returns
+    -------
+    list of str
+        For people: what was done.
+
+    Raises
+    ------
+    UserError
+        If the masks cannot be read or are for another model, or that has parametrised tensors.
+    """
+    masks = load_masks(masks_file)
+    check_origin(checkpoint, masks, masks_file)
+    check_plain(checkpoint.model)
+    model = make_permanent(apply_masks(checkpoint.model, masks))
+    lines = [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
+    lines += [] if export is None else [export_model(model, input_shape, export)]
+    if checkpoint.pruning:
+        save_checkpoint(checkpoint, model, out, checkpoint.input_shape or ())
+    else:
+        _save(model.state_dict(), out)
+    return lines
+
+
+def write_removed(
+    checkpoint: Checkpoint,
+    masks_file: Path,
+    input_shape: Sequence[int],
+    out: Path,
+    compensate: str | None = None,
+    export: Path | None = None,
+) -> list[str]:
+    """Write a checkpoint of a model without its masked filters.
+
+    It loads with ``torch.load(out, weights_only=True)``: ``state_dict``, and what `load_checkpoint` needs
+    to build the smaller network again: ``arch``, ``arch_kwargs``, ``input_shape`` and ``pruning``, the
+    masks carried out so far, as one step.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model, left unchanged.
+    masks_file : Path
+        A run's ``masks.pt``, or one made for a budget; merges and probes are read from beside it.
+    input_shape : sequence of int
+        Shape of one input, (C, *spatial).
+    out : Path
+        Where to write.
+    compensate : {"none", "merge"}, optional
+        Whether what the filters contributed is folded into the weights that are left, and batch norms
+        are set anew where that helps; by default where the masks carry merges fitted to this model.
+    export : Path, optional
+        Where to write the smaller network itself too (`prune_viz.pruning.export.export_model`).
+
+    Returns
+    -------
+    list of str
+        For people: what was done, and what the masks asked for but had to stay.
+
+    Raises
+    ------
+    UserError
+        If the masks cannot be read, are for another model, carry no merges though they are asked for,
+        or the input shape does not fit.
+    """
+    masks = load_masks(masks_file)
+    if compensate is None:
+        fitted = masks.merges and masks.origin.is_of(checkpoint.model, checkpoint.sha256)
+        compensate = "merge" if fitted else "none"
+    if compensate == "merge" and masks.removed and not masks.merges:
+        raise UserError(f"there is no decisions.json with merges beside {masks_file}; use --compensate none")
+    check_origin(checkpoint, masks, masks_file, merge=compensate == "merge")
+    example = torch.zeros(1, *input_shape)
+    _check_input(checkpoint.model, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the notes say the same
+        consistent = reconcile_masks(checkpoint.model, masks, example)
+        smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
+    changes = _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
+    exported = [] if export is None else [export_model(smaller, input_shape, export)]
+    done = compose_steps([*checkpoint.pruning, consistent])
+    save_checkpoint(replace(checkpoint, pruning=[done]), smaller, out, input_shape)
+    lines = [f"note: {note}" for note in consistent.notes]
+    how = {"merge": "what they gave merged into the rest", "none": "nothing in their place"}[compensate]
+    lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed, {how}")
+    before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
+    for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
+        lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
+    lines += changes + exported
+    if checkpoint.arch is None:
+        lines.append("note: the model was pickled whole; loading the new file needs --arch")
+    return lines
+
+
+def check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge: bool = False) -> None:
+    """Refuse masks of another model, save where this one has their filters at zero already.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model.
+    masks : Masks
+        The masks.
+    masks_file : Path
+        Where they were read, for the message.
+    merge : bool
+        Whether their merges are to be used: they fit the weights of one model only.
+
+    Raises
+    ------
+    UserError
+        If they were made for another model.
+    """
+    check_masks(checkpoint.model, masks)
+    if masks.origin.is_of(checkpoint.model, checkpoint.sha256):
+        return
+    if merge:
+        raise UserError(
+            f"the merges beside {masks_file} were fitted to another model file; analyze this one, or use "
+            "--compensate none"
+        )
+    if not are_zero(checkpoint.model, masks):
+        raise UserError(
+            f"{masks_file} was made for another model file (its SHA-256 differs, and the filters that go "
+            "are not at zero in this one); analyze this one"
+        )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise `UserError` if masks at zero could not be written under the model's own names.
+
+    A parametrised tensor (weight norm, spectral norm) is made from others, of which none need be zero.
+    """
+    laid_over = parametrised(model)
+    if laid_over:
+        raise UserError(
+            f"{laid_over[0]} is made from other tensors, so it cannot be saved at zero; make it plain first "
+            "(prune_viz.make_permanent), or use --mode remove"
+        )
+
+
+def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -> list[str]:
+    """Lines on how far the output moves: as was predicted, where filters are merged, and on the probes."""
+    lines = []
+    if merged and masks.predicted is not None and masks.predicted.unit != "readers":
+        size = _size(masks.predicted.damage, masks.predicted.unit)
+        lines.append(f"predicted: the output changes by {size}")
+    if masks.probes is not None:
+        change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
+        if change is not None and math.isfinite(change[0]):
+            lines.append(f"on the run's {len(masks.probes)} probes the output changes by {_size(*change)}")
+    return lines
+
+
+def _size(change: float, unit: str) -> str:
+    return f"{change:.2g} nats" if unit == "nats" else f"{change:.2%} of its square"
+
+
+def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_shape: Sequence[int]) -> None:
+    """Write a model with what `load_checkpoint` needs to build it again.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What the model came from: its architecture, what inputs are held, and the masks carried out on it.
+    model : nn.Module
+        The model, with weights of its own.
+    out : Path
+        Where to write.
+    input_shape : sequence of int
+        Shape of one input, (C, *spatial).
+    """
+    content = {
+        "arch": checkpoint.arch,
+        "arch_kwargs": checkpoint.arch_kwargs,
+        "input_shape": list(input_shape),
+        "pruning": checkpoint.pruning,
+        "state_dict": model.state_dict(),
+    }
+    if checkpoint.held is not None:
+        content["held_inputs"] = asdict(checkpoint.held)
+    _save(content, out)
+
+
+def _check_input(model: nn.Module, example: torch.Tensor) -> None:
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:
+        shape = ",".join(str(size) for size in example.shape[1:])
+        raise UserError(f"the model does not run on inputs of --input-shape {shape}: {error}") from error
+
+
+def _save(content: dict[str, Any], out: Path) -> None:
+    write_torch(out, content)

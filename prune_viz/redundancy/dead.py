@@ -1,0 +1,42 @@
+"""How channels are dead: silent, unread or constant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from prune_viz.redundancy.gram_matrices import Moments
+from prune_viz.utils.array_files import evict
+
+_SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
+_CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
+
+
+def are_silent(readers: Sequence[Moments]) -> np.ndarray:
+    """Which channels gave nothing on any input of the moments, one a reader; bool, shape (channels,)."""
+    peak = np.max([reader.peak for reader in readers], axis=0)
+    return np.asarray(peak <= _SILENT * max(float(np.median(peak)), 1e-30))
+
+
+def dead_kinds(readers: Sequence[Moments]) -> list[str]:
+    """How each channel is dead, as far as the readers can tell; empty where it is not."""
+    silent = are_silent(readers)
+    energy = np.zeros(len(silent))
+    for reader in readers:
+        energy += np.diag(reader.energy)
+        evict(reader.energy)
+    deviation = np.sqrt(np.max([reader.variance for reader in readers], axis=0))
+    mean = np.max([np.abs(reader.mean) for reader in readers], axis=0)
+    typical = float(np.median(deviation))
+    kinds = []
+    for channel in range(len(silent)):
+        if silent[channel]:
+            kinds.append("silent")
+        elif energy[channel] == 0:
+            kinds.append("unread")
+        elif deviation[channel] <= _CONSTANT * max(float(mean[channel]), typical):
+            kinds.append("constant")
+        else:
+            kinds.append("")
+    return kinds

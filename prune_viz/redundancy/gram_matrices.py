@@ -1,0 +1,392 @@
+"""Second moments of filters' signed maps over probes, as the layers that read them see them.
+
+Filters are compared where they are read. For every coupling group the inputs of its readers are watched
+while probes run through the whole network, and the second moments of the group's channels are summed,
+with a constant row so that means are carried too. A reader's zero padding belongs to what it reads, so
+padded positions count as samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prune_viz.calibration.images import BATCH
+from prune_viz.channels.groups import CouplingGroup, Places
+from prune_viz.utils.array_files import evict
+from prune_viz.utils.devices import with_fewer
+from prune_viz.utils.memory import Budget, RowLimit
+from prune_viz.utils.scratch_arrays import Store
+
+POSITIONS = 64  # of a map that are sampled, a probe
+# Of doubles, a square of its channels each, that a group's moments take for each reader, and judging it.
+_MATRICES, _JUDGING = 8, 10
+
+
+@dataclass
+class Moments:
+    """Second moments of a group's channels as one reader sees them, apart for fitting and for checking.
+
+    Attributes
+    ----------
+    reader : str
+        Name of the reading module.
+    fit, held_out : ndarray of float64, shape (n + 1, n + 1)
+        Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the probes to fit and to check
+        (a 0 instead of the 1 where no bias can carry a constant).
+    energy : ndarray of float64, shape (n, n)
+        ``sum over outputs and taps of W[:, i] W[:, j]``: what the reader makes of a unit of channel
+        i together with one of channel j, if what neighbouring taps see is independent.
+    smooth_energy : ndarray of float64, shape (n, n)
+        The same if all taps (positions, behind a flatten) see the same: taps summed before squaring.
+    output_variance : float
+        Variance of the reader's output over samples, summed over its outputs.
+    unit : float
+        What energies times squared errors are divided by to be a damage: the output's variance, or 2
+        where outputs count by how much the network's own output depends on them (`weigh_outputs`).
+    peak : ndarray of float64, shape (n,)
+        Largest absolute value of each channel over all probes.
+    mean, variance : ndarray of float64, shape (n,)
+        Of each channel over probes and positions, padding left out.
+    """
+
+    reader: str
+    fit: np.ndarray
+    held_out: np.ndarray
+    energy: np.ndarray
+    smooth_energy: np.ndarray
+    output_variance: float
+    unit: float
+    peak: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+class _Watch:
+    """Sums one reader's moments for one group while batches run, into four squares of zeros."""
+
+    def __init__(
+        self, places: Places, channels: int, module: Any, constant: float, squares: np.ndarray
+    ) -> None:
+        self.places = places
+        self.constant = constant
+        self.channels = channels
+        self.module = module
+        self.columns = _columns(places, channels)
+        self.sums, self.energies = squares[:2], squares[2:, :channels, :channels]
+        self.counts = np.zeros(2)
+        self.output = np.zeros((2, 0))
+        self.output_count = 0
+        self.peak = np.zeros(channels)
+        self.first = np.zeros(channels)
+        self.second = np.zeros(channels)
+        self.inner_count = 0
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor, held_out: bool) -> None:
+        samples, inner = self._samples(arguments[0].detach(), output)
+        self.peak = np.maximum(self.peak, self._peak(arguments[0].detach()))
+        wide = inner.double()
+        self.first += wide.sum(dim=0).cpu().numpy()
+        self.second += wide.square().sum(dim=0).cpu().numpy()
+        self.inner_count += len(inner)
+        rows = F.pad(samples.double(), (0, 1), value=self.constant)
+        half = int(held_out)
+        self.sums[half] += (rows.T @ rows).cpu().numpy()
+        evict(self.sums)
+        self.counts[half] += len(rows)
+        axis = 1 if isinstance(module, _ConvNd) else -1
+        values = output.detach().movedim(axis, -1).flatten(0, -2).double()
+        moments = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
+        self.output = moments if self.output_count == 0 else self.output + moments
+        self.output_count += len(values)
+
+    def _samples(self, inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples (rows, n) with and without the positions that padding adds."""
+        if isinstance(self.module, _ConvNd):
+            maps = inputs[:, self.columns[:, 0]]
+            inner = _thin(maps)
+            padding = _padding(self.module, inputs, output)
+            padded = _thin(F.pad(maps, padding)) if any(padding) else inner
+            return padded, inner
+        features = inputs.reshape(-1, inputs.shape[-1])
+        rows = features[:, self.columns].transpose(1, 2).reshape(-1, self.channels)
+        return rows, rows
+
+    def _peak(self, inputs: Tensor) -> np.ndarray:
+        """Each channel's largest absolute value, at all positions: one that fires rarely is not silent."""
+        axis = 1 if isinstance(self.module, _ConvNd) else -1
+        largest = inputs.abs().movedim(axis, 0).flatten(1).amax(dim=1)
+        return np.asarray(largest[self.columns].amax(dim=1).double().cpu().numpy())
+
+    def moments(self) -> Moments:
+        means = self.output / max(self.output_count, 1)
+        mean = self.first / max(self.inner_count, 1)
+        output_variance = float((means[1] - means[0] ** 2).clip(min=0).sum())
+        self.sums /= self.counts.clip(min=1)[:, None, None]
+        self.energies[0], self.energies[1] = _energies(self.module, self.columns)
+        evict(self.sums)
+        return Moments(
+            self.places.module,
+            self.sums[0],
+            self.sums[1],
+            self.energies[0],
+            self.energies[1],
+            output_variance,
+            output_variance,
+            self.peak,
+            mean,
+            (self.second / max(self.inner_count, 1) - mean**2).clip(min=0),
+        )
+
+
+def _columns(places: Places, channels: int) -> Tensor:
+    """Where each channel lies in a reader, (channels, K): behind a flatten at several features."""
+    order = np.argsort(places.channels, kind="stable")
+    return torch.from_numpy(places.indices[order].reshape(channels, -1))
+
+
+def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """What a reader makes of each pair of channels, taps apart and together; outputs seen through `root`."""
+    weight: Tensor = module.weight.detach().double().cpu()
+    if isinstance(module, _ConvTransposeNd):
+        weight = weight.transpose(0, 1)
+    weight = weight.transpose(0, 1).flatten(2) if weight.ndim > 2 else weight.T[:, :, None]
+    if root is not None:
+        weight = torch.einsum("po,iot->ipt", root, weight)
+    taken = weight[columns]  # channels, spread, outputs, taps
+    flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
+    # A transposed convolution's output sees one tap of every stride's worth.
+    seen = math.prod(module.stride) if isinstance(module, _ConvTransposeNd) else 1
+    return (flat @ flat.T).numpy() / seen, (summed @ summed.T).numpy() / seen
+
+
+def weigh_outputs(
+    model: nn.Module,
+    group: CouplingGroup,
+    moments: Sequence[Moments],
+    sensitivities: Mapping[str, np.ndarray],
+    store: Store,
+) -> list[Moments]:
+    """Let the outputs of a group's readers count by how much the network's output depends on them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    group : CouplingGroup
+        The group.
+    moments : sequence of Moments
+        One a reader.
+    sensitivities : mapping of str to ndarray
+        From `prune_viz.redundancy.fisher.gather_sensitivities`, for every reader.
+    store : Store
+        Where what is new is kept.
+    """
+    modules = dict(model.named_modules())
+    weighed = []
+    squares = store.zeros((len(moments), 2, group.channels, group.channels))
+    for places, found, energies in zip(group.readers, moments, squares, strict=True):
+        values, vectors = np.linalg.eigh(sensitivities[places.module])
+        root = torch.from_numpy(np.sqrt(values.clip(min=0))[:, None] * vectors.T)
+        columns = _columns(places, group.channels)
+        energies[0], energies[1] = _energies(modules[places.module], columns, root)
+        evict(energies)
+        evict(sensitivities[places.module])
+        weighed.append(replace(found, energy=energies[0], smooth_energy=energies[1], unit=2.0))
+    return weighed
+
+
+def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) -> list[Moments]:
+    """Moments over several sets of probes together, of one group.
+
+    Parameters
+    ----------
+    parts : sequence of sequence of Moments
+        For each set, one a reader. Second moments of the first set are overwritten.
+    shares : sequence of float
+        What each set counts for; they add to 1.
+    """
+    pooled = []
+    for found in zip(*parts, strict=True):
+
+        def mean(values: Sequence[Any]) -> Any:
+            return sum(share * value for share, value in zip(shares, values, strict=True))
+
+        first = mean([one.mean for one in found])
+        second = mean([one.variance + one.mean**2 for one in found])
+        spread = mean([one.output_variance for one in found])
+        _pool_into([one.fit for one in found], shares)
+        _pool_into([one.held_out for one in found], shares)
+        pooled.append(
+            replace(
+                found[0],
+                output_variance=spread,
+                unit=spread,
+                peak=np.max([one.peak for one in found], axis=0),
+                mean=first,
+                variance=(second - first**2).clip(min=0),
+            )
+        )
+    return pooled
+
+
+def _pool_into(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> None:
+    """Let the first become the mean over those that have samples of this half at all."""
+    first, *others = matrices
+    counting = np.array([share * one.any() for share, one in zip(shares, matrices, strict=True)])
+    counting /= max(counting.sum(), 1e-300)
+    first *= counting[0]
+    for share, other in zip(counting[1:], others, strict=True):
+        first += share * other
+        evict(other)
+    evict(first)
+
+
+def _thin(maps: Tensor) -> Tensor:
+    """Rows (samples, n) from maps (B, n, *spatial), at most `POSITIONS` places each."""
+    flat = maps.flatten(2)
+    count = flat.shape[2]
+    if count > POSITIONS:
+        # Drawn, not evenly spaced: a stride in step with the width would look at a few columns only.
+        places = torch.randperm(count, generator=torch.Generator().manual_seed(count))[:POSITIONS]
+        flat = flat[:, :, places.to(flat.device)]
+    return flat.transpose(1, 2).reshape(-1, flat.shape[1])
+
+
+def _padding(module: _ConvNd, inputs: Tensor, output: Tensor) -> list[int]:
+    """Zeros a convolution adds, in `F.pad`'s order, read off the sizes so that subclasses count too."""
+    if isinstance(module, _ConvTransposeNd) or module.padding_mode != "zeros":
+        return [0] * (2 * (inputs.ndim - 2))
+    pads: list[int] = []
+    for axis in reversed(range(inputs.ndim - 2)):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        total = max(0, (output.shape[axis + 2] - 1) * module.stride[axis] + reach - inputs.shape[axis + 2])
+        pads += [total // 2, total - total // 2]
+    return pads
+
+
+def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[CouplingGroup]]:
+    """Give groups in order, so many at a time that their moments take `most` bytes; one alone may more.
+
+    With `most` half of what is left of main memory, `Store` keeps the moments of several in memory, and of
+    one that takes more in a file.
+    """
+    chosen: list[CouplingGroup] = []
+    for group in groups:
+        if chosen and _bytes_of_moments([*chosen, group]) > most:
+            yield chosen
+            chosen = []
+        chosen.append(group)
+    if chosen:
+        yield chosen
+
+
+def _bytes_of_moments(groups: Sequence[CouplingGroup]) -> int:
+    """What the moments of groups take, and judging the widest."""
+    squares = [8 * (group.channels + 1) ** 2 for group in groups]
+    held = sum(_MATRICES * len(group.readers) * size for group, size in zip(groups, squares, strict=True))
+    return held + _JUDGING * max(squares)
+
+
+def _bytes_at_a_time(group: CouplingGroup, store: Store) -> int:
+    """What the moments of a group take of memory while they are gathered: all, or of a file a few squares."""
+    square = 8 * (group.channels + 1) ** 2
+    gathered = 4 * len(group.readers) * square
+    return 3 * square + (gathered if gathered <= store.most else 0)
+
+
+def gather_moments(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    probes: Callable[[], Iterable[tuple[Tensor, bool]]],
+    budget: Budget | None = None,
+) -> dict[int, list[Moments]]:
+    """Run probes through the whole network and sum every group's moments at its readers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode.
+    groups : sequence of CouplingGroup
+        Which groups to watch.
+    probes : callable
+        Gives batches, shape (B, C, *size), and whether they are held out for checking; called again where
+        memory ran out and all is begun anew with smaller ones.
+    budget : Budget, optional
+        Memory that may be taken; moments that do not fit are kept in a file.
+
+    Returns
+    -------
+    dict
+        Group number -> one `Moments` a reader.
+
+    Raises
+    ------
+    UserError
+        If moments do not fit in memory, nor on the disk.
+    """
+    store = Store(budget)
+    device = next(model.parameters()).device
+    aside = sum(_bytes_at_a_time(group, store) for group in groups) if device.type == "cpu" else 0
+    limit = RowLimit(budget, model, backward=False, aside=aside)
+    return with_fewer(partial(_gather, model, groups, probes, limit, store), BATCH, device)
+
+
+def _gather(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    probes: Callable[[], Iterable[tuple[Tensor, bool]]],
+    limit: RowLimit,
+    store: Store,
+    most: int,
+) -> dict[int, list[Moments]]:
+    modules = dict(model.named_modules())
+    watches: dict[int, list[_Watch]] = {}
+    for group in groups:
+        squares = store.zeros((len(group.readers), 4, group.channels + 1, group.channels + 1))
+        constant = _constant(group, modules)
+        watches[group.number] = [
+            _Watch(places, group.channels, modules[places.module], constant, own)
+            for places, own in zip(group.readers, squares, strict=True)
+        ]
+    half: bool | None = None  # which one the probes are of, held out or not
+
+    def attach(watch: _Watch) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if half is not None:
+                watch(module, arguments, output, half)
+
+        return watch.module.register_forward_hook(hook)
+
+    hooks = [attach(watch) for found in watches.values() for watch in found]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            for batch, held_out in probes():
+                for part in limit.split(batch, most):
+                    half = held_out
+                    model(part.to(device))
+                    half = None
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {number: [watch.moments() for watch in found] for number, found in watches.items()}
+
+
+def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:
+    """What stands in the constant's row: 1, or 0 where no bias of a reader can make up for a constant.
+
+    The outputs of a transposed convolution with a stride see different taps, so that a constant input
+    gives a pattern.
+    """
+    readers = [modules[places.module] for places in group.readers]
+    return 0.0 if any(isinstance(m, _ConvTransposeNd) and max(m.stride) > 1 for m in readers) else 1.0

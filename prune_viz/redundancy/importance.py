@@ -1,0 +1,385 @@
+"""The removal order of every coupling group, by what removal does to the network's output.
+
+It is measured on probes near the training data: calibrated ones where there can be any, and the user's
+own images where there are some. How much the output depends on what each reader gives
+(`prune_viz.redundancy.fisher`) weighs what the readers would lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_viz.calibration import synthetic_images
+from prune_viz.calibration.images import BATCH, Calibrated, calibration_starts, probe_size, runs_on, split
+from prune_viz.calibration.synthetic_images import calibrate, enlarged, probes_for, variants
+from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.inputs import InputStatistics
+from prune_viz.network.outputs import class_probabilities
+from prune_viz.network.tracing import norms_behind
+from prune_viz.redundancy.dead import are_silent
+from prune_viz.redundancy.fisher import Sensitivities, gather_sensitivities
+from prune_viz.redundancy.gram_matrices import Moments, gather_moments, pool_moments, weigh_outputs
+from prune_viz.redundancy.judge import GroupVerdicts, note_silent, rank
+from prune_viz.redundancy.sign_pairs import weight_signs
+from prune_viz.runs.run_directory import LayerTensors
+from prune_viz.utils.devices import with_fewer
+from prune_viz.utils.memory import Budget
+from prune_viz.utils.nested_tensors import tensors_of
+from prune_viz.utils.progress import Progress, counted
+from prune_viz.utils.scratch_arrays import Store
+
+WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
+SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
+
+
+@dataclass(frozen=True)
+class NearInputs:
+    """Inputs near the training data.
+
+    Attributes
+    ----------
+    calibrated : Tensor or None, shape (N, C, *size)
+        Calibrated probes, where there can be any.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images, in the model's own input units, where there are some.
+    seed : int
+        Seed of all that is random when they are used.
+    """
+
+    calibrated: Tensor | None
+    examples: Tensor | None
+    seed: int
+
+    def any(self) -> bool:
+        """Whether there are inputs at all."""
+        return self.calibrated is not None or self.examples is not None
+
+    def varied(self, model: nn.Module) -> Iterator[Tensor]:
+        """Calibrated probes in their variants, a set each."""
+        if self.calibrated is not None:
+            images = self.calibrated
+            larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
+            yield from variants(images, larger, self.seed)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments of groups on probes near the training data.
+
+    Attributes
+    ----------
+    moments : dict of int to list of Moments
+        By the group's number, one a reader.
+    weighed : dict of int to list of Moments
+        The same, outputs counting by what the network's own output makes of them, where that is known.
+    silent : dict of int to ndarray of bool, each shape (channels,)
+        Which channels give nothing on any of the user's own images; empty where there are none.
+    ablations : dict of int to ndarray, each shape (channels,), or None
+        What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
+        nothing is near the training data or that cannot be told.
+    unit : {"nats", "output", "readers"}
+        Of damage by the weighed moments: that of `Sensitivities`, or a share of what the readers give.
+    signs : dict of int to ndarray of int, each shape (channels, channels)
+        Which channels have the same weights, and which opposite ones (`prune_viz.redundancy.sign_pairs`).
+    """
+
+    moments: dict[int, list[Moments]]
+    weighed: dict[int, list[Moments]]
+    silent: dict[int, np.ndarray]
+    ablations: dict[int, np.ndarray] | None
+    unit: str
+    signs: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Every group's removal order.
+
+    Attributes
+    ----------
+    verdicts : dict of int to GroupVerdicts
+        By the group's number, with the new orders and damages.
+    moments : dict of int to ndarray, each shape (channels + 1, channels + 1)
+        Second moments of the channels of each group that was measured, and a constant.
+    """
+
+    verdicts: dict[int, GroupVerdicts]
+    moments: dict[int, np.ndarray]
+
+
+def calibrated_probes(
+    model: nn.Module,
+    layers: Mapping[str, LayerTensors],
+    input_shape: Sequence[int],
+    seed: int,
+    statistics: InputStatistics | None,
+    progress: Progress,
+    budget: Budget | None = None,
+) -> Calibrated | None:
+    """Calibrate probes that start from dead leaves and from the stimuli of the deep layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, batch norms unfolded; left unchanged.
+    layers : mapping of str to LayerTensors
+        The layers' stimuli, in order of depth.
+    input_shape : sequence of int
+        (C, *size).
+    seed : int
+        Seed of all that is random.
+    statistics : InputStatistics or None
+        What is known of the model's inputs.
+    progress : Progress
+        Told how the work goes.
+    budget : Budget, optional
+        Memory that may be taken.
+
+    Returns
+    -------
+    Calibrated or None
+        None where nothing can be calibrated (`prune_viz.calibration.synthetic_images.calibrate`).
+    """
+    channels, *size = input_shape
+    widest = WIDEST[len(size)]
+    size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
+    starts = calibration_starts(layers, channels, size, probes_for(size), seed, statistics)
+    progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
+    found = calibrate(model, starts, seed=seed, statistics=statistics, budget=budget, progress=progress)
+    progress.finish()
+    return found
+
+
+def sense_output(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    near: NearInputs,
+    progress: Progress,
+    budget: Budget | None = None,
+) -> Sensitivities | None:
+    """How the network's output depends on what the readers of groups give, near the training data.
+
+    Parameters are those of `measure_groups`. None where nothing is near the training data, or where it cannot
+    be told (`prune_viz.redundancy.fisher.gather_sensitivities`).
+    """
+    if not groups or not near.any():
+        return None
+
+    def batches() -> Iterator[Tensor]:
+        examples = [] if near.examples is None else [near.examples]
+        count = 0 if near.calibrated is None else SENSED * len(near.calibrated)
+        progress.start("sensitivity", count + sum(map(len, examples)))
+        for images in chain(islice(near.varied(model), SENSED), examples):
+            for batch in torch.split(images, BATCH):
+                yield batch
+                progress.advance(len(batch))
+        progress.finish()
+
+    return gather_sensitivities(model, groups, batches, near.seed, budget)
+
+
+def measure_groups(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    known: Mapping[int, Sequence[Moments]],
+    near: NearInputs,
+    sensitivities: Sensitivities | None,
+    progress: Progress,
+    budget: Budget | None = None,
+) -> Measured:
+    """Measure groups on probes near the training data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, batch norms unfolded; left unchanged.
+    groups : sequence of CouplingGroup
+        Those to measure.
+    known : mapping of int to sequence of Moments
+        Their moments on noise and stimuli, which count where there is nothing nearer.
+    near : NearInputs
+        What is near the training data.
+    sensitivities : Sensitivities or None
+        From `sense_output`.
+    progress : Progress
+        Told how the work goes.
+    budget : Budget, optional
+        Memory that may be taken.
+    """
+    norms = norms_behind(model)
+    signs = {group.number: weight_signs(model, group, norms) for group in groups}
+    moments, silent = _gather(model, groups, near, progress, budget)
+    moments = moments or {number: list(readers) for number, readers in known.items()}
+    if sensitivities is None:
+        return Measured(moments, moments, silent, None, "readers", signs)
+    store = Store(budget)
+    weighed = {
+        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
+        for group in groups
+    }
+    return Measured(moments, weighed, silent, sensitivities.ablations, sensitivities.unit, signs)
+
+
+def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
+    """Order every measured group's channels.
+
+    Parameters
+    ----------
+    verdicts : mapping of int to GroupVerdicts
+        Of all groups, by number.
+    measured : Measured
+        Their moments.
+    """
+    ranked, pooled = dict(verdicts), {}
+    for number, moments in measured.moments.items():
+        ablations = None if measured.ablations is None else measured.ablations[number]
+        ranked[number], pooled[number] = rank(
+            verdicts[number],
+            moments,
+            measured.weighed[number],
+            ablations,
+            measured.unit,
+            measured.signs[number],
+        )
+        if number in measured.silent:
+            ranked[number] = note_silent(ranked[number], measured.silent[number])
+    return Ranked(ranked, pooled)
+
+
+def _gather(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    near: NearInputs,
+    progress: Progress,
+    budget: Budget | None,
+) -> tuple[dict[int, list[Moments]], dict[int, np.ndarray]]:
+    """The groups' moments over calibrated probes and examples, and what channels examples leave silent."""
+    parts, counts, silent = [], [], {}
+    if (calibrated := near.calibrated) is not None:
+        count = synthetic_images.VARIANTS * len(calibrated)
+
+        def moved() -> Iterator[tuple[Tensor, bool]]:
+            return counted(progress, "ranking", _split(near.varied(model)), count)
+
+        parts.append(gather_moments(model, groups, moved, budget))
+        counts.append(len(calibrated))
+    if (examples := near.examples) is not None:
+
+        def shown() -> Iterator[tuple[Tensor, bool]]:
+            return counted(progress, "ranking, images", _split([examples]), len(examples))
+
+        seen = gather_moments(model, groups, shown, budget)
+        silent = {number: are_silent(readers) for number, readers in seen.items()}
+        parts.append(seen)
+        counts.append(len(examples))
+    if not parts:
+        return {}, {}
+    shares = [count / sum(counts) for count in counts]
+    pooled = {group.number: pool_moments([part[group.number] for part in parts], shares) for group in groups}
+    return pooled, silent
+
+
+def _split(sets: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    for images in sets:
+        yield from split(images, images.shape[2:])
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier takes probes for.
+
+    Attributes
+    ----------
+    confidence : float
+        Mean largest probability.
+    classes : int
+        How many classes are the likeliest of some probe.
+    """
+
+    confidence: float
+    classes: int
+
+
+def predictions_on(model: nn.Module, calibrated: Calibrated | None) -> Predictions | None:
+    """What the network takes calibrated probes for; None without any, or where it gives no class scores."""
+    if calibrated is None:
+        return None
+    device = next(model.parameters()).device
+    found = with_fewer(partial(_shares, model, calibrated.images), BATCH, device)
+    if found is None:
+        return None
+    most = found.max(dim=1)
+    return Predictions(float(most.values.mean()), len(set(most.indices.tolist())))
+
+
+def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
+    """The classes' probabilities, shape (N, classes), so many images at a time."""
+    device = next(model.parameters()).device
+    found = []
+    with torch.no_grad():
+        for batch in torch.split(images, rows):
+            shares = class_probabilities(tensors_of(model(batch.to(device))))
+            if shares is None:
+                return None
+            found.append(shares.float().cpu())
+    return torch.cat(found)
+
+
+def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: str) -> str:
+    """Say what the removal order rests on, and what damage is where it is not what one expects."""
+    told = {
+        "readers": " How the network's output depends on its filters could not be measured there; damage is "
+        "a share of what the layers give that read them.",
+        "output": " Damage is the squared change of the network's outputs as a share of their square.",
+    }
+    images = f"the {examples:,} images of --data"
+    if calibrated is not None:
+        also = f" and {images}" if examples else ""
+        looks = ""
+        if predicted is not None:
+            plural = "es" if predicted.classes > 1 else ""
+            looks = (
+                f" The network takes them for {predicted.classes} class{plural}, at a mean probability of "
+                f"{predicted.confidence:.2f}."
+            )
+        if calibrated.held is not None:
+            looks += (
+                f" Stimuli among them give their own filters {calibrated.held:.2f} of what they did (median)."
+            )
+        return (
+            f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
+            "the batch norms saw what they saw in training: the distance fell from "
+            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{told.get(unit, '')}"
+        )
+    rests = (
+        f"{images} alone."
+        if examples
+        else "noise and stimuli: trust budgets beyond the verdicts only after fine-tuning."
+    )
+    return (
+        "No probes could be calibrated to what batch norms remember of the training data, so the removal "
+        f"order rests on {rests}{told.get(unit, '') if examples else ''}"
+    )
+
+
+def summary(calibrated: Calibrated | None, predicted: Predictions | None) -> dict[str, Any] | None:
+    """What `run.json` says of the calibration."""
+    if calibrated is None:
+        return None
+    return {
+        "probes": len(calibrated.images),
+        "size": list(calibrated.images.shape[2:]),
+        "passes": calibrated.passes,
+        "before": calibrated.before,
+        "distance": calibrated.distance,
+        "held": calibrated.held,
+        **({} if predicted is None else asdict(predicted)),
+    }

@@ -1,0 +1,399 @@
+"""Verdicts: which filters repeat others or do nothing, with the numbers that show it.
+
+A channel is redundant when a few kept channels rebuild it. What backward elimination (`elimination`)
+proposes is confirmed sparsely and on probes that the fit did not see: each proposed channel must be rebuilt
+from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost the readers less than the
+tolerance, a share of their output's variance. What removal does to the network's own output is told by
+`rank`, where its sensitivity is known, on probes near the training data. There a redundant channel must,
+taken alone, cost the readers and the output at most half of the tolerance too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prune_viz.calibration.images import HELD_OUT
+from prune_viz.channels.groups import CouplingGroup
+from prune_viz.redundancy.dead import dead_kinds
+from prune_viz.redundancy.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
+from prune_viz.redundancy.gram_matrices import Moments
+from prune_viz.redundancy.sign_pairs import last_of_their_sign
+from prune_viz.utils.array_files import evict
+
+TOLERANCE = 1e-3
+_MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on probes
+MIN_SCORE = 0.97  # share of a channel's variance, held out, that others rebuild where it is redundant
+
+
+@dataclass(frozen=True)
+class ChannelVerdict:
+    """The verdict on one channel of a coupling group.
+
+    Attributes
+    ----------
+    channel : int
+        Which channel.
+    verdict : {"keep", "redundant", "dead"}
+        What to do.
+    kind : {"", "silent", "constant", "unread"}
+        How a dead one is dead.
+    representatives : list of int
+        Kept channels that rebuild it, the one that contributes most first.
+    coefficients : list of float
+        Their weights.
+    constant : float
+        What is added.
+    score : float
+        Share of the channel's variance that others rebuild, held out, 0 to 1; NaN if not judged.
+    damage : float
+        What removing it costs, a flagged channel rebuilt from its representatives, a kept one with nothing
+        in its place: a share of the readers' output variance, or, once ranked by the output's sensitivity,
+        nats of divergence of the network's output; NaN if not judged.
+    fires : bool
+        False where it gave nothing on any of the user's own images.
+    """
+
+    channel: int
+    verdict: str
+    kind: str
+    representatives: list[int]
+    coefficients: list[float]
+    constant: float
+    score: float
+    damage: float
+    fires: bool = True
+
+
+@dataclass(frozen=True)
+class GroupVerdicts:
+    """What was found in a coupling group.
+
+    Attributes
+    ----------
+    group : int
+        The group's number.
+    channels : list of ChannelVerdict
+        A verdict a channel, in order.
+    order : list of int
+        Channels in the order in which to remove them, the least missed first.
+    order_damage : list of float
+        Predicted damage of having removed that channel and all before it.
+    damage : float
+        Predicted damage of removing all flagged channels with merging, held out; a share of the readers'
+        output variance.
+    unit : {"readers", "nats", "output"}
+        Of all other damages: a share of the readers' output variance, divergence of the network's output,
+        or its squared change as a share of its square.
+    """
+
+    group: int
+    channels: list[ChannelVerdict]
+    order: list[int]
+    order_damage: list[float]
+    damage: float
+    unit: str = "readers"
+
+
+def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
+    """Verdicts for a group that cannot be judged: everything is kept."""
+    nan = float("nan")
+    kept = [_kept(index, nan, nan) for index in range(group.channels)]
+    return GroupVerdicts(group.number, kept, [], [], 0.0)
+
+
+def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = TOLERANCE) -> GroupVerdicts:
+    """Judge every channel of a group.
+
+    Parameters
+    ----------
+    group : CouplingGroup
+        The group; one that is not removable is kept whole.
+    moments : sequence of Moments
+        One a reader.
+    tolerance : float
+        Damage allowed to all flagged channels of the group together, 0 to 1.
+
+    Returns
+    -------
+    GroupVerdicts
+    """
+    readers = [reader for reader in moments if reader.output_variance > 0]
+    if not group.removable or not readers:
+        return judge_unjudged(group)
+    fit, held_out, energy = combine(readers)
+    order, order_damage = eliminate(fit, energy)
+    proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
+    dead = dead_kinds(readers)
+    rebuilt = _confirm(proposed, dead, fit, held_out, readers, tolerance)
+    kept = [channel for channel in range(group.channels) if channel not in rebuilt]
+    score = _score_kept(kept, fit, held_out, RIDGE)
+    damage = np.diag(energy) * np.diag(fit)[:-1]
+    channels = []
+    for channel in range(group.channels):
+        if channel in rebuilt:
+            weights = rebuilt[channel]
+            named = np.flatnonzero(weights[:-1])
+            strength = np.abs(weights[named]) * np.sqrt(np.diag(fit)[named])
+            named = named[np.argsort(-strength)]
+            kind = "" if len(named) else dead[channel] or "constant"
+            channels.append(
+                ChannelVerdict(
+                    channel,
+                    "dead" if kind else "redundant",
+                    kind,
+                    [int(index) for index in named],
+                    [float(weights[index]) for index in named],
+                    float(weights[-1]),
+                    1.0 if kind else _score(channel, weights, held_out),
+                    _damage({channel: weights}, readers),
+                )
+            )
+        else:
+            channels.append(_kept(channel, float(score[channel]), float(damage[channel])))
+    return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, readers))
+
+
+def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make one set of moments for all readers, weighted by what each makes of the channels.
+
+    Returns
+    -------
+    fit, held_out : ndarray, shape (n + 1, n + 1)
+        Second moments of the n channels and a constant.
+    energy : ndarray, shape (n, n)
+        What the readers make of the channels, in units of damage.
+    """
+    energy = np.zeros(readers[0].energy.shape)
+    weights = np.zeros(len(readers))
+    for index, reader in enumerate(readers):
+        energy += reader.energy / reader.unit
+        weights[index] = np.trace(reader.energy) / reader.unit
+        evict(reader.energy)
+    weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
+    fit, held_out = np.zeros(readers[0].fit.shape), np.zeros(readers[0].fit.shape)
+    for weight, reader in zip(weights, readers, strict=True):
+        fit += weight * reader.fit
+        held_out += weight * reader.held_out
+        evict(reader.fit)
+    return fit, held_out, energy
+
+
+def order_channels(
+    fit: np.ndarray, held_out: np.ndarray, energy: np.ndarray
+) -> tuple[list[int], list[float], np.ndarray]:
+    """Order a group's channels by what removing them costs.
+
+    Parameters
+    ----------
+    fit, held_out, energy : ndarray
+        From `combine`.
+
+    Returns
+    -------
+    order : list of int
+        Channels, the least missed first; the last to stay is left out.
+    damage : list of float
+        Predicted damage of having removed that channel and all before it.
+    pooled : ndarray, shape (channels + 1, channels + 1)
+        Second moments of the channels and a constant, over all probes and readers.
+    """
+    pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
+    return *eliminate(pooled, energy, MERGE_RIDGE), pooled
+
+
+def rank(
+    verdicts: GroupVerdicts,
+    moments: Sequence[Moments],
+    weighed: Sequence[Moments],
+    ablations: np.ndarray | None,
+    unit: str,
+    signs: np.ndarray | None = None,
+) -> tuple[GroupVerdicts, np.ndarray]:
+    """Order a judged group's channels, and measure each one's damage, on probes near the training data.
+
+    Parameters
+    ----------
+    verdicts : GroupVerdicts
+        What was found in the group.
+    moments : sequence of Moments
+        One a reader.
+    weighed : sequence of Moments
+        The same, outputs counting by what the network's own output makes of them, where that is known
+        (`prune_viz.redundancy.gram_matrices.weigh_outputs`).
+    ablations : ndarray or None, shape (channels,)
+        What silencing each channel costs the network's output, where that is known.
+    unit : {"nats", "output", "readers"}
+        Of the damage that the weighed ones give.
+    signs : ndarray of int, shape (channels, channels), optional
+        Which channels have the same weights, and which opposite ones
+        (`prune_viz.redundancy.sign_pairs.weight_signs`).
+
+    Returns
+    -------
+    GroupVerdicts
+        With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
+        A redundant channel that costs the readers or the network's output more than half of `TOLERANCE`
+        is kept after all, and so is the last of a sign where both occur.
+        Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
+        empty and the damage unknown.
+    ndarray, shape (channels + 1, channels + 1)
+        As `order_channels` gives them.
+    """
+    plain = [reader for reader in moments if reader.output_variance > 0]
+    readers = [reader for reader in weighed if reader.output_variance > 0]
+    if not readers or np.isnan(verdicts.channels[0].damage):
+        unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
+        unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
+        return unranked, np.array(moments[0].fit)
+    fit, held_out, energy = combine(readers)
+    order, order_damage, pooled = order_channels(fit, held_out, energy)
+    costs, flagged = {}, []
+    for one in verdicts.channels:
+        if one.verdict == "keep":
+            continue
+        rebuilt = {one.channel: _weights(one, len(pooled))}
+        costs[one.channel] = _damage(rebuilt, readers)
+        if one.verdict == "dead" or max(costs[one.channel], _damage(rebuilt, plain)) <= TOLERANCE / _MARGIN:
+            flagged.append(one.channel)
+    if signs is not None:
+        staying = last_of_their_sign(signs, [c for c in flagged if verdicts.channels[c].verdict != "dead"])
+        flagged = [channel for channel in flagged if channel not in staying]
+    kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
+    score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
+    damage = np.diag(energy) * np.diag(pooled)[:-1] if ablations is None else ablations
+    channels = [
+        replace(one, damage=costs[one.channel])
+        if one.channel in flagged
+        else _kept(one.channel, float(score[one.channel]), float(damage[one.channel]))
+        for one in verdicts.channels
+    ]
+    ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
+    return ranked, pooled
+
+
+def _kept(channel: int, score: float, damage: float) -> ChannelVerdict:
+    return ChannelVerdict(channel, "keep", "", [], [], 0.0, score, damage)
+
+
+def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:
+    """What rebuilds a flagged channel, as weights over the group's channels and a constant."""
+    weights = np.zeros(size)
+    weights[verdict.representatives] = verdict.coefficients
+    weights[-1] = verdict.constant
+    return weights
+
+
+def note_silent(verdicts: GroupVerdicts, silent: np.ndarray) -> GroupVerdicts:
+    """Note the channels that give nothing on the user's own images, bool, shape (channels,)."""
+    return replace(
+        verdicts,
+        channels=[replace(one, fires=not silent[one.channel]) for one in verdicts.channels],
+    )
+
+
+def _confirm(
+    proposed: Sequence[int],
+    dead: Sequence[str],
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    readers: Sequence[Moments],
+    tolerance: float,
+) -> dict[int, np.ndarray]:
+    """Which proposed channels hold up: channel -> weights over channels and constant that rebuild it.
+
+    Of two copies elimination may propose both, the second rebuilt from many others. So those that no few
+    of the others rebuild come back, and are tried once more with all that came back at hand.
+    """
+    kept = np.ones(len(fit) - 1, dtype=bool)
+    kept[list(proposed)] = False
+    rebuilt: dict[int, np.ndarray] = {}
+    alone: dict[int, float] = {}
+
+    def attempt(channel: int) -> bool:
+        if dead[channel]:
+            # A dead channel needs no representative, unless padding makes a constant visible at the border.
+            weights = np.zeros(len(fit))
+            weights[-1] = 0.0 if dead[channel] == "unread" else fit[channel, -1]
+            loss = _damage({channel: weights}, readers)
+            if loss <= tolerance:
+                rebuilt[channel], alone[channel] = weights, loss
+                return True
+        weights = rebuild(channel, np.flatnonzero(kept), fit)
+        loss = _damage({channel: weights}, readers)
+        if loss <= tolerance and _score(channel, weights, held_out) >= MIN_SCORE:
+            rebuilt[channel], alone[channel] = weights, loss
+            return True
+        return False
+
+    back = [channel for channel in proposed if not attempt(channel)]
+    kept[back] = True
+    serving: set[int] = set()
+    for channel in back:
+        if channel in serving:
+            continue
+        kept[channel] = False
+        if attempt(channel):
+            serving.update(np.flatnonzero(rebuilt[channel][:-1]).tolist())
+        else:
+            kept[channel] = True
+    while rebuilt and _damage(rebuilt, readers) > tolerance:
+        del rebuilt[max(rebuilt, key=lambda channel: alone[channel])]
+    return rebuilt
+
+
+def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
+    """Rows (removed, n + 1): what is lost of each removed channel, as weights over channels."""
+    rows = np.zeros((len(rebuilt), size))
+    for row, (channel, weights) in enumerate(rebuilt.items()):
+        rows[row] = -weights
+        rows[row, channel] += 1.0
+    return rows
+
+
+def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float:
+    """What removing and merging channels costs the readers, in units of their damage.
+
+    Each reader is weighed alone. The worse of fit and held-out moments counts, and of what is lost being
+    independent from tap to tap or the same at all of them.
+    """
+    if not rebuilt:
+        return 0.0
+    removed = list(rebuilt)
+    rows = _residuals(rebuilt, len(readers[0].fit))
+    named = np.flatnonzero(rows.any(axis=0))  # of a channel and its representatives, few
+    rows = rows[:, named]
+    total = 0.0
+    for reader in readers:
+        losses = [rows @ half[np.ix_(named, named)] @ rows.T for half in (reader.fit, reader.held_out)]
+        energies = [matrix[np.ix_(removed, removed)] for matrix in (reader.energy, reader.smooth_energy)]
+        worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
+        total += max(0.0, worst) / reader.unit
+        evict(reader.fit)
+        evict(reader.energy)
+    return total
+
+
+def _score(channel: int, weights: np.ndarray, moments: np.ndarray) -> float:
+    """Share of a channel's variance that the weights rebuild, by the moments given, 0 to 1."""
+    variance = moments[channel, channel] - moments[channel, -1] ** 2
+    row = _residuals({channel: weights}, len(moments))[0]
+    lost = float(row @ moments @ row)
+    return 1.0 if variance <= 1e-30 else float(np.clip(1 - lost / variance, 0, 1))
+
+
+def _score_kept(kept: Sequence[int], fit: np.ndarray, held_out: np.ndarray, ridge: float) -> np.ndarray:
+    """Share of each kept channel's variance that all other kept ones rebuild, held out; NaN elsewhere."""
+    score = np.full(len(fit) - 1, np.nan)
+    if not held_out.any():
+        return score
+    basis = [*kept, len(fit) - 1]
+    inverse = invert(fit[np.ix_(basis, basis)], ridge)
+    diagonal = np.maximum(np.diag(inverse), 1e-300)
+    rows = inverse / diagonal[:, None]  # each row: one channel minus its regression on the others
+    lost = np.einsum("ij,jk,ik->i", rows, held_out[np.ix_(basis, basis)], rows)[:-1].clip(min=0)
+    variance = (np.diag(held_out)[kept] - held_out[kept, -1] ** 2).clip(min=1e-30)
+    score[kept] = np.clip(1 - lost / variance, 0, 1)
+    return score

@@ -1,0 +1,115 @@
+"""From stimuli to verdicts: probes run through the whole network, and every group is judged on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from prune_viz.calibration import images
+from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last
+from prune_viz.network.copies import as_it_was, plain_copy
+from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.inputs import InputStatistics
+from prune_viz.redundancy.gram_matrices import Moments, gather_moments, pool_moments
+from prune_viz.redundancy.judge import GroupVerdicts, judge, judge_unjudged
+from prune_viz.runs.run_directory import LayerTensors
+from prune_viz.utils.memory import Budget
+from prune_viz.utils.progress import Progress, counted
+
+
+def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
+    """A copy of the model to run probes through, its batch norms unfolded; it remembers nothing of a call."""
+    twin = plain_copy(model, share=network.shares).float().to(network.device)
+    run = twin.forward
+
+    def forward(inputs: Tensor) -> Any:
+        with as_it_was(twin):
+            return run(inputs)
+
+    twin.forward = forward
+    if network.channels_last:
+        lay_weights_channels_last(twin)
+        twin.register_forward_pre_hook(lambda _, given: tuple(map(lay_channels_last, given)))
+    return twin
+
+
+def probe_groups(
+    model: nn.Module,
+    network: FilterNetwork,
+    groups: Sequence[CouplingGroup],
+    layers: Mapping[str, LayerTensors],
+    examples: Tensor | None,
+    seed: int,
+    statistics: InputStatistics | None,
+    progress: Progress,
+    budget: Budget | None = None,
+) -> dict[int, list[Moments]]:
+    """Run stimuli, natural noise and the user's images through a network, and sum groups' moments.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From `probing_copy`.
+    network : FilterNetwork
+        The network as stimuli saw it, for its canvases.
+    groups : sequence of CouplingGroup
+        Those to probe.
+    layers : mapping of str to LayerTensors
+        The layers' stimuli.
+    examples : Tensor or None, shape (N, C, *size)
+        The user's images in the model's own input units. They count for half, however many they are.
+    seed : int
+        Of the noise.
+    statistics : InputStatistics or None
+        What is known of the model's inputs.
+    progress : Progress
+        Told how the work goes.
+    budget : Budget, optional
+        Memory that may be taken.
+
+    Returns
+    -------
+    dict of int to list of Moments
+        By the group's number, one a reader.
+    """
+    if not groups:
+        return {}
+    axes = range(len(network.input_shape) - 1)
+    largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in axes)
+    size = images.probe_size(model, network.input_shape, largest)
+    count = sum(layer.filters for layer in network.layers if layer.name in layers)
+
+    def made() -> Iterator[tuple[Tensor, bool]]:
+        stimuli = (layers[name].images for name in layers)
+        batches = images.make_probes(stimuli, network.input_shape[0], size, seed, statistics)
+        return counted(progress, "probes", batches, count + images.noise_count(statistics))
+
+    moments = gather_moments(model, groups, made, budget)
+    if examples is not None:
+
+        def shown() -> Iterator[tuple[Tensor, bool]]:
+            batches = images.split(examples, examples.shape[2:])
+            return counted(progress, "probes, images", batches, len(examples))
+
+        given = gather_moments(model, groups, shown, budget)
+        moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}
+    return moments
+
+
+def judge_groups(
+    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]], progress: Progress
+) -> dict[int, GroupVerdicts]:
+    """Verdicts of every group, by its number; one that was not probed is kept."""
+    progress.start("verdicts", len(groups))
+    verdicts = {}
+    for group in groups:
+        if group.number in moments:
+            verdicts[group.number] = judge(group, moments[group.number])
+        else:
+            verdicts[group.number] = judge_unjudged(group)
+        progress.advance()
+    progress.finish()
+    return verdicts

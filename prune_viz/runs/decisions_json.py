@@ -1,0 +1,247 @@
+"""What `decisions.json` and the files beside masks hold, as plain typed data, checked as it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from prune_viz.runs.run_json import FORMAT, Amount, Count, Index, Unit
+
+MOST_IN_ALL = 2**24  # filters of a network
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What removing all that masks remove, merged, is predicted to cost.
+
+    Attributes
+    ----------
+    damage : float
+        Summed over coupling groups.
+    unit : {"nats", "output", "readers"}
+        Divergence of the network's output, its squared change as a share of its square, or a share of
+        the output of the layers that read the filters.
+    """
+
+    damage: float
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the feature map of a removed filter is reconstructed from kept ones.
+
+    Attributes
+    ----------
+    layer : str
+        A convolution that writes the coupled channel; the filters below are its own.
+    filter : int
+        The removed filter.
+    representatives : tuple of int
+        Kept filters.
+    coefficients : tuple of float
+        Their weights.
+    constant : float
+        What is added.
+    """
+
+    layer: str
+    filter: Index
+    representatives: tuple[Index, ...]
+    coefficients: tuple[float, ...]
+    constant: float
+
+    def __post_init__(self) -> None:
+        if len(self.representatives) != len(self.coefficients):
+            raise ValueError("a merge has as many coefficients as representatives")
+
+
+@dataclass(frozen=True)
+class PredictionRecord:
+    """A `Predicted` as it is stored: a damage of None was not predicted."""
+
+    damage: float | None
+    unit: Unit
+
+
+PassageRecord = tuple[str, Index, tuple[tuple[str, Index], ...]]  # of `groups.Passage`
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideMasks:
+    """What lies beside masks in `NAME.merges.json` or in a run's `decisions.json`.
+
+    Attributes
+    ----------
+    model_sha256, weights_sha256 : str or None
+        The model that the masks were made for (`prune_viz.runs.fingerprint.Origin`).
+    merges : tuple of Merge
+        How removed filters are reconstructed.
+    predicted : PredictionRecord or None
+        What the masks are predicted to cost.
+    passages : tuple
+        Norm, channel, and the filters that write it, of each `prune_viz.channels.groups.Passage`.
+    """
+
+    model_sha256: str | None
+    merges: tuple[Merge, ...]
+    weights_sha256: str | None = None
+    predicted: PredictionRecord | None = None
+    passages: tuple[PassageRecord, ...] = ()
+
+    @property
+    def prediction(self) -> Predicted | None:
+        """What the masks are predicted to cost, where that is known."""
+        if self.predicted is None or self.predicted.damage is None:
+            return None
+        return Predicted(self.predicted.damage, self.predicted.unit)
+
+
+@dataclass(frozen=True)
+class WriterRecord:
+    """A layer that writes channels of a coupling group: filter ``filters[k]`` writes ``channels[k]``."""
+
+    layer: str
+    filters: tuple[Index, ...]
+    channels: tuple[Index, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.filters) != len(self.channels) or len(set(self.filters)) != len(self.filters):
+            raise ValueError("a writer has each of its filters at one channel")
+
+
+@dataclass(frozen=True)
+class NormRecord:
+    """A norm on the way to the readers: its channel ``indices[k]`` holds the group's ``channels[k]``."""
+
+    module: str
+    indices: tuple[Index, ...]
+    channels: tuple[Index, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.indices) != len(self.channels):
+            raise ValueError("a norm has as many indices as channels")
+
+
+@dataclass(frozen=True)
+class ReaderRecord:
+    """A module that reads a coupling group, and the share of its inputs that are the group's."""
+
+    module: str
+    share: Share
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """A coupling group as `decisions.json` holds it (`prune_viz.channels.groups.CouplingGroup`)."""
+
+    id: Index
+    layers: tuple[str, ...]
+    readers: tuple[str, ...]
+    writers: tuple[WriterRecord, ...]
+    channels: Count
+    removable: bool
+    note: str
+    norms: tuple[NormRecord, ...] = ()
+    reads: tuple[ReaderRecord, ...] = ()
+    readers_damage: float | None = None
+
+    def __post_init__(self) -> None:
+        places = [*(one.channels for one in self.writers), *(one.channels for one in self.norms)]
+        if any(channel >= self.channels for channels in places for channel in channels):
+            raise ValueError(f"group {self.id} has {self.channels} channels, and names one beyond them")
+        if self.channels > sum(len(writer.filters) for writer in self.writers):
+            raise ValueError(f"group {self.id} has more channels than filters that write them")
+
+
+@dataclass(frozen=True)
+class VerdictRecord:
+    """A flagged filter with its evidence (`prune_viz.redundancy.judge.ChannelVerdict`)."""
+
+    layer: str
+    filter: Index
+    verdict: Literal["redundant", "dead"]
+    representatives: tuple[Index, ...] = ()
+    kind: str = ""
+    coefficients: tuple[float, ...] = ()
+    constant: float | None = None
+    score: float | None = None
+    damage: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RemovalOrder:
+    """Channels of a group, the least missed first, and the damage of having removed each and all before."""
+
+    group: Index
+    channels: tuple[Index, ...]
+    damage: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.damage) or len(set(self.channels)) != len(self.channels):
+            raise ValueError("a removal order names each channel once, with its damage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions(BesideMasks):
+    """What `decisions.json` holds.
+
+    Attributes
+    ----------
+    format : int
+        Of the file.
+    filters : dict of str to int
+        How many filters each layer of the network has.
+    macs : dict of str to int
+        Multiply-accumulates of each module.
+    groups : tuple of GroupRecord
+        The network's coupling groups.
+    verdicts : tuple of VerdictRecord
+        The flagged filters.
+    removal_order : tuple of RemovalOrder
+        A group each.
+    tolerance : float
+        What a verdict of redundant may cost.
+    damage_unit : {"nats", "output", "readers"}
+        Of every damage here but the groups' `readers_damage`.
+    """
+
+    format: int = FORMAT
+    filters: dict[str, Count]
+    macs: dict[str, Amount]
+    groups: tuple[GroupRecord, ...]
+    verdicts: tuple[VerdictRecord, ...]
+    removal_order: tuple[RemovalOrder, ...]
+    tolerance: float | None = None
+    damage_unit: Unit = "readers"
+
+    def __post_init__(self) -> None:
+        if sum(self.filters.values()) > MOST_IN_ALL:
+            raise ValueError("filters: more than any network has")
+        groups = {group.id: group for group in self.groups}
+        if len(groups) != len(self.groups):
+            raise ValueError("groups: an id stands there twice")
+        for group in self.groups:
+            for writer in group.writers:
+                if any(number >= self.filters.get(writer.layer, 0) for number in writer.filters):
+                    raise ValueError(f"groups: group {group.id} names a filter that its layer does not have")
+        for verdict in self.verdicts:
+            if verdict.filter >= self.filters.get(verdict.layer, 0):
+                raise ValueError("verdicts: one is on a filter that its layer does not have")
+        ordered = [order.group for order in self.removal_order]
+        if len(set(ordered)) != len(ordered) or not set(ordered) <= groups.keys():
+            raise ValueError("removal_order: a group is unknown, or stands there twice")
+        for order in self.removal_order:
+            if any(channel >= groups[order.group].channels for channel in order.channels):
+                raise ValueError(f"removal_order: group {order.group} has no such channel")
+            if order.channels and len(order.channels) >= groups[order.group].channels:
+                raise ValueError(f"removal_order: nothing of group {order.group} would be left")
+
+    @property
+    def ranked(self) -> set[int]:
+        """Ids of the groups that have a removal order."""
+        return {order.group for order in self.removal_order if order.channels}

@@ -1,0 +1,1 @@
+"""What every room stands on: files, JSON, memory, devices, progress and errors."""

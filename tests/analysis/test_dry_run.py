@@ -1,0 +1,97 @@
+"""What `--dry-run` adds up. How near its seconds come is measured, not tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tortured
+from typer.testing import CliRunner
+
+from prune_viz import cli
+from prune_viz.analysis import dry_run as module
+from prune_viz.analysis.dry_run import REPORT_BYTES, LayerCost, disk_bytes, makespan
+from prune_viz.analysis.pipeline import analyze, estimate
+from prune_viz.demo.digits import DigitsNet
+from prune_viz.demo.run import save_demo_model
+from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.layers import Layer
+
+
+def cost(filters: int, seconds: float) -> LayerCost:
+    return LayerCost(Layer("x", "", filters, 0, None, (8, 8)), seconds, 48)
+
+
+def test_tasks_are_shared_by_workers() -> None:
+    assert makespan([cost(100, 10)], 1, 100) == pytest.approx(10)
+    assert makespan([cost(100, 10)], 4, 100) == pytest.approx(10)  # one task
+    assert makespan([cost(100, 10)], 4, 25) == pytest.approx(2.5)
+    assert makespan([cost(100, 10), cost(10, 8)], 2, 50) == pytest.approx(13)  # the long one came last
+    assert makespan([], 2, 50) == 0
+
+
+def test_disk_is_about_what_a_run_takes(tmp_path: Path) -> None:
+    analyze(tortured.network(), input_shape=(3, 16, 16), steps=2, out=tmp_path / "run")
+    real = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+    said = estimate(tortured.network(), input_shape=(3, 16, 16), steps=2).disk
+    assert 1 / 1.5 < said / real < 1.5
+
+
+def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: dict[str, str | None] = {}
+    whole = module._try
+
+    def spied(network: FilterNetwork, feeders: dict[str, str | None], *settings: Any) -> dict[str, float]:
+        tried.update(feeders)
+        return whole(network, feeders, *settings)
+
+    monkeypatch.setattr(module, "_try", spied)
+    monkeypatch.setattr(module, "TRIED_LAYERS", 1)
+    found = estimate(tortured.network(), input_shape=(3, 16, 16), steps=2)
+    # One of each kind, of those with an activation and nothing that feeds them the one amid the work.
+    ends = sorted(name.rpartition(".")[2] for name in tried)
+    assert ends == ["depthwise", "expand", "project"]
+    assert all(cost.seconds > 0 for cost in found.layers)
+    tried.clear()
+    estimate(tortured.network(), input_shape=(3, 16, 16), steps=2, layers=["*.depthwise"])
+    assert set(tried.values()) == {None}  # what would feed it is not looked at
+
+
+def test_the_middles_of_equal_shares_are_chosen() -> None:
+    assert module._spread(np.ones(9), 3).tolist() == [1, 4, 7]
+    assert module._spread(np.array([1, 1, 1, 97.0]), 4).tolist() == [2, 3]
+    assert module._spread(np.ones(2), 4).tolist() == [0, 1]
+
+
+def test_responses_count_by_the_square() -> None:
+    one, two = (disk_bytes([cost(count, 0).layer], (3, 8, 8), [], False) for count in (1000, 2000))
+    assert two - one == 1000 * (2 * 3 * 64 + 4 + REPORT_BYTES[1]) + 4 * (2000**2 - 1000**2)
+
+
+def test_every_layer_and_stage_is_told_and_nothing_written(tmp_path: Path) -> None:
+    save_demo_model(DigitsNet(), [], tmp_path / "model.pt")
+    before = set(tmp_path.rglob("*"))
+    options = ["analyze", str(tmp_path / "model.pt"), "--out", str(tmp_path / "run"), "--dry-run"]
+    result = CliRunner().invoke(cli.app, [*options, "--json", "--steps", "4", "--workers", "2"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [layer["name"] for layer in found["layers"]] == ["conv1", "conv2", "conv3", "conv4"]
+    assert found["workers"] == 2
+    assert {"preparation", "stimuli", "probes", "calibration", "ranking", "verdicts"} <= found[
+        "stages"
+    ].keys()
+    assert all(seconds >= 0 for seconds in found["stages"].values())
+    assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
+    assert found["memory"] > found["disk"] > 0
+    shown = CliRunner().invoke(cli.app, [*options, "--steps", "4"])
+    assert shown.exit_code == 0
+    assert "conv4" in shown.stdout
+    assert "in all" in shown.stdout
+    assert "MiB on disk" in shown.stdout
+    assert set(tmp_path.rglob("*")) == before
+    refused = CliRunner().invoke(cli.app, [*options, "--engine", "ray"])
+    assert refused.exit_code == 2
+    assert "leave out --engine" in refused.stderr

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
+from torch import nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+
+from prune_viz.channels.coupling import find_groups
+from prune_viz.channels.dependency_graph import UntraceableError
+from prune_viz.channels.groups import group_of_layer
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+def test_a_plain_chain_has_a_group_a_layer() -> None:
+    groups = find_groups(Plain(), IMAGE)
+    assert [(group.layers, [reader.module for reader in group.readers]) for group in groups] == [
+        (["conv1"], ["conv2"]), (["conv2"], ["conv3"]), (["conv3"], ["head"]),
+    ]  # fmt: skip
+    assert all(group.removable for group in groups)
+
+
+def test_a_residual_sum_and_a_depthwise_convolution_tie_filters() -> None:
+    groups = group_of_layer(find_groups(Residual(), IMAGE))
+    assert groups["stem"].layers == ["stem", "outer", "project"]
+    assert {reader.module for reader in groups["stem"].readers} == {"inner", "expand", "head"}
+    assert groups["expand"].layers == ["expand", "depthwise"]
+    assert [reader.module for reader in groups["expand"].readers] == ["project"]
+
+
+def test_a_concatenation_shifts_the_second_branch() -> None:
+    groups = group_of_layer(find_groups(Concatenating(), IMAGE))
+    (reader,) = groups["right"].readers
+    assert reader.module == "reader"
+    assert reader.indices[np.argsort(reader.channels)].tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_flatten_spreads_a_channel_over_features() -> None:
+    (group,) = find_groups(Flattening(), torch.zeros(1, 1, 8, 8))
+    (reader,) = group.readers
+    assert sorted(reader.indices[reader.channels == 2].tolist()) == list(range(2 * 64, 3 * 64))
+
+
+def test_what_cannot_be_removed_is_said() -> None:
+    groups = group_of_layer(find_groups(Concatenating(), IMAGE))
+    assert not groups["out"].removable
+    assert "output" in groups["out"].note
+    grouped = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+    )
+    groups = group_of_layer(find_groups(grouped, IMAGE))
+    assert "grouped" in groups["0"].note
+    assert not groups["1"].removable
+    assert groups["2"].removable
+
+
+def test_frozen_models_are_traced_and_stay_frozen_and_in_training() -> None:
+    model = Plain().requires_grad_(False).train()
+    assert len(find_groups(model, IMAGE)) == 3
+    assert model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_does_not_run_is_untraceable() -> None:
+    with pytest.raises(UntraceableError):
+        find_groups(Plain(), torch.zeros(1, 5, 16, 16))
+
+
+class Normalised(nn.Module):
+    """Channels scaled to one norm together."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x, dim=1)
+
+
+class Between(nn.Module):
+    """Two convolutions with something in between, and what is returned."""
+
+    def __init__(self, between, reads: int = 8, returned=lambda first, second: second) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.between = between
+        self.second = nn.Conv2d(reads, 4, 1)
+        self.third = nn.Conv2d(4, 2, 1)
+        self.returned = returned
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.between(self.first(x))
+        return self.returned(maps, self.third(self.second(maps)))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Between(nn.Softmax(dim=1)), "mixes"),
+        (Between(lambda maps: maps - maps.mean(dim=1, keepdim=True)), "mixes"),
+        (Between(lambda maps: nn.functional.normalize(maps, dim=1)), "mixes"),
+        (Between(nn.PixelShuffle(2), reads=2), "rearranges"),
+        (Between(lambda maps: torch.cat([maps.relu(), (-maps).relu()], 1), reads=16), "more than once"),
+        (Between(torch.sigmoid), "another value"),
+        (
+            Between(nn.Sequential(randomise_norms(nn.BatchNorm2d(8)), nn.Sigmoid())),
+            "another value",
+        ),
+        (Between(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8, affine=False))), "another value"),
+        (Between(nn.Sequential(nn.InstanceNorm2d(8), Normalised())), "mixes"),
+        (Between(nn.InstanceNorm2d(8, track_running_stats=True)), "running statistics"),
+        (Between(torch.relu, returned=lambda first, second: (second, first)), "returns"),
+    ],
+    ids=[
+        "softmax",
+        "mean",
+        "normalize",
+        "shuffle",
+        "crelu",
+        "sigmoid",
+        "norm and sigmoid",
+        "sigmoid and norm",
+        "instance norm and normalize",
+        "running instance norm",
+        "returned",
+    ],
+)
+def test_what_the_library_cannot_see_is_found_by_experiment(model: nn.Module, why: str) -> None:
+    group = group_of_layer(find_groups(model.eval(), IMAGE))["first"]
+    assert not group.removable
+    assert why in group.note
+
+
+@pytest.mark.parametrize("between", [
+    nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish(), nn.Dropout2d(), nn.PReLU(8),
+    nn.Sequential(nn.ReLU(), randomise_norms(nn.BatchNorm2d(8))),
+])  # fmt: skip
+def test_what_leaves_channels_apart_is_removable(between: nn.Module) -> None:
+    groups = group_of_layer(find_groups(Between(between).eval(), IMAGE))
+    assert groups["first"].removable
+    assert groups["second"].removable
+    assert not groups["third"].removable
+
+
+def test_reshapes_without_end_are_given_up_on() -> None:
+    swin = SwinTransformer(
+        [4, 4], 24, [2, 2], [1, 2], [8, 8], num_classes=3, block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    )  # fmt: skip
+    (group,) = find_groups(swin, torch.zeros(1, 3, 64, 64))
+    assert not group.removable
+    assert "reshaped" in group.note
+
+
+class _SumOfConcatenation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.both, self.reader = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([self.left(images), self.right(images)], dim=1)
+        return self.reader((joined + self.both(images)).relu()).mean(dim=(2, 3))
+
+
+def test_a_sum_with_a_concatenation_is_one_group_of_all_its_channels() -> None:
+    groups = group_of_layer(find_groups(_SumOfConcatenation(), IMAGE))
+    group = groups["left"]
+    assert group is groups["right"] is groups["both"]
+    assert group.channels == 8
+    placed = {places.module: places.channels.tolist() for places in group.writers}
+    assert placed == {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7], "both": list(range(8))}

@@ -1,0 +1,93 @@
+"""Budgets in the report: what they save and cost, and how that is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from report_fixture import write_run
+
+from prune_viz.pruning.budgets import counts_for_macs, read_rankings
+from prune_viz.report import write_report
+from prune_viz.report.savings import Budget, budgets, default_budget, draw_curve
+from prune_viz.report.wording import magnitude
+from prune_viz.runs.decisions_json import PredictionRecord
+from prune_viz.runs.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    made = write_run(tmp_path_factory.mktemp("run"))
+    decisions = made.read_decisions()
+    orders = tuple(
+        replace(order, damage=tuple(1e-6 * 1.3**step for step in range(len(order.channels))))
+        for order in decisions.removal_order
+    )
+    predicted = PredictionRecord(2e-5, "nats")
+    made.write_decisions(replace(decisions, removal_order=orders, predicted=predicted))
+    return made
+
+
+def test_budgets_are_those_of_the_command_line(run: RunDirectory) -> None:
+    decisions = run.read_decisions()
+    found = budgets(decisions)
+    rankings = read_rankings(decisions)
+    assert len(found) > 5
+    for share, budget in zip((0.05, 0.1, 0.15), found, strict=False):
+        counts = counts_for_macs(rankings, share, decisions.macs)
+        assert budget.saved >= share
+        assert budget.filters == sum(counts.values())
+        assert budget.damage == pytest.approx(sum(ranking.damage_of(counts) for ranking in rankings))
+    assert budgets(replace(decisions, removal_order=())) == []
+    assert budgets(replace(decisions, macs={})) == []
+
+
+def test_the_curve_is_drawn_where_its_figures_say(run: RunDirectory) -> None:
+    known = [Budget(0.1, 3, 1e-4), Budget(0.2, 6, 1e-3), Budget(0.4, 9, 1e-2)]
+    curve = draw_curve(known, Budget(0.2, 5, 1e-3))
+    assert curve is not None
+    assert [tick.value for tick in curve.up] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert [tick.value for tick in curve.across] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    for (x, y, _), across, up in zip(curve.points, (1, 2, 4), (0, 1, 2), strict=True):
+        assert (x, y) == pytest.approx((curve.across[across].place, curve.up[up].place), abs=0.2)
+    assert curve.default == curve.points[1][:2]
+    assert curve.up[-1].place == curve.top
+    assert draw_curve(known[:1], None) is None
+    nothing = draw_curve([Budget(0.1, 3, 0.0), Budget(0.2, 6, 0.0)], None)
+    assert nothing is not None
+    assert {y for _, y, _ in nothing.points} == {nothing.bottom}
+
+
+def test_the_default_is_what_the_verdicts_take(run: RunDirectory) -> None:
+    decisions, summary = run.read_decisions(), run.read_provenance().summary
+    default = default_budget(decisions, summary)
+    assert default == Budget(1 - 322_190_000 / 385_811_000, len(decisions.verdicts), 2e-5)
+    assert default_budget(replace(decisions, predicted=None), summary) is None
+    assert default_budget(replace(decisions, verdicts=()), summary) is None
+    assert default_budget(decisions, replace(summary, macs_after=None)) is None
+
+
+def test_the_page_has_the_curve_and_its_figures(run: RunDirectory) -> None:
+    page = write_report(run).read_text()
+    section = page[page.index('<section id="budgets">') :].partition("</section>")[0]
+    assert section.count("<circle") == len(budgets(run.read_decisions()))
+    assert 'class="default"' in page
+    assert "10⁻" in page
+
+
+def test_runs_without_an_order_have_no_curve(tmp_path: Path) -> None:
+    made = write_run(tmp_path / "run")
+    made.write_decisions(replace(made.read_decisions(), removal_order=()))
+    assert "Budgets" not in write_report(made).read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (1e-6, "nats", "10⁻⁶ nats"), (0.01, "nats", "0.01 nats"), (10.0, "nats", "10 nats"),
+        (0.01, "readers", "1 %"), (1e-6, "output", "10⁻⁴ %"),
+    ],
+)  # fmt: skip
+def test_magnitudes(value: float, unit: str, text: str) -> None:
+    assert magnitude(value, unit).replace("\u202f", " ") == text

@@ -1,0 +1,161 @@
+"""Large arrays where memory does not hold them: the same numbers from a file, little of it in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from networks import Residual, randomise_norms
+
+from prune_viz.analysis import conclude as conclusions
+from prune_viz.analysis.pipeline import analyze
+from prune_viz.channels.coupling import find_groups
+from prune_viz.redundancy.fisher import gather_sensitivities
+from prune_viz.redundancy.gram_matrices import gather_moments, pool_moments, weigh_outputs
+from prune_viz.redundancy.judge import judge, rank
+from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.utils import scratch_arrays as spill
+from prune_viz.utils.array_files import evict
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.memory import Budget
+from prune_viz.utils.scratch_arrays import Store
+
+CPU = torch.device("cpu")
+
+
+class Tight(Budget):
+    """Lets as many rows through at a time as one likes, and keeps no array."""
+
+    def rows(self, a_row: int, aside: int = 0) -> int:
+        return 64
+
+
+@pytest.fixture(autouse=True)
+def nothing_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "_LEAST", 0)
+
+
+def _held() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def test_what_is_evicted_leaves_memory_and_comes_back(tmp_path: Path) -> None:
+    store = Store(Budget(CPU, 0, tmp_path))
+    array = store.zeros((4, 2000, 1000))
+    assert not array.any()
+    array += np.arange(4.0)[:, None, None]
+    full = _held()
+    evict(array[1])  # any part stands for all
+    assert full - _held() > 0.9 * array.nbytes
+    np.testing.assert_array_equal(array.mean(axis=(1, 2)), np.arange(4.0))
+    assert not list(tmp_path.iterdir())  # no name, so nothing stays behind whatever happens
+
+
+def test_only_what_a_budget_does_not_hold_goes_to_a_file() -> None:
+    plenty = Store(Budget(CPU, _held() + 2**30))
+    assert not isinstance(plenty.zeros((1000, 1000)), np.memmap)
+    assert isinstance(plenty.zeros((6000, 6000)), np.memmap)
+    whole = Store(None).zeros((6000, 6000))
+    assert not isinstance(whole, np.memmap)
+    evict(whole)  # which is in no file
+    assert not whole.any()
+
+
+def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
+    store = Store(Budget(CPU, 0, tmp_path))
+    with pytest.raises(UserError, match=rf"GiB that memory does not hold cannot be kept in {tmp_path}: .+;"):
+        store.zeros((2**30, 2**26))
+    with pytest.raises(UserError, match="absent: No such file or directory"):
+        Store(Budget(CPU, 0, tmp_path / "absent")).zeros((2, 2))
+
+
+def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(Residual()).eval()
+    groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
+    near, far = torch.randn(2, 24, 3, 16, 16).unbind()
+    sensitivities = {
+        places.module: np.eye(dict(model.named_modules())[places.module].weight.shape[0])
+        for group in groups
+        for places in group.readers
+    }
+
+    def conclude(budget: Budget | None) -> tuple[list[object], list[np.ndarray]]:
+        # Rows at a time are what they are without a budget, so that nothing rounds differently.
+        ranked, pooled = [], []
+        for group in groups:
+            sets = []
+            for images in (near, far):
+                probes = [(images[:16], False), (images[16:], True)]
+                sets.append(gather_moments(model, [group], partial(iter, probes), budget)[group.number])
+            moments = pool_moments(sets, [0.5, 0.5])
+            assert isinstance(moments[0].fit, np.memmap) == (budget is not None)
+            weighed = weigh_outputs(model, group, moments, sensitivities, Store(budget))
+            assert isinstance(weighed[0].energy, np.memmap) == (budget is not None)
+            found, matrix = rank(judge(group, moments), moments, weighed, None, "nats")
+            ranked.append(found)
+            pooled.append(np.array(matrix))
+        return ranked, pooled
+
+    expected, matrices = conclude(None)
+    found, others = conclude(Tight(CPU, 0, tmp_path))
+    assert [repr(one) for one in found] == [repr(one) for one in expected]
+    for one, same in zip(others, matrices, strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(Residual()).eval()
+    groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
+    images = torch.randn(24, 3, 16, 16)
+    expected = gather_sensitivities(model, groups, lambda: images.split(16), seed=0)
+    found = gather_sensitivities(model, groups, lambda: images.split(16), 0, Tight(CPU, 0, tmp_path))
+    assert expected is not None
+    assert found is not None
+    for name, square in expected.readers.items():
+        assert isinstance(found.readers[name], np.memmap)
+        np.testing.assert_array_equal(found.readers[name], square)
+    for number, cost in expected.ablations.items():
+        np.testing.assert_array_equal(found.ablations[number], cost)
+
+
+@pytest.mark.usefixtures("few_probes")
+def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made, zeros = randomise_norms(Residual()), [], Store.zeros
+
+    def noted(store: Store, *given: Any) -> np.ndarray:
+        made.append(zeros(store, *given))
+        return made[-1]
+
+    pooled: dict[int, np.ndarray] = {}
+    rank_groups = conclusions.rank_groups
+
+    def ranking(*given: Any) -> Any:
+        ranked = rank_groups(*given)
+        pooled.update({number: square.astype(np.float32) for number, square in ranked.moments.items()})
+        return ranked
+
+    monkeypatch.setattr(Store, "zeros", noted)
+    monkeypatch.setattr(conclusions, "rank_groups", ranking)
+    for name, share in (("memory", 1), ("files", 2**62)):
+        monkeypatch.setattr(spill, "_SHARE", share)
+        made.clear()
+        analyze(model, input_shape=(3, 16, 16), steps=2, out=tmp_path / name)
+        assert {array.dtype.name for array in made} == {"float32", "float64"}
+        assert all(isinstance(array, np.memmap) == (name == "files") for array in made)
+        moments = RunDirectory(tmp_path / name).read_moments()
+        assert len(moments) > 1
+        assert moments.keys() == pooled.keys()
+        for number, square in moments.items():
+            np.testing.assert_array_equal(square, pooled[number])
+    decisions = [(tmp_path / name / "decisions.json").read_text() for name in ("memory", "files")]
+    assert decisions[0] == decisions[1]
