@@ -6,7 +6,6 @@ Everything the command line does can be called from here; nothing heavy is impor
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
     from prune_viz.pruning.remove import remove_filters
     from prune_viz.utils.errors import UserError
 
-# Read by torch at its first allocation, on Linux: large feature maps on huge pages are made faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Masks",

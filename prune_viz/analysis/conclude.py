@@ -15,7 +15,7 @@ from torch import nn
 
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
 from prune_viz.analysis.prepare import Subject
-from prune_viz.calibration import dead_leaves, losses, synthetic_images
+from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.images import Calibrated, load_probes, save_probes
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.embedding.network_map import embed_network
@@ -178,8 +178,8 @@ def _calibrate(
     budget: Budget,
 ) -> Calibrated | None:
     """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
-    settings = [synthetic_images.SETTINGS, losses.SETTINGS, dead_leaves.SETTINGS]
-    key = hashlib.sha256(json.dumps([key, list(found), settings]).encode()).hexdigest()
+    parts = [key, list(found), synthetic_images.settings()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:
         shape, statistics = subject.network.input_shape, subject.statistics

@@ -21,7 +21,11 @@ FEWEST, MOST = 4, 64  # leaves of a picture
 SMALLEST, LARGEST = 0.05, 0.6  # a leaf's radius, of the picture's longest side; scarce as 1/r^3
 STRETCH = 3.0  # the most that a leaf is longer or shorter than wide
 TEXTURE = 0.6  # deviation of the noise on the roughest leaf, of a natural input's
-SETTINGS = (FEWEST, MOST, SMALLEST, LARGEST, STRETCH, TEXTURE)  # probes depend on them
+
+
+def settings() -> list[object]:
+    """What dead leaves depend on beside their arguments, for the key of calibration images."""
+    return [FEWEST, MOST, SMALLEST, LARGEST, STRETCH, TEXTURE]
 
 
 def dead_leaves(

@@ -28,9 +28,13 @@ SURE = 0.5  # probability of its likeliest class at which a probe is let be
 HELD = 0.5  # of what a stimulus's own filter gave at the start, at which it is let be
 CLASSES = 0.002  # weight of the classes' terms, in nats, beside the norms'
 OWN = 0.02  # weight of what stimuli are short of, as a share
-SETTINGS = (SURE, HELD, CLASSES, OWN)  # probes depend on them
 _SILENT = 1e-6  # norm of a map
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
+
+
+def settings() -> list[object]:
+    """What the losses depend on beside their arguments, for the key of calibration images."""
+    return [SURE, HELD, CLASSES, OWN, _SILENT, _FLOOR]
 
 
 @dataclass(frozen=True)

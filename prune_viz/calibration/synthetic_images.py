@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prune_viz.calibration import dead_leaves, losses
 from prune_viz.calibration.images import Calibrated, Owner, Start
 from prune_viz.calibration.losses import (
     Means,
@@ -30,13 +31,15 @@ from prune_viz.calibration.losses import (
     pool,
     total_error,
 )
+from prune_viz.feature_visualization import priors
 from prune_viz.feature_visualization.optimiser import roll, unit
-from prune_viz.feature_visualization.priors import SCENE_EXPONENT, are_photographs, make_prior, scene_exponent
+from prune_viz.feature_visualization.priors import are_photographs, make_prior, scene_exponent
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import Budget, RowLimit, even_parts
 from prune_viz.utils.progress import Progress
 
+ALGORITHM = 1  # raised with every change after which calibration images come out differently
 PROBES = 96  # of `POSITIONS` pixels; of smaller ones more
 POSITIONS = 160 * 160
 MOST_PROBES = 384
@@ -48,10 +51,14 @@ JITTER = 1 / 16  # of the size, each way
 CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
 VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
 ENLARGED = 1.25
-# What probes depend on.
-SETTINGS = (PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, SCENE_EXPONENT)
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
+
+
+def settings() -> list[object]:
+    """What calibration images depend on beside their arguments, for the key under which they are kept."""
+    own = [ALGORITHM, PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS]
+    return [own, _PATIENCE, _FALL, losses.settings(), dead_leaves.settings(), priors.settings()]
 
 
 def calibrate(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from prune_viz import __version__
+from prune_viz.feature_visualization import algorithm
 from prune_viz.feature_visualization.responses import response_matrix
 from prune_viz.feature_visualization.stimuli import BATCH, as_stored, ascend
 from prune_viz.network.filter_network import FilterNetwork
@@ -130,6 +131,7 @@ def stimuli_key(provenance: Mapping[str, Any]) -> str:
         "inputs": provenance["inputs"],
         "seed": provenance["seed"],
         "versions": [__version__, provenance["versions"]["torch"]],
+        "stage": algorithm.settings(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

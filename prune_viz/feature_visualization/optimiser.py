@@ -32,6 +32,11 @@ OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little sat
 STILL = 0.5  # share of the steps, the last ones, without jitter
 
 
+def settings() -> list[object]:
+    """What stimuli depend on here, for the key of their results."""
+    return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, STILL]
+
+
 def climb(
     maps: MapFunction,
     filters: Sequence[int],

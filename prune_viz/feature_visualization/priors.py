@@ -28,6 +28,11 @@ RADIUS = 0.5  # in standard deviations of a natural input
 FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker one is raised to
 
 
+def settings() -> list[object]:
+    """What priors depend on beside their arguments, for the keys of results."""
+    return [_RGB_CORRELATION, PIXEL_DEVIATION, SPECTRUM_EXPONENT, SCENE_EXPONENT, RADIUS, FLATTEST]
+
+
 class Prior(Protocol):
     """A symmetric map ``S^(1/2)`` over inputs of one shape, and the radius of the ball it maps."""
 
@@ -159,7 +164,7 @@ def make_prior(
     Raises
     ------
     UserError
-        If the statistics are of another number of channels.
+        If there is no such prior, or the statistics are of another number of channels.
 
     Notes
     -----
@@ -179,6 +184,8 @@ def make_prior(
     photographs), reach a root mean square of `RADIUS`, and every other pattern as much as is equally
     likely.
     """
+    if name not in ("natural", "none"):
+        raise UserError(f"--prior is natural or none, not {name!r}")
     pixels = channels * math.prod(canvas)
     covariance = _channel_covariance(channels, statistics)
     variance = float(covariance.diagonal().mean())

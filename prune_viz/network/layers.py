@@ -19,6 +19,11 @@ LARGEST_CANVAS = {1: 4096, 2: 80, 3: 24}
 _CANVAS_STEP = {1: 32, 2: 16, 3: 4}
 
 
+def settings() -> list[object]:
+    """What canvases depend on beside receptive fields, for the key of stimuli."""
+    return [SMALLEST_CANVAS, LARGEST_CANVAS, _CANVAS_STEP]
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution and its filters.

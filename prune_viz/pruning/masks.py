@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -133,7 +134,6 @@ class Masks(dict[str, Tensor]):
         if origin is None:
             raise UserError("masks of two different models cannot be combined")
         combined = Masks(origin=origin)
-        combined.probes = theirs.probes if self.probes is None else self.probes
         for name in {**self, **theirs}:
             pair = [masks[name].cpu() for masks in (self, theirs) if name in masks]
             if pair[0].shape != pair[-1].shape:
@@ -144,11 +144,44 @@ class Masks(dict[str, Tensor]):
             if len(pair) == 1:
                 pair.append(torch.ones_like(pair[0]))
             combined[name] = pair[0] & pair[1] if remove == "any" else pair[0] | pair[1]
-        passed = dict.fromkeys((*self.passages, *theirs.passages))
-        combined.passages = [passage for passage in passed if combined.silences(passage)]
-        merges = {(merge.layer, merge.filter): merge for merge in (*theirs.merges, *self.merges)}
-        combined.merges = tuple(merge for merge in merges.values() if combined.carries_out(merge))
+        combined._take_over(self, theirs)
         return combined
+
+    def copy(self) -> Masks:
+        """The same masks, with all that makes up for what they remove."""
+        return copy.copy(self)
+
+    def __or__(self, other: Mapping[str, Tensor]) -> Masks:  # type: ignore[override]
+        """All layers of both, the other's masks where both name a layer; merges stay as far as they hold."""
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        theirs = other if isinstance(other, Masks) else Masks(other)
+        origin = self.origin.agreed(theirs.origin)
+        if origin is None:
+            raise UserError("masks of two different models cannot be combined")
+        united = Masks({**self, **theirs}, origin=origin)
+        united._take_over(theirs, self)
+        return united
+
+    def __ror__(self, other: Mapping[str, Tensor]) -> Masks:  # type: ignore[override]
+        return Masks(other) | self if isinstance(other, Mapping) else NotImplemented
+
+    def __ior__(self, other: Mapping[str, Tensor]) -> Masks:  # type: ignore[override]
+        united = self | other
+        self.update(united)
+        vars(self).update(vars(united))
+        return self
+
+    def _take_over(self, first: Masks, second: Masks) -> None:
+        """Take what two masks hold to make up for removed filters, as far as it holds here.
+
+        Where both do, the first one's is taken.
+        """
+        self.probes = second.probes if first.probes is None else first.probes
+        passed = dict.fromkeys((*first.passages, *second.passages))
+        self.passages = [passage for passage in passed if self.silences(passage)]
+        merges = {(merge.layer, merge.filter): merge for merge in (*second.merges, *first.merges)}
+        self.merges = tuple(merge for merge in merges.values() if self.carries_out(merge))
 
     def carries_out(self, merge: Merge) -> bool:
         """Whether these masks remove a merge's filter and keep all that rebuild it."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from prune_viz import cli
+from prune_viz import __version__, cli
+from prune_viz.cli import commands
 from prune_viz.demo.digits import Digits, DigitsNet, accuracy, plant
 from prune_viz.demo.run import save_demo_model
 from prune_viz.utils.errors import UserError
@@ -78,7 +79,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_version() -> None:
     result = python("-m", "prune_viz", "--version")
-    assert (result.returncode, result.stdout) == (0, "prune-viz 0.1.0\n")
+    assert (result.returncode, result.stdout) == (0, f"prune-viz {__version__}\n")
 
 
 def test_the_help_states_the_real_default_of_steps() -> None:
@@ -242,7 +243,7 @@ def test_exit_codes(monkeypatch, error: BaseException, code: int, line: str) -> 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "check_writable", fail)
+    monkeypatch.setattr(commands, "check_writable", fail)
     monkeypatch.delenv("PRUNE_VIZ_TRACEBACK", raising=False)
     result = run("demo")
     assert result.exit_code == code
@@ -252,8 +253,8 @@ def test_exit_codes(monkeypatch, error: BaseException, code: int, line: str) -> 
 
 
 def test_check_writable_leaves_no_trace(here: Path) -> None:
-    cli.check_writable(here / "a" / "b")
-    cli.check_writable(Path("relative"))
+    commands.check_writable(here / "a" / "b")
+    commands.check_writable(Path("relative"))
     assert written(here) == set()
 
 

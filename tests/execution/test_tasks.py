@@ -9,22 +9,27 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import tortured
-from networks import Untraceable, randomise_norms
+from conftest import short_conclusions
+from networks import Plain, Untraceable, randomise_norms
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import analyze
+from prune_viz.calibration import dead_leaves, losses, synthetic_images
 from prune_viz.execution import tasks
 from prune_viz.execution.executors import LocalEngine, run_tasks
 from prune_viz.execution.task_results import Pieces
 from prune_viz.execution.tasks import Piece, StimulusSettings, Task, do_task, failing_together, plan_tasks
+from prune_viz.feature_visualization import algorithm, optimiser, priors, stimuli
 from prune_viz.feature_visualization.optimiser import StoppedError
 from prune_viz.feature_visualization.responses import response_matrix
 from prune_viz.feature_visualization.stimuli import ascend, maximize
+from prune_viz.network import layers
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.runs.log import RunLog
 from prune_viz.runs.report_files import NEW_REPORT
@@ -418,3 +423,44 @@ def test_a_backward_pass_that_fails_is_told_of_its_layer(tmp_path: Path) -> None
     analyze(model, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2)
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
     assert any("2 could not be looked at: no gradient comes back" in note for note in notes), notes
+
+
+def test_results_of_an_older_algorithm_are_not_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def written() -> tuple[int, int]:
+        """Which files hold a layer's stimuli and the calibration images now."""
+        with short_conclusions():
+            analyze(randomise_norms(Plain()), input_shape=(3, 16, 16), out=out, steps=1)
+        return (out / "layers" / "000-conv1.safetensors").stat().st_ino, (
+            out / "probes.safetensors"
+        ).stat().st_ino
+
+    first = written()
+    assert written() == first
+    monkeypatch.setattr(synthetic_images, "ALGORITHM", synthetic_images.ALGORITHM + 1)
+    second = written()
+    assert second[0] == first[0]
+    assert second[1] != first[1]
+    monkeypatch.setattr(algorithm, "ALGORITHM", algorithm.ALGORITHM + 1)
+    third = written()
+    assert third[0] != second[0]
+    assert third[1] != second[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "stage"),
+    [
+        (optimiser, "STILL", algorithm), (priors, "RADIUS", algorithm), (stimuli, "LEAVE", algorithm),
+        (layers, "LARGEST_CANVAS", algorithm), (losses, "SURE", synthetic_images),
+        (dead_leaves, "TEXTURE", synthetic_images), (synthetic_images, "RATE", synthetic_images),
+    ],
+)  # fmt: skip
+def test_keys_hold_the_constants_of_their_stage(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stage: Any
+) -> None:
+    before = json.dumps(stage.settings())
+    monkeypatch.setattr(module, name, "another")
+    assert json.dumps(stage.settings()) != before

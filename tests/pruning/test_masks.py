@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -177,3 +180,44 @@ def test_an_origin_knows_its_model_by_file_or_by_weights() -> None:
     assert not Origin("file", hash_model(model)).has_weights_of(other)
     assert Origin("file").has_weights_of(other)  # written before weights had digests of their own
     assert Origin("file", hash_model(model)).has_weights_of(other.half())  # cannot be told
+
+
+def _laden(*gone: int, origin: str = "a") -> Masks:
+    merges = tuple(Merge("conv1", number, (0,), (1.0,), 0.0) for number in gone)
+    passages = [Passage("bn1", number, (("conv1", number),)) for number in gone]
+    given = {"probes": torch.ones(1, 3, 4, 4), "predicted": Predicted(0.5, "nats"), "passages": passages}
+    return Masks({"conv1": mask_without(8, *gone)}, merges, Origin(origin), **given)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [Masks.copy, copy.copy, copy.deepcopy, lambda masks: pickle.loads(pickle.dumps(masks))],
+)
+def test_copies_keep_merges_and_probes(way: Callable[[Masks], Masks]) -> None:
+    masks = _laden(1, 2)
+    made = way(masks)
+    assert type(made) is Masks
+    assert made == masks
+    assert (made.merges, made.origin, made.predicted) == (masks.merges, masks.origin, masks.predicted)
+    assert made.passages == masks.passages
+    assert torch.equal(made.probes, masks.probes)
+
+
+def test_union_keeps_what_holds() -> None:
+    first, other = _laden(1, 2), {"conv2": mask_without(4, 3)}
+    for united in (first | other, other | first):
+        assert united.keys() == {"conv1", "conv2"}
+        assert united.merges == first.merges
+        assert united.passages == first.passages
+        assert united.probes is first.probes
+    second = _laden(2)
+    united = first | second  # where filter 1 stays
+    assert [merge.filter for merge in united.merges] == [2]
+    assert united["conv1"][1]
+    changed = first.copy()
+    changed |= second
+    assert changed == united
+    assert changed.merges == united.merges
+    assert first.merges == _laden(1, 2).merges
+    with pytest.raises(UserError, match="two different models"):
+        first | _laden(1, origin="b")

@@ -1,0 +1,14 @@
+"""What stimuli and responses depend on beside the network and the options: the number of the algorithm."""
+
+from __future__ import annotations
+
+from prune_viz.feature_visualization import optimiser, priors, stimuli
+from prune_viz.network import layers
+
+ALGORITHM = 1  # raised with every change after which stimuli or responses come out differently
+
+
+def settings() -> list[object]:
+    """The number of the algorithm and its constants, for the key of results; batches are not among them."""
+    search = [stimuli.LEAVE, stimuli.LEAVE_FIRST, stimuli.CLOSE, stimuli.RESTARTS, stimuli.HALF_LIMIT]
+    return [ALGORITHM, search, optimiser.settings(), priors.settings(), layers.settings()]
