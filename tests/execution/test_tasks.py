@@ -428,15 +428,14 @@ def test_a_backward_pass_that_fails_is_told_of_its_layer(tmp_path: Path) -> None
 def test_results_of_an_older_algorithm_are_not_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "run"
+    out, model = tmp_path / "run", randomise_norms(Plain())
 
     def written() -> tuple[int, int]:
         """Which files hold a layer's stimuli and the calibration images now."""
         with short_conclusions():
-            analyze(randomise_norms(Plain()), input_shape=(3, 16, 16), out=out, steps=1)
-        return (out / "layers" / "000-conv1.safetensors").stat().st_ino, (
-            out / "probes.safetensors"
-        ).stat().st_ino
+            analyze(model, input_shape=(3, 16, 16), out=out, steps=1)
+        layer, probes = out / "layers" / "000-conv1.safetensors", out / "probes.safetensors"
+        return layer.stat().st_ino, probes.stat().st_ino
 
     first = written()
     assert written() == first
