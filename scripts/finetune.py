@@ -193,7 +193,7 @@ def check_classes(model: nn.Module, shape: tuple[int, ...], classes: int, device
     try:
         with torch.no_grad():
             scores = model.eval()(torch.zeros(1, *shape, device=device))
-    except Exception as error:  # whatever a stranger's forward pass raises
+    except Exception as error:  # whatever an untrusted forward pass raises
         raise UserError(f"the network does not run on inputs of shape {shape}: {error}") from None
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise UserError("this network gives no row of class scores; fine-tune it in a loop of your own")

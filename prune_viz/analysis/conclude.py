@@ -14,12 +14,12 @@ import pandas as pd
 from torch import nn
 
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
-from prune_viz.analysis.prepare import Subject
+from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.images import Calibrated, load_probes, save_probes
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.embedding.network_map import embed_network
-from prune_viz.feature_visualization.top_patches import find_exciting_parts, write_exciting_parts
+from prune_viz.feature_visualization.top_patches import find_top_patches, write_top_patches
 from prune_viz.network.calls import blank_input
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
@@ -41,7 +41,7 @@ from prune_viz.utils.devices import release_memory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import Budget
 from prune_viz.utils.progress import Progress
-from prune_viz.utils.scratch_arrays import Store
+from prune_viz.utils.scratch_arrays import ScratchArrays
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Conclusions:
 
 
 def conclude(
-    subject: Subject, run: RunDirectory, key: str, stages: Stages, progress: Progress, budget: Budget
+    prepared: Prepared, run: RunDirectory, key: str, stages: Stages, progress: Progress, budget: Budget
 ) -> Conclusions:
     """Probe, judge, rank and embed the filters of layers whose stimuli are in the run directory.
 
@@ -96,10 +96,10 @@ def conclude(
     UserError
         If a layer's file is damaged, or the run directory cannot be written.
     """
-    model, network, seed, statistics = subject.model, subject.network, subject.seed, subject.statistics
-    groups, examples, notes = subject.groups, subject.examples, []
-    found = LayerFiles(run, subject.records)
-    judged = subject.judged
+    model, network, seed, statistics = prepared.model, prepared.network, prepared.seed, prepared.statistics
+    groups, examples, notes = prepared.groups, prepared.examples, []
+    found = LayerFiles(run, prepared.records)
+    judged = prepared.judged
     budget = replace(budget, folder=run.path)
 
     @contextmanager
@@ -112,7 +112,7 @@ def conclude(
     calibrated = None
     if judged:
         with stage("calibration"):
-            calibrated = _calibrate(twin, subject, run, found, progress, key, budget)
+            calibrated = _calibrate(twin, prepared, run, found, progress, key, budget)
     if calibrated is None:
         run.probes_file.unlink(missing_ok=True)  # an earlier run's
     near = NearInputs(None if calibrated is None else calibrated.images, examples, seed)
@@ -142,15 +142,15 @@ def conclude(
         count = 0 if examples is None else len(examples)
         notes.append(importance.describe(calibrated, predicted, count, unit))
     with stage("embedding"):
-        embeddings, places = embed_network(network, subject.layers, found, seed, progress, budget)
+        embeddings, places = embed_network(network, prepared.layers, found, seed, progress, budget)
     if examples is not None:
         with stage("examples"):
-            parts = find_exciting_parts(network, subject.layers, examples, statistics, budget)
+            parts = find_top_patches(network, prepared.layers, examples, statistics, budget)
         if parts is not None:
-            write_exciting_parts(parts, {one.name: one.slug for one in subject.records}, run.examples_file)
-    table = filter_table(subject.layers, found, embeddings, places, group_of_layer(groups), verdicts)
+            write_top_patches(parts, {one.name: one.slug for one in prepared.records}, run.examples_file)
+    table = filter_table(prepared.layers, found, embeddings, places, group_of_layer(groups), verdicts)
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
-    masks = masks_of(table, groups, verdicts, counts_of_layers, subject.origin, unit)
+    masks = masks_of(table, groups, verdicts, counts_of_layers, prepared.origin, unit)
     masks.probes = near.calibrated
     run.write_filters(table)
     macs = count_macs(model, network.input_shape)
@@ -159,7 +159,7 @@ def conclude(
     run.write_moments(pooled)
     write_plain_masks(masks, run.masks_file)
     with stage("removal"):
-        summary = _summary(subject, table, masks, notes)
+        summary = _summary(prepared, table, masks, notes)
     provenance = {
         "calibration": importance.summary(calibrated, predicted),
         "damage_unit": unit,
@@ -170,7 +170,7 @@ def conclude(
 
 def _calibrate(
     twin: nn.Module,
-    subject: Subject,
+    prepared: Prepared,
     run: RunDirectory,
     found: LayerFiles,
     progress: Progress,
@@ -182,8 +182,8 @@ def _calibrate(
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:
-        shape, statistics = subject.network.input_shape, subject.statistics
-        calibrated = calibrated_probes(twin, found, shape, subject.seed, statistics, progress, budget)
+        shape, statistics = prepared.network.input_shape, prepared.statistics
+        calibrated = calibrated_probes(twin, found, shape, prepared.seed, statistics, progress, budget)
         if calibrated is not None:
             save_probes(calibrated, run.probes_file, key)
     return calibrated
@@ -192,7 +192,7 @@ def _calibrate(
 def _squares(groups: Sequence[CouplingGroup], budget: Budget) -> dict[int, np.ndarray]:
     """Room for each group's pooled moments, (channels + 1, channels + 1), all in one array."""
     sides = {group.number: group.channels + 1 for group in groups}
-    whole = Store(budget).zeros([sum(side**2 for side in sides.values())], np.float32)
+    whole = ScratchArrays(budget).zeros([sum(side**2 for side in sides.values())], np.float32)
     whole[:] = 0  # taken now, so that what is left is known
     evict(whole)
     ends = np.cumsum([side**2 for side in sides.values()])
@@ -202,11 +202,11 @@ def _squares(groups: Sequence[CouplingGroup], budget: Budget) -> dict[int, np.nd
     }
 
 
-def _summary(subject: Subject, table: pd.DataFrame, masks: Masks, notes: list[str]) -> dict[str, Any]:
+def _summary(prepared: Prepared, table: pd.DataFrame, masks: Masks, notes: list[str]) -> dict[str, Any]:
     """Counts of filters by verdict, and the network's size before and after."""
-    shape = subject.network.input_shape
-    before = count_cost(subject.model, shape)
-    after = _cost_after(subject.model, masks, shape, before, notes)
+    shape = prepared.network.input_shape
+    before = count_cost(prepared.model, shape)
+    after = _cost_after(prepared.model, masks, shape, before, notes)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in ("keep", "redundant", "dead")}
     return {
         "filters": len(table), **counts, "parameters": before[0], "parameters_after": after[0],

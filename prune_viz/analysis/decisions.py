@@ -57,7 +57,7 @@ def filter_rows(
     verdicts : mapping of int to GroupVerdicts
         By the group's number.
     judged : set of str
-        Names of the layers that this run looked at.
+        Names of the layers that this run analysed.
     """
     rows = []
     written = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from prune_viz.analysis.prepare import Subject
+from prune_viz.analysis.prepare import Prepared
 from prune_viz.analysis.stage_costs import estimate_conclusions
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration.synthetic_images import probes_for
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.executors import LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
-from prune_viz.execution.tasks import Piece, StimulusSettings, Task, task_filters
+from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, task_filters
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.redundancy import importance
@@ -107,7 +107,11 @@ class Estimate:
 
 
 def estimate_run(
-    subject: Subject, settings: StimulusSettings, memory: int | None, workers: int | None, progress: Progress
+    prepared: Prepared,
+    settings: StimulusSettings,
+    memory: int | None,
+    workers: int | None,
+    progress: Progress,
 ) -> Estimate:
     """What an analysis on this machine would take.
 
@@ -129,16 +133,16 @@ def estimate_run(
     UserError
         If the memory does not suffice for one filter.
     """
-    network, layers = subject.network, subject.layers
+    network, layers = prepared.network, prepared.layers
     plan = MemoryPlan(network, memory, workers)
-    judged = subject.judged
+    judged = prepared.judged
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
-    twin = probing_copy(subject.model, network)
-    examples = 0 if subject.examples is None else len(subject.examples)
-    noise = calibration_images.noise_count(subject.statistics)
+    twin = probing_copy(prepared.model, network)
+    examples = 0 if prepared.examples is None else len(prepared.examples)
+    noise = calibration_images.noise_count(prepared.statistics)
     seconds.update(
-        estimate_conclusions(twin, network, layers, judged, subject.seed, examples, noise, plan.budget)
+        estimate_conclusions(twin, network, layers, judged, prepared.seed, examples, noise, plan.budget)
     )
     disk = disk_bytes(layers, network.input_shape, judged, seconds.get("calibration", 0) > 0)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
@@ -229,7 +233,7 @@ def _try(
 ) -> dict[str, float]:
     """Seconds a filter of layers, given with what feeds them, so many of each tried as a run does."""
     names = dict.fromkeys([*(feeder for feeder in feeders.values() if feeder), *feeders])
-    found: dict[str, Piece] = {}
+    found: dict[str, TaskResult] = {}
     with LocalEngine(network, settings, plan.workers, plan.batch) as engine:
         for wave in (
             [name for name in names if feeders.get(name) is None],

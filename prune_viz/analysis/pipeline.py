@@ -19,10 +19,10 @@ from torch import nn
 
 from prune_viz.analysis.conclude import conclude
 from prune_viz.analysis.dry_run import Estimate, estimate_run
-from prune_viz.analysis.prepare import Subject, prepare_subject
+from prune_viz.analysis.prepare import Prepared, prepare
 from prune_viz.execution.executors import Engine, LocalEngine, run_tasks
 from prune_viz.execution.memory_plan import MemoryPlan
-from prune_viz.execution.task_results import Pieces
+from prune_viz.execution.task_results import TaskResults
 from prune_viz.execution.tasks import StimulusSettings, Task, plan_tasks, stimuli_key
 from prune_viz.feature_visualization.stimuli import STEPS, check_options
 from prune_viz.network.copies import plain_copy
@@ -147,11 +147,11 @@ def analyze(
         check_run_directory(Path(out))
     check_sizes(input_shape, canvas, memory)
     source = dict(source or {})
-    subject = prepare_subject(
+    prepared = prepare(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
         data=data, out=out, file_sha256=source.get("sha256"),
     )  # fmt: skip
-    network = subject.network
+    network = prepared.network
     options = {
         "prior": prior,
         "steps": steps,
@@ -161,9 +161,9 @@ def analyze(
         "device": str(network.device),
         "tolerance": TOLERANCE,
     }
-    provenance = _provenance(subject, source, options)
+    provenance = _provenance(prepared, source, options)
     budget = Budget.of(network.device, memory)
-    settings = StimulusSettings(prior, steps, seed, subject.statistics)
+    settings = StimulusSettings(prior, steps, seed, prepared.statistics)
 
     # Before anything of an earlier run is cleared away.
     budgeted = None if engine == "ray" else MemoryPlan(network, memory, workers)
@@ -172,7 +172,7 @@ def analyze(
         if engine == "ray":
             from prune_viz.execution.ray_executor import RayEngine, Work
 
-            plain = plain_copy(model).cpu()  # what is laid over parameters cannot be sent
+            plain = plain_copy(model).cpu()  # parametrisations cannot be sent
             work = Work(plain, network.input_shape, canvas, network.device.type, settings)
             return RayEngine(work, workers, gpus_per_task, progress)
         plan = budgeted or MemoryPlan(network, memory, workers)
@@ -180,10 +180,10 @@ def analyze(
 
     if out is not None:
         run = RunDirectory(Path(out))
-        return _run(subject, run, provenance, make_engine, budget, fresh, progress, report=True)
+        return _run(prepared, run, provenance, make_engine, budget, fresh, progress, report=True)
     with tempfile.TemporaryDirectory(prefix="prune-viz-") as folder:
         run = RunDirectory(Path(folder))
-        result = _run(subject, run, provenance, make_engine, budget, fresh, progress, report=False)
+        result = _run(prepared, run, provenance, make_engine, budget, fresh, progress, report=False)
         return replace(result, layers=dict(result.layers), out=None)
 
 
@@ -212,19 +212,19 @@ def estimate(
     check_options(prior, steps)
     check_sizes(input_shape, canvas, memory)
     start = time.perf_counter()
-    subject = prepare_subject(
+    prepared = prepare(
         model, input_shape, layers=layers, canvas=canvas, seed=seed, device=device, mean=mean, std=std,
         data=data, out=out, file_sha256=None,
     )  # fmt: skip
-    settings = StimulusSettings(prior, steps, seed, subject.statistics)
-    prepared = time.perf_counter() - start
+    settings = StimulusSettings(prior, steps, seed, prepared.statistics)
+    preparation = time.perf_counter() - start
     with progress or Progress() as shown:
-        found = estimate_run(subject, settings, memory, workers, shown)
-    return replace(found, seconds={"preparation": prepared, **found.seconds})
+        found = estimate_run(prepared, settings, memory, workers, shown)
+    return replace(found, seconds={"preparation": preparation, **found.seconds})
 
 
 def _run(
-    subject: Subject,
+    prepared: Prepared,
     run: RunDirectory,
     provenance: dict[str, Any],
     make_engine: Callable[[], Engine],
@@ -237,12 +237,12 @@ def _run(
     log = RunLog(run.log_file)
     stages = Stages(log)
     key = stimuli_key(provenance)
-    tasks = plan_tasks(subject.network, subject.records, key)
+    tasks = plan_tasks(prepared.network, prepared.records, key)
     provenance = {**provenance, "key": key, "tasks": len(tasks)}
-    with claimed(run, str(subject.origin.file), fresh), _states(run, provenance, log), progress:
+    with claimed(run, str(prepared.origin.file), fresh), _states(run, provenance, log), progress:
         with stages.timed("stimuli"):
-            provenance["notes"] += _find_stimuli(subject, run, tasks, key, make_engine, progress, log)
-        concluded = conclude(subject, run, key, stages, progress, budget)
+            provenance["notes"] += _find_stimuli(prepared, run, tasks, key, make_engine, progress, log)
+        concluded = conclude(prepared, run, key, stages, progress, budget)
         provenance["notes"] += concluded.notes
         provenance.update(concluded.provenance, stages=stages.listed(), finished=now())
         run.write_provenance(provenance)  # which the report shows
@@ -251,7 +251,7 @@ def _run(
                 write_report(run, progress)
         provenance["stages"] = stages.listed()
     summary = {**concluded.provenance["summary"], "seconds": stages.total(), "peak_mib": peak_mib()}
-    found = LayerFiles(run, subject.records)
+    found = LayerFiles(run, prepared.records)
     return Analysis(concluded.filters, concluded.masks, found, summary, run.path)
 
 
@@ -280,7 +280,7 @@ def _states(run: RunDirectory, provenance: dict[str, Any], log: RunLog) -> Itera
 
 
 def _find_stimuli(
-    subject: Subject,
+    prepared: Prepared,
     run: RunDirectory,
     tasks: Sequence[Task],
     key: str,
@@ -290,52 +290,52 @@ def _find_stimuli(
 ) -> list[str]:
     """Have every layer's stimuli and responses found that the run directory does not hold yet.
 
-    Gives a note on each layer that cannot be looked at, or has filters whose ascent met values that are not
+    Gives a note on each layer that cannot be analysed, or has filters whose ascent met values that are not
     finite.
     """
 
     def weights(name: str) -> np.ndarray | None:
-        found = subject.network.input_weights(name)
+        found = prepared.network.input_weights(name)
         return None if found is None else found.float().cpu().numpy()
 
-    pieces = Pieces(run, subject.records, tasks, key, weights)
-    progress.start("stimuli", sum(record.filters for record in subject.records))
-    progress.advance(sum(task.filters for task in pieces.done))
-    if len(pieces.done) < len(tasks):
+    results = TaskResults(run, prepared.records, tasks, key, weights)
+    progress.start("stimuli", sum(record.filters for record in prepared.records))
+    progress.advance(sum(task.filters for task in results.done))
+    if len(results.done) < len(tasks):
         with make_engine() as engine:
-            run_tasks(tasks, pieces, engine, log, lambda task: progress.note(task.layer))
+            run_tasks(tasks, results, engine, log, lambda task: progress.note(task.layer))
     progress.finish()
-    pieces.tidy()
+    results.tidy()
     notes = []
-    for name, metadata in pieces.metadata.items():
+    for name, metadata in results.metadata.items():
         if metadata["failed"]:
-            notes.append(f"{name} could not be looked at: {metadata['failed']}.")
-        if metadata["derailed"]:
+            notes.append(f"{name} could not be analysed: {metadata['failed']}.")
+        if metadata["diverged"]:
             notes.append(
-                f"{name}: the ascent of filters {metadata['derailed']} met values that are not finite; their "
+                f"{name}: the ascent of filters {metadata['diverged']} diverged; their "
                 "stimuli are the best finite ones found, if any."
             )
     return notes
 
 
-def _provenance(subject: Subject, source: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(prepared: Prepared, source: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What `run.json` says before anything is found."""
-    cost = count_cost(subject.model, subject.network.input_shape)
+    cost = count_cost(prepared.model, prepared.network.input_shape)
     return {
         "model": {
             "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, "held_inputs": None,
-            **source, "sha256": subject.origin.file, "weights": subject.origin.weights,
-            "structure": subject.network.structure,
-            "class_name": type(subject.model).__name__, "parameters": cost[0], "macs": cost[1],
-            "input_shape": list(subject.network.input_shape),
+            **source, "sha256": prepared.origin.file, "weights": prepared.origin.weights,
+            "structure": prepared.network.structure,
+            "class_name": type(prepared.model).__name__, "parameters": cost[0], "macs": cost[1],
+            "input_shape": list(prepared.network.input_shape),
         },
-        "inputs": None if subject.statistics is None else asdict(subject.statistics),
+        "inputs": None if prepared.statistics is None else asdict(prepared.statistics),
         "options": options,
-        "seed": subject.seed,
+        "seed": prepared.seed,
         "versions": versions(),
-        "device": str(subject.network.device),
+        "device": str(prepared.network.device),
         "threads": torch.get_num_threads(),
         "started": now(),
-        "layers": [asdict(record) for record in subject.records],
-        "notes": list(subject.notes),
+        "layers": [asdict(record) for record in prepared.records],
+        "notes": list(prepared.notes),
     }  # fmt: skip

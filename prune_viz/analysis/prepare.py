@@ -24,7 +24,7 @@ from prune_viz.utils.errors import UserError, few
 
 
 @dataclass(frozen=True)
-class Subject:
+class Prepared:
     """What is analysed.
 
     Attributes
@@ -34,7 +34,7 @@ class Subject:
     network : FilterNetwork
         It, prepared.
     layers : list of Layer
-        Those looked at.
+        Those that are analysed.
     records : list of LayerRecord
         The same as the run directory has them.
     groups : list of CouplingGroup
@@ -64,12 +64,12 @@ class Subject:
 
     @property
     def judged(self) -> list[CouplingGroup]:
-        """Groups that are judged: removable ones of which every layer is looked at."""
+        """Groups that are judged: removable ones of which every layer is analysed."""
         names = {layer.name for layer in self.layers}
         return [group for group in self.groups if group.removable and names.issuperset(group.layers)]
 
 
-def prepare_subject(
+def prepare(
     model: nn.Module,
     input_shape: Sequence[int],
     *,
@@ -82,7 +82,7 @@ def prepare_subject(
     data: str | Path | None,
     out: str | Path | None,
     file_sha256: str | None,
-) -> Subject:
+) -> Prepared:
     """Make a model ready for its analysis; parameters and errors are those of `analyze`.
 
     Parameters
@@ -104,7 +104,7 @@ def prepare_subject(
     tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     weights = hash_model(model)
-    return Subject(
+    return Prepared(
         model, network, chosen, records, groups, statistics, examples, seed,
         Origin(file_sha256 or weights, weights), notes + unread,
     )  # fmt: skip
@@ -115,9 +115,9 @@ def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGrou
     notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
     if network.repeated:
         names = few(list(network.repeated))
-        notes.append(f"Run several times when the model is called, looked at the first time: {names}.")
+        notes.append(f"Run several times when the model is called, analysed as of the first time: {names}.")
     if not network.takes_batches:
-        notes.append("The model takes one input at a time, so its filters are not judged, only looked at.")
+        notes.append("The model takes one input at a time, so its filters are shown, not judged.")
         return [], notes
     try:
         return coupling.find_groups(model, blank_input(model, network.input_shape)), notes

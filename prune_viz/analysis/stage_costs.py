@@ -48,7 +48,7 @@ def estimate_conclusions(
     network : FilterNetwork
         The prepared network.
     layers : sequence of Layer
-        Those looked at.
+        Those that are analysed.
     judged : sequence of CouplingGroup
         Groups that would be judged.
     seed : int

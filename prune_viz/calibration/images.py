@@ -58,7 +58,7 @@ def runs_on(model: nn.Module, channels: int, size: Sequence[int]) -> bool:
     try:
         with torch.no_grad():
             model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
-    except Exception:  # whatever a stranger's forward pass raises
+    except Exception:  # whatever an untrusted forward pass raises
         return False
     return True
 

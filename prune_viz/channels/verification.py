@@ -49,7 +49,7 @@ def confirmed(
         return group
     try:
         note = _experiment(model, group, norms, example)
-    except Exception as error:  # whatever a stranger's forward pass raises
+    except Exception as error:  # whatever an untrusted forward pass raises
         note = f"its maps cannot be followed ({brief(error, 80)})"
     return replace(group, removable=not note, note=note)
 

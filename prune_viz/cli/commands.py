@@ -301,7 +301,7 @@ def apply(
     example: Example = None,
     force: Force = False,
 ) -> None:
-    """Carry out MASKS on MODEL and write the result to a new file."""
+    """Apply MASKS to MODEL and write the result to a new file."""
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")

@@ -10,7 +10,7 @@ from typing import Any
 from prune_viz.cli.console import make_console
 from prune_viz.loading.architectures import default_input_shape
 from prune_viz.loading.checkpoints import Checkpoint, load_checkpoint
-from prune_viz.loading.fixed_inputs import held_at_noise, read_example
+from prune_viz.loading.fixed_inputs import fixed_at_noise, read_example
 from prune_viz.utils.errors import UserError, one_line
 from prune_viz.utils.memory import check_input_size
 
@@ -54,7 +54,7 @@ def hold_as_told(
     if example is not None:
         said = ["--example", str(example)]
     checkpoint = replace(checkpoint, inputs_said=tuple(said))
-    inputs = held_at_noise(shapes) if example is None else read_example(example)
+    inputs = fixed_at_noise(shapes) if example is None else read_example(example)
     if len(inputs.arguments) > 1 or isinstance(inputs.varied, str) or inputs.is_plain_signal:
         return checkpoint.hold(inputs)
     return replace(checkpoint, input_shape=inputs.input_shape) if inputs.arguments else checkpoint

@@ -12,8 +12,8 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
-from prune_viz.execution.task_results import Pieces
-from prune_viz.execution.tasks import Piece, StimulusSettings, Task, do_task
+from prune_viz.execution.task_results import TaskResults
+from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.runs.log import RunLog
 from prune_viz.utils.devices import one_thread_each, release_memory
@@ -30,7 +30,7 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """How many tasks it takes at a time."""
         ...
 
-    def submit(self, task: Task, fed: np.ndarray | None) -> Future[Piece]:
+    def submit(self, task: Task, fed: np.ndarray | None) -> Future[TaskResult]:
         """Begin a task, with the stimuli that it starts from."""
         ...
 
@@ -83,16 +83,16 @@ class LocalEngine:
         """How many tasks it takes at a time."""
         return self._workers
 
-    def submit(self, task: Task, fed: np.ndarray | None) -> Future[Piece]:
+    def submit(self, task: Task, fed: np.ndarray | None) -> Future[TaskResult]:
         """Begin a task, with the stimuli that it starts from."""
         return self._pool.submit(
-            do_task, self._network, task, self._settings, fed, self._batch(task.layer), self._stop,
+            run_task, self._network, task, self._settings, fed, self._batch(task.layer), self._stop,
             self._progress,
         )  # fmt: skip
 
 
 def run_tasks(
-    tasks: Sequence[Task], pieces: Pieces, engine: Engine, log: RunLog, advance: Callable[[Task], None]
+    tasks: Sequence[Task], results: TaskResults, engine: Engine, log: RunLog, advance: Callable[[Task], None]
 ) -> None:
     """Have all tasks done that are not done yet; one that fails does not keep others from it.
 
@@ -116,14 +116,16 @@ def run_tasks(
     IncompleteError
         If tasks failed otherwise.
     """
-    waiting = [task for task in tasks if task not in pieces.done]
-    running: dict[Future[Piece], Task] = {}
+    waiting = [task for task in tasks if task not in results.done]
+    running: dict[Future[TaskResult], Task] = {}
     failures: dict[Task, BaseException] = {}
     while waiting or running:
-        for task in [task for task in waiting if pieces.ready(task)][: max(0, engine.slots() - len(running))]:
+        for task in [task for task in waiting if results.ready(task)][
+            : max(0, engine.slots() - len(running))
+        ]:
             waiting.remove(task)
             log("task begun", task=task.title)
-            running[engine.submit(task, pieces.fed(task))] = task
+            running[engine.submit(task, results.fed(task))] = task
         if not running:  # what the rest start from has failed
             break
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -135,13 +137,13 @@ def run_tasks(
                 log("task failed", task=task.title, error=_describe(error))
                 continue
             piece = future.result()
-            pieces.add(task, piece)
+            results.add(task, piece)
             log("task done", task=task.title, seconds=round(piece.seconds, 3), worker=piece.worker)
             advance(task)
-        if len(failures) >= HOPELESS and not pieces.done:
+        if len(failures) >= HOPELESS and not results.done:
             waiting.clear()
     if failures:
-        _raise(failures, len(tasks), len(pieces.done))
+        _raise(failures, len(tasks), len(results.done))
 
 
 def _raise(failures: Mapping[Task, BaseException], count: int, done: int) -> None:

@@ -35,7 +35,7 @@ class MemoryPlan:
         self.held = held = self.budget.held()
         self._left = max(0, self.budget.limit - held)
         self._taken: dict[str, int] = {}
-        # The deepest layer's ascent holds most; one that cannot be looked at is passed over.
+        # The deepest layer's ascent holds most; one that cannot be analysed is passed over.
         names = [layer.name for layer in reversed(network.layers)]
         row, deepest = next(((taken, name) for name in names if (taken := self.taken(name))), (1, ""))
         if row > self._left:
@@ -53,7 +53,7 @@ class MemoryPlan:
         return min(most, fitting(self._left // self.workers, self.taken(layer)))
 
     def taken(self, layer: str) -> int:
-        """Bytes that the ascent of one filter of a layer takes, measured; 0 where it cannot be looked at."""
+        """Bytes that the ascent of one filter of a layer takes, measured; 0 where it cannot be analysed."""
         if layer not in self._taken:
             try:
                 self._taken[layer] = _bytes_of_climb(self._network, layer)

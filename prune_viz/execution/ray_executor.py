@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prune_viz.execution.tasks import Piece, StimulusSettings, Task, do_task
+from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.progress import Progress
@@ -116,7 +116,7 @@ class RayEngine:
         _send_own_modules(self._work.model)
         try:
             sent = ray.put(self._work)
-        except Exception as error:  # whatever a stranger's module cannot be packed for
+        except Exception as error:  # whatever an untrusted module cannot be packed for
             raise UserError(f"the network cannot be sent to other processes ({brief(error)})") from None
         self._shared = [sent]  # in a list, so that each process fetches it once, not each task
 
@@ -155,13 +155,13 @@ class RayEngine:
         room = min(int(there.get(name, 0) / needed) for name, needed in self._needs.items())
         return 2 * max(1, room)
 
-    def submit(self, task: Task, fed: np.ndarray | None) -> Future[Piece]:
+    def submit(self, task: Task, fed: np.ndarray | None) -> Future[TaskResult]:
         """Begin a task, with the stimuli that it starts from."""
         reference = self._remote.remote(self._shared, task, fed)
         self._running.add(reference)
-        future: Future[Piece] = reference.future()
+        future: Future[TaskResult] = reference.future()
 
-        def note(done: Future[Piece]) -> None:
+        def note(done: Future[TaskResult]) -> None:
             self._running.discard(reference)
             if not done.cancelled() and done.exception() is None:
                 self._progress.advance(task.filters)
@@ -173,7 +173,7 @@ class RayEngine:
 _prepared: dict[str, tuple[FilterNetwork, StimulusSettings]] = {}
 
 
-def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> Piece:
+def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> TaskResult:
     """In a worker: prepare the network, once a process, and do a task."""
     torch.set_num_threads(1)  # as everywhere: what a task gives does not depend on who does it
     name = shared[0].hex()
@@ -185,7 +185,7 @@ def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> Piece:
         _prepared.clear()  # of an earlier run
         _prepared[name] = network, work.settings
     network, settings = _prepared[name]
-    return do_task(network, task, settings, fed)
+    return run_task(network, task, settings, fed)
 
 
 def _isolate_new_cluster() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prune_viz.execution.tasks import Piece, Task, failing_together
+from prune_viz.execution.tasks import Task, TaskResult, failing_together
 from prune_viz.runs.ownership import own_tensors, remove_tensors
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.run_json import LayerRecord
@@ -16,7 +16,7 @@ from prune_viz.utils.errors import UserError
 _ARRAYS = ("images", "activations", "responses")
 
 
-class Pieces:
+class TaskResults:
     """Results of tasks in a run directory, until a layer's are all there and make its file.
 
     Parameters
@@ -53,16 +53,16 @@ class Pieces:
             for name, metadata in self.metadata.items()
             if "key" not in metadata  # else a piece stands in the layer's place
             and whole[name].items() <= metadata.items()
-            and {"failed", "derailed"} <= metadata.keys()
+            and {"failed", "diverged"} <= metadata.keys()
         }
         self.done = {task for task in tasks if task.layer in self.whole or self._read(task) is not None}
         for name in self._files:
             self._complete(name)
 
-    def add(self, task: Task, piece: Piece) -> None:
+    def add(self, task: Task, result: TaskResult) -> None:
         """Keep a result, and write the layer's file once all are there."""
-        arrays = {name: getattr(piece, name) for name in _ARRAYS}
-        metadata = {"key": task.key, **self._describe(task.layer, [piece])}
+        arrays = {name: getattr(result, name) for name in _ARRAYS}
+        metadata = {"key": task.key, **self._describe(task.layer, [result])}
         write_arrays(self._run.path / task.file, arrays, metadata)
         self.done.add(task)
         self._complete(task.layer)
@@ -92,30 +92,30 @@ class Pieces:
         tasks = self._tasks[name]
         if name in self.whole or not self.done.issuperset(tasks):
             return
-        pieces = failing_together([self._sound(task) for task in tasks])
-        arrays = {part: [getattr(piece, part) for piece in pieces] for part in _ARRAYS}
-        weights = None if pieces[0].failed else self._weights(name)
+        results = failing_together([self._sound(task) for task in tasks])
+        arrays = {part: [getattr(result, part) for result in results] for part in _ARRAYS}
+        weights = None if results[0].failed else self._weights(name)
         if weights is not None:
             arrays["weights"] = [weights]
-        self.metadata[name] = self._describe(name, pieces)
+        self.metadata[name] = self._describe(name, results)
         write_arrays(self._run.path / self._files[name], arrays, self.metadata[name])
         self.whole.add(name)
         for task in tasks:
             (self._run.path / task.file).unlink(missing_ok=True)
 
-    def _sound(self, task: Task) -> Piece:
-        piece = self._read(task)
-        if piece is None:
+    def _sound(self, task: Task) -> TaskResult:
+        result = self._read(task)
+        if result is None:
             raise UserError(f"{self._run.path / task.file} was damaged meanwhile; the same command goes on")
-        return piece
+        return result
 
-    def _read(self, task: Task) -> Piece | None:
+    def _read(self, task: Task) -> TaskResult | None:
         read = read_arrays(self._run.path / task.file, mapped=("images",))
         if read is None or read[1].get("key") != task.key:
             return None
         arrays, metadata = read
         try:
-            derailed = tuple(int(number) for number in metadata["derailed"].split(", ") if number)
+            diverged = tuple(int(number) for number in metadata["diverged"].split(", ") if number)
             seconds, failed = float(metadata["seconds"]), metadata["failed"]
             images, activations, responses = (arrays[name] for name in _ARRAYS)
         except (KeyError, ValueError):  # not as we write them
@@ -123,14 +123,14 @@ class Pieces:
         shapes = images.shape[:1], activations.shape, responses.shape[:1]
         if any(shape != (task.filters,) for shape in shapes) or responses.ndim != 2:
             return None
-        return Piece(images, activations, responses, derailed, failed, seconds)
+        return TaskResult(images, activations, responses, diverged, failed, seconds)
 
-    def _describe(self, layer: str, pieces: Sequence[Piece]) -> dict[str, str]:
+    def _describe(self, layer: str, results: Sequence[TaskResult]) -> dict[str, str]:
         return {
             "run": self._key,
             "layer": layer,
-            "filters": str(sum(len(piece.activations) for piece in pieces)),
-            "derailed": ", ".join(str(number) for piece in pieces for number in piece.derailed),
-            "failed": pieces[0].failed,
-            "seconds": f"{sum(piece.seconds for piece in pieces):.3f}",
+            "filters": str(sum(len(result.activations) for result in results)),
+            "diverged": ", ".join(str(number) for result in results for number in result.diverged),
+            "failed": results[0].failed,
+            "seconds": f"{sum(result.seconds for result in results):.3f}",
         }

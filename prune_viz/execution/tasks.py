@@ -92,21 +92,21 @@ class StimulusSettings:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TaskResult:
     """What a task gives.
 
     Attributes
     ----------
     images : ndarray of float16, shape (F, C, *canvas)
-        Stimuli, zeros where the layer cannot be looked at.
+        Stimuli, zeros where the layer cannot be analysed.
     activations : ndarray of float32, shape (F,)
         L2 norm of each filter's map on its own stimulus, NaN where it is not known.
     responses : ndarray of float32, shape (F, all filters of the layer)
         L2 norm of every filter's map on each stimulus.
-    derailed : tuple of int
+    diverged : tuple of int
         Filters whose ascent met values that are not finite.
     failed : str
-        Why the layer cannot be looked at; empty if it can.
+        Why the layer cannot be analysed; empty if it can.
     seconds : float
         How long it took.
     worker : str
@@ -116,7 +116,7 @@ class Piece:
     images: np.ndarray
     activations: np.ndarray
     responses: np.ndarray
-    derailed: tuple[int, ...]
+    diverged: tuple[int, ...]
     failed: str
     seconds: float
     worker: str = ""
@@ -167,7 +167,7 @@ def plan_tasks(network: FilterNetwork, records: Sequence[LayerRecord], key: str)
     return tasks
 
 
-def do_task(
+def run_task(
     network: FilterNetwork,
     task: Task,
     settings: StimulusSettings,
@@ -175,7 +175,7 @@ def do_task(
     batch: int | None = None,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
-) -> Piece:
+) -> TaskResult:
     """Find stimuli of a task's filters and what all filters of the layer respond to them.
 
     Parameters
@@ -216,30 +216,30 @@ def do_task(
         blank = np.zeros((task.filters, network.input_shape[0], *layer.canvas), dtype=np.float16)
         unknown = np.full(task.filters, np.nan, dtype=np.float32)
         nothing = np.zeros((task.filters, layer.filters), dtype=np.float32)
-        return Piece(blank, unknown, nothing, (), one_line(error), time.perf_counter() - start, worker)
-    return Piece(
+        return TaskResult(blank, unknown, nothing, (), one_line(error), time.perf_counter() - start, worker)
+    return TaskResult(
         as_stored(stimuli.images).numpy(),
         stimuli.activations.numpy().astype(np.float32),
         matrix,
-        tuple(stimuli.derailed),
+        tuple(stimuli.diverged),
         "",
         time.perf_counter() - start,
         worker,
     )
 
 
-def failing_together(pieces: Sequence[Piece]) -> list[Piece]:
+def failing_together(results: Sequence[TaskResult]) -> list[TaskResult]:
     """All pieces of a layer; where one failed, all as if they had."""
-    failed = next((piece.failed for piece in pieces if piece.failed), "")
+    failed = next((result.failed for result in results if result.failed), "")
     if not failed:
-        return list(pieces)
+        return list(results)
     return [
         replace(
-            piece,
-            images=np.zeros(piece.images.shape, piece.images.dtype),
-            activations=np.full(piece.activations.shape, np.nan, piece.activations.dtype),
-            responses=np.zeros(piece.responses.shape, piece.responses.dtype),
+            result,
+            images=np.zeros(result.images.shape, result.images.dtype),
+            activations=np.full(result.activations.shape, np.nan, result.activations.dtype),
+            responses=np.zeros(result.responses.shape, result.responses.dtype),
             failed=failed,
         )
-        for piece in pieces
+        for result in results
     ]

@@ -194,7 +194,7 @@ def _tangent(vectors: Tensor, points: Tensor) -> Tensor:
 
 
 def _backward(*outputs_and_inputs: Any, **options: Any) -> tuple[Tensor, ...]:
-    """`torch.autograd.grad`; `LayerError` where a stranger's backward pass fails."""
+    """`torch.autograd.grad`; `LayerError` where an untrusted backward pass fails."""
     try:
         found: tuple[Tensor, ...] = torch.autograd.grad(*outputs_and_inputs, **options)
     except RuntimeError as error:

@@ -76,7 +76,7 @@ class Stimuli:
         L2 norm of each filter's feature map on its own stimulus; 0 for a silent filter.
     steps : Tensor of int, shape (F,)
         How many steps led to each stimulus, vain starts not counted.
-    derailed : list of int
+    diverged : list of int
         Filters whose ascent met values that are not finite. Their stimulus is the best finite one found;
         where there is none it is zero and the activation NaN.
     statistics : InputStatistics or None
@@ -88,8 +88,13 @@ class Stimuli:
     images: Tensor
     activations: Tensor
     steps: Tensor
-    derailed: list[int] = field(default_factory=list)
+    diverged: list[int] = field(default_factory=list)
     statistics: InputStatistics | None = None
+
+    @property
+    def derailed(self) -> list[int]:
+        """The older name of `diverged`."""
+        return self.diverged
 
     def plot(self, columns: int = 8) -> Figure:
         """Draw the stimuli as a matplotlib figure, `columns` to a row, each stretched around grey."""
@@ -237,7 +242,7 @@ def _joined(parts: Sequence[Stimuli]) -> Stimuli:
         torch.cat([part.images for part in parts]),
         torch.cat([part.activations for part in parts]),
         torch.cat([part.steps for part in parts]),
-        [number for part in parts for number in part.derailed],
+        [number for part in parts for number in part.diverged],
         parts[0].statistics,
     )
 
@@ -312,7 +317,7 @@ class _Search:
             progress.advance(int((~gained).sum()))
             staying = staying[gained]
         progress.advance(len(staying))
-        derailed = [
+        diverged = [
             number for number, sound in zip(self.filters, self.sound.tolist(), strict=True) if not sound
         ]
         return Stimuli(
@@ -321,7 +326,7 @@ class _Search:
             self.images,
             self.activations,
             self.steps,
-            derailed,
+            diverged,
             self.statistics,
         )
 

@@ -24,7 +24,7 @@ _LEAST = 32  # pixels of a part: less shows nothing of what is around
 
 
 @dataclass(frozen=True)
-class ExcitingParts:
+class TopPatches:
     """The parts of example images that excite each filter of each layer most.
 
     Attributes
@@ -41,13 +41,13 @@ class ExcitingParts:
     windows: dict[str, np.ndarray]
 
 
-def find_exciting_parts(
+def find_top_patches(
     network: FilterNetwork,
     layers: Sequence[Layer],
     examples: Tensor,
     statistics: InputStatistics | None,
     budget: Budget | None = None,
-) -> ExcitingParts | None:
+) -> TopPatches | None:
     """Search example images for what excites each filter of some layers most.
 
     A part lies about the place of a feature map's largest value, and is as large as what that place sees, but
@@ -87,7 +87,7 @@ def find_exciting_parts(
         here = windows[..., 0] >= 0
         windows[..., 0][here] = np.searchsorted(used, windows[..., 0][here])
     pictures = draw_inputs(searched[used].numpy(), min(SIDE, int(size.max())), statistics)
-    return ExcitingParts(pictures, chosen)
+    return TopPatches(pictures, chosen)
 
 
 def _peaks(maps: Tensor) -> Tensor:
@@ -120,16 +120,14 @@ def _windows(peaks: np.ndarray, layer: Layer, size: np.ndarray) -> np.ndarray:
     return windows
 
 
-def write_exciting_parts(parts: ExcitingParts, files: Mapping[str, str], path: Path) -> None:
+def write_top_patches(parts: TopPatches, files: Mapping[str, str], path: Path) -> None:
     """Write them to `path`; `files` gives each layer a name that is safe in a file."""
     arrays = {f"windows/{files[name]}": windows for name, windows in parts.windows.items()}
     write_arrays(path, {"pictures": parts.pictures, **arrays})
 
 
-def read_exciting_parts(
-    path: Path, files: Mapping[str, str], filters: Mapping[str, int]
-) -> ExcitingParts | None:
-    """Read what `write_exciting_parts` wrote of layers with so many `filters`.
+def read_top_patches(path: Path, files: Mapping[str, str], filters: Mapping[str, int]) -> TopPatches | None:
+    """Read what `write_top_patches` wrote of layers with so many `filters`.
 
     None where there is none, or it is damaged or of other layers.
     """
@@ -147,4 +145,4 @@ def read_exciting_parts(
         found.ndim == 3 and found.shape[::2] == (filters[name], 4) and (found[..., 0] < len(pictures)).all()
         for name, found in windows.items()
     )
-    return ExcitingParts(pictures, windows) if fits else None
+    return TopPatches(pictures, windows) if fits else None

@@ -28,9 +28,9 @@ from prune_viz.loading.state_dicts import (
 from prune_viz.utils.errors import UserError
 
 _ALIKE = 0.2  # share of names, numbers left out, that a file of architectures must have in common
-_FILES = 4  # of architectures, that are looked at whole
+_FILES = 4  # of architectures, that are compared whole
 _AUXILIARY: tuple[dict[str, Any], ...] = ({"aux_logits": False}, {"aux_loss": True})  # heads, gone or there
-NEAREST = 3  # that are told where none fits
+NEAREST = 3  # that are named where none fits
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _torchvision() -> dict[str, list[str]]:
     from torchvision import models
 
     files: dict[str, list[str]] = {}
-    # Quantised ones have the names of the others, and no weights of theirs that could be looked at.
+    # Quantised ones have the names of the others, and no weights of theirs that could be analysed.
     for name in (name for name in models.list_models() if not name.startswith("quantized_")):
         files.setdefault(models.get_model_builder(name).__module__, []).append(f"torchvision:{name}")
     return files

@@ -16,7 +16,7 @@ from torch import nn
 
 from prune_viz.loading.architecture_inference import recognise, shapes_of
 from prune_viz.loading.architectures import resolve_architecture
-from prune_viz.loading.fixed_inputs import HeldInputs, held_from, hold_inputs
+from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs, fixed_from
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.smaller_networks import build_smaller, removed_before
 from prune_viz.loading.state_dicts import (
@@ -68,7 +68,7 @@ class Checkpoint:
     input_shape : tuple of int or None
         (C, *spatial), where the file itself says it.
     pruning : list of dict
-        The masks that `prune-viz apply --mode remove` has already carried out on it, as one step.
+        The masks that `prune-viz apply --mode remove` has already applied to it, as one step.
     held : HeldInputs or None
         Where it takes several inputs, what all but one of them are held at (`hold`).
     inputs_said : tuple of str
@@ -86,7 +86,7 @@ class Checkpoint:
     trust_pickle: bool = False
     input_shape: tuple[int, ...] | None = None
     pruning: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    held: HeldInputs | None = None
+    held: FixedInputs | None = None
     inputs_said: tuple[str, ...] = ()
 
     @property
@@ -104,9 +104,9 @@ class Checkpoint:
             "inputs_said": list(self.inputs_said),
         }
 
-    def hold(self, inputs: HeldInputs) -> Checkpoint:
-        """The same with its model, changed in place, one of a single input (`hold_inputs`)."""
-        hold_inputs(self.model, inputs)
+    def hold(self, inputs: FixedInputs) -> Checkpoint:
+        """The same with its model, changed in place, one of a single input (`fix_inputs`)."""
+        fix_inputs(self.model, inputs)
         return replace(self, held=inputs, input_shape=inputs.input_shape)
 
     def describe(self) -> list[str]:
@@ -203,7 +203,7 @@ def _load(
         arch = named
         if pruning and input_shape:
             held = about.get("held_inputs")
-            inputs = None if held is None else held_from(held, path)
+            inputs = None if held is None else fixed_from(held, path)
             model = build_smaller(path, arch, kwargs, pruning[0], input_shape, inputs, state)
         else:
             model, kwargs = _build_for(state, arch, kwargs)

@@ -23,7 +23,7 @@ _MOST = 64  # arguments that a file may hold
 
 
 @dataclass(frozen=True)
-class HeldInputs:
+class FixedInputs:
     """All that a network is called with.
 
     Attributes
@@ -59,16 +59,16 @@ class HeldInputs:
         return digest.hexdigest()
 
 
-def held_at_noise(shapes: Sequence[Sequence[int]]) -> HeldInputs:
+def fixed_at_noise(shapes: Sequence[Sequence[int]]) -> FixedInputs:
     """Inputs of the shapes given, without their batch axes: the first is varied, the others are one noise."""
     random = torch.Generator().manual_seed(0)
     noise: dict[int | str, Any] = {}
     for place, shape in enumerate(shapes):
         noise[place] = torch.randn(1, *shape, generator=random)
-    return HeldInputs(noise, 0)
+    return FixedInputs(noise, 0)
 
 
-def read_example(path: Path) -> HeldInputs:
+def read_example(path: Path) -> FixedInputs:
     """Read what a network is called with from a file.
 
     Parameters
@@ -110,10 +110,10 @@ def read_example(path: Path) -> HeldInputs:
         place: value[:1] if torch.is_tensor(value) and value.ndim and len(value) == rows else value
         for place, value in arguments.items()
     }
-    return HeldInputs(first, varied)
+    return FixedInputs(first, varied)
 
 
-def held_from(content: Any, path: Path) -> HeldInputs:
+def fixed_from(content: Any, path: Path) -> FixedInputs:
     """Give the inputs that a checkpoint of prune-viz says are held.
 
     Parameters
@@ -142,7 +142,7 @@ def held_from(content: Any, path: Path) -> HeldInputs:
             f"{path}: held_inputs.arguments.{place} is varied, but is not a floating-point tensor of shape "
             "(1, C, *sizes) or (1, T)"
         )
-    return HeldInputs(dict(arguments), place)
+    return FixedInputs(dict(arguments), place)
 
 
 def _check_arguments(arguments: Mapping[Any, Any], path: Path, place: str = "") -> None:
@@ -158,7 +158,7 @@ def _is_batch(value: Any, axes: int) -> bool:
     return torch.is_tensor(value) and value.is_floating_point() and axes <= value.ndim <= 5 and len(value) > 0
 
 
-def hold_inputs(model: nn.Module, inputs: HeldInputs) -> nn.Module:
+def fix_inputs(model: nn.Module, inputs: FixedInputs) -> nn.Module:
     """Make a network one of a single input, the others held at what they are.
 
     Names and weights of the network stay as they are. Held tensors are repeated for every row of a batch.
@@ -196,8 +196,8 @@ def hold_inputs(model: nn.Module, inputs: HeldInputs) -> nn.Module:
     return model
 
 
-def release_inputs(model: nn.Module) -> nn.Module:
-    """Undo `hold_inputs`, in place."""
+def free_inputs(model: nn.Module) -> nn.Module:
+    """Undo `fix_inputs`, in place."""
     model.__class__ = type(model).__mro__[1]
     for name in [name for name in model._buffers if name.startswith(_HELD)]:
         delattr(model, name)

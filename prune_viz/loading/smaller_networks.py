@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
-from prune_viz.loading.fixed_inputs import HeldInputs, hold_inputs
+from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
 from prune_viz.utils.errors import UserError, brief
@@ -112,7 +112,7 @@ def build_smaller(
     kwargs: Mapping[str, Any],
     masks: Mapping[str, Tensor],
     input_shape: tuple[int, ...],
-    held: HeldInputs | None,
+    held: FixedInputs | None,
     state: StateDict,
 ) -> nn.Module:
     """Build an architecture at the sizes that a file's weights have, and load those.
@@ -241,12 +241,12 @@ def _take_sizes(module: nn.Module, weight: Tensor | None) -> None:
         module.num_parameters = len(weight)
 
 
-def _runs(model: nn.Module, held: HeldInputs | None, input_shape: tuple[int, ...]) -> bool:
+def _runs(model: nn.Module, held: FixedInputs | None, input_shape: tuple[int, ...]) -> bool:
     """Whether a network runs on an input of a shape, tried without memory for it."""
     twin = copy.deepcopy(model)
     try:
         if held is not None:
-            hold_inputs(twin, held)
+            fix_inputs(twin, held)
         with torch.no_grad():
             twin.to("meta")(torch.zeros(1, *input_shape, device="meta"))
     except Exception:  # of any architecture's own

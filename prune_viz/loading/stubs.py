@@ -193,7 +193,7 @@ def _may_be_set(kind: type, name: Any) -> bool:
 
 
 def _is_plain(value: Any, depth: int = 8, plain: set[int] | None = None) -> bool:
-    """Whether there is nothing but plain data in a thing; what was found `plain` is not looked at again."""
+    """Whether there is nothing but plain data in a thing; what was found `plain` is not searched again."""
     plain = set() if plain is None else plain
     if id(value) in plain:
         return True

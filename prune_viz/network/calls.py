@@ -130,7 +130,7 @@ def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[s
     try:
         with torch.no_grad(), as_it_was(model):
             model(ordinary_input(input_shape).to(blank_input(model, input_shape).device))
-    except Exception as error:  # whatever a stranger's forward pass raises, the input shape is what we chose
+    except Exception as error:  # whatever an untrusted forward pass raises, the input shape is what we chose
         hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
         raise UserError(
             f"the model does not run on an input of shape {_comma(input_shape)} ({brief(error)}){hint}; give "

@@ -35,7 +35,7 @@ def takes_channels_last(model: nn.Module, example: Tensor, *, share: bool) -> bo
         with torch.no_grad():
             last = tensors_of(twin(lay_channels_last(example)))
         return all(_alike(one, other) for one, other in zip(usual, last, strict=True))
-    except Exception:  # whatever a stranger's forward pass raises
+    except Exception:  # whatever an untrusted forward pass raises
         return False
 
 

@@ -1,4 +1,4 @@
-"""Networks without anything laid over their parameters: masks, weight norm, torch's own pruning."""
+"""Networks without parametrised tensors: masks, weight norm, torch's own pruning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 
 def plain_copy(model: _Network, *, share: bool = False) -> _Network:
-    """A copy of `model` in eval mode, with everything laid over its parameters (`bake_parameters`) in them.
+    """A copy of `model` in eval mode, its parametrisations baked into its tensors (`bake_parameters`).
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def free_copy(model: _Network, *, share: bool = False) -> _Network:
                     known[id(made)] = made.detach().clone()
     try:
         return copy.deepcopy(model, known)
-    except Exception as error:  # whatever a stranger's module holds
+    except Exception as error:  # whatever an untrusted module holds
         raise UserError(f"the model cannot be copied ({brief(error)})") from None
 
 
@@ -102,7 +102,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def bake_parameters(model: nn.Module) -> None:
-    """Turn what is laid over parameters of `model` (masks, weight norm) into plain values.
+    """Turn what parametrises tensors of `model` (masks, weight norm) into plain values.
 
     That is every parametrisation, the masks of `torch.nn.utils.prune`, and the hooks of the older weight norm
     and spectral norm.

@@ -30,7 +30,7 @@ READ_BATCH = 32  # inputs that run through the whole network at a time, at most
 
 
 class FilterNetwork:
-    """A model prepared for looking at its filters: traced, batch norms folded, parameters frozen.
+    """A model prepared for the analysis of its filters: traced, batch norms folded, parameters frozen.
 
     The model given is never changed. What is not folded shares its weights, unless a call writes into them:
     do not change them meanwhile.
@@ -58,7 +58,7 @@ class FilterNetwork:
         Whether the model computes the same with channels last in memory, which is faster; not where it views
         maps as they usually lie.
     repeated : dict of str to int
-        Convolutions that run several times, and how often; looked at is what they give first.
+        Convolutions that run several times, and how often; their first outputs are analysed.
     overflowing : list of str
         Names of convolutions that give values that are not finite on plain noise.
 
@@ -126,7 +126,7 @@ class FilterNetwork:
             with torch.no_grad():
                 blank = torch.zeros(1, self.input_shape[0], *canvas, device=self.device)
                 return self.maps(name)(blank)[1].numel() > 0
-        except Exception:  # whatever a stranger's forward pass raises
+        except Exception:  # whatever an untrusted forward pass raises
             return False
 
     @property
@@ -167,7 +167,7 @@ class FilterNetwork:
             try:
                 with one_at_a_time:
                     return found(self._laid_out(inputs))
-            except Exception as error:  # whatever a stranger's forward pass raises
+            except Exception as error:  # whatever an untrusted forward pass raises
                 if may_pass(error):
                     raise
                 raise LayerError(f"{name}: the model fails on a stimulus ({brief(error)})") from error
@@ -193,7 +193,7 @@ class FilterNetwork:
         """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
         try:
             self._outputs_of_blank(1, size)
-        except Exception:  # whatever a stranger's forward pass raises
+        except Exception:  # whatever an untrusted forward pass raises
             return False
         return True
 
@@ -202,7 +202,7 @@ class FilterNetwork:
         """Whether the whole network gives twice as much for two inputs as for one, along its batch axis."""
         try:
             one, two = (self._outputs_of_blank(rows, self.input_shape[1:]) for rows in (1, 2))
-        except Exception:  # whatever a stranger's forward pass raises
+        except Exception:  # whatever an untrusted forward pass raises
             return False
         return len(two) == 2 * len(one) or any(
             _is_doubled(less.shape, more.shape) for less, more in zip(one, two, strict=False)
@@ -235,7 +235,7 @@ class FilterNetwork:
             Gives them in parts, each shape (B, C, *size), of a size that the network `takes`.
         reading : callable
             From maps, shape (B, F, *map), to what is kept of them, shape (B, F, ...). A layer that cannot be
-            traced nor looked at is read as a map of one zero.
+            traced nor read is read as a map of one zero.
         budget : Budget, optional
             Memory that may be taken.
 

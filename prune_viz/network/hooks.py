@@ -19,7 +19,7 @@ MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def hookable(model: nn.Module, device: torch.device, *, share: bool) -> nn.Module:
-    """A frozen copy of a model on a device, of which maps before activations can be looked at too.
+    """A frozen copy of a model on a device, of which maps before activations can be read too.
 
     `share` is that of `prune_viz.network.copies.free_copy`.
     """
@@ -192,7 +192,7 @@ def takes_batches(maps: MapFunction, example: torch.Tensor) -> bool:
             if len(together) != len(example):
                 return False
             alone = torch.cat([maps(example[row : row + 1])[1] for row in range(len(example))])
-    except Exception:  # whatever a stranger's forward pass raises
+    except Exception:  # whatever an untrusted forward pass raises
         return False
     if not bool(alone.isfinite().all()):
         return True  # nothing to compare

@@ -81,14 +81,14 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
         with as_it_was(model):
             graph = _ConvolutionTracer().trace(model)
         return fx.GraphModule(model, graph)
-    except Exception:  # any code may run inside a stranger's forward pass, and raise anything
+    except Exception:  # any code may run inside an untrusted forward pass, and raise anything
         return None
 
 
 def are_names_safe(model: nn.Module) -> bool:
     """Whether the names in a model can stand in the source code that torch.fx writes and runs.
 
-    It puts them between quotes, as they are. All are looked at, also second names of the same thing.
+    It puts them between quotes, as they are. All are checked, also second names of the same thing.
     """
     return all(
         isinstance(name, str) and _SAFE_NAME.fullmatch(name)
@@ -156,7 +156,7 @@ def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor, *, share: bo
                 torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
                 for one, other in pairs
             )
-    except Exception:  # a stranger's convolution may take its weights to be anything
+    except Exception:  # an untrusted convolution may take its weights to be anything
         same = False
     return folded if same else free_copy(traced, share=share).eval()
 
@@ -235,7 +235,7 @@ def _agree(one: Any, other: Any, size: Sequence[int]) -> bool:
     try:
         with torch.no_grad():
             first, second = one(example), other(example)
-    except Exception:  # a stranger's convolution may mind the size
+    except Exception:  # an untrusted convolution may mind the size
         return False
     tolerance = 1e-5 * float(second.abs().max())
     return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=tolerance)

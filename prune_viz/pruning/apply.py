@@ -1,4 +1,4 @@
-"""Masks carried out on a model: filters at zero, and still at zero after any optimiser's steps."""
+"""Masks applied to a model: filters at zero, and still at zero after any optimiser's steps."""
 
 from __future__ import annotations
 

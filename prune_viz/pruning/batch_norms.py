@@ -63,7 +63,7 @@ def recalibrate_norms(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> bo
             if helps:
                 _fit(pruned, whole, probes)
             return helps
-        except Exception as error:  # whatever a stranger's forward pass raises on probes
+        except Exception as error:  # whatever an untrusted forward pass raises on probes
             restore()
             if not is_out_of_memory(error):
                 return False
@@ -90,7 +90,7 @@ def change_on(probes: Tensor, before: nn.Module, after: nn.Module) -> tuple[floa
     """
     try:
         return _change(probes, before, after)
-    except Exception:  # whatever a stranger's forward pass raises on probes
+    except Exception:  # whatever an untrusted forward pass raises on probes
         return None
 
 

@@ -54,7 +54,7 @@ def groups_for_removal(model: nn.Module, example_inputs: Tensor) -> list[Couplin
     try:
         with torch.no_grad():
             plain_copy(model).float()(example_inputs.float())
-    except Exception as error:  # whatever a stranger's forward pass raises
+    except Exception as error:  # whatever an untrusted forward pass raises
         text = brief(error)
         shape = ",".join(str(size) for size in example_inputs.shape[1:])
         raise UserError(f"the model does not run on an input of shape {shape} ({text})") from None

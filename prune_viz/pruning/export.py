@@ -77,7 +77,7 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
     with torch.no_grad(), _quietly():
         try:
             twin(inputs[:1])
-        except Exception as error:  # whatever a stranger's forward pass raises
+        except Exception as error:  # whatever an untrusted forward pass raises
             shape = ",".join(map(str, input_shape))
             raise UserError(f"the model does not run on an input of shape {shape} ({brief(error)})") from None
         try:

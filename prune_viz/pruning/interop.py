@@ -38,7 +38,7 @@ def prune_with_torch(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module
     for module, name, mask in masked_tensors(model, masks):
         if isinstance(getattr(module, name), nn.Parameter):
             prune_tensor(module, name, mask)
-        else:  # a buffer, or a parameter with something laid over it already
+        else:  # a buffer, or a parameter with a parametrisation already
             mask_tensor(module, name, mask)
     return model
 

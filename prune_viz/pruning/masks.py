@@ -112,7 +112,7 @@ class Masks(dict[str, Tensor]):
     def combine(self, other: Mapping[str, Tensor], remove: Literal["any", "both"] = "any") -> Masks:
         """Masks that remove what any of the two removes, or what both do.
 
-        Merges stay as far as they still hold (`carries_out`). Where both masks rebuild a filter, these masks'
+        Merges stay as far as they still hold (`holds`). Where both masks rebuild a filter, these masks'
         own merge is taken. A new analysis or a new budget makes better ones.
 
         Parameters
@@ -181,9 +181,9 @@ class Masks(dict[str, Tensor]):
         passed = dict.fromkeys((*first.passages, *second.passages))
         self.passages = [passage for passage in passed if self.silences(passage)]
         merges = {(merge.layer, merge.filter): merge for merge in (*second.merges, *first.merges)}
-        self.merges = tuple(merge for merge in merges.values() if self.carries_out(merge))
+        self.merges = tuple(merge for merge in merges.values() if self.holds(merge))
 
-    def carries_out(self, merge: Merge) -> bool:
+    def holds(self, merge: Merge) -> bool:
         """Whether these masks remove a merge's filter and keep all that rebuild it."""
         mask = self.get(merge.layer)
         if mask is None or max(merge.filter, *merge.representatives, 0) >= len(mask) or mask[merge.filter]:

@@ -151,7 +151,7 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
             mask = masks[merge.layer]
             if max(merge.filter, *merge.representatives, -1) >= len(mask):
                 raise UserError(f"the merges are for another model: {merge.layer} has {len(mask)} filters")
-            if masks.carries_out(merge):
+            if masks.holds(merge):
                 merges.setdefault(by_layer[merge.layer].number, []).append(merge)
     for group in groups:
         gone = sorted(channels_gone(group, masks))

@@ -83,7 +83,7 @@ def write_removed(
 
     It loads with ``torch.load(out, weights_only=True)``: ``state_dict``, and what `load_checkpoint` needs
     to build the smaller network again: ``arch``, ``arch_kwargs``, ``input_shape`` and ``pruning``, the
-    masks carried out so far, as one step.
+    masks applied so far, as one step.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_s
     Parameters
     ----------
     checkpoint : Checkpoint
-        What the model came from: its architecture, what inputs are held, and the masks carried out on it.
+        What the model came from: its architecture, what inputs are held, and the masks applied to it.
     model : nn.Module
         The model, with weights of its own.
     out : Path

@@ -23,7 +23,7 @@ from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import is_out_of_memory, with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.nested_tensors import tensors_of
-from prune_viz.utils.scratch_arrays import Store
+from prune_viz.utils.scratch_arrays import ScratchArrays
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _gather(
 ) -> Sensitivities | None:
     modules = dict(model.named_modules())
     names = sorted({places.module for group in groups for places in group.readers})
-    store = Store(budget)
+    store = ScratchArrays(budget)
     squares = _squares({name: modules[name] for name in names}, store)
     watches = {name: _Watch(modules[name], squares[name]) for name in names}
     ablations = {group.number: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
@@ -117,7 +117,7 @@ def _gather(
                 for watch in watches.values():
                     watch.read = None
                 count += len(part)
-    except Exception as error:  # whatever a stranger's forward or backward pass raises
+    except Exception as error:  # whatever an untrusted forward or backward pass raises
         if is_out_of_memory(error):
             raise
         return None
@@ -133,7 +133,7 @@ def _gather(
     )
 
 
-def _squares(readers: Mapping[str, nn.Module], store: Store) -> dict[str, np.ndarray]:
+def _squares(readers: Mapping[str, nn.Module], store: ScratchArrays) -> dict[str, np.ndarray]:
     """Zeros for each reader, a square of its outputs."""
     outputs = {
         name: int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from prune_viz.channels.groups import CouplingGroup, Places
 from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
-from prune_viz.utils.scratch_arrays import Store
+from prune_viz.utils.scratch_arrays import ScratchArrays
 
 POSITIONS = 64  # of a map that are sampled, a probe
 # Of doubles, a square of its channels each, that a group's moments take for each reader, and judging it.
@@ -174,7 +174,7 @@ def weigh_outputs(
     group: CouplingGroup,
     moments: Sequence[Moments],
     sensitivities: Mapping[str, np.ndarray],
-    store: Store,
+    store: ScratchArrays,
 ) -> list[Moments]:
     """Let the outputs of a group's readers count by how much the network's output depends on them.
 
@@ -277,8 +277,8 @@ def _padding(module: _ConvNd, inputs: Tensor, output: Tensor) -> list[int]:
 def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[CouplingGroup]]:
     """Give groups in order, so many at a time that their moments take `most` bytes; one alone may more.
 
-    With `most` half of what is left of main memory, `Store` keeps the moments of several in memory, and of
-    one that takes more in a file.
+    With `most` half of what is left of main memory, `ScratchArrays` keeps the moments of several in memory,
+    and of one that takes more in a file.
     """
     chosen: list[CouplingGroup] = []
     for group in groups:
@@ -297,7 +297,7 @@ def _bytes_of_moments(groups: Sequence[CouplingGroup]) -> int:
     return held + _JUDGING * max(squares)
 
 
-def _bytes_at_a_time(group: CouplingGroup, store: Store) -> int:
+def _bytes_at_a_time(group: CouplingGroup, store: ScratchArrays) -> int:
     """What the moments of a group take of memory while they are gathered: all, or of a file a few squares."""
     square = 8 * (group.channels + 1) ** 2
     gathered = 4 * len(group.readers) * square
@@ -334,7 +334,7 @@ def gather_moments(
     UserError
         If moments do not fit in memory, nor on the disk.
     """
-    store = Store(budget)
+    store = ScratchArrays(budget)
     device = next(model.parameters()).device
     aside = sum(_bytes_at_a_time(group, store) for group in groups) if device.type == "cpu" else 0
     limit = RowLimit(budget, model, backward=False, aside=aside)
@@ -346,7 +346,7 @@ def _gather(
     groups: Sequence[CouplingGroup],
     probes: Callable[[], Iterable[tuple[Tensor, bool]]],
     limit: RowLimit,
-    store: Store,
+    store: ScratchArrays,
     most: int,
 ) -> dict[int, list[Moments]]:
     modules = dict(model.named_modules())

@@ -34,7 +34,7 @@ from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget
 from prune_viz.utils.nested_tensors import tensors_of
 from prune_viz.utils.progress import Progress, counted
-from prune_viz.utils.scratch_arrays import Store
+from prune_viz.utils.scratch_arrays import ScratchArrays
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
 SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
@@ -220,7 +220,7 @@ def measure_groups(
     moments = moments or {number: list(readers) for number, readers in known.items()}
     if sensitivities is None:
         return Measured(moments, moments, silent, None, "readers", signs)
-    store = Store(budget)
+    store = ScratchArrays(budget)
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
         for group in groups

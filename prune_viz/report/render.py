@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from prune_viz.feature_visualization.rendering import GREY, colour_axes, draw_pictures
-from prune_viz.feature_visualization.top_patches import ExcitingParts, read_exciting_parts
+from prune_viz.feature_visualization.top_patches import TopPatches, read_top_patches
 from prune_viz.network.inputs import InputStatistics, stored_statistics
 from prune_viz.pruning.review import identity
 from prune_viz.report import CONTENT_SECURITY_POLICY, map_drawing, sprites, wording
@@ -92,7 +92,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     tables = dict(tuple(filters.groupby("layer", sort=False)))
     files = {row.record.name: row.record.slug for row in rows}
     counts = {row.record.name: row.record.filters for row in rows}
-    examples = read_exciting_parts(run.examples_file, files, counts)
+    examples = read_top_patches(run.examples_file, files, counts)
     _write_examples(folder, examples)
     coherences: list[LayerCoherence | None] = []
     progress.start("report", len(rows))
@@ -227,7 +227,7 @@ def _write_network(
     _write(folder / "index.html", text)
 
 
-def _write_examples(folder: Path, examples: ExcitingParts | None) -> None:
+def _write_examples(folder: Path, examples: TopPatches | None) -> None:
     """Write example images, each a file, and a style sheet that shows one in the class `i` + its number."""
     if examples is None:
         return

@@ -1,4 +1,4 @@
-"""How figures and strangers' names are written for people: units, rounding, nothing unprintable."""
+"""How figures and names from a model are written for people: units, rounding, nothing unprintable."""
 
 from __future__ import annotations
 

@@ -50,10 +50,10 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     records = provenance.layers
     counts = {record.name: record.filters for record in records}
     whole = [read_header(run.path / record.file) for record in records]
-    pieces = [read_header(file) for file in own_tensors(run.tasks_folder)]
+    results = [read_header(file) for file in own_tensors(run.tasks_folder)]
     done: dict[str, int] = {}
     seconds = 0.0
-    for header in (*whole, *pieces):
+    for header in (*whole, *results):
         layer = (header or {}).get("layer", "")
         if header is None or key is None or header.get("run") != key or layer not in counts:
             continue

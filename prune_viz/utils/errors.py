@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class LayerError(UserError):
-    """One layer cannot be looked at; the message says why. Others can."""
+    """One layer cannot be analysed; the message says why. Others can."""
 
 
 class IncompleteError(Exception):
@@ -29,13 +29,13 @@ class RunInterruptedError(KeyboardInterrupt):
 
 
 def one_line(text: object) -> str:
-    """Make a stranger's text safe for a terminal: one line, without control characters."""
+    """Make untrusted text safe for a terminal: one line, without control characters."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def brief(error: Exception, limit: int = 160) -> str:
-    """What a stranger's code said of its failure, on one line; the error's own name where it said nothing."""
+    """What untrusted code said of its failure, on one line; the error's own name where it said nothing."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 

@@ -257,7 +257,7 @@ class RowLimit:
     def _measure(self, budget: Budget, shape: tuple[int, ...]) -> int:
         try:
             row = measure_row(self._run, shape, budget.device)
-        except Exception as error:  # a stranger's forward pass may not run where gradients are kept
+        except Exception as error:  # an untrusted forward pass may not run where gradients are kept
             if is_out_of_memory(error):
                 raise
             return sys.maxsize

@@ -19,7 +19,7 @@ _SHARE = 4  # of what is left of main memory, one part at most is for a single a
 _LEAST = 2**20  # bytes of an array that is worth a file
 
 
-class Store:
+class ScratchArrays:
     """Where large arrays are kept.
 
     Parameters

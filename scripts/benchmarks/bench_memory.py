@@ -32,13 +32,13 @@ from torch import nn
 from torchvision import models
 
 from prune_viz.analysis.pipeline import analyze
-from prune_viz.analysis.prepare import prepare_subject
+from prune_viz.analysis.prepare import prepare
 from prune_viz.calibration import images as probes
 from prune_viz.calibration import synthetic_images
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution import executors
 from prune_viz.execution.memory_plan import MemoryPlan
-from prune_viz.execution.tasks import Piece, StimulusSettings, Task
+from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.redundancy import importance, verdicts
 from prune_viz.redundancy.judge import GroupVerdicts, judge, judge_unjudged
@@ -52,16 +52,16 @@ SHOWN = 8  # of a layer's that are probes
 
 def survey(name: str) -> dict[str, Any]:
     """In a process of its own: a network's size, the layer whose ascents hold most, and its widest group."""
-    subject = prepare_subject(
+    prepared = prepare(
         seeded(name), (3, 224, 224), layers=(), canvas=None, seed=0, device="cpu", mean=None, std=None,
         data=None, out=None, file_sha256=None,
     )  # fmt: skip
-    plan = MemoryPlan(subject.network, BUDGET, None)
+    plan = MemoryPlan(prepared.network, BUDGET, None)
     return {
-        "network": name, "layers": len(subject.layers),
-        "filters": sum(layer.filters for layer in subject.layers),
-        "heaviest": max(subject.layers, key=lambda layer: plan.taken(layer.name)).name,
-        "widest": max(subject.judged, key=lambda group: group.channels).number,
+        "network": name, "layers": len(prepared.layers),
+        "filters": sum(layer.filters for layer in prepared.layers),
+        "heaviest": max(prepared.layers, key=lambda layer: plan.taken(layer.name)).name,
+        "widest": max(prepared.judged, key=lambda group: group.channels).number,
     }  # fmt: skip
 
 
@@ -89,9 +89,9 @@ def apart(work: Callable[[Any], dict[str, Any]], given: object) -> dict[str, Any
 @contextmanager
 def shortened(heaviest: str, widest: int) -> Iterator[None]:
     """Steps for two tasks of the heaviest layer, noise for all others, and less of what repeats itself."""
-    make, find = probes.make_probes, executors.do_task
+    make, find = probes.make_probes, executors.run_task
 
-    def stimuli(network: FilterNetwork, task: Task, settings: StimulusSettings, *given: Any) -> Piece:
+    def stimuli(network: FilterNetwork, task: Task, settings: StimulusSettings, *given: Any) -> TaskResult:
         if task.layer == heaviest and task.start < 2 * task.filters:
             return find(network, task, replace(settings, steps=1), *given)
         layer = network.layer(task.layer)
@@ -99,7 +99,9 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
         pictures = random.standard_normal((1, network.input_shape[0], *layer.canvas), dtype=np.float32)
         images = pictures * random.standard_normal((task.filters, 1, 1, 1), dtype=np.float32)
         responses = random.random((task.filters, layer.filters), dtype=np.float32)
-        return Piece(images.astype(np.float16), np.ones(task.filters, np.float32), responses, (), "", 1.0)
+        return TaskResult(
+            images.astype(np.float16), np.ones(task.filters, np.float32), responses, (), "", 1.0
+        )
 
     def few(layers: Iterable[np.ndarray], *settings: Any) -> Any:
         return make((images[:SHOWN] for images in layers), *settings)

@@ -38,7 +38,7 @@ from torchvision import models
 import prune_viz as pv
 from prune_viz.analysis.pipeline import estimate
 from prune_viz.execution.executors import LocalEngine
-from prune_viz.execution.tasks import BATCHES, Piece, StimulusSettings, Task, do_task
+from prune_viz.execution.tasks import BATCHES, StimulusSettings, Task, TaskResult, run_task
 from prune_viz.feature_visualization.stimuli import BATCH
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.array_files import read_arrays, write_arrays
@@ -72,7 +72,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def seconds_of(network: FilterNetwork, layer: str, count: int) -> float:
     """Seconds that one worker takes for so many filters of a layer."""
-    return do_task(network, Task(layer, 0, count, None, "", ""), SETTINGS, None).seconds
+    return run_task(network, Task(layer, 0, count, None, "", ""), SETTINGS, None).seconds
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -121,7 +121,7 @@ def _search(layer: str, start: int) -> None:
     global _network
     torch.set_num_threads(1)
     _network = _network or FilterNetwork(resnet(18), (3, 224, 224))
-    do_task(_network, Task(layer, start, start + COUNTS[1], None, "", ""), SETTINGS, None)
+    run_task(_network, Task(layer, start, start + COUNTS[1], None, "", ""), SETTINGS, None)
 
 
 def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
@@ -130,7 +130,7 @@ def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
     torch.set_num_threads(cores)
     start = time.perf_counter()
     for begin in tasks:
-        do_task(network, Task(layer, begin, begin + COUNTS[1], None, "", ""), SETTINGS, None)
+        run_task(network, Task(layer, begin, begin + COUNTS[1], None, "", ""), SETTINGS, None)
     spread = time.perf_counter() - start
     start = time.perf_counter()
     with LocalEngine(network, SETTINGS, cores) as engine:
@@ -162,7 +162,7 @@ def whole_run(name: str, model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def writer_rate(piece: Piece) -> float:
+def writer_rate(piece: TaskResult) -> float:
     """Bytes a second that one process takes in: pieces written, read again and joined to a layer."""
     arrays = {"images": piece.images, "activations": piece.activations, "responses": piece.responses}
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +176,7 @@ def writer_rate(piece: Piece) -> float:
     return 8 * sum(array.nbytes for array in arrays.values()) / seconds
 
 
-def plan_zoo(rows: Sequence[dict[str, Any]], piece: Piece) -> dict[str, float]:
+def plan_zoo(rows: Sequence[dict[str, Any]], piece: TaskResult) -> dict[str, float]:
     """What `ZOO` networks, such as those of the rows, take on `WORKERS` cores."""
     search, conclusions, tasks, stored, model = (
         float(np.mean([row[name] for row in rows])) for name in ("hours", "after", "tasks", "disk", "model")
@@ -242,7 +242,7 @@ def main() -> None:
         [[*(row[key] for key in ("network", "filters", "tasks", "hours", "after")), row["disk"] / 2**30]
          for row in runs],
     )  # fmt: skip
-    piece = do_task(small, Task("layer3.1.conv1", 0, 192, None, "", ""), BRIEF, None)
+    piece = run_task(small, Task("layer3.1.conv1", 0, 192, None, "", ""), BRIEF, None)
     zoo = plan_zoo(runs, piece)
     print_table(f"{ZOO:,} networks on {WORKERS:,} cores", ["what", ""], [list(item) for item in zoo.items()])
     print(json.dumps({

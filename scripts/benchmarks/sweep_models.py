@@ -1,4 +1,4 @@
-"""Whether the filters of every model that people have can be looked at.
+"""Whether the filters of every model that people have can be analysed.
 
     scripts/test.sh --collect-only -q   # sets up .venv
     .venv/bin/python scripts/benchmarks/sweep_models.py             # all of torchvision's models: hours
@@ -37,7 +37,7 @@ import prune_viz as pv
 from prune_viz.demo import digits
 from prune_viz.feature_visualization.stimuli import ascend
 from prune_viz.loading.architectures import default_input_shape, resolve_architecture
-from prune_viz.loading.fixed_inputs import held_at_noise, hold_inputs
+from prune_viz.loading.fixed_inputs import fix_inputs, fixed_at_noise
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.errors import UserError
 
@@ -79,7 +79,7 @@ def build(spec: str) -> tuple[nn.Module, tuple[int, ...]]:
     if shapes is None:
         shapes = [default_input_shape(model, spec)]
     if len(shapes) > 1:
-        hold_inputs(model, held_at_noise(shapes))
+        fix_inputs(model, fixed_at_noise(shapes))
     return model, shapes[0]
 
 
@@ -118,7 +118,7 @@ def prepare(model: nn.Module, shape: tuple[int, ...]) -> FilterNetwork:
 
 
 def row(spec: str) -> dict[str, Any]:
-    """What could be looked at of one model."""
+    """What could be analysed of one model."""
     start = time.perf_counter()
     worked, seen, silent, causes = 0, 0, 0, []
     try:
@@ -175,7 +175,7 @@ def main() -> None:
             print(*rows[-1].values(), sep=", ", flush=True)
             gc.collect()
     print_table(
-        "Convolutions of which two filters could be looked at",
+        "Convolutions of which two filters could be analysed",
         ["model", "convolutions", "worked", "silent filters", "seconds", "what did not, for instance"],
         [[*(one[key] for key in ("model", "layers", "worked", "silent", "seconds")),
           "; ".join(one["causes"])[:70]] for one in rows],

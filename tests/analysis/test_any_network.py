@@ -268,7 +268,7 @@ def test_what_a_layer_cannot_give_is_reported_and_the_rest_goes_on(tmp_path: Pat
     torch.manual_seed(0)
     found = analyze(Stepped(), input_shape=PICTURE, steps=3, out=tmp_path / "run")
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
-    assert "two could not be looked at: no gradient leads from its maps to the input." in notes
+    assert "two could not be analysed: no gradient leads from its maps to the input." in notes
     assert any(note.startswith("never never runs") for note in notes)
     by_layer = found.filters.groupby("layer")["activation"]
     assert by_layer.get_group("one").gt(0).all()
@@ -440,7 +440,7 @@ def test_maps_may_be_viewed_as_they_usually_lie(make: Callable[[], nn.Module], c
 
 
 class Remembering(Two):
-    """Adds what it saw last, counts its calls, and is looked at by a hook that keeps maps."""
+    """Adds what it saw last, counts its calls, and is read by a hook that keeps maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -607,7 +607,7 @@ class Partial(Two):
 def test_maps_that_are_none_are_reported(make: Callable[[], nn.Module], why: str, tmp_path: Path) -> None:
     found = analyze(make(), input_shape=PICTURE, steps=3, out=tmp_path / "run")
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
-    assert any(note.startswith("two could not be looked at") and why in note for note in notes)
+    assert any(note.startswith("two could not be analysed") and why in note for note in notes)
     assert found.filters[found.filters["layer"] == "one"]["activation"].gt(0).all()
 
 

@@ -57,7 +57,7 @@ def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyP
     assert all(cost.seconds > 0 for cost in found.layers)
     tried.clear()
     estimate(tortured.network(), input_shape=(3, 16, 16), steps=2, layers=["*.depthwise"])
-    assert set(tried.values()) == {None}  # what would feed it is not looked at
+    assert set(tried.values()) == {None}  # what would feed it is not analysed
 
 
 def test_the_middles_of_equal_shares_are_chosen() -> None:

@@ -23,8 +23,15 @@ from prune_viz.analysis.pipeline import analyze
 from prune_viz.calibration import dead_leaves, losses, synthetic_images
 from prune_viz.execution import tasks
 from prune_viz.execution.executors import LocalEngine, run_tasks
-from prune_viz.execution.task_results import Pieces
-from prune_viz.execution.tasks import Piece, StimulusSettings, Task, do_task, failing_together, plan_tasks
+from prune_viz.execution.task_results import TaskResults
+from prune_viz.execution.tasks import (
+    StimulusSettings,
+    Task,
+    TaskResult,
+    failing_together,
+    plan_tasks,
+    run_task,
+)
 from prune_viz.feature_visualization import algorithm, optimiser, priors, stimuli
 from prune_viz.feature_visualization.optimiser import StoppedError
 from prune_viz.feature_visualization.responses import response_matrix
@@ -112,42 +119,42 @@ def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
     whole = ascend(network, "blocks.0.project", steps=12)
     responses = response_matrix(network, "blocks.0.project", whole.images)
     for cut in ((0, 12), (0, 4, 12), (0, 5, 7, 12)):
-        pieces = [
-            do_task(network, Task("blocks.0.project", *ends, None, "", ""), SETTINGS, None)
+        results = [
+            run_task(network, Task("blocks.0.project", *ends, None, "", ""), SETTINGS, None)
             for ends in pairwise(cut)
         ]
-        assert failing_together(pieces) == pieces
+        assert failing_together(results) == results
         for name, expected in (
             ("images", whole.images.half().numpy()),
             ("activations", whole.activations.numpy()),
             ("responses", responses),
         ):
-            assert np.array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), expected)
+            assert np.array_equal(np.concatenate([getattr(result, name) for result in results]), expected)
 
 
 @pytest.mark.parametrize("batch", [4, 8, 12])
 def test_a_smaller_batch_gives_the_same(network: FilterNetwork, batch: int) -> None:
     task = Task("blocks.1.expand", 0, 24, None, "", "")
-    piece = do_task(network, task, SETTINGS, None, batch)
-    whole = do_task(network, task, SETTINGS, None)
-    assert np.array_equal(piece.images, whole.images)
-    assert np.array_equal(piece.responses, whole.responses)
+    result = run_task(network, task, SETTINGS, None, batch)
+    whole = run_task(network, task, SETTINGS, None)
+    assert np.array_equal(result.images, whole.images)
+    assert np.array_equal(result.responses, whole.responses)
 
 
 def test_one_failed_piece_fails_its_layer() -> None:
-    sound = Piece(
+    sound = TaskResult(
         np.ones((2, 1, 3), np.float16), np.ones(2, np.float32), np.ones((2, 4), np.float32), (1,), "", 1
     )
-    failed = Piece(
+    failed = TaskResult(
         np.zeros((2, 1, 3), np.float16), np.ones(2, np.float32), np.ones((2, 4), np.float32), (), "no", 2
     )
-    pieces = failing_together([sound, failed])
-    assert [piece.seconds for piece in pieces] == [1, 2]
-    for piece in pieces:
-        assert piece.failed == "no"
-        assert not piece.images.any()
-        assert not piece.responses.any()
-        assert np.isnan(piece.activations).all()
+    results = failing_together([sound, failed])
+    assert [result.seconds for result in results] == [1, 2]
+    for result in results:
+        assert result.failed == "no"
+        assert not result.images.any()
+        assert not result.responses.any()
+        assert np.isnan(result.activations).all()
 
 
 @pytest.mark.usefixtures("few_probes")
@@ -188,7 +195,7 @@ def test_work_stops_at_the_next_step(network: FilterNetwork) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(StoppedError):
-        do_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None, stop=stop)
+        run_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None, stop=stop)
 
 
 class _Failing(LocalEngine):
@@ -204,7 +211,7 @@ class _Failing(LocalEngine):
             return self._pool.submit(self._fail)
         return super().submit(task, fed)
 
-    def _fail(self) -> Piece:
+    def _fail(self) -> TaskResult:
         raise self.error
 
 
@@ -215,13 +222,13 @@ def test_a_task_that_fails_costs_only_what_starts_from_it(
     network: FilterNetwork, tmp_path: Path, error: Exception, kind: type[Exception]
 ) -> None:
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
-    pieces = Pieces(run, records(network), planned, "key", lambda name: None)
+    results = TaskResults(run, records(network), planned, "key", lambda name: None)
     log = RunLog(run.log_file)
     with _Failing(network, error, "0.expand") as engine, pytest.raises(kind) as told:
-        run_tasks(planned, pieces, engine, log, lambda task: None)
+        run_tasks(planned, results, engine, log, lambda task: None)
     assert "1 of 7 tasks failed (blocks.0.expand, filters 0 to 23: " in str(told.value)
     assert "\n" not in str(told.value)
-    assert pieces.whole == {layer.name for layer in network.layers} - {
+    assert results.whole == {layer.name for layer in network.layers} - {
         "blocks.0.expand",
         "blocks.0.depthwise",
     }
@@ -253,20 +260,20 @@ def test_only_a_models_own_failure_is_kept_as_its_layers(
     monkeypatch.setattr(_Moody, "error", error)
     task = Task("1", 0, 4, None, "", "")
     if kept:
-        assert "the model's own" in do_task(network, task, SETTINGS, None).failed
+        assert "the model's own" in run_task(network, task, SETTINGS, None).failed
     else:
         with pytest.raises(type(error)):
-            do_task(network, task, SETTINGS, None)
+            run_task(network, task, SETTINGS, None)
 
 
 def test_where_everything_fails_little_is_tried(network: FilterNetwork, tmp_path: Path) -> None:
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
-    pieces = Pieces(run, records(network), planned, "key", lambda name: None)
+    results = TaskResults(run, records(network), planned, "key", lambda name: None)
     with (
         _Failing(network, ValueError("x"), "") as engine,
         pytest.raises(IncompleteError, match="the same command"),
     ):
-        run_tasks(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
+        run_tasks(planned, results, engine, RunLog(run.log_file), lambda task: None)
     assert len(engine.tried) <= 4
 
 
@@ -287,10 +294,10 @@ def test_where_failures_come_first_the_rest_is_done_all_the_same(
 ) -> None:
     run, cut = RunDirectory(tmp_path), records(network)
     planned = plan_tasks(network, cut, "key")
-    pieces = Pieces(run, cut, planned, "key", lambda name: None)
+    results = TaskResults(run, cut, planned, "key", lambda name: None)
     with LocalEngine(network, SETTINGS, 1) as engine:
-        run_tasks(planned[:1], pieces, engine, RunLog(run.log_file), lambda task: None)
-    again = Pieces(run, cut, planned, "key", lambda name: None)
+        run_tasks(planned[:1], results, engine, RunLog(run.log_file), lambda task: None)
+    again = TaskResults(run, cut, planned, "key", lambda name: None)
     with _Failing(network, ValueError("x"), "blocks.0") as engine, pytest.raises(IncompleteError):
         run_tasks(planned, again, engine, RunLog(run.log_file), lambda task: None)
     assert again.whole == {"stem", *(f"blocks.1.{part}" for part in ("expand", "depthwise", "project"))}
@@ -309,10 +316,10 @@ def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tm
             return super().submit(task, fed)
 
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
-    pieces = Pieces(run, records(network), planned, "key", lambda name: None)
+    results = TaskResults(run, records(network), planned, "key", lambda name: None)
     with Shrinking(network, SETTINGS, 1) as engine:
-        run_tasks(planned, pieces, engine, RunLog(run.log_file), lambda task: None)
-    assert len(pieces.whole) == 7
+        run_tasks(planned, results, engine, RunLog(run.log_file), lambda task: None)
+    assert len(results.whole) == 7
     assert Shrinking.most <= 3
 
 
@@ -321,15 +328,15 @@ KEY = 64 * "a"  # as a digest is
 
 def test_pieces_of_layers_not_asked_for_stay(network: FilterNetwork, tmp_path: Path) -> None:
     run, cut = RunDirectory(tmp_path), records(network)
-    piece = do_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None)
+    result = run_task(network, Task("stem", 0, 4, None, "", ""), SETTINGS, None)
     halves = [replace(task, stop=4) for task in plan_tasks(network, cut, KEY)[:1]]
-    Pieces(run, cut[:1], [*halves, replace(halves[0], start=4, stop=12)], KEY, lambda name: None).add(
-        halves[0], piece
+    TaskResults(run, cut[:1], [*halves, replace(halves[0], start=4, stop=12)], KEY, lambda name: None).add(
+        halves[0], result
     )
-    other = Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], KEY), KEY, lambda name: None)
+    other = TaskResults(run, cut[1:2], plan_tasks(network, cut[1:2], KEY), KEY, lambda name: None)
     other.tidy()
     assert (tmp_path / halves[0].file).exists()
-    Pieces(run, cut[1:2], plan_tasks(network, cut[1:2], "new"), "new", lambda name: None).tidy()
+    TaskResults(run, cut[1:2], plan_tasks(network, cut[1:2], "new"), "new", lambda name: None).tidy()
     assert not (tmp_path / "tasks").exists()
 
 
@@ -422,7 +429,7 @@ def test_a_backward_pass_that_fails_is_told_of_its_layer(tmp_path: Path) -> None
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Wall(), nn.Conv2d(4, 4, 3))
     analyze(model, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2)
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
-    assert any("2 could not be looked at: no gradient comes back" in note for note in notes), notes
+    assert any("2 could not be analysed: no gradient comes back" in note for note in notes), notes
 
 
 def test_results_of_an_older_algorithm_are_not_reused(

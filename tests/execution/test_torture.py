@@ -193,11 +193,13 @@ def test_two_processes_do_not_write_one_run(undisturbed: Path, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(2))
 def test_damaged_pieces_are_found_again(undisturbed: Path, killed: Path, first: int) -> None:
-    layers, pieces = sorted(killed.glob("layers/*")), sorted(killed.glob("tasks/*.safetensors"))
+    layers, results = sorted(killed.glob("layers/*")), sorted(killed.glob("tasks/*.safetensors"))
     assert layers
-    assert pieces
-    foreign = {file: (layers[-1] if file in pieces else pieces[-1]).read_bytes() for file in layers + pieces}
-    for number, file in enumerate([layers[0], *pieces]):  # the layer is hurt in two ways, pieces in all
+    assert results
+    foreign = {
+        file: (layers[-1] if file in results else results[-1]).read_bytes() for file in layers + results
+    }
+    for number, file in enumerate([layers[0], *results]):  # the layer is hurt in two ways, pieces in all
         harm = ("foreign", "flip", "truncate", "empty")[(number + first) % 4]
         content = bytearray(file.read_bytes())
         if harm == "truncate":

@@ -268,10 +268,10 @@ def test_what_is_not_finite_stays_with_its_filter_and_is_reported() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3, groups=3))
     healthy = maximize(model, "0", input_shape=(3, 16, 16), steps=24)
-    assert healthy.derailed == []
+    assert healthy.diverged == []
     model[0].weight.data[1] = 3e38
     ill = maximize(model, "0", input_shape=(3, 16, 16), steps=24)
-    assert ill.derailed == [1]
+    assert ill.diverged == [1]
     assert torch.equal(ill.images[[0, 2]], healthy.images[[0, 2]])
     assert torch.isfinite(ill.images).all()
     assert math.isnan(ill.activations[1])
@@ -292,7 +292,7 @@ def test_a_passing_overflow_leaves_the_best_finite_stimulus() -> None:
     model = nn.Sequential(Cliff(1, 1, 1, bias=False))
     nn.init.ones_(model[0].weight)
     found = maximize(model, "0", input_shape=(1, 16, 16), steps=24)
-    assert found.derailed == [0]
+    assert found.diverged == [0]
     assert torch.isfinite(found.images).all()
     assert 0 < float(found.activations[0]) <= 0.45 * 16
 

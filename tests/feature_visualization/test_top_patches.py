@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import prune_viz as pv
 from prune_viz.feature_visualization.top_patches import (
     SHOWN,
-    ExcitingParts,
-    find_exciting_parts,
-    read_exciting_parts,
-    write_exciting_parts,
+    TopPatches,
+    find_top_patches,
+    read_top_patches,
+    write_top_patches,
 )
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, normalise
@@ -41,7 +41,7 @@ def test_parts_are_those_of_a_search_of_every_place(kind: type[nn.Module]) -> No
     network = FilterNetwork(model, (3, 16, 16))
     shown = pixels(20)
     examples = normalise(shown, STATISTICS)
-    found = find_exciting_parts(network, network.layers, examples, STATISTICS)
+    found = find_top_patches(network, network.layers, examples, STATISTICS)
     assert found is not None
     windows = found.windows["conv2"]
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_a_bright_spot_is_found_on_oblong_images_too() -> None:
     network = FilterNetwork(model, (3, 40, 120), canvas=32)
     images = torch.zeros(3, 3, 40, 120)
     images[1, :, 20:23, 100:103] = 1.0
-    found = find_exciting_parts(network, network.layers, images, None)
+    found = find_top_patches(network, network.layers, images, None)
     assert found is not None
     number, left, top, side = found.windows["0"][0, 0]
     assert found.windows["0"][0, 1:, 0].tolist() == [-1, -1]  # blank images excite nothing
@@ -85,7 +85,7 @@ def test_a_bright_spot_is_found_on_oblong_images_too() -> None:
 def test_signals_have_no_pictures() -> None:
     model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU())
     network = FilterNetwork(model, (1, 64))
-    assert find_exciting_parts(network, network.layers, torch.randn(4, 1, 64), None) is None
+    assert find_top_patches(network, network.layers, torch.randn(4, 1, 64), None) is None
 
 
 class Unrolled(nn.Module):
@@ -102,35 +102,35 @@ class Unrolled(nn.Module):
 
 def test_maps_that_are_no_pictures_and_what_nothing_excites() -> None:
     network = FilterNetwork(Unrolled(), (3, 16, 16))
-    found = find_exciting_parts(network, network.layers, torch.randn(4, 3, 16, 16), None)
+    found = find_top_patches(network, network.layers, torch.randn(4, 3, 16, 16), None)
     assert found is not None
     assert (found.windows["second"][..., 0] == -1).all()
     assert (found.windows["first"][..., 0] >= 0).any()
     dead = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
     nn.init.constant_(dead[0].bias, -1e3)
     network = FilterNetwork(dead, (3, 16, 16))
-    assert find_exciting_parts(network, network.layers, torch.randn(4, 3, 16, 16), None) is None
+    assert find_top_patches(network, network.layers, torch.randn(4, 3, 16, 16), None) is None
 
 
 def test_what_was_written_is_read_and_what_is_damaged_is_not(tmp_path: Path) -> None:
-    parts = ExcitingParts(np.zeros((2, 8, 8, 3), np.uint8), {"a/../<b>": np.ones((4, 6, 4), np.float32)})
+    parts = TopPatches(np.zeros((2, 8, 8, 3), np.uint8), {"a/../<b>": np.ones((4, 6, 4), np.float32)})
     path, files, counts = tmp_path / "examples.safetensors", {"a/../<b>": "000-a-b"}, {"a/../<b>": 4}
-    write_exciting_parts(parts, files, path)
-    again = read_exciting_parts(path, files, counts)
+    write_top_patches(parts, files, path)
+    again = read_top_patches(path, files, counts)
     assert again is not None
     assert np.array_equal(again.windows["a/../<b>"], parts.windows["a/../<b>"])
-    assert read_exciting_parts(path, {"other": "001-other"}, {"other": 4}) is None
-    assert read_exciting_parts(path, files, {"a/../<b>": 5}) is None
+    assert read_top_patches(path, {"other": "001-other"}, {"other": 4}) is None
+    assert read_top_patches(path, files, {"a/../<b>": 5}) is None
     for wrong in (
-        ExcitingParts(parts.pictures.astype(np.float32), parts.windows),
-        ExcitingParts(parts.pictures[..., 0], parts.windows),
-        ExcitingParts(parts.pictures[:1], parts.windows),  # of which there is no second
+        TopPatches(parts.pictures.astype(np.float32), parts.windows),
+        TopPatches(parts.pictures[..., 0], parts.windows),
+        TopPatches(parts.pictures[:1], parts.windows),  # of which there is no second
     ):
-        write_exciting_parts(wrong, files, path)
-        assert read_exciting_parts(path, files, counts) is None
+        write_top_patches(wrong, files, path)
+        assert read_top_patches(path, files, counts) is None
     path.write_bytes(path.read_bytes()[:-9])
-    assert read_exciting_parts(path, files, counts) is None
-    assert read_exciting_parts(tmp_path / "none", files, counts) is None
+    assert read_top_patches(path, files, counts) is None
+    assert read_top_patches(tmp_path / "none", files, counts) is None
 
 
 def test_weights_are_kept_of_what_reads_the_input(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from prune_viz import cli
 from prune_viz.loading.checkpoints import load_model
 from prune_viz.loading.fixed_inputs import (
-    HeldInputs,
-    held_at_noise,
-    held_from,
-    hold_inputs,
+    FixedInputs,
+    fix_inputs,
+    fixed_at_noise,
+    fixed_from,
+    free_inputs,
     read_example,
-    release_inputs,
 )
 from prune_viz.network.tracing import trace
 from prune_viz.utils.errors import UserError
@@ -79,26 +79,26 @@ def test_what_is_held_is_what_it_was_called_with(tmp_path: Path) -> None:
     with torch.no_grad():
         right, word = EXAMPLE["right"][:1].expand(5, -1, -1, -1), EXAMPLE["word"][:1].expand(5)
         expected = model(images, right=right, word=word, loud=True)
-        held = hold_inputs(model, inputs)
+        held = fix_inputs(model, inputs)
         torch.testing.assert_close(held(images), expected)
         torch.testing.assert_close(held.double()(images.double()), expected.double())
     assert held.state_dict().keys() == state.keys()
     traced = trace(held.float())
     assert traced is not None
     torch.testing.assert_close(traced(images), expected)
-    assert type(release_inputs(held)) is Stereo
+    assert type(free_inputs(held)) is Stereo
     assert [name for name, _ in held.named_buffers()] == [name for name, _ in _stereo().named_buffers()]
 
 
 def test_positions_and_single_rows() -> None:
-    model, inputs = _stereo(), held_at_noise([(1, 12, 12), (1, 12, 12)])
+    model, inputs = _stereo(), fixed_at_noise([(1, 12, 12), (1, 12, 12)])
     images = torch.rand(3, 1, 12, 12)
     with torch.no_grad():
         expected = model(images, inputs.arguments[1].expand(3, -1, -1, -1))
-        torch.testing.assert_close(hold_inputs(model, inputs)(images), expected)
-    assert inputs.digest == held_at_noise([(1, 12, 12), (1, 12, 12)]).digest
-    assert inputs.digest != held_at_noise([(1, 12, 12), (1, 12, 13)]).digest
-    assert inputs.digest != HeldInputs({**inputs.arguments, 2: 7}, 0).digest
+        torch.testing.assert_close(fix_inputs(model, inputs)(images), expected)
+    assert inputs.digest == fixed_at_noise([(1, 12, 12), (1, 12, 12)]).digest
+    assert inputs.digest != fixed_at_noise([(1, 12, 12), (1, 12, 13)]).digest
+    assert inputs.digest != FixedInputs({**inputs.arguments, 2: 7}, 0).digest
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,10 @@ PICTURES = torch.rand(1, 1, 12, 12)
 def test_held_inputs_of_a_file_are_what_prune_viz_writes(tmp_path: Path, content, says: str) -> None:
     (tmp_path / "model.pt").write_bytes(bytes(10_000))
     with pytest.raises(UserError, match=says):
-        held_from(content, tmp_path / "model.pt")
+        fixed_from(content, tmp_path / "model.pt")
     assert (
-        held_from({"arguments": {"x": PICTURES, 1: None}, "varied": "x"}, tmp_path / "model.pt").varied == "x"
+        fixed_from({"arguments": {"x": PICTURES, 1: None}, "varied": "x"}, tmp_path / "model.pt").varied
+        == "x"
     )
 
 

@@ -1,4 +1,4 @@
-"""Copies without what is laid over parameters, and copies that share them."""
+"""Copies without parametrisations, and copies that share them."""
 
 from __future__ import annotations
 

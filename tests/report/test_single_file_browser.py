@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import prune_viz as pv
 from prune_viz.cli.commands import app
-from prune_viz.feature_visualization.top_patches import read_exciting_parts
+from prune_viz.feature_visualization.top_patches import read_top_patches
 from prune_viz.report import single_file, write_report
 from prune_viz.report.single_file import write_single_file
 from prune_viz.report.wording import printable
@@ -191,7 +191,7 @@ def test_the_panel_shows_weights_readers_and_what_excites_a_filter_in_real_image
     panel.wait_for()
     files = {record.name: record.slug for record in with_images.layers()}
     counts = {record.name: record.filters for record in with_images.layers()}
-    parts = read_exciting_parts(with_images.examples_file, files, counts)
+    parts = read_top_patches(with_images.examples_file, files, counts)
     assert parts is not None
     windows = [window for window in parts.windows["conv1"][2] if window[0] >= 0]
     crops = panel.locator("[data-part=crops] .t")

@@ -85,7 +85,7 @@ def test_of_a_mapped_array_only_what_is_used_is_in_memory(tmp_path: Path) -> Non
     before = held()
     images = read_arrays(tmp_path / "file", mapped={"images"})[0]["images"]
     assert images.nbytes == 2**27
-    assert held() - before < 2**26  # though its digest was looked at
+    assert held() - before < 2**26  # though its digest was computed
     for number, batch in enumerate(batches_of(images, 512)):
         assert (batch == rows[512 * number : 512 * (number + 1), None]).all()
         assert held() - before < 2**26

@@ -23,7 +23,7 @@ from prune_viz.utils import scratch_arrays as spill
 from prune_viz.utils.array_files import evict
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import Budget
-from prune_viz.utils.scratch_arrays import Store
+from prune_viz.utils.scratch_arrays import ScratchArrays
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def _held() -> int:
 
 
 def test_what_is_evicted_leaves_memory_and_comes_back(tmp_path: Path) -> None:
-    store = Store(Budget(CPU, 0, tmp_path))
+    store = ScratchArrays(Budget(CPU, 0, tmp_path))
     array = store.zeros((4, 2000, 1000))
     assert not array.any()
     array += np.arange(4.0)[:, None, None]
@@ -57,21 +57,21 @@ def test_what_is_evicted_leaves_memory_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_only_what_a_budget_does_not_hold_goes_to_a_file() -> None:
-    plenty = Store(Budget(CPU, _held() + 2**30))
+    plenty = ScratchArrays(Budget(CPU, _held() + 2**30))
     assert not isinstance(plenty.zeros((1000, 1000)), np.memmap)
     assert isinstance(plenty.zeros((6000, 6000)), np.memmap)
-    whole = Store(None).zeros((6000, 6000))
+    whole = ScratchArrays(None).zeros((6000, 6000))
     assert not isinstance(whole, np.memmap)
     evict(whole)  # which is in no file
     assert not whole.any()
 
 
 def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
-    store = Store(Budget(CPU, 0, tmp_path))
+    store = ScratchArrays(Budget(CPU, 0, tmp_path))
     with pytest.raises(UserError, match=rf"GiB that memory does not hold cannot be kept in {tmp_path}: .+;"):
         store.zeros((2**30, 2**26))
     with pytest.raises(UserError, match="absent: No such file or directory"):
-        Store(Budget(CPU, 0, tmp_path / "absent")).zeros((2, 2))
+        ScratchArrays(Budget(CPU, 0, tmp_path / "absent")).zeros((2, 2))
 
 
 def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -
                 sets.append(gather_moments(model, [group], partial(iter, probes), budget)[group.number])
             moments = pool_moments(sets, [0.5, 0.5])
             assert isinstance(moments[0].fit, np.memmap) == (budget is not None)
-            weighed = weigh_outputs(model, group, moments, sensitivities, Store(budget))
+            weighed = weigh_outputs(model, group, moments, sensitivities, ScratchArrays(budget))
             assert isinstance(weighed[0].energy, np.memmap) == (budget is not None)
             found, matrix = rank(judge(group, moments), moments, weighed, None, "nats")
             ranked.append(found)
@@ -130,9 +130,9 @@ def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
 def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, made, zeros = randomise_norms(Residual()), [], Store.zeros
+    model, made, zeros = randomise_norms(Residual()), [], ScratchArrays.zeros
 
-    def noted(store: Store, *given: Any) -> np.ndarray:
+    def noted(store: ScratchArrays, *given: Any) -> np.ndarray:
         made.append(zeros(store, *given))
         return made[-1]
 
@@ -144,7 +144,7 @@ def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
         pooled.update({number: square.astype(np.float32) for number, square in ranked.moments.items()})
         return ranked
 
-    monkeypatch.setattr(Store, "zeros", noted)
+    monkeypatch.setattr(ScratchArrays, "zeros", noted)
     monkeypatch.setattr(conclusions, "rank_groups", ranking)
     for name, share in (("memory", 1), ("files", 2**62)):
         monkeypatch.setattr(spill, "_SHARE", share)
