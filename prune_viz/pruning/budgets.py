@@ -133,9 +133,8 @@ def write_masks(
         merges_beside(out).unlink(missing_ok=True)  # decisions.json says the same
     lines = [f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})"]
     if counts is not None:
-        total = sum(costs.values())
-        saved = 1 - macs_left(rankings, counts, costs) / total
-        lines.append(f"that saves {saved:.1%} of {total:,} multiply-accumulates")
+        saved = share_saved(rankings, counts, costs)
+        lines.append(f"that saves {saved:.1%} of {sum(costs.values()):,} multiply-accumulates")
         worst = max(rankings, key=lambda ranking: ranking.damage_of(counts), default=None)
         if worst is not None:
             most = worst.damage_of(counts)
@@ -219,10 +218,9 @@ def counts_for_macs(
     round_to : int
         Of a group that loses channels a multiple of this stays.
     """
-    total = sum(macs.values())
 
     def share_of_macs(counts: Mapping[int, int]) -> float:
-        return 1 - macs_left(rankings, counts, macs) / total
+        return share_saved(rankings, counts, macs)
 
     return _evenly(rankings, ratio, share_of_macs, "multiply-accumulates", round_to)
 
@@ -249,6 +247,12 @@ def macs_left(rankings: Sequence[Ranking], counts: Mapping[int, int], macs: Mapp
             if module in read:
                 read[module] -= share * len(gone) / ranking.channels
     return sum(cost * written[name] * read[name] for name, cost in macs.items())
+
+
+def share_saved(rankings: Sequence[Ranking], counts: Mapping[int, int], macs: Mapping[str, int]) -> float:
+    """Share of the multiply-accumulates that is saved with so many channels of each group gone; 0 of none."""
+    total = sum(macs.values())
+    return 1 - macs_left(rankings, counts, macs) / total if total else 0.0
 
 
 def _evenly(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune_viz.pruning.budgets import counts_for_macs, macs_left, read_rankings, removed_filters
+from prune_viz.pruning.budgets import counts_for_macs, read_rankings, removed_filters, share_saved
 from prune_viz.runs.decisions_json import Decisions
 from prune_viz.runs.run_json import Summary
 from prune_viz.utils.errors import UserError
@@ -82,15 +82,14 @@ class Curve:
 def budgets(decisions: Decisions) -> list[Budget]:
     """Budgets that the run's removal order can meet; empty where nothing was ranked."""
     rankings, costs = read_rankings(decisions), decisions.macs
-    total = sum(costs.values())
     found: list[Budget] = []
-    for share in _SHARES if rankings and total else ():
+    for share in _SHARES if rankings and any(costs.values()) else ():
         try:
             counts = counts_for_macs(rankings, share, costs)
         except UserError:  # more than can go
             break
         damage = sum(ranking.damage_of(counts) for ranking in rankings)
-        saved = 1 - macs_left(rankings, counts, costs) / total
+        saved = share_saved(rankings, counts, costs)
         found.append(Budget(saved, removed_filters(rankings, counts), damage))
     return found
 

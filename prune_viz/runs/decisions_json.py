@@ -220,8 +220,8 @@ class Decisions(BesideMasks):
     damage_unit: Unit = "readers"
 
     def __post_init__(self) -> None:
-        if sum(self.filters.values()) > MOST_IN_ALL:
-            raise ValueError("filters: more than any network has")
+        if not 0 < sum(self.filters.values()) <= MOST_IN_ALL:
+            raise ValueError("filters: none, or more than any network has")
         groups = {group.id: group for group in self.groups}
         if len(groups) != len(self.groups):
             raise ValueError("groups: an id stands there twice")
