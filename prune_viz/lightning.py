@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from prune_viz.network.adapters import convolutions_of
 from prune_viz.pruning.apply import FilterMask, apply_masks, make_permanent
 from prune_viz.pruning.masks import load_masks
 from prune_viz.utils.errors import UserError
@@ -79,7 +79,7 @@ class HoldMasks(Callback):
                 raise UserError(f"the LightningModule has no network {self.network!r}")
             return found
         for candidate in (module, *module.children()):
-            convolutions = {name for name, m in candidate.named_modules() if isinstance(m, _ConvNd)}
+            convolutions = set(convolutions_of(candidate))
             if convolutions.issuperset(self.masks):
                 return candidate
         raise UserError("no network in the LightningModule has all the layers that the masks name")

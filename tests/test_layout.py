@@ -8,7 +8,7 @@ from pathlib import Path
 HOME = Path(__file__).parents[1] / "prune_viz"
 # From the ground up: a package imports those before it, and itself.
 ORDER = [
-    "utils", "runs", "loading", "network", "channels", "feature_visualization", "execution", "embedding",
+    "utils", "runs", "network", "loading", "channels", "feature_visualization", "execution", "embedding",
     "calibration", "redundancy", "pruning", "report", "analysis", "demo", "cli",
 ]  # fmt: skip
 
@@ -45,3 +45,8 @@ def test_every_package_has_its_floor_and_says_what_it_is_for() -> None:
 def test_no_module_is_longer_than_400_lines() -> None:
     long = {file.name: len(file.read_text().splitlines()) for file in HOME.rglob("*.py")}
     assert {name: lines for name, lines in long.items() if lines > 400} == {}
+
+
+def test_one_module_knows_the_kinds_of_layers() -> None:
+    asking = [file.name for file in HOME.rglob("*.py") if "_ConvNd" in file.read_text()]
+    assert asking == ["adapters.py"]

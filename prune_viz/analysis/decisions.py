@@ -11,6 +11,7 @@ import torch
 
 from prune_viz.channels.groups import CouplingGroup, Places, passages
 from prune_viz.embedding.layer_map import Embedding
+from prune_viz.network.adapters import count_inputs
 from prune_viz.network.layers import Layer
 from prune_viz.pruning.masks import Masks, beside_masks
 from prune_viz.redundancy.judge import TOLERANCE, ChannelVerdict, GroupVerdicts
@@ -294,7 +295,7 @@ def _group_record(group: CouplingGroup, verdicts: GroupVerdicts, modules: Mappin
         writers=tuple(WriterRecord(*listed(places)) for places in group.writers),
         norms=tuple(NormRecord(*listed(places)) for places in group.norms),
         reads=tuple(
-            ReaderRecord(places.module, len(places.indices) / _inputs(modules[places.module]))
+            ReaderRecord(places.module, len(places.indices) / count_inputs(modules[places.module]))
             for places in group.readers
         ),
         channels=group.channels,
@@ -302,8 +303,3 @@ def _group_record(group: CouplingGroup, verdicts: GroupVerdicts, modules: Mappin
         note=group.note,
         readers_damage=verdicts.damage,
     )
-
-
-def _inputs(module: Any) -> int:
-    """How many channels or features a module reads."""
-    return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)

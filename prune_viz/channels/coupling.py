@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.channels.dependency_graph import UntraceableError, build_graph, tied_to
 from prune_viz.channels.groups import CouplingGroup, Places
 from prune_viz.channels.verification import confirmed
+from prune_viz.network.adapters import count_inputs, is_convolution, is_depthwise, is_grouped, reads_channels
 from prune_viz.network.copies import plain_copy
-from prune_viz.network.layers import is_depthwise
 from prune_viz.network.tracing import norms_behind
 
 
@@ -53,7 +52,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     seen: set[nn.Module] = set()
     lost: dict[Any, str] = {}
     for module in names:
-        if isinstance(module, _ConvNd) and module in graph.module2node and module not in seen:
+        if is_convolution(module) and module in graph.module2node and module not in seen:
             try:
                 group, writers = _tied_group(graph, module, len(groups), names)
                 widest = max(writers, key=lambda writer: writer.out_channels, default=module)
@@ -96,13 +95,13 @@ def _read_group(
     for item in items.items:
         node, handler = item.dep.target, item.dep.handler.__name__
         module = node.module
-        reads = handler == "prune_in_channels" and isinstance(module, (_ConvNd, nn.Linear))
+        reads = handler == "prune_in_channels" and reads_channels(module)
         if not reads and not node.outputs:
             notes.append("its filters are the network's output")
         if isinstance(module, nn.Parameter) or module not in names:
             continue
         places = Places(names[module], np.array(item.idxs), np.array(item.root_idxs))
-        if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+        if is_grouped(module):
             notes.append(f"{names[module]} is a grouped convolution")
         if is_depthwise(module):
             writers.setdefault(module, places)
@@ -111,11 +110,11 @@ def _read_group(
             times = set(np.bincount(places.channels, minlength=channels))
             if len(times) > 1:
                 notes.append(f"{names[module]} reads only a part of it")
-            elif isinstance(module, _ConvNd) and times != {1}:
+            elif is_convolution(module) and times != {1}:
                 notes.append(f"{names[module]} reads each of its maps more than once")
-            elif places.indices.max() >= _inputs_of(module):
+            elif places.indices.max() >= count_inputs(module):
                 notes.append(f"something on the way to {names[module]} rearranges its channels")
-        elif isinstance(module, _ConvNd):
+        elif is_convolution(module):
             writers[module] = places
         elif isinstance(module, _InstanceNorm) and module.running_mean is not None:
             notes.append(f"{names[module]} keeps running statistics, which the library does not cut")
@@ -136,8 +135,3 @@ def _read_group(
         norms=norms,
     )
     return group, list(writers)
-
-
-def _inputs_of(module: Any) -> int:
-    """How many channels or features a reader takes."""
-    return int(module.in_channels if isinstance(module, _ConvNd) else module.in_features)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
@@ -59,7 +58,7 @@ def _outputs(output: Any) -> list[torch.Tensor]:
     return found
 
 
-def tied_to(graph: tp.DependencyGraph, convolution: _ConvNd, filters: Sequence[int]) -> Any:
+def tied_to(graph: tp.DependencyGraph, convolution: nn.Module, filters: Sequence[int]) -> Any:
     """The library's group of all that must go together with filters of a convolution.
 
     Raises

@@ -6,7 +6,6 @@ do without one: what moves then must be what the graph says.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz.channels.groups import CouplingGroup, Places
+from prune_viz.network.adapters import channel_axis, copy_without_inputs
 from prune_viz.network.copies import as_it_was
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
@@ -118,7 +117,7 @@ def _experiment(
     with _unshifted(modules, [places for places in group.norms if places not in scaled]):
         silenced, _ = run(passed, torch.zeros_like)
     for places in group.readers:
-        axis = 1 if isinstance(modules[places.module], _ConvNd) else -1
+        axis = channel_axis(modules[places.module])
         all_own = torch.from_numpy(places.indices)
         own = torch.from_numpy(places.indices[places.channels == jolted_channel])
         for one, other, silent in zip(
@@ -149,11 +148,8 @@ def _reads_apart(reader: Any, inputs: torch.Tensor, own: torch.Tensor, axis: int
     rest = torch.ones(inputs.shape[axis], dtype=torch.bool)
     rest[own] = False
     kept = rest.nonzero().ravel()
-    silent, smaller = inputs.clone(), copy.deepcopy(reader)
-    silent.index_fill_(axis, own, 0.0)
-    weights = 0 if isinstance(reader, _ConvTransposeNd) else 1
-    smaller.weight = nn.Parameter(reader.weight.detach().index_select(weights, kept))
-    setattr(smaller, "in_channels" if isinstance(reader, _ConvNd) else "in_features", len(kept))
+    silent = inputs.index_fill(axis, own, 0.0)
+    smaller = copy_without_inputs(reader, kept)
     with torch.no_grad():
         return not _moved(reader(silent), smaller(inputs.index_select(axis, kept)))
 

@@ -1,15 +1,13 @@
 """The input that excites a filter most: rounds of batched gradient ascent under a prior.
 
-For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally
-likely (`prune_viz.feature_visualization.priors`), by the climbs of
-`prune_viz.feature_visualization.optimiser`. A climb anneals its steps to nothing, so how far it gets
-depends on how many it has. Each round of climbs is longer than the one before, starts where that ended, and
-a filter leaves when it is close to what its activation allows or a round brought it little: those that soon
-saturate cost a few steps, hard ones many. The first round shifts the input a little, at random, before each
-step, so that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015). Where no
-activation follows a layer, its maps may grow either way, and from noise they would grow in patches of
-opposite sign that block each other; the first round therefore climbs for one sign and for the other, and
-the better goes on.
+For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally likely
+(`priors`), by the climbs of `optimiser`. A climb anneals its steps to nothing, so how far it gets depends on
+how many it has. Each round of climbs is longer than the one before, starts where that ended, and a filter
+leaves when it is close to what its activation allows or a round brought it little: those that soon saturate
+cost a few steps, hard ones many. The first round shifts the input a little, at random, before each step, so
+that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015). Where no activation
+follows a layer, its maps may grow either way, and from noise in patches of opposite sign that block each
+other; the first round therefore climbs for either sign, and the better goes on.
 """
 
 from __future__ import annotations
@@ -91,10 +89,7 @@ class Stimuli:
     diverged: list[int] = field(default_factory=list)
     statistics: InputStatistics | None = None
 
-    @property
-    def derailed(self) -> list[int]:
-        """The older name of `diverged`."""
-        return self.diverged
+    derailed = property(lambda self: self.diverged)  # the older name
 
     def plot(self, columns: int = 8) -> Figure:
         """Draw the stimuli as a matplotlib figure, `columns` to a row, each stretched around grey."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from prune_viz.network.adapters import is_convolution
 from prune_viz.utils.errors import UserError
 
 LARGEST_INPUT = 2**26  # numbers that a file may say an input has
@@ -39,7 +39,7 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
     own = getattr(model, "input_shape", None)
     if isinstance(own, tuple) and own and all(isinstance(size, int) and size > 0 for size in own):
         return _sane(own)
-    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    first = next((m for m in model.modules() if is_convolution(m)), None)
     if first is None:
         raise UserError("the model has no convolution, so it has no filters to look at")
     if len(first.kernel_size) != 2:

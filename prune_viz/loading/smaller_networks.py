@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
+from prune_viz.network.adapters import filters_in, reads_channels, resize
 from prune_viz.utils.errors import UserError, brief
 
 _MOST_STEPS = 1_000  # in which a file may say that filters were removed
@@ -175,14 +175,11 @@ def resize_to(model: nn.Module, masks: Mapping[str, Tensor], state: StateDict) -
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         weight = state.get(f"{name}.weight")
-        axis = 1 if isinstance(modules.get(name), _ConvTransposeNd) else 0
-        if weight is None or weight.ndim <= axis or name not in modules:
+        if weight is None or name not in modules:
             raise UserError(f"there is no layer {name}")
-        groups = modules[name].groups if axis and isinstance(modules[name], _ConvNd) else 1
-        if weight.shape[axis] * groups != int(mask.sum()):
-            raise UserError(
-                f"{name} has {weight.shape[axis] * groups} filters, its mask keeps {int(mask.sum())}"
-            )
+        count = filters_in(modules[name], weight)
+        if count != int(mask.sum()):
+            raise UserError(f"{name} has {count} filters, its mask keeps {int(mask.sum())}")
     for name, module in modules.items():
         prefix = f"{name}." if name else ""
         _take_sizes(module, state.get(f"{prefix}weight"))
@@ -190,9 +187,7 @@ def resize_to(model: nn.Module, masks: Mapping[str, Tensor], state: StateDict) -
             for own, tensor in kind.items():
                 found = state.get(prefix + own)
                 if found is not None and (tensor is None or found.shape != tensor.shape):
-                    kind[own] = _resized(
-                        prefix + own, tensor, found, isinstance(module, (_ConvNd, nn.Linear))
-                    )
+                    kind[own] = _resized(prefix + own, tensor, found, reads_channels(module))
     named = OrderedDict(state)
     named._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
     try:
@@ -221,17 +216,8 @@ def _take_sizes(module: nn.Module, weight: Tensor | None) -> None:
     """Set the sizes that a layer states beside its weights."""
     if weight is None or not weight.ndim:
         return
-    if isinstance(module, _ConvNd) and weight.ndim > 2:
-        written, read = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
-        whole = (module.in_channels if written else module.out_channels) // module.groups
-        if module.groups > 1 and weight.shape[1] == module.weight.shape[1] and not weight.shape[0] % whole:
-            module.groups = weight.shape[0] // whole  # whole groups went
-        sizes = {read: weight.shape[read], written: weight.shape[written]}
-        sizes[1] *= module.groups
-        module.in_channels, module.out_channels = sizes[read], sizes[written]
-    elif isinstance(module, nn.Linear) and weight.ndim == 2:
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
+    resize(module, weight)
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
         module.num_features = len(weight)
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(weight.shape)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prune_viz.network.adapters import convolutions_of
 from prune_viz.network.copies import as_it_was, have_same_parameters, plain_copy
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.memory import Budget, in_words
@@ -93,11 +93,6 @@ class _Sizes(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         self.largest = max([self.largest, *(one.numel() * one.element_size() for one in tensors_of(made))])
         return made
-
-
-def convolutions_of(model: nn.Module) -> dict[str, _ConvNd]:
-    """A model's convolutions by name, those that never run included."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
 
 
 def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, int], list[str]]:

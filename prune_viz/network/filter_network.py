@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.network import tracing
-from prune_viz.network.calls import blank_input, called_copy, convolutions_of, ordinary_input
+from prune_viz.network.adapters import convolutions_of, is_depthwise
+from prune_viz.network.calls import blank_input, called_copy, ordinary_input
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
 from prune_viz.network.copies import as_it_was
 from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
-from prune_viz.network.layers import Layer, choose_canvas, describe, is_depthwise, no_layer_message
+from prune_viz.network.layers import Layer, choose_canvas, describe, no_layer_message
 from prune_viz.network.receptive_field import receptive_field
 from prune_viz.runs.fingerprint import hash_structure
 from prune_viz.utils.devices import may_pass, with_fewer
@@ -104,7 +104,7 @@ class FilterNetwork:
             self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(calls)
         ]
 
-    def _layer(self, depth: int, name: str, module: _ConvNd, canvas: int | None) -> Layer:
+    def _layer(self, depth: int, name: str, module: Any, canvas: int | None) -> Layer:
         field = None
         if self._graph is not None and name in self._taps:
             field = receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)

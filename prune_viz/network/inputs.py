@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from prune_viz.utils.errors import UserError
+from prune_viz.utils.json_files import convert_json
 
 EXPONENTS = (0.5, 1.5)  # photographs have 0.8 to 1.2
 HIGHEST_FREQUENCY = 0.35  # cycles a pixel; above it scaling and compression bend the spectrum
@@ -27,6 +28,7 @@ FEWEST_IMAGES = 8
 SMALLEST_SIDE = 12  # leaves three frequencies below the highest
 _FLAT = 1e-12  # variance of pixels in [0, 1] that is rounding alone
 _BATCH_VALUES = 2**21
+_LARGEST_STATISTIC = 1e9
 # Only these are decoded: some of Pillow's other formats start programs or read further files.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -66,8 +68,8 @@ def describe_inputs(
     return given_statistics(channels, mean, std) if images is None else measure_statistics(images, mean, std)
 
 
-def stored_statistics(stored: Any) -> InputStatistics | None:
-    """Statistics as `run.json` holds them, made of lists; None for none.
+def stored_statistics(stored: Any, channels: int) -> InputStatistics | None:
+    """Statistics of inputs of so many channels as `run.json` holds them; None for none.
 
     Raises
     ------
@@ -76,14 +78,16 @@ def stored_statistics(stored: Any) -> InputStatistics | None:
     """
     if stored is None:
         return None
-    try:
-        rows = stored["covariance"]
-        covariance = None if rows is None else tuple(tuple(map(float, row)) for row in rows)
-        exponent = None if stored["exponent"] is None else float(stored["exponent"])
-        mean, std = (tuple(map(float, stored[name])) for name in ("mean", "std"))
-        return InputStatistics(mean, std, covariance, exponent)
-    except (KeyError, TypeError, ValueError):
-        raise UserError("run.json holds damaged statistics of the inputs; run analyze again") from None
+    found = convert_json(stored, InputStatistics, "run.json")
+    rows = found.covariance or ()
+    numbers = [*found.mean, *found.std, *(number for row in rows for number in row), found.exponent or 1.0]
+    fits = len(found.mean) == len(found.std) == channels and min(found.std, default=0) > 0
+    fits = fits and (found.covariance is None or [len(row) for row in rows] == [channels] * channels)
+    if not fits or not all(abs(number) <= _LARGEST_STATISTIC for number in numbers):
+        raise UserError(
+            "run.json is damaged: at inputs: not statistics of the model's inputs; run analyze again"
+        )
+    return found
 
 
 def given_statistics(

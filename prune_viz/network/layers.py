@@ -7,10 +7,9 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-
+from prune_viz.network.adapters import is_depthwise, is_transposed
 from prune_viz.utils.errors import UserError
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
@@ -82,7 +81,7 @@ def choose_canvas(
     )
 
 
-def describe(module: _ConvNd) -> str:
+def describe(module: Any) -> str:
     """Name a convolution for people, ``"5x5 depthwise convolution, stride 2"``."""
     size = "x".join(str(extent) for extent in module.kernel_size)
     words = [size]
@@ -90,18 +89,13 @@ def describe(module: _ConvNd) -> str:
         words.append("depthwise")
     elif module.groups > 1:
         words.append(f"grouped ({module.groups})")
-    words.append("transposed convolution" if isinstance(module, _ConvTransposeNd) else "convolution")
+    words.append("transposed convolution" if is_transposed(module) else "convolution")
     text = " ".join(words)
     if max(module.stride) > 1:
         text += f", stride {max(module.stride)}"
     if max(module.dilation) > 1:
         text += f", dilation {max(module.dilation)}"
     return text
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether each filter of a convolution reads exactly one channel, its own."""
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def select_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from prune_viz.network.adapters import is_convolution, is_transposed
 from prune_viz.network.tracing import ancestors, module_name
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -59,14 +59,14 @@ def _window(node: fx.Node, modules: dict[str, nn.Module], axes: int) -> list[tup
     if node.op == "call_module":
         module: Any = modules[module_name(node)]
         name = type(module).__name__
-        if isinstance(module, _ConvNd) and len(module.kernel_size) != axes:
+        if is_convolution(module) and len(module.kernel_size) != axes:
             return None
-        if isinstance(module, _ConvTransposeNd):
+        if is_transposed(module):
             return [
                 (1 + math.ceil(d * (k - 1) / s), 1 / s)
                 for k, d, s in zip(module.kernel_size, module.dilation, module.stride, strict=True)
             ]
-        if isinstance(module, (_ConvNd, *_POOLS)):
+        if is_convolution(module) or isinstance(module, _POOLS):
             sizes = _per_axis(module.kernel_size, axes)
             dilations = _per_axis(getattr(module, "dilation", 1), axes)
             strides = _per_axis(module.stride, axes)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from prune_viz.network.adapters import is_convolution, is_transposed
 from prune_viz.network.copies import as_it_was, free_copy
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -45,7 +45,7 @@ class _ConvolutionTracer(fx.Tracer):
     """Keeps every convolution whole, subclasses with their own padding included."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, _ConvNd) or super().is_leaf_module(module, qualified_name)
+        return is_convolution(module) or super().is_leaf_module(module, qualified_name)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:
     modules = dict(traced.named_modules())
     taps: dict[str, Tap] = {}
     for node in traced.graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], _ConvNd) or node.target in taps:
+        if node.op != "call_module" or not is_convolution(modules[node.target]) or node.target in taps:
             continue
         norm, before = None, node
         follower = _only_user(before)
@@ -170,9 +170,7 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
     return {
         name: after
         for (name, conv), (after, norm) in pairwise(leaves)
-        if isinstance(conv, _ConvNd)
-        and isinstance(norm, _BatchNorm)
-        and norm.num_features == conv.out_channels
+        if is_convolution(conv) and isinstance(norm, _BatchNorm) and norm.num_features == conv.out_channels
     }
 
 
@@ -187,15 +185,15 @@ def _fold(traced: fx.GraphModule, share: bool) -> fx.GraphModule:
         norm = modules.get(module_name(norm_node)) if norm_node is not None else None
         if (
             norm_node is None
-            or not isinstance(conv, _ConvNd)
+            or not is_convolution(conv)
             or not isinstance(norm, _BatchNorm)
             or norm.running_mean is None
             or norm.running_var is None
-            or (isinstance(conv, _ConvTransposeNd) and conv.groups > 1)
+            or (is_transposed(conv) and conv.groups > 1)
             or calls.count(node.target) > 1
         ):
             continue
-        fused = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, _ConvTransposeNd))
+        fused = fuse_conv_bn_eval(conv, norm, transpose=is_transposed(conv))
         parent, _, attribute = str(node.target).rpartition(".")
         setattr(folded.get_submodule(parent), attribute, fused)
         norm_node.replace_all_uses_with(node)
@@ -308,7 +306,7 @@ def has_convolution_before(traced: fx.GraphModule, call: fx.Node) -> bool:
     """Whether the output of any convolution reaches `call`."""
     modules = dict(traced.named_modules())
     names = [module_name(node) for node in ancestors(call) if node is not call]
-    return any(isinstance(modules.get(name), _ConvNd) for name in names)
+    return any(is_convolution(modules.get(name)) for name in names)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

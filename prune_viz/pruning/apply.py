@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from prune_viz.network import tracing
+from prune_viz.network.adapters import spread_over_weight
 from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
@@ -88,7 +88,7 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
     for name, mask in masks.items():
         if bool(mask.all()):
             continue
-        yield modules[name], "weight", _over_weight(modules[name], mask)
+        yield modules[name], "weight", spread_over_weight(modules[name], mask)
         if modules[name].bias is not None:
             yield modules[name], "bias", mask
         if name in behind:
@@ -118,17 +118,6 @@ def are_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
         if bool((tensor * ~mask.to(tensor.device)).any()):
             return False
     return True
-
-
-def _over_weight(conv: Any, mask: Tensor) -> Tensor:
-    """The mask in the shape that multiplies the weight: filters lie on axis 0, or 1 if transposed."""
-    tail = [1] * (conv.weight.ndim - 2)
-    if not isinstance(conv, _ConvTransposeNd):
-        return mask.view(-1, 1, *tail)
-    per_group = mask.view(conv.groups, -1)
-    return per_group.repeat_interleave(conv.in_channels // conv.groups, dim=0).view(
-        conv.in_channels, -1, *tail
-    )
 
 
 def mask_tensor(module: nn.Module, name: str, mask: Tensor) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import CouplingGroup, passages
+from prune_viz.network.adapters import convolutions_of
 from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError, brief
@@ -73,8 +73,7 @@ def reconcile_with_groups(
     reconciled = Masks()
     if isinstance(masks, Masks):
         reconciled.merges, reconciled.origin, reconciled.probes = masks.merges, masks.origin, masks.probes
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
-    for name, module in convolutions.items():
+    for name, module in convolutions_of(model).items():
         reconciled[name] = torch.ones(module.out_channels, dtype=torch.bool)
     for group in groups:
         gone = channels_gone(group, masks)

@@ -12,12 +12,12 @@ import msgspec
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.calibration.images import read_images, write_images
 from prune_viz.channels.groups import Passage
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
+from prune_viz.network.adapters import is_convolution
 from prune_viz.runs.decisions_json import BesideMasks, Merge, Predicted, PredictionRecord
 from prune_viz.runs.fingerprint import Origin
 from prune_viz.runs.run_directory import merges_beside, probes_beside
@@ -314,7 +314,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         module = modules.get(name)
-        if not isinstance(module, _ConvNd):
+        if not is_convolution(module):
             raise UserError(f"these masks are for another model: it has no convolution {name!r}")
         check_tensor(f"the mask of {name}", mask)
         if mask.device not in (torch.device("cpu"), module.weight.device):

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune_viz.channels.dependency_graph import build_graph, tied_to
 from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
+from prune_viz.network.adapters import by_inputs
 from prune_viz.network.calls import blank_input
 from prune_viz.network.copies import as_it_was, plain_copy
 from prune_viz.network.tracing import norms_behind
@@ -189,7 +189,7 @@ def _merge_into(
     columns = torch.from_numpy(places.indices[order].reshape(weights.shape[1] - 1, -1))
     with torch.no_grad():
         weight: Tensor = reader.weight.data
-        inputs_first = weight if isinstance(reader, _ConvTransposeNd) else weight.transpose(0, 1)
+        inputs_first = by_inputs(reader, weight)
         lost = inputs_first[columns[list(gone)]].double()  # removed, columns, outputs, *taps
         share = weights.to(lost.device)
         taken = torch.einsum("rk,r...->k...", share[:, :-1], lost)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.adapters import channel_axis, count_outputs
 from prune_viz.network.outputs import are_probabilities, class_probabilities
 from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import is_out_of_memory, with_fewer
@@ -135,10 +135,7 @@ def _gather(
 
 def _squares(readers: Mapping[str, nn.Module], store: ScratchArrays) -> dict[str, np.ndarray]:
     """Zeros for each reader, a square of its outputs."""
-    outputs = {
-        name: int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]
-        for name, module in readers.items()
-    }
+    outputs = {name: count_outputs(module) for name, module in readers.items()}
     flat = store.zeros((sum(count**2 for count in outputs.values()),))
     ends = np.cumsum([count**2 for count in outputs.values()])
     return {
@@ -154,7 +151,7 @@ class _Watch:
     """
 
     def __init__(self, module: nn.Module, given: np.ndarray) -> None:
-        self.axis = 1 if isinstance(module, _ConvNd) else -1
+        self.axis = channel_axis(module)
         self.read: Tensor | None = None  # (B, inputs): maps times gradients, of this batch
         self.given, self.reached = given, False
         self._handles = [

@@ -8,7 +8,6 @@ padded positions count as samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,10 +17,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup, Places
+from prune_viz.network.adapters import (
+    by_inputs,
+    channel_axis,
+    count_phases,
+    is_convolution,
+    is_strided_back,
+    is_transposed,
+)
 from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
@@ -103,7 +109,7 @@ class _Watch:
         self.sums[half] += (rows.T @ rows).cpu().numpy()
         evict(self.sums)
         self.counts[half] += len(rows)
-        axis = 1 if isinstance(module, _ConvNd) else -1
+        axis = channel_axis(module)
         values = output.detach().movedim(axis, -1).flatten(0, -2).double()
         moments = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
         self.output = moments if self.output_count == 0 else self.output + moments
@@ -111,7 +117,7 @@ class _Watch:
 
     def _samples(self, inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Samples (rows, n) with and without the positions that padding adds."""
-        if isinstance(self.module, _ConvNd):
+        if is_convolution(self.module):
             maps = inputs[:, self.columns[:, 0]]
             inner = _thin(maps)
             padding = _padding(self.module, inputs, output)
@@ -123,7 +129,7 @@ class _Watch:
 
     def _peak(self, inputs: Tensor) -> np.ndarray:
         """Each channel's largest absolute value, at all positions: one that fires rarely is not silent."""
-        axis = 1 if isinstance(self.module, _ConvNd) else -1
+        axis = channel_axis(self.module)
         largest = inputs.abs().movedim(axis, 0).flatten(1).amax(dim=1)
         return np.asarray(largest[self.columns].amax(dim=1).double().cpu().numpy())
 
@@ -156,16 +162,13 @@ def _columns(places: Places, channels: int) -> Tensor:
 
 def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What a reader makes of each pair of channels, taps apart and together; outputs seen through `root`."""
-    weight: Tensor = module.weight.detach().double().cpu()
-    if isinstance(module, _ConvTransposeNd):
-        weight = weight.transpose(0, 1)
-    weight = weight.transpose(0, 1).flatten(2) if weight.ndim > 2 else weight.T[:, :, None]
+    weight = by_inputs(module, module.weight.detach().double().cpu())
+    weight = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
     if root is not None:
         weight = torch.einsum("po,iot->ipt", root, weight)
     taken = weight[columns]  # channels, spread, outputs, taps
     flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
-    # A transposed convolution's output sees one tap of every stride's worth.
-    seen = math.prod(module.stride) if isinstance(module, _ConvTransposeNd) else 1
+    seen = count_phases(module)  # of which an output sees one
     return (flat @ flat.T).numpy() / seen, (summed @ summed.T).numpy() / seen
 
 
@@ -262,9 +265,9 @@ def _thin(maps: Tensor) -> Tensor:
     return flat.transpose(1, 2).reshape(-1, flat.shape[1])
 
 
-def _padding(module: _ConvNd, inputs: Tensor, output: Tensor) -> list[int]:
+def _padding(module: Any, inputs: Tensor, output: Tensor) -> list[int]:
     """Zeros a convolution adds, in `F.pad`'s order, read off the sizes so that subclasses count too."""
-    if isinstance(module, _ConvTransposeNd) or module.padding_mode != "zeros":
+    if is_transposed(module) or module.padding_mode != "zeros":
         return [0] * (2 * (inputs.ndim - 2))
     pads: list[int] = []
     for axis in reversed(range(inputs.ndim - 2)):
@@ -389,4 +392,4 @@ def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:
     gives a pattern.
     """
     readers = [modules[places.module] for places in group.readers]
-    return 0.0 if any(isinstance(m, _ConvTransposeNd) and max(m.stride) > 1 for m in readers) else 1.0
+    return 0.0 if any(is_strided_back(reader) for reader in readers) else 1.0

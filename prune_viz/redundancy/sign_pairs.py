@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.adapters import by_filters
 
 _COLLINEAR = 0.99  # cosine of weights from which they are one direction
 
@@ -54,10 +54,7 @@ def weight_signs(model: nn.Module, group: CouplingGroup, norms: Mapping[str, str
 
 def _rows(convolution: Any) -> Tensor:
     """A convolution's weights, a row a filter."""
-    weight: Tensor = convolution.weight.detach().double().cpu()
-    if isinstance(convolution, _ConvTransposeNd):
-        weight = weight.reshape(convolution.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
+    return by_filters(convolution, convolution.weight.detach().double().cpu()).flatten(1)
 
 
 def last_of_their_sign(signs: np.ndarray, flagged: Collection[int]) -> set[int]:

@@ -63,15 +63,19 @@ def write_figure(run: Path, layer: str | None, out: Path) -> str:
         raise UserError(f"--out {out}: a figure ends in {', '.join(ENDINGS)}")
     directory = RunDirectory(run)
     records, table = directory.layers(), directory.read_filters()
-    statistics = stored_statistics(directory.read_provenance().inputs)
+    provenance = directory.read_provenance()
+    statistics = stored_statistics(provenance.inputs, provenance.channels)
     if layer is None:
-        figure, what = _by_depth(directory, records, table, statistics)
+        figure, what = _by_depth(directory, records, table, statistics, provenance.channels)
     else:
         record = next((record for record in records if record.name == layer), None)
         if record is None:
             raise UserError(no_layer_message(layer, [record.name for record in records]))
         rows = table[table["layer"] == layer]
-        figure, what = _of_layer(directory, record, rows, statistics), f"{len(rows)} stimuli of {layer}"
+        figure, what = (
+            _of_layer(directory, record, rows, statistics, provenance.channels),
+            f"{len(rows)} stimuli of {layer}",
+        )
     # Neither a date nor a chance name in it: the same run gives the same file.
     metadata = {
         ".svg": {"Date": None, "Creator": MARK},
@@ -89,12 +93,16 @@ def write_figure(run: Path, layer: str | None, out: Path) -> str:
 
 
 def _of_layer(
-    run: RunDirectory, record: LayerRecord, rows: pd.DataFrame, statistics: InputStatistics | None
+    run: RunDirectory,
+    record: LayerRecord,
+    rows: pd.DataFrame,
+    statistics: InputStatistics | None,
+    channels: int,
 ) -> Figure:
     """All stimuli of a layer, cluster by cluster, flagged ones marked."""
     every = [filter_card(entry) for entry in rows.sort_values("filter").to_dict("records")]
     cards = [card for cluster in gallery(every) for card in cluster.cards]
-    images = run.read_layer(record.file).images
+    images = run.read_layer_of(record, channels).images
     figure, axes = _grid(math.ceil(len(cards) / _COLUMNS), min(_COLUMNS, len(cards)))
     for axis, card in zip(axes, cards, strict=False):
         _show(axis, images, [card.number], statistics)
@@ -110,13 +118,14 @@ def _by_depth(
     records: Sequence[LayerRecord],
     table: pd.DataFrame,
     statistics: InputStatistics | None,
+    channels: int,
 ) -> tuple[Figure, str]:
     """Telling stimuli of some layers, a row a layer, from the first to the last."""
     rows = depth_rows(layer_rows(records, table), table)
     columns = max(len(row.tiles) for row in rows)
     figure, axes = _grid(len(rows), columns)
     for place, row in enumerate(rows):
-        images = run.read_layer(row.row.record.file).images
+        images = run.read_layer_of(row.row.record, channels).images
         for axis, tile in zip(axes[place * columns :], row.tiles, strict=False):
             _show(axis, images, [tile.filter], statistics)
         axes[place * columns].text(

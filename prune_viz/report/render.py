@@ -28,7 +28,6 @@ from prune_viz.report.run_data import run_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
 from prune_viz.runs.run_directory import LayerTensors, RunDirectory
 from prune_viz.runs.run_json import LayerRecord
-from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import MARK
 from prune_viz.utils.progress import Progress
 
@@ -86,7 +85,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     reviewed = run_data(rows, decisions, filters, identity(run))
     _write_data(folder / "run.js", "window.pruneVizRun", reviewed)
     (folder / "layers").mkdir()
-    statistics = stored_statistics(provenance.inputs)
+    statistics = stored_statistics(provenance.inputs, provenance.channels)
     overview = map_drawing.draw_map(rows, filters)
     strip, shown = _strip(network, statistics), _shown_on_map(overview, statistics)
     tables = dict(tuple(filters.groupby("layer", sort=False)))
@@ -98,7 +97,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     progress.start("report", len(rows))
     for index, row in enumerate(rows):
         progress.note(row.record.name)
-        tensors = _read_layer(run, row.record)
+        tensors = run.read_layer_of(row.record, provenance.channels)
         page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
         windows = examples.windows[row.record.name] if examples else None
         _write_layer(folder / "layers", page, network, tensors, statistics, windows, templates)
@@ -115,14 +114,6 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     }
     _write_network(folder, network, strip, overview, shown, templates, parts)
     progress.finish()
-
-
-def _read_layer(run: RunDirectory, record: LayerRecord) -> LayerTensors:
-    tensors = run.read_layer(record.file)
-    images, count = tensors.images, record.filters
-    if not 3 <= images.ndim <= 5 or len(images) != count or tensors.responses.shape != (count, count):
-        raise UserError(f"{run.path / record.file} does not fit run.json; run analyze again")
-    return tensors
 
 
 def _environment() -> jinja2.Environment:

@@ -255,6 +255,21 @@ class RunDirectory:
             raise UserError(f"{self.path / file} cannot be read: missing or damaged; run analyze again")
         return LayerTensors(**read[0])
 
+    def read_layer_of(self, record: LayerRecord, channels: int) -> LayerTensors:
+        """Read a layer's tensors that belong to its record, of inputs of so many channels.
+
+        Raises
+        ------
+        UserError
+            If the file is missing or damaged, or does not fit `run.json`.
+        """
+        tensors = self.read_layer(record.file)
+        images = tensors.images
+        fits = images.ndim <= 5 and images.shape[:2] == (record.filters, channels) and images.size
+        if not fits or images.dtype.kind != "f" or tensors.responses.dtype.kind != "f":
+            raise UserError(f"{self.path / record.file} does not fit run.json; run analyze again")
+        return tensors
+
     def layer_metadata(self, file: str) -> dict[str, str]:
         """The strings in a layer's file; empty if there is no such file, or it is damaged."""
         read = read_arrays(self.path / file, mapped=("images",))

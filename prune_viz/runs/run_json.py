@@ -184,3 +184,8 @@ class Provenance:
     def __post_init__(self) -> None:
         for name in ("options", "inputs", "calibration"):
             check_depth(getattr(self, name), name)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the model's input; 0 where that is not known."""
+        return self.model.input_shape[0] if self.model.input_shape else 0

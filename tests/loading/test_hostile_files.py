@@ -212,10 +212,10 @@ def test_every_load_says_whether_code_may_run() -> None:
                 loads.append((file.name, reader, given.get("weights_only")))
     assert {file for file, _, _ in safe} <= {"finetune.py"}  # the package has a reader of its own
     assert sorted(unsafe, key=str) == [
-        ("archives.py", "torch.export.load", None),  # these three behind --trust-pickle
-        ("archives.py", "torch.jit.load", None),
-        ("archives.py", "torch.load", "False"),
         ("export.py", "torch.export.load", None),  # what it has just written
+        ("formats.py", "torch.export.load", None),  # these three behind --trust-pickle
+        ("formats.py", "torch.jit.load", None),
+        ("formats.py", "torch.load", "False"),
     ]
 
 

@@ -83,15 +83,21 @@ def test_statistics_are_plain_data() -> None:
 
 
 def test_statistics_come_back_from_json_and_damaged_ones_are_refused() -> None:
-    assert stored_statistics(None) is None
+    assert stored_statistics(None, 3) is None
     known = InputStatistics((0.5, 0.4), (0.2, 0.3), ((1.0, 0.1), (0.1, 1.0)), 0.9)
     stored = json.loads(json.dumps(asdict(known)))
-    assert stored_statistics(stored) == known
+    assert stored_statistics(stored, len(known.mean)) == known
     for name, value in (("mean", None), ("std", ["wide", 1]), ("covariance", [1, 2]), ("exponent", "steep")):
-        with pytest.raises(UserError, match=r"run\.json holds damaged statistics"):
-            stored_statistics({**stored, name: value})
-    with pytest.raises(UserError, match="analyze again"):
-        stored_statistics([])
+        with pytest.raises(UserError, match=r"run\.json is damaged: at "):
+            stored_statistics({**stored, name: value}, len(known.mean))
+    for wrong in (
+        [],
+        {**stored, "mean": []},
+        {**stored, "std": [0.0, 1.0]},
+        {**stored, "covariance": [[1.0]]},
+    ):
+        with pytest.raises(UserError, match="is damaged"):
+            stored_statistics(wrong, 2)
 
 
 def test_mean_std_and_covariance_are_measured_back() -> None:
