@@ -362,7 +362,10 @@ def masks_for_channels(
         passed += passages(writers, ranking.norms, set(gone))
         for layer, placed in ranking.filters.items():
             masks[layer][placed[list(gone)][placed[list(gone)] >= 0]] = False
-        merges += _merges(ranking, gone, moments[ranking.number])
+        matrix = moments.get(ranking.number)
+        if matrix is None or matrix.shape != (ranking.channels + 1, ranking.channels + 1):
+            raise UserError("moments.safetensors does not fit decisions.json; run analyze again")
+        merges += _merges(ranking, gone, matrix)
     return Masks(masks, tuple(merges), origin, predicted=predicted, passages=passed)
 
 

@@ -315,7 +315,9 @@ def _are_layer(arrays: Mapping[str, np.ndarray]) -> bool:
     shapes = arrays["activations"].shape, arrays["responses"].shape
     weights = arrays.get("weights")
     sound = arrays["images"].ndim >= 3 and shapes == ((count,), (count, count))
-    return sound and (weights is None or (weights.ndim >= 2 and len(weights) == count))
+    return sound and (
+        weights is None or (3 <= weights.ndim <= 5 and len(weights) == count and weights.dtype.kind == "f")
+    )
 
 
 class LayerFiles(Mapping[str, LayerTensors]):
