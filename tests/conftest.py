@@ -34,19 +34,30 @@ def _seeded() -> None:
     torch.manual_seed(0)  # so that no test depends on which ran before it
 
 
+SHORT = {"PROBES": 32, "MOST_PROBES": 32, "_PATIENCE": 2}  # of `synthetic_images`
+WHOLE = {name: getattr(synthetic_images, name) for name in SHORT}
+
+
 @contextmanager
-def short_conclusions() -> Iterator[None]:
-    """Conclusions in short, for tests of what comes before or after them."""
+def calibrating(settings: dict[str, int]) -> Iterator[None]:
+    """Calibration with these settings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic_images, "PROBES", 32)
-        patch.setattr(synthetic_images, "MOST_PROBES", 32)
-        patch.setattr(synthetic_images, "_PATIENCE", 2)
+        for name, value in settings.items():
+            patch.setattr(synthetic_images, name, value)
         yield
 
 
-@pytest.fixture
-def few_probes() -> Iterator[None]:
-    with short_conclusions():
+@pytest.fixture(autouse=True, scope="session")
+def _short_calibration() -> Iterator[None]:
+    """Most tests are of what comes before or after calibration, which takes most of a short run."""
+    with calibrating(SHORT):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_calibration() -> Iterator[None]:
+    """Calibration as users have it, for tests of what it is good for."""
+    with calibrating(WHOLE):
         yield
 
 

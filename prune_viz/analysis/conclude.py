@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,9 +33,10 @@ from prune_viz.redundancy.importance import (
     sense_output,
 )
 from prune_viz.redundancy.verdicts import judge_groups, probe_groups, probing_copy
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerFiles, RunDirectory
-from prune_viz.runs.run_json import Unit
 from prune_viz.runs.stages import Stages
+from prune_viz.runs.verdicts import Verdict
 from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import release_memory
 from prune_viz.utils.errors import UserError
@@ -135,7 +136,7 @@ def conclude(
             pooled[number][:] = matrix
             evict(pooled[number])
         del ranked
-    unit = cast(Unit, sensitivities.unit if sensitivities else "readers")
+    unit = sensitivities.unit if sensitivities else Unit.READERS
     predicted = importance.predictions_on(twin, calibrated)
     del twin, sensitivities  # what follows needs the room
     if judged:
@@ -207,7 +208,7 @@ def _summary(prepared: Prepared, table: pd.DataFrame, masks: Masks, notes: list[
     shape = prepared.network.input_shape
     before = count_cost(prepared.model, shape)
     after = _cost_after(prepared.model, masks, shape, before, notes)
-    counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in ("keep", "redundant", "dead")}
+    counts = {verdict.value: int((table["verdict"] == verdict).sum()) for verdict in Verdict}
     return {
         "filters": len(table), **counts, "parameters": before[0], "parameters_after": after[0],
         "macs": before[1], "macs_after": after[1],

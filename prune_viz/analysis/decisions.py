@@ -15,12 +15,12 @@ from prune_viz.network.adapters import count_inputs
 from prune_viz.network.layers import Layer
 from prune_viz.pruning.masks import Masks, beside_masks
 from prune_viz.redundancy.judge import TOLERANCE, ChannelVerdict, GroupVerdicts
+from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import (
     Decisions,
     GroupRecord,
     Merge,
     NormRecord,
-    Predicted,
     ReaderRecord,
     RemovalOrder,
     VerdictRecord,
@@ -29,7 +29,7 @@ from prune_viz.runs.decisions_json import (
 from prune_viz.runs.filters_csv import FILTER_COLUMNS
 from prune_viz.runs.fingerprint import Origin
 from prune_viz.runs.run_directory import LayerTensors
-from prune_viz.runs.run_json import Unit
+from prune_viz.runs.verdicts import FLAGGED, Verdict
 
 
 def filter_rows(
@@ -70,7 +70,7 @@ def filter_rows(
         activation = float(tensors.activations[index])
         if group is None:
             silent = activation == 0 and float(tensors.responses[:, index].max()) == 0
-            verdict, score, damage = ("dead" if silent else "keep"), float("nan"), float("nan")
+            verdict, score, damage = (Verdict.DEAD if silent else Verdict.KEEP), float("nan"), float("nan")
             representatives: list[int] = []
             reason = (
                 f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at "
@@ -86,7 +86,7 @@ def filter_rows(
             reason = explain(found, representatives, group, layer.name, activation, judged, unit)
         rows.append(
             (
-                layer.name, index, verdict, ";".join(map(str, representatives)), score,
+                layer.name, index, verdict.value, ";".join(map(str, representatives)), score,
                 int(embedding.clusters[index]), *embedding.positions[index], activation, damage, reason,
                 *places[index],
             )
@@ -121,12 +121,12 @@ def explain(
     layer: str,
     activation: float,
     judged: set[str],
-    unit: str,
+    unit: Unit,
 ) -> str:
     """Say in a sentence why a filter has its verdict."""
     tied = [name for name in group.layers if name != layer]
     channel = "it" if not tied else "the channel that ties it to " + " and ".join(tied)
-    cost = _cost(verdict.damage, unit)
+    cost = _cost(Damage(verdict.damage, unit))
     if verdict.kind == "silent":
         if activation > 0:
             return f"Silent: {channel} never fires where it is read, on its own stimulus or any other probe."
@@ -138,7 +138,7 @@ def explain(
             f"Constant: it gives the same whatever it is shown, so {verdict.constant:.3g} in the bias of "
             f"what reads it takes its place; removing it {cost}."
         )
-    if verdict.verdict == "redundant":
+    if verdict.verdict is Verdict.REDUNDANT:
         mix = _mix(representatives, verdict.coefficients)
         return (
             f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; "
@@ -156,16 +156,13 @@ def explain(
     return f"Kept: {rebuilt}; removing it with nothing in its place {cost}.{silent}"
 
 
-def _cost(damage: float, unit: str) -> str:
+def _cost(damage: Damage) -> str:
     """What removal does, after the word "it"."""
-    if np.isnan(damage):
+    if np.isnan(damage.value):
         return "has a cost that could not be measured"
-    if unit == "nats":
-        size = f"{damage:.2g}" if damage >= 1e-9 else "less than 1e-9"
-        return f"changes the network's output by {size} nats"
-    what = "changes the network's output by" if unit == "output" else "costs"
-    whose = "" if unit == "output" else " of the output of the layers that read it"
-    return f"{what} {_percent(damage)}{whose}"
+    if damage.unit is Unit.READERS:
+        return f"costs {damage}"
+    return f"changes the network's output by {damage.text()}"
 
 
 def _mix(filters: Sequence[int], coefficients: Sequence[float]) -> str:
@@ -193,14 +190,14 @@ def masks_of(
 ) -> Masks:
     """Masks of every layer from the rows' verdicts, with the merges that make up for them."""
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
-    flagged = table[table["verdict"] != "keep"]
+    flagged = table[table["verdict"].isin(FLAGGED)]
     for name, rows in flagged.groupby("layer", sort=False):
         masks[str(name)][torch.from_numpy(rows["filter"].to_numpy().copy())] = False
     merges, damage = [], 0.0
     gone: dict[int, set[int]] = {}
     for group in groups:
         for found in verdicts[group.number].channels:
-            if found.verdict != "keep":
+            if found.verdict.flagged:
                 gone.setdefault(group.number, set()).add(found.channel)
                 damage += 0.0 if np.isnan(found.damage) else found.damage
                 root = group.writers[0]
@@ -219,7 +216,7 @@ def masks_of(
         for group in groups
         for passage in passages(group.writers, group.norms, gone.get(group.number, set()))
     ]
-    return Masks(masks, tuple(merges), origin, predicted=Predicted(damage, unit), passages=passed)
+    return Masks(masks, tuple(merges), origin, predicted=Damage(damage, unit), passages=passed)
 
 
 def decisions_of(
@@ -247,13 +244,14 @@ def decisions_of(
         The network's modules, for how much each reads.
     macs : mapping of str to int
         Multiply-accumulates of each module.
-    unit : {"nats", "output", "readers"}
+    unit : Unit
         Of the damage, but for that of merging all that is flagged in a group (`GroupVerdicts`).
     """
     in_group = {layer: group for group in groups for layer in group.layers}
     flagged = []
-    for row in table[table["verdict"] != "keep"].to_dict("records"):
-        entry: dict[str, Any] = {name: row[name] for name in ("layer", "filter", "verdict")}
+    for row in table[table["verdict"].isin(FLAGGED)].to_dict("records"):
+        entry: dict[str, Any] = {"layer": row["layer"], "filter": row["filter"]}
+        entry["verdict"] = Verdict(row["verdict"])
         entry["representatives"] = tuple(int(part) for part in row["representative"].split(";") if part)
         group = in_group.get(row["layer"])
         if group is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
+from prune_viz.runs.verdicts import Verdict
 from prune_viz.utils.errors import IncompleteError, RunInterruptedError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def print_summary(result: Analysis, out: Path, console: Console) -> None:
     summary: Mapping[str, Any] = result.summary
     run = RunDirectory(out)
     found = _grid(console)
-    for name in ("filters", "keep", "redundant", "dead"):
+    for name in ("filters", *Verdict):
         share = f"{summary[name] / max(summary['filters'], 1):.1%}" if name != "filters" else ""
         found.add_row(name, f"{summary[name]:,}", share)
     console.print(found)

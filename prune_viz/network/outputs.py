@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from prune_viz.runs.damage import Damage, Unit
 
-def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, str]:
+
+def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Damage:
     """What a change of a network did to its outputs on the same inputs.
 
     Parameters
@@ -17,23 +19,21 @@ def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[fl
 
     Returns
     -------
-    change : float
-        Mean divergence of the classes' probabilities after from those before, or the squared change as a
-        share of the square, a mean over outputs.
-    unit : {"nats", "output"}
-        Which of them (`prune_viz.redundancy.fisher.Sensitivities`).
+    Damage
+        Mean divergence of the classes' probabilities after from those before, in nats, or the squared
+        change as a share of the square, a mean over outputs.
     """
     shares, others = class_probabilities(before), class_probabilities(after)
     if shares is not None and others is not None:
         shares, others = shares.double(), others.double()
         ratio = shares.clamp_min(1e-30).log() - others.clamp_min(1e-30).log()
-        return float((shares * ratio).sum(dim=1).mean()), "nats"
+        return Damage(float((shares * ratio).sum(dim=1).mean()), Unit.NATS)
     changes = [
         float((old.double() - new.double()).square().mean() / old.double().square().mean().clamp_min(1e-24))
         for old, new in zip(before, after, strict=True)
         if old.is_floating_point() and old.numel()
     ]
-    return sum(changes) / max(len(changes), 1), "output"
+    return Damage(sum(changes) / max(len(changes), 1), Unit.OUTPUT)
 
 
 def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:

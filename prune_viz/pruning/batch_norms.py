@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.network.outputs import output_change
+from prune_viz.runs.damage import Damage, Unit
 from prune_viz.utils.devices import is_out_of_memory
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -79,14 +80,14 @@ def copy_statistics(of: nn.Module, to: nn.Module) -> None:
         norm.running_var.copy_(norms[name].running_var)
 
 
-def change_on(probes: Tensor, before: nn.Module, after: nn.Module) -> tuple[float, str] | None:
+def change_on(probes: Tensor, before: nn.Module, after: nn.Module) -> Damage | None:
     """How far a network's outputs are from another's on probes.
 
     Returns
     -------
-    (float, str) or None
-        As `prune_viz.redundancy.fisher.output_change` gives them, a mean over probes; None where the
-        networks do not run on probes.
+    Damage or None
+        The mean of `prune_viz.network.outputs.output_change` over probes; None where the networks do not
+        run on them.
     """
     try:
         return _change(probes, before, after)
@@ -94,15 +95,16 @@ def change_on(probes: Tensor, before: nn.Module, after: nn.Module) -> tuple[floa
         return None
 
 
-def _change(probes: Tensor, before: nn.Module, after: nn.Module) -> tuple[float, str]:
-    total, unit = 0.0, ""
+def _change(probes: Tensor, before: nn.Module, after: nn.Module) -> Damage:
+    total, unit = 0.0, Unit.OUTPUT
     device = next(before.parameters()).device
     with torch.no_grad():
         for batch in torch.split(probes, BATCH):
             images = batch.to(device)
-            change, unit = output_change(tensors_of(before(images)), tensors_of(after(images)))
-            total += change * len(batch) / len(probes)
-    return total, unit
+            change = output_change(tensors_of(before(images)), tensors_of(after(images)))
+            total += change.value * len(batch) / len(probes)
+            unit = change.unit
+    return Damage(total, unit)
 
 
 def _helps(pruned: nn.Module, whole: nn.Module, probes: Tensor, restore: Callable[[], None]) -> bool:
@@ -110,9 +112,9 @@ def _helps(pruned: nn.Module, whole: nn.Module, probes: Tensor, restore: Callabl
     halves = probes.tensor_split(2)
     before = after = 0.0
     for fitted, checked in (halves, halves[::-1]):
-        before += _change(checked, whole, pruned)[0]
+        before += _change(checked, whole, pruned).value
         _fit(pruned, whole, fitted)
-        after += _change(checked, whole, pruned)[0]
+        after += _change(checked, whole, pruned).value
         restore()
     return after < WORTH * before
 

@@ -20,10 +20,10 @@ from prune_viz.calibration.images import read_images
 from prune_viz.channels.groups import Passage, Places, passages
 from prune_viz.pruning.masks import Masks, read_beside, save_masks
 from prune_viz.redundancy.elimination import rebuild_all
-from prune_viz.runs.decisions_json import Decisions, Merge, Predicted
+from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.decisions_json import Decisions, Merge
 from prune_viz.runs.fingerprint import Origin
 from prune_viz.runs.run_directory import RunDirectory, merges_beside
-from prune_viz.runs.run_json import Unit
 from prune_viz.utils.errors import UserError
 
 _SHARES = 1000  # how finely an even share is searched for
@@ -137,13 +137,8 @@ def write_masks(
         lines.append(f"that saves {saved:.1%} of {sum(costs.values()):,} multiply-accumulates")
         worst = max(rankings, key=lambda ranking: ranking.damage_of(counts), default=None)
         if worst is not None:
-            most = worst.damage_of(counts)
-            cost = f"{most:.2%} of what a group's readers give"
-            if decisions.damage_unit == "nats":
-                cost = f"{most:.2g} nats of the network's output a group"
-            elif decisions.damage_unit == "output":
-                cost = f"{most:.2%} of the network's output a group"
-            lines.append(f"predicted damage: at most {cost}, at {next(iter(worst.filters))}")
+            most = Damage(worst.damage_of(counts), decisions.damage_unit)
+            lines.append(f"predicted damage: at most {most} a group, at {next(iter(worst.filters))}")
     return [*lines, f"written to {out}"]
 
 
@@ -321,11 +316,11 @@ def masks_for_counts(
         How many filters each layer of the network has.
     origin : Origin
         The model that was analysed.
-    unit : {"nats", "output", "readers"}
+    unit : Unit
         Of the groups' damage.
     """
     channels = {ranking.number: ranking.order[: counts[ranking.number]] for ranking in rankings}
-    predicted = Predicted(sum(ranking.damage_of(counts) for ranking in rankings), unit)
+    predicted = Damage(sum(ranking.damage_of(counts) for ranking in rankings), unit)
     return masks_for_channels(rankings, channels, moments, filters, origin, predicted)
 
 
@@ -335,7 +330,7 @@ def masks_for_channels(
     moments: Mapping[int, np.ndarray],
     filters: Mapping[str, int],
     origin: Origin,
-    predicted: Predicted,
+    predicted: Damage,
 ) -> Masks:
     """Masks that remove such channels of each group, with the merges that make up for them.
 
@@ -343,7 +338,7 @@ def masks_for_channels(
     ----------
     channels : mapping of int to sequence of int
         Channels to remove, by the group's number.
-    predicted : Predicted
+    predicted : Damage
         What that is predicted to cost.
     rankings, moments, filters, origin
         As `masks_for_counts`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,8 @@ from prune_viz.channels.groups import Passage
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
 from prune_viz.network.adapters import is_convolution
-from prune_viz.runs.decisions_json import BesideMasks, Merge, Predicted, PredictionRecord
+from prune_viz.runs.damage import Damage
+from prune_viz.runs.decisions_json import BesideMasks, Merge, prediction_record
 from prune_viz.runs.fingerprint import Origin
 from prune_viz.runs.run_directory import merges_beside, probes_beside
 from prune_viz.runs.run_json import FORMAT
@@ -42,7 +43,7 @@ class Masks(dict[str, Tensor]):
         The model that they were made for.
     probes : Tensor, optional, shape (N, C, *size)
         Calibrated probes, on which batch norms are set anew after merging.
-    predicted : Predicted, optional
+    predicted : Damage, optional
         What they are predicted to cost.
     passages : sequence of Passage, optional
         Channels of norms that removed filters pass on their way to what reads them, silenced with them.
@@ -52,7 +53,7 @@ class Masks(dict[str, Tensor]):
     merges : tuple of Merge
     origin : Origin
     probes : Tensor or None
-    predicted : Predicted or None
+    predicted : Damage or None
     passages : list of Passage
     notes : list of str
         What `reconcile_masks` kept, and why.
@@ -64,7 +65,7 @@ class Masks(dict[str, Tensor]):
         merges: tuple[Merge, ...] = (),
         origin: Origin | None = None,
         probes: Tensor | None = None,
-        predicted: Predicted | None = None,
+        predicted: Damage | None = None,
         passages: Sequence[Passage] = (),
     ) -> None:
         super().__init__(masks or {})
@@ -243,7 +244,7 @@ def beside_masks(masks: Masks) -> BesideMasks:
     return BesideMasks(
         model_sha256=masks.origin.file,
         weights_sha256=masks.origin.weights,
-        predicted=None if masks.predicted is None else PredictionRecord(**asdict(masks.predicted)),
+        predicted=prediction_record(masks.predicted),
         passages=tuple(astuple(passage) for passage in masks.passages),
         merges=masks.merges,
     )

@@ -17,7 +17,8 @@ import numpy as np
 from prune_viz.calibration.images import read_images
 from prune_viz.pruning.budgets import masks_for_channels, read_rankings
 from prune_viz.pruning.masks import Masks, read_beside, save_masks
-from prune_viz.runs.decisions_json import Decisions, Predicted
+from prune_viz.runs.damage import Damage
+from prune_viz.runs.decisions_json import Decisions
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.run_json import Index
 from prune_viz.utils.errors import UserError, few
@@ -160,7 +161,7 @@ def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
     channels, loose = _gone(review, decisions, going)
     origin = read_beside(run.decisions_file).origin
     costs = [damage.get(filters[0], np.nan) for filters in _first_filters(channels, decisions)]
-    predicted = Predicted(float(np.nansum(costs)), decisions.damage_unit)
+    predicted = Damage(float(np.nansum(costs)), decisions.damage_unit)
     rankings = read_rankings(decisions)
     moments = run.read_moments() if channels else {}
     masks = masks_for_channels(rankings, channels, moments, decisions.filters, origin, predicted)

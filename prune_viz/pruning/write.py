@@ -21,6 +21,7 @@ from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.export import export_model
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
 from prune_viz.pruning.remove import count_cost, remove_filters
+from prune_viz.runs.damage import Unit
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import write_torch
 
@@ -191,18 +192,13 @@ def check_plain(model: nn.Module) -> None:
 def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -> list[str]:
     """Lines on how far the output moves: as was predicted, where filters are merged, and on the probes."""
     lines = []
-    if merged and masks.predicted is not None and masks.predicted.unit != "readers":
-        size = _size(masks.predicted.damage, masks.predicted.unit)
-        lines.append(f"predicted: the output changes by {size}")
+    if merged and masks.predicted is not None and masks.predicted.unit is not Unit.READERS:
+        lines.append(f"predicted: the output changes by {masks.predicted.text()}")
     if masks.probes is not None:
         change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
-        if change is not None and math.isfinite(change[0]):
-            lines.append(f"on the run's {len(masks.probes)} probes the output changes by {_size(*change)}")
+        if change is not None and math.isfinite(change.value):
+            lines.append(f"on the run's {len(masks.probes)} probes the output changes by {change.text()}")
     return lines
-
-
-def _size(change: float, unit: str) -> str:
-    return f"{change:.2g} nats" if unit == "nats" else f"{change:.2%} of its square"
 
 
 def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_shape: Sequence[int]) -> None:

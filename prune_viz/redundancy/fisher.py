@@ -19,6 +19,7 @@ from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.adapters import channel_axis, count_outputs
 from prune_viz.network.outputs import are_probabilities, class_probabilities
+from prune_viz.runs.damage import Unit
 from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import is_out_of_memory, with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
@@ -39,14 +40,14 @@ class Sensitivities:
         By the group's number, what silencing one channel costs with nothing in its place: half the mean
         square, over inputs, of the channel's maps times the gradients with which they are read, summed
         over positions and readers (Theis et al. 2018).
-    unit : {"nats", "output"}
+    unit : Unit
         Of the cost: divergence of the output, where the network gives one row of class scores or
         probabilities for an input, else the squared change of its outputs as a share of their square.
     """
 
     readers: dict[str, np.ndarray]
     ablations: dict[int, np.ndarray]
-    unit: str
+    unit: Unit
 
 
 def gather_sensitivities(
@@ -96,7 +97,7 @@ def _gather(
     squares = _squares({name: modules[name] for name in names}, store)
     watches = {name: _Watch(modules[name], squares[name]) for name in names}
     ablations = {group.number: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
-    count, unit = 0, ""
+    count, unit = 0, Unit.OUTPUT
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     held = sum(square.nbytes for square in squares.values())
@@ -104,11 +105,12 @@ def _gather(
     try:
         for batch in inputs():
             cut = len(batch) > limit.rows(batch.shape[1:], most)
-            sizes = _sizes(model, list(limit.split(batch, most))) if cut and unit != "nats" else None
+            sizes = _sizes(model, list(limit.split(batch, most))) if cut and unit is not Unit.NATS else None
             for part in limit.split(batch, most):
-                unit = _carry_back(model, part.to(device), sizes, random)
-                if not unit:
+                found = _carry_back(model, part.to(device), sizes, random)
+                if found is None:
                     return None
+                unit = found
                 for group in groups:
                     silenced = _silenced(group, watches, len(part))
                     if silenced is None:
@@ -211,15 +213,15 @@ def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -
 
 def _carry_back(
     model: nn.Module, images: Tensor, sizes: Sequence[Tensor] | None, random: torch.Generator
-) -> str:
-    """Have the watches see gradients of a drawn change of the outputs, and give its unit; "" without outputs.
+) -> Unit | None:
+    """Have the watches see gradients of a drawn change of the outputs; return its unit, None without outputs.
 
     A function, so that nothing of the graph outlives it.
     """
     images = images.detach().requires_grad_()
     outputs = _outputs(model, images)
     if not outputs:
-        return ""
+        return None
     change, unit = _drawn_change(outputs, sizes or _mean_squares(outputs), random)
     torch.autograd.grad(change, images, allow_unused=True)
     return unit
@@ -252,7 +254,7 @@ def _sizes(model: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
 
 def _drawn_change(
     outputs: Sequence[Tensor], sizes: Sequence[Tensor], random: torch.Generator
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, Unit]:
     """A scalar whose gradients' second moments are the output's sensitivity, and its unit.
 
     Random signs draw one vector of the sensitivity's root for every input. For class scores that root is
@@ -266,12 +268,12 @@ def _drawn_change(
             scores = scores.clamp_min(1e-12).log()
         root = p.sqrt() * _signs(p, random)
         drawn = root - p * root.sum(dim=1, keepdim=True)
-        return (drawn * scores).sum(), "nats"
+        return (drawn * scores).sum(), Unit.NATS
     total = outputs[0].new_zeros(())
     for output, size in zip(outputs, sizes, strict=True):
         share = 2 / (size.clamp_min(1e-24) * output[0].numel() * len(outputs))
         total = total + share.sqrt() * (_signs(output, random) * output).sum()
-    return total, "output"
+    return total, Unit.OUTPUT
 
 
 def _signs(like: Tensor, random: torch.Generator) -> Tensor:

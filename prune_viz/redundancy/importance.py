@@ -29,6 +29,7 @@ from prune_viz.redundancy.fisher import Sensitivities, gather_sensitivities
 from prune_viz.redundancy.gram_matrices import Moments, gather_moments, pool_moments, weigh_outputs
 from prune_viz.redundancy.judge import GroupVerdicts, note_silent, rank
 from prune_viz.redundancy.sign_pairs import weight_signs
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget
@@ -85,7 +86,7 @@ class Measured:
     ablations : dict of int to ndarray, each shape (channels,), or None
         What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
         nothing is near the training data or that cannot be told.
-    unit : {"nats", "output", "readers"}
+    unit : Unit
         Of damage by the weighed moments: that of `Sensitivities`, or a share of what the readers give.
     signs : dict of int to ndarray of int, each shape (channels, channels)
         Which channels have the same weights, and which opposite ones (`prune_viz.redundancy.sign_pairs`).
@@ -95,7 +96,7 @@ class Measured:
     weighed: dict[int, list[Moments]]
     silent: dict[int, np.ndarray]
     ablations: dict[int, np.ndarray] | None
-    unit: str
+    unit: Unit
     signs: dict[int, np.ndarray]
 
 
@@ -219,7 +220,7 @@ def measure_groups(
     moments, silent = _gather(model, groups, near, progress, budget)
     moments = moments or {number: list(readers) for number, readers in known.items()}
     if sensitivities is None:
-        return Measured(moments, moments, silent, None, "readers", signs)
+        return Measured(moments, moments, silent, None, Unit.READERS, signs)
     store = ScratchArrays(budget)
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
@@ -333,12 +334,12 @@ def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
     return torch.cat(found)
 
 
-def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: str) -> str:
+def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: Unit) -> str:
     """Say what the removal order rests on, and what damage is where it is not what one expects."""
     told = {
-        "readers": " How the network's output depends on its filters could not be measured there; damage is "
-        "a share of what the layers give that read them.",
-        "output": " Damage is the squared change of the network's outputs as a share of their square.",
+        Unit.READERS: " How the network's output depends on its filters could not be measured there; damage "
+        "is a share of what the layers give that read them.",
+        Unit.OUTPUT: " Damage is the squared change of the network's outputs as a share of their square.",
     }
     images = f"the {examples:,} images of --data"
     if calibrated is not None:

@@ -21,6 +21,8 @@ from prune_viz.redundancy.dead import dead_kinds
 from prune_viz.redundancy.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.redundancy.gram_matrices import Moments
 from prune_viz.redundancy.sign_pairs import last_of_their_sign
+from prune_viz.runs.damage import Unit
+from prune_viz.runs.verdicts import Verdict
 from prune_viz.utils.array_files import evict
 
 TOLERANCE = 1e-3
@@ -36,7 +38,7 @@ class ChannelVerdict:
     ----------
     channel : int
         Which channel.
-    verdict : {"keep", "redundant", "dead"}
+    verdict : Verdict
         What to do.
     kind : {"", "silent", "constant", "unread"}
         How a dead one is dead.
@@ -57,7 +59,7 @@ class ChannelVerdict:
     """
 
     channel: int
-    verdict: str
+    verdict: Verdict
     kind: str
     representatives: list[int]
     coefficients: list[float]
@@ -84,7 +86,7 @@ class GroupVerdicts:
     damage : float
         Predicted damage of removing all flagged channels with merging, held out; a share of the readers'
         output variance.
-    unit : {"readers", "nats", "output"}
+    unit : Unit
         Of all other damages: a share of the readers' output variance, divergence of the network's output,
         or its squared change as a share of its square.
     """
@@ -94,7 +96,7 @@ class GroupVerdicts:
     order: list[int]
     order_damage: list[float]
     damage: float
-    unit: str = "readers"
+    unit: Unit = Unit.READERS
 
 
 def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
@@ -142,7 +144,7 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
             channels.append(
                 ChannelVerdict(
                     channel,
-                    "dead" if kind else "redundant",
+                    Verdict.DEAD if kind else Verdict.REDUNDANT,
                     kind,
                     [int(index) for index in named],
                     [float(weights[index]) for index in named],
@@ -209,7 +211,7 @@ def rank(
     moments: Sequence[Moments],
     weighed: Sequence[Moments],
     ablations: np.ndarray | None,
-    unit: str,
+    unit: Unit,
     signs: np.ndarray | None = None,
 ) -> tuple[GroupVerdicts, np.ndarray]:
     """Order a judged group's channels, and measure each one's damage, on probes near the training data.
@@ -225,7 +227,7 @@ def rank(
         (`prune_viz.redundancy.gram_matrices.weigh_outputs`).
     ablations : ndarray or None, shape (channels,)
         What silencing each channel costs the network's output, where that is known.
-    unit : {"nats", "output", "readers"}
+    unit : Unit
         Of the damage that the weighed ones give.
     signs : ndarray of int, shape (channels, channels), optional
         Which channels have the same weights, and which opposite ones
@@ -252,14 +254,17 @@ def rank(
     order, order_damage, pooled = order_channels(fit, held_out, energy)
     costs, flagged = {}, []
     for one in verdicts.channels:
-        if one.verdict == "keep":
+        if not one.verdict.flagged:
             continue
         rebuilt = {one.channel: _weights(one, len(pooled))}
         costs[one.channel] = _damage(rebuilt, readers)
-        if one.verdict == "dead" or max(costs[one.channel], _damage(rebuilt, plain)) <= TOLERANCE / _MARGIN:
+        dearest = max(costs[one.channel], _damage(rebuilt, plain))
+        if one.verdict is Verdict.DEAD or dearest <= TOLERANCE / _MARGIN:
             flagged.append(one.channel)
     if signs is not None:
-        staying = last_of_their_sign(signs, [c for c in flagged if verdicts.channels[c].verdict != "dead"])
+        staying = last_of_their_sign(
+            signs, [c for c in flagged if verdicts.channels[c].verdict is not Verdict.DEAD]
+        )
         flagged = [channel for channel in flagged if channel not in staying]
     kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
@@ -275,7 +280,7 @@ def rank(
 
 
 def _kept(channel: int, score: float, damage: float) -> ChannelVerdict:
-    return ChannelVerdict(channel, "keep", "", [], [], 0.0, score, damage)
+    return ChannelVerdict(channel, Verdict.KEEP, "", [], [], 0.0, score, damage)
 
 
 def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from prune_viz.report import wording
 from prune_viz.report.layer_pages import FilterCard
-from prune_viz.report.pages import VERDICTS
+from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.verdicts import Verdict
 
 _WIDTH, _HEIGHT = 720, 190  # of the drawing, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 14, 46
@@ -22,7 +23,7 @@ _APART = 64.0  # the least between the middles of two labels
 class Part:
     """A bar's filters of one verdict, a rectangle of the drawing."""
 
-    verdict: str
+    verdict: Verdict
     x: float
     y: float
     width: float
@@ -61,14 +62,14 @@ class DamageHistogram:
     up: list[tuple[float, str]]
 
 
-def draw_histogram(cards: Sequence[FilterCard], unit: str) -> DamageHistogram | None:
+def draw_histogram(cards: Sequence[FilterCard], unit: Unit) -> DamageHistogram | None:
     """Lay out the histogram; None where no filter's damage is known.
 
     Parameters
     ----------
     cards : sequence of FilterCard
         The layer's filters.
-    unit : {"nats", "output", "readers"}
+    unit : Unit
         Of damage.
 
     Returns
@@ -78,9 +79,9 @@ def draw_histogram(cards: Sequence[FilterCard], unit: str) -> DamageHistogram | 
     known = [card for card in cards if math.isfinite(card.damage)]
     if not known:
         return None
-    binned: dict[int, dict[str, int]] = {}
+    binned: dict[int, dict[Verdict, int]] = {}
     for card in known:
-        verdicts = binned.setdefault(_bin(card.damage), dict.fromkeys(VERDICTS, 0))
+        verdicts = binned.setdefault(_bin(card.damage), dict.fromkeys(Verdict, 0))
         verdicts[card.verdict] += 1
     first = min((index for index in binned if index), default=1)
     first -= (first - 1) % _A_DECADE  # a whole power of ten
@@ -134,12 +135,6 @@ def _edge(index: int) -> float:
     return float(10 ** (_LEAST + (index - 1) / _A_DECADE))
 
 
-def _range(index: int, unit: str) -> str:
-    if index == 0:
-        return f"below {_told(_edge(1), unit)}"
-    return f"{_told(_edge(index), unit)} to {_told(_edge(index + 1), unit)}"
-
-
-def _told(damage: float, unit: str) -> str:
-    value, name = (damage, "nats") if unit == "nats" else (100 * damage, "%")
-    return f"{value:.2g}\u202f{name}"
+def _range(index: int, unit: Unit) -> str:
+    least, most = (Damage(_edge(place), unit).figure(wording.NARROW) for place in (index, index + 1))
+    return f"{least} to {most}" if index else f"below {most}"

@@ -32,7 +32,7 @@ _INCHES = 0.62  # a stimulus takes
 _COLUMNS = 16
 _DPI = 300
 _LABEL = 40  # characters of a layer's name
-_MARKS = {"redundant": ("#a85a06", "D"), "dead": ("#8a2f55", "X")}  # as in the report
+_MARKERS = {"ring": "o", "diamond": "D", "cross": "X"}  # matplotlib's, by the shape of a verdict
 
 
 def write_figure(run: Path, layer: str | None, out: Path) -> str:
@@ -107,8 +107,8 @@ def _of_layer(
     for axis, card in zip(axes, cards, strict=False):
         _show(axis, images, [card.number], statistics)
         axis.set_title(str(card.number), fontsize=5, pad=1.5)
-        if card.verdict in _MARKS:
-            colour, mark = _MARKS[card.verdict]
+        if card.verdict.flagged:
+            colour, mark = card.verdict.look.colour, _MARKERS[card.verdict.look.shape]
             axis.plot(0.93, 0.93, mark, color=colour, ms=4, mec="white", mew=0.5, transform=axis.transAxes)
     return figure
 

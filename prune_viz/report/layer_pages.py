@@ -12,6 +12,7 @@ import numpy as np
 from prune_viz.report import layout, wording
 from prune_viz.report.pages import LayerRow
 from prune_viz.runs.decisions_json import Decisions, GroupRecord, VerdictRecord
+from prune_viz.runs.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,7 @@ class FilterCard:
     """A filter, with the figures that its card and its thumbnail carry."""
 
     number: int
-    verdict: str
+    verdict: Verdict
     activation: float
     score: float
     damage: float
@@ -198,7 +199,7 @@ def layer_page(
     flagged = [
         _flagged(card, kin.get(card.number, []), verdicts.get(card.number), profiles)
         for card in cards
-        if card.verdict != "keep"
+        if card.verdict.flagged
     ]
     active = [card.activation for card in cards if math.isfinite(card.activation)]
     return LayerPage(
@@ -208,8 +209,8 @@ def layer_page(
         coupling=coupling(row, decisions.groups),
         map=layer_map(cards, table[["x", "y"]].to_numpy(dtype=float)),
         clusters=clusters,
-        redundant=[one for one in flagged if one.card.verdict == "redundant"],
-        dead=[one for one in flagged if one.card.verdict == "dead"],
+        redundant=[one for one in flagged if one.card.verdict is Verdict.REDUNDANT],
+        dead=[one for one in flagged if one.card.verdict is Verdict.DEAD],
         median_activation=float(np.median(active)) if active else math.nan,
         order=order,
     )
@@ -219,7 +220,7 @@ def filter_card(entry: Mapping[Hashable, Any]) -> FilterCard:
     """What is shown of a filter, from its row of `filters.csv`."""
     return FilterCard(
         number=int(entry["filter"]),
-        verdict=str(entry["verdict"]),
+        verdict=Verdict(entry["verdict"]),
         activation=float(entry["activation"]),
         score=float(entry["score"]),
         damage=float(entry["damage"]),
@@ -314,7 +315,7 @@ def _flagged(
         representatives=known[:_SHOWN],
         more=max(0, len(known) - _SHOWN),
         constant=None if verdict is None else verdict.constant,
-        profile=profiles.path(card.number, -1, dead=card.verdict == "dead"),
+        profile=profiles.path(card.number, -1, dead=card.verdict is Verdict.DEAD),
         other=profiles.path(known[0].number, 1) if known else "",
         bins=profiles.bins,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from prune_viz.report import layout
 from prune_viz.report.pages import LayerRow
 from prune_viz.report.run_data import packed
+from prune_viz.runs.verdicts import FLAGGED, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,18 +33,12 @@ class LayerDots:
     ----------
     row : LayerRow
         The layer.
-    keep : str
-        Points; a round cap makes them dots.
-    redundant : str
-        Diamonds.
-    dead : str
-        Crosses.
+    paths : dict of Verdict to str
+        Points, which a round cap makes dots, diamonds or crosses; none for a verdict that no filter has.
     """
 
     row: LayerRow
-    keep: str
-    redundant: str
-    dead: str
+    paths: dict[Verdict, str]
 
 
 @dataclass(frozen=True)
@@ -117,17 +112,10 @@ def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | No
     layers = []
     for row in rows:
         own = layer_of == row.record.name
-        points = [WIDTH * centres[own & (verdicts == verdict)] for verdict in ("keep", "redundant", "dead")]
-        r = round(max(0.85 * dot, 5.2))
-        layers.append(
-            LayerDots(
-                row,
-                _dots(points[0]),
-                _marks(points[1], f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z"),
-                _marks(points[2], f"m-{r}-{r}l{2 * r} {2 * r}m0-{2 * r}l-{2 * r} {2 * r}"),
-            )
-        )
-    chosen = spread(centres, verdicts == "keep")
+        points = {verdict: WIDTH * centres[own & (verdicts == verdict)] for verdict in Verdict}
+        paths = {verdict: _path(verdict, places, dot) for verdict, places in points.items() if len(places)}
+        layers.append(LayerDots(row, paths))
+    chosen = spread(centres, ~np.isin(verdicts, FLAGGED))
     numbers = known["filter"].to_numpy()
     stimuli = [
         ShownStimulus(
@@ -147,6 +135,15 @@ def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | No
         "dot": round(dot / WIDTH, 5),
     }
     return NetworkMap(WIDTH, round(WIDTH * HEIGHT), round(dot, 2), layers, stimuli, data)
+
+
+def _path(verdict: Verdict, points: np.ndarray, dot: float) -> str:
+    r = round(max(0.85 * dot, 5.2))
+    if verdict.look.shape == "diamond":
+        return _marks(points, f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z")
+    if verdict.look.shape == "cross":
+        return _marks(points, f"m-{r}-{r}l{2 * r} {2 * r}m0-{2 * r}l-{2 * r} {2 * r}")
+    return _dots(points)
 
 
 def _marks(points: np.ndarray, mark: str) -> str:

@@ -4,41 +4,46 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prune_viz.report import wording
-from prune_viz.runs.decisions_json import Decisions, Predicted
+from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.decisions_json import Decisions
 from prune_viz.runs.run_json import LayerRecord, ModelRecord, Provenance, StageRecord
+from prune_viz.runs.verdicts import FLAGGED, Verdict
 from prune_viz.utils.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-VERDICTS = ("keep", "redundant", "dead")
 _DEPTHS = 8  # layers in the picture of stimuli by depth
 _ACROSS = 8  # stimuli a layer in it
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many filters have each verdict."""
+    """How many filters have each verdict: ``counts[Verdict.DEAD]``."""
 
-    keep: int
-    redundant: int
-    dead: int
+    of: Mapping[Verdict, int]
+
+    def __getitem__(self, verdict: Verdict) -> int:
+        return self.of[verdict]
 
     @property
     def filters(self) -> int:
         """All filters."""
-        return self.keep + self.redundant + self.dead
+        return sum(self.of.values())
 
     @property
     def flagged(self) -> int:
-        """Filters that are redundant or dead."""
-        return self.redundant + self.dead
+        """Filters that the run's masks remove."""
+        return sum(self[verdict] for verdict in FLAGGED)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{self[verdict]} {verdict}" for verdict in Verdict)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class NetworkPage:
     usage: list[tuple[str, list[str]]]
     provenance: list[tuple[str, str]]
     stages: list[Stage]
-    damage_unit: str
+    damage_unit: Unit
 
 
 def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[LayerRow]:
@@ -144,11 +149,9 @@ def layer_rows(records: Sequence[LayerRecord], filters: pd.DataFrame) -> list[La
             name = wording.label(record.name)
             raise UserError(f"filters.csv and run.json disagree on layer {name}; run analyze again")
         found = table["verdict"].value_counts()
-        counts = Counts(*(int(found.get(verdict, 0)) for verdict in VERDICTS))
+        counts = Counts({verdict: int(found.get(verdict, 0)) for verdict in Verdict})
         if counts.filters != record.filters:
-            raise UserError(
-                "filters.csv holds a verdict other than keep, redundant or dead; run analyze again"
-            )
+            raise UserError(f"filters.csv holds a verdict other than {', '.join(Verdict)}; run analyze again")
         rows.append(LayerRow(record, place, f"{record.slug}.html", counts))
     return rows
 
@@ -176,8 +179,8 @@ def network_page(
         `filters.csv`.
     """
     model, summary = provenance.model, provenance.summary
-    counts = Counts(*(sum(getattr(row.counts, verdict) for row in rows) for verdict in VERDICTS))
-    savings = [Saving("Filters", counts.filters, counts.keep)]
+    counts = Counts({verdict: sum(row.counts[verdict] for row in rows) for verdict in Verdict})
+    savings = [Saving("Filters", counts.filters, counts.filters - counts.flagged)]
     for key, name in (("parameters", "Parameters"), ("macs", "Multiply-accumulates")):
         before, after = getattr(summary, key, None), getattr(summary, f"{key}_after", None)
         if before is not None and after is not None:
@@ -209,29 +212,30 @@ def finding(counts: Counts) -> str:
     if not counts.flagged:
         return f"Each of the {wording.plural(counts.filters, 'filter')} does something that no other does."
     parts = []
-    both = counts.redundant and counts.dead
-    if counts.redundant:
-        who = wording.count(counts.redundant) if both else "they" if counts.redundant > 1 else "it"
-        parts.append(f"{who} repeat{'s' * (counts.redundant == 1)} what other filters compute")
-    if counts.dead:
-        who = wording.count(counts.dead) if both else "they" if counts.dead > 1 else "it"
-        parts.append(f"{who} do{'es' * (counts.dead == 1)} nothing")
+    redundant, dead = counts[Verdict.REDUNDANT], counts[Verdict.DEAD]
+    both = redundant and dead
+    if redundant:
+        who = wording.count(redundant) if both else "they" if redundant > 1 else "it"
+        parts.append(f"{who} repeat{'s' * (redundant == 1)} what other filters compute")
+    if dead:
+        who = wording.count(dead) if both else "they" if dead > 1 else "it"
+        parts.append(f"{who} do{'es' * (dead == 1)} nothing")
     whole = wording.plural(counts.filters, "filter")
     return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}."
 
 
-def certainty(filters: pd.DataFrame, predicted: Predicted | None) -> str:
+def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:
     """Say how sure the finding is: how well what is redundant was rebuilt, and what all that goes will cost.
 
     Parameters
     ----------
     filters : DataFrame
         `filters.csv`.
-    predicted : Predicted or None
+    predicted : Damage or None
         What the run's masks cost, where that was predicted.
     """
     sentences = []
-    scores = filters.loc[filters["verdict"] == "redundant", "score"].dropna()
+    scores = filters.loc[filters["verdict"] == Verdict.REDUNDANT, "score"].dropna()
     if len(scores):
         least = wording.r_squared(float(scores.min()))
         each = f"at least {least}" if len(scores) > 1 else least
@@ -239,9 +243,9 @@ def certainty(filters: pd.DataFrame, predicted: Predicted | None) -> str:
             "On probes that the fit did not see, what is called redundant is rebuilt from filters that stay "
             f"with an R² of {each}."
         )
-    if predicted is not None and (filters["verdict"] != "keep").any():
-        size = wording.damage(predicted.damage, predicted.unit)
-        whose = "what reads the filters" if predicted.unit == "readers" else "the output"
+    if predicted is not None and filters["verdict"].isin(FLAGGED).any():
+        size = wording.damage(predicted.value, predicted.unit)
+        whose = "what reads the filters" if predicted.unit is Unit.READERS else "the output"
         sentences.append(f"Removing all that can go is predicted to move {whose} by {size}.")
     return " ".join(sentences)
 
@@ -271,7 +275,7 @@ def depth_rows(rows: Sequence[LayerRow], filters: pd.DataFrame) -> list[DepthRow
 
 
 def _telling_filters(table: pd.DataFrame) -> list[int]:
-    kept = table[table["verdict"] == "keep"]
+    kept = table[~table["verdict"].isin(FLAGGED)]
     ranked = (kept if len(kept) else table).sort_values("activation", ascending=False, kind="stable")
     repeated = ranked.duplicated("cluster") & (ranked["cluster"] >= 0)
     ranked = ranked.assign(repeated=repeated).sort_values("repeated", kind="stable")

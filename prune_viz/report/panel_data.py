@@ -10,6 +10,7 @@ import numpy as np
 from prune_viz.report import wording
 from prune_viz.report.layer_pages import LayerPage
 from prune_viz.report.neighbours import firing, similar
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerTensors
 
 _STEPS = 1000  # of a place on a picture, for the browser
@@ -18,7 +19,7 @@ _STEPS = 1000  # of a place on a picture, for the browser
 def panel_data(
     page: LayerPage,
     tensors: LayerTensors,
-    unit: str,
+    unit: Unit,
     places: Mapping[str, int],
     windows: np.ndarray | None,
 ) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def panel_data(
         The layer's page.
     tensors : LayerTensors
         The layer's tensors.
-    unit : {"nats", "output", "readers"}
+    unit : Unit
         Of damage.
     places : mapping of str to int
         The place of each layer's page.

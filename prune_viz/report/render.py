@@ -26,8 +26,11 @@ from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.report.panel_data import panel_data
 from prune_viz.report.run_data import run_data
 from prune_viz.report.savings import budgets, default_budget, draw_curve
+from prune_viz.report.verdict_styles import verdict_styles
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerTensors, RunDirectory
 from prune_viz.runs.run_json import LayerRecord
+from prune_viz.runs.verdicts import FLAGGED, Verdict
 from prune_viz.utils.files import MARK
 from prune_viz.utils.progress import Progress
 
@@ -103,7 +106,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         _write_layer(folder / "layers", page, network, tensors, statistics, windows, templates)
         strip.add(row.record, tensors.images)
         shown.add(row.record, tensors.images)
-        kept = (tables[row.record.name].sort_values("filter")["verdict"] == "keep").to_numpy()
+        kept = ~tables[row.record.name].sort_values("filter")["verdict"].isin(FLAGGED).to_numpy()
         coherences.append(layer_coherence(row, tensors.images, kept))
         progress.advance()
     known = budgets(decisions)
@@ -136,7 +139,12 @@ def _environment() -> jinja2.Environment:
         }
     )  # fmt: skip
     environment.globals.update(
-        saving=wording.saving, policy=CONTENT_SECURITY_POLICY, scripts=SCRIPTS, generator=MARK
+        saving=wording.saving,
+        policy=CONTENT_SECURITY_POLICY,
+        scripts=SCRIPTS,
+        generator=MARK,
+        Verdict=Verdict,
+        Unit=Unit,
     )
     return environment
 
@@ -150,6 +158,8 @@ def _write_assets(folder: Path) -> None:
     folder.mkdir()
     for asset in resources.files("prune_viz.report").joinpath("assets").iterdir():
         (folder / asset.name).write_bytes(asset.read_bytes())
+    with (folder / "report.css").open("a", encoding="utf-8") as sheet:
+        sheet.write("\n".join(verdict_styles()) + "\n")
 
 
 def _write_layer(

@@ -12,8 +12,7 @@ import pandas as pd
 from prune_viz.report.pages import LayerRow
 from prune_viz.report.wording import label
 from prune_viz.runs.decisions_json import Decisions
-
-_LETTERS = {"keep": "k", "redundant": "r", "dead": "d"}
+from prune_viz.runs.verdicts import Verdict
 
 
 def run_data(
@@ -36,9 +35,10 @@ def run_data(
     -------
     dict
         ``layers``: ``name``, how that is ``shown``, ``page``, ``group`` (None for none), ``channels`` (of the
-        filters; None where the numbers are the same), ``verdicts`` (a letter a filter: k, r or d) and
+        filters; None where the numbers are the same), ``verdicts`` (a letter a filter) and
         ``damage`` (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of
-        each module; ``run``, ``unit`` of the damage and ``filters``, how many.
+        each module; ``run``; ``unit``, how damage is written; ``verdicts``: by letter, the name and whether
+        it is flagged; ``filters``, how many.
     """
     places = {
         writer.layer: (group.id, dict(zip(writer.filters, writer.channels, strict=True)))
@@ -59,13 +59,14 @@ def run_data(
                 "page": row.page,
                 "group": group,
                 "channels": None if channels == numbers else channels,
-                "verdicts": "".join(_LETTERS[verdict] for verdict in table["verdict"]),
+                "verdicts": "".join(Verdict(verdict).look.letter for verdict in table["verdict"]),
                 "damage": packed(np.nan_to_num(table["damage"].to_numpy(np.float32))),
             }
         )
     return {
         "run": run,
-        "unit": decisions.damage_unit,
+        "unit": {name: getattr(decisions.damage_unit, name) for name in ("symbol", "scale", "least", "of")},
+        "verdicts": {verdict.look.letter: [verdict, verdict.flagged] for verdict in Verdict},
         "filters": sum(decisions.filters.values()),
         "macs": decisions.macs,
         "layers": listed,

@@ -101,7 +101,7 @@ def default_budget(decisions: Decisions, summary: Summary | None) -> Budget | No
         return None
     if not decisions.verdicts:
         return None
-    return Budget(1 - summary.macs_after / summary.macs, len(decisions.verdicts), predicted.damage)
+    return Budget(1 - summary.macs_after / summary.macs, len(decisions.verdicts), predicted.value)
 
 
 def draw_curve(known: Sequence[Budget], default: Budget | None) -> Curve | None:

@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 
-_NARROW = "\u202f"  # narrow no-break space, between a figure and its unit
+from prune_viz.runs.damage import Damage, Unit
+
+NARROW = "\u202f"  # narrow no-break space, between a figure and its unit
 _DASH = "\u2013"
 _MINUS = "\u2212"
-_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 _TIMES = " \u00d7 "
 _LONGEST = 160  # characters of a name where it is not the matter itself
 
@@ -56,7 +57,7 @@ def quantity(number: float) -> str:
         return count(round(number))
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size * 0.9995:
-            return f"{_figures(number / size)}{_NARROW}{unit}"
+            return f"{_figures(number / size)}{NARROW}{unit}"
     return count(round(number))
 
 
@@ -72,17 +73,17 @@ def _figures(value: float) -> str:
 def percent(share: float) -> str:
     """Write a share of 0 to 1 as a percentage with one decimal: ``5.4 %``."""
     if 0 < share < 0.0005:
-        return f"<0.1{_NARROW}%"
-    return f"{100 * share:.1f}{_NARROW}%"
+        return f"<0.1{NARROW}%"
+    return f"{100 * share:.1f}{NARROW}%"
 
 
 def saving(before: float, after: float) -> str:
     """Write the change from `before` to `after` as a percentage: ``−12.0 %``."""
     if before <= 0 or before == after:
-        return f"0{_NARROW}%"
+        return f"0{NARROW}%"
     sign = _MINUS if after < before else "+"
     share = abs(before - after) / before
-    return sign + (damage(share) if share < 0.001 else percent(share))
+    return sign + (damage(share, Unit.OUTPUT) if share < 0.001 else percent(share))
 
 
 def plural(number: int, noun: str) -> str:
@@ -99,28 +100,14 @@ def r_squared(score: float) -> str:
     return f"{score:.4f}"
 
 
-def damage(share: float, unit: str = "readers") -> str:
-    """Write a predicted damage to two figures: nats, or a share of variance as a percentage."""
-    if not math.isfinite(share):
-        return _DASH
-    if unit == "nats":
-        return f"{share:.2g}{_NARROW}nats" if share >= 1e-9 else f"0{_NARROW}nats"
-    value = 100 * share
-    if value <= 0:
-        return f"0{_NARROW}%"
-    if value < 1e-4:
-        return f"<0.0001{_NARROW}%"
-    decimals = max(0, 1 - math.floor(math.log10(value)))
-    return f"{value:.{min(decimals, 5)}f}{_NARROW}%"
+def damage(value: float, unit: Unit) -> str:
+    """Write a damage as `Damage.text` does, its figure and unit kept together."""
+    return Damage(value, unit).text(NARROW)
 
 
-def magnitude(power_of_ten: float, unit: str = "readers") -> str:
-    """Write a power of ten of damage, for an axis: ``0.01 nats``, ``10⁻⁶ nats``, ``1 %``."""
-    value, name = (power_of_ten, "nats") if unit == "nats" else (100 * power_of_ten, "%")
-    power = round(math.log10(value))
-    if -3 <= power <= 3:
-        return f"{value:g}{_NARROW}{name}"
-    return f"10{str(power).translate(_RAISED)}{_NARROW}{name}"
+def magnitude(power_of_ten: float, unit: Unit) -> str:
+    """Write a power of ten of damage, for an axis."""
+    return Damage(power_of_ten, unit).tick(NARROW)
 
 
 def activation(norm: float) -> str:
@@ -144,20 +131,20 @@ def coefficient(value: float) -> str:
 def duration(seconds: float) -> str:
     """Write a time in the units a person would use: ``0.4 s``, ``3 min 20 s``, ``1 h 02 min``."""
     if seconds < 10:
-        return f"{seconds:.1f}{_NARROW}s"
+        return f"{seconds:.1f}{NARROW}s"
     whole = round(seconds)
     if whole < 60:
-        return f"{whole}{_NARROW}s"
+        return f"{whole}{NARROW}s"
     if whole < 3600:
-        return f"{whole // 60}{_NARROW}min {whole % 60:02d}{_NARROW}s"
-    return f"{whole // 3600}{_NARROW}h {whole % 3600 // 60:02d}{_NARROW}min"
+        return f"{whole // 60}{NARROW}min {whole % 60:02d}{NARROW}s"
+    return f"{whole // 3600}{NARROW}h {whole % 3600 // 60:02d}{NARROW}min"
 
 
 def memory(mebibytes: float) -> str:
     """Write an amount of memory in MiB or GiB."""
     if mebibytes < 1024:
-        return f"{mebibytes:,.0f}{_NARROW}MiB"
-    return f"{mebibytes / 1024:.1f}{_NARROW}GiB"
+        return f"{mebibytes:,.0f}{NARROW}MiB"
+    return f"{mebibytes / 1024:.1f}{NARROW}GiB"
 
 
 def size(axes: Sequence[int] | None) -> str:

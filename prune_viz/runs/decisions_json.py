@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta
 
-from prune_viz.runs.run_json import FORMAT, Amount, Count, Index, Unit
+from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.run_json import FORMAT, Amount, Count, Index
+from prune_viz.runs.verdicts import Verdict
 
 MOST_IN_ALL = 2**24  # filters of a network
 Share = Annotated[float, Meta(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What removing all that masks remove, merged, is predicted to cost.
-
-    Attributes
-    ----------
-    damage : float
-        Summed over coupling groups.
-    unit : {"nats", "output", "readers"}
-        Divergence of the network's output, its squared change as a share of its square, or a share of
-        the output of the layers that read the filters.
-    """
-
-    damage: float
-    unit: Unit
 
 
 @dataclass(frozen=True)
@@ -61,10 +46,15 @@ class Merge:
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """A `Predicted` as it is stored: a damage of None was not predicted."""
+    """Predicted damage as it is stored: None where it was not predicted."""
 
     damage: float | None
     unit: Unit
+
+
+def prediction_record(predicted: Damage | None) -> PredictionRecord | None:
+    """Predicted damage as files hold it."""
+    return None if predicted is None else PredictionRecord(predicted.value, predicted.unit)
 
 
 PassageRecord = tuple[str, Index, tuple[tuple[str, Index], ...]]  # of `groups.Passage`
@@ -93,11 +83,11 @@ class BesideMasks:
     passages: tuple[PassageRecord, ...] = ()
 
     @property
-    def prediction(self) -> Predicted | None:
-        """What the masks are predicted to cost, where that is known."""
+    def prediction(self) -> Damage | None:
+        """Damage of removing and merging all that the masks remove, summed over groups, where it is known."""
         if self.predicted is None or self.predicted.damage is None:
             return None
-        return Predicted(self.predicted.damage, self.predicted.unit)
+        return Damage(self.predicted.damage, self.predicted.unit)
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,7 @@ class VerdictRecord:
 
     layer: str
     filter: Index
-    verdict: Literal["redundant", "dead"]
+    verdict: Verdict
     representatives: tuple[Index, ...] = ()
     kind: str = ""
     coefficients: tuple[float, ...] = ()
@@ -171,6 +161,12 @@ class VerdictRecord:
     score: float | None = None
     damage: float | None = None
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.verdict.flagged:
+            raise ValueError(
+                f"a filter with the verdict {self.verdict} is listed among those that are flagged"
+            )
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,7 @@ class Decisions(BesideMasks):
         A group each.
     tolerance : float
         What a verdict of redundant may cost.
-    damage_unit : {"nats", "output", "readers"}
+    damage_unit : Unit
         Of every damage here but the groups' `readers_damage`.
     """
 
@@ -217,7 +213,7 @@ class Decisions(BesideMasks):
     verdicts: tuple[VerdictRecord, ...]
     removal_order: tuple[RemovalOrder, ...]
     tolerance: float | None = None
-    damage_unit: Unit = "readers"
+    damage_unit: Unit = Unit.READERS
 
     def __post_init__(self) -> None:
         if not 0 < sum(self.filters.values()) <= MOST_IN_ALL:

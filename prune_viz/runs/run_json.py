@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from prune_viz.runs.damage import Unit
 from prune_viz.utils.json_files import check_depth
 
 FORMAT = 1
@@ -22,7 +23,6 @@ Index = Annotated[int, Meta(ge=0, lt=MOST_FILTERS)]
 Count = Annotated[int, Meta(ge=0, le=MOST_FILTERS)]
 Amount = Annotated[int, Meta(ge=0, le=2**60)]
 Extent = Annotated[int, Meta(ge=1, le=2**26)]
-Unit = Literal["nats", "output", "readers"]
 State = Literal["running", "stopped", "complete"]
 
 _LAYER_FILE = re.compile(r"layers/[A-Za-z0-9_-]{1,100}\.safetensors")
@@ -177,7 +177,7 @@ class Provenance:
     tasks: int = 0
     stages: tuple[StageRecord, ...] = ()
     summary: Summary | None = None
-    damage_unit: Unit = "readers"
+    damage_unit: Unit = Unit.READERS
     calibration: dict[str, Any] | None = None
     stopped_by: str | None = None
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import tortured
-from conftest import short_conclusions
 from networks import Plain, Untraceable, randomise_norms
 from torch import Tensor, nn
 
@@ -157,7 +156,6 @@ def test_one_failed_piece_fails_its_layer() -> None:
         assert np.isnan(result.activations).all()
 
 
-@pytest.mark.usefixtures("few_probes")
 @pytest.mark.parametrize(
     "model", [tortured.network(), randomise_norms(Untraceable())], ids=["traced", "hooked"]
 )
@@ -177,7 +175,6 @@ def test_workers_and_threads_do_not_show(
             assert all(np.array_equal(one[name], other[name]) for name in one), (file.name, workers)
 
 
-@pytest.mark.usefixtures("few_probes")
 def test_what_is_maximised_in_python_is_what_a_run_finds() -> None:
     model = tortured.network()
     found = analyze(model, input_shape=(3, 16, 16), steps=12, layers=["blocks.0.project"])
@@ -439,8 +436,7 @@ def test_results_of_an_older_algorithm_are_not_reused(
 
     def written() -> tuple[int, int]:
         """Which files hold a layer's stimuli and the calibration images now."""
-        with short_conclusions():
-            analyze(model, input_shape=(3, 16, 16), out=out, steps=1)
+        analyze(model, input_shape=(3, 16, 16), out=out, steps=1)
         layer, probes = out / "layers" / "000-conv1.safetensors", out / "probes.safetensors"
         return layer.stat().st_ino, probes.stat().st_ino
 

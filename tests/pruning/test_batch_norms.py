@@ -18,6 +18,7 @@ from prune_viz.pruning.budgets import write_masks
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks, load_masks
 from prune_viz.pruning.remove import compensate_filters, merge_filters, remove_filters
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import RunDirectory
 
 SHAPE = (3, 16, 16)
@@ -35,7 +36,7 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 def _off(images: Tensor, whole: nn.Module, pruned: nn.Module) -> float:
     found = change_on(images, whole, pruned)
     assert found is not None
-    return found[0]
+    return found.value
 
 
 def _given(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -145,10 +146,10 @@ def test_strange_outputs_are_compared_batch_by_batch(count: int) -> None:
     probes = natural_noise(SHAPE, count, seed=0)
     found = change_on(probes, whole, pruned)
     assert found is not None
-    assert found[0] > 0
-    assert found[1] == "output"
+    assert found.value > 0
+    assert found.unit is Unit.OUTPUT
     assert recalibrate_norms(pruned, whole, probes)
-    assert _off(probes, whole, pruned) < 0.1 * found[0]
+    assert _off(probes, whole, pruned) < 0.1 * found.value
 
 
 def test_probes_that_do_not_fit_change_nothing() -> None:

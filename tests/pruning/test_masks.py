@@ -14,7 +14,8 @@ from networks import Plain, mask_without
 
 from prune_viz.channels.groups import Passage
 from prune_viz.pruning.masks import Masks, load_masks, save_masks
-from prune_viz.runs.decisions_json import Merge, Predicted
+from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.decisions_json import Merge
 from prune_viz.runs.fingerprint import Origin, hash_model
 from prune_viz.utils.errors import UserError
 
@@ -93,7 +94,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
         (Merge("conv1", 1, (0, 2), (0.5, -1.25), 0.1),),
         Origin("5a" * 32, "6b" * 32),
         torch.randn(3, 3, 16, 16),
-        Predicted(0.25, "nats"),
+        Damage(0.25, Unit.NATS),
         [Passage("bn1", 1, (("conv1", 1),))],
     )
     masks.save(tmp_path / "mine.pt")
@@ -185,7 +186,7 @@ def test_an_origin_knows_its_model_by_file_or_by_weights() -> None:
 def _laden(*gone: int, origin: str = "a") -> Masks:
     merges = tuple(Merge("conv1", number, (0,), (1.0,), 0.0) for number in gone)
     passages = [Passage("bn1", number, (("conv1", number),)) for number in gone]
-    given = {"probes": torch.ones(1, 3, 4, 4), "predicted": Predicted(0.5, "nats"), "passages": passages}
+    given = {"probes": torch.ones(1, 3, 4, 4), "predicted": Damage(0.5, Unit.NATS), "passages": passages}
     return Masks({"conv1": mask_without(8, *gone)}, merges, Origin(origin), **given)
 
 

@@ -51,7 +51,7 @@ def test_masks_follow_what_was_decided(run: RunDirectory) -> None:
     merged = {merge.filter for merge in masks.merges if merge.layer == "inner"}
     assert merged == {0, 7}
     assert masks.predicted is not None
-    assert masks.predicted.damage > 0
+    assert masks.predicted.value > 0
     model, images = residual_with_a_copy(), torch.rand(4, 3, 16, 16)
     smaller = pv.remove_filters(model, masks, images[:1], compensate="merge")
     assert smaller.inner.out_channels == 6

@@ -18,6 +18,7 @@ from prune_viz.redundancy.elimination import MAX_REPRESENTATIVES, eliminate, reb
 from prune_viz.redundancy.gram_matrices import Moments, gather_moments
 from prune_viz.redundancy.judge import GroupVerdicts, judge, rank
 from prune_viz.redundancy.sign_pairs import weight_signs
+from prune_viz.runs.damage import Unit
 
 
 def _moments_of(samples: np.ndarray) -> np.ndarray:
@@ -137,7 +138,7 @@ def test_one_of_two_copies_goes_though_all_others_would_rebuild_both() -> None:
 def test_a_groups_only_channel_has_its_damage() -> None:
     samples = _relu_samples(0, 2000, 1)
     group, moments = _group(samples, samples, np.ones((3, 1)))
-    ranked, _ = rank(judge(group, moments), moments, moments, np.array([0.25]), "nats")
+    ranked, _ = rank(judge(group, moments), moments, moments, np.array([0.25]), Unit.NATS)
     assert ranked.order == []
     assert ranked.channels[0].verdict == "keep"
     assert ranked.channels[0].damage == 0.25
@@ -160,11 +161,11 @@ def test_a_redundant_channel_that_costs_readers_or_output_too_much_is_kept_after
     ablations = np.full(8, 0.5)
     costly = [replace(moments[0], unit=moments[0].unit / 1e3)]
     for near, weighed, unit, bearable in (
-        (moments, moments, "nats", True),
-        (moments, costly, "nats", False),  # the output
-        (moments, costly, "output", False),
-        (costly, moments, "nats", False),  # the readers
-        (costly, costly, "readers", False),
+        (moments, moments, Unit.NATS, True),
+        (moments, costly, Unit.NATS, False),  # the output
+        (moments, costly, Unit.OUTPUT, False),
+        (costly, moments, Unit.NATS, False),  # the readers
+        (costly, costly, Unit.READERS, False),
     ):
         ranked, _ = rank(verdicts, near, weighed, ablations, unit)
         assert flagged(ranked) == ([1, 1] if bearable else [1, 0])
@@ -177,7 +178,7 @@ def test_where_no_reader_varies_the_damage_is_unknown() -> None:
     samples = _relu_samples(0, 2000, 4)
     group, moments = _group(samples, samples, np.random.default_rng(0).normal(size=(3, 4)))
     still = [replace(moments[0], output_variance=0.0, unit=0.0)]
-    ranked, _ = rank(judge(group, moments), still, still, None, "readers")
+    ranked, _ = rank(judge(group, moments), still, still, None, Unit.READERS)
     assert ranked.order == []
     assert all(np.isnan(one.damage) for one in ranked.channels)
 
@@ -189,7 +190,7 @@ def test_the_last_of_a_sign_is_kept_after_all() -> None:
     verdicts = judge(group, moments)
 
     def kept(signs: np.ndarray | None) -> int:
-        found, _ = rank(verdicts, moments, moments, np.full(8, 0.5), "nats", signs)
+        found, _ = rank(verdicts, moments, moments, np.full(8, 0.5), Unit.NATS, signs)
         return sum(found.channels[channel].verdict == "keep" for channel in (0, 5, 6, 7))
 
     signs = np.eye(8, dtype=int)

@@ -12,7 +12,9 @@ from prune_viz.report.coherence import LayerCoherence, coherence, draw_coherence
 from prune_viz.report.damage_histogram import draw_histogram
 from prune_viz.report.layer_pages import FilterCard
 from prune_viz.report.pages import Counts, LayerRow
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_json import LayerRecord
+from prune_viz.runs.verdicts import Verdict
 
 SIDE = 48
 DOWN, ACROSS = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
@@ -53,7 +55,7 @@ def test_what_has_no_angle_is_left_out() -> None:
 
 def row(place: int) -> LayerRow:
     record = LayerRecord(f"l{place}", "", 4, place, None, (8, 8), None, f"layers/{place}.safetensors")
-    return LayerRow(record, place, "", Counts(4, 0, 0))
+    return LayerRow(record, place, "", Counts({Verdict.KEEP: 4, Verdict.REDUNDANT: 0, Verdict.DEAD: 0}))
 
 
 def layers(medians: list[float]) -> list[LayerCoherence]:
@@ -84,21 +86,21 @@ def test_two_layers_have_no_trend() -> None:
 
 
 def card(number: int, verdict: str, damage: float) -> FilterCard:
-    return FilterCard(number, verdict, 1.0, 0.9, damage, -1, "")
+    return FilterCard(number, Verdict(verdict), 1.0, 0.9, damage, -1, "")
 
 
 def test_every_known_damage_stands_in_its_bar() -> None:
     damages = [0.0, 1e-12, 2e-5, 2.5e-5, 9e-5, 0.2, math.nan]
     verdicts = ["dead", "dead", "redundant", "keep", "keep", "keep", "keep"]
     drawn = draw_histogram(
-        [card(i, *one) for i, one in enumerate(zip(verdicts, damages, strict=True))], "nats"
+        [card(i, *one) for i, one in enumerate(zip(verdicts, damages, strict=True))], Unit.NATS
     )
     assert drawn is not None
     labels = [bar.label.replace("\u202f", " ") for bar in drawn.bars]
     assert labels == [
-        "below 1e-09 nats: 2 dead",
-        "1e-05 nats to 3.2e-05 nats: 1 keep, 1 redundant",
-        "3.2e-05 nats to 0.0001 nats: 1 keep",
+        "below 1e-9 nats: 2 dead",
+        "1e-5 nats to 3.2e-5 nats: 1 keep, 1 redundant",
+        "3.2e-5 nats to 0.0001 nats: 1 keep",
         "0.1 nats to 0.32 nats: 1 keep",
     ]
     parts = [part for bar in drawn.bars for part in bar.parts]
@@ -116,11 +118,13 @@ def test_every_known_damage_stands_in_its_bar() -> None:
 
 
 def test_unknown_damage_has_no_histogram_and_nothing_but_zero_has_one() -> None:
-    assert draw_histogram([card(0, "keep", math.nan)], "output") is None
-    only = draw_histogram([card(0, "dead", 0.0)], "output")
+    assert draw_histogram([card(0, "keep", math.nan)], Unit.OUTPUT) is None
+    only = draw_histogram([card(0, "dead", 0.0)], Unit.OUTPUT)
     assert only is not None
     assert len(only.bars) == 1
-    near = draw_histogram([card(0, "dead", 0.0), *(card(i, "keep", 10.0**-i) for i in range(1, 9))], "nats")
+    near = draw_histogram(
+        [card(0, "dead", 0.0), *(card(i, "keep", 10.0**-i) for i in range(1, 9))], Unit.NATS
+    )
     assert near is not None
     for drawn in (only, near):
         places = [place for place, _ in drawn.across]
@@ -129,9 +133,9 @@ def test_unknown_damage_has_no_histogram_and_nothing_but_zero_has_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "says"), [("readers", "1e-06 % to 3.2e-06 %"), ("nats", "1e-08 nats to 3.2e-08 nats")]
+    ("unit", "says"), [(Unit.READERS, "1e-6 % to 3.2e-6 %"), (Unit.NATS, "1e-8 nats to 3.2e-8 nats")]
 )
-def test_bars_of_little_damage_are_told_apart(unit: str, says: str) -> None:
+def test_bars_of_little_damage_are_told_apart(unit: Unit, says: str) -> None:
     drawn = draw_histogram([card(0, "keep", 2e-8), card(1, "keep", 2e-7)], unit)
     assert drawn is not None
     labels = [bar.label.replace("\u202f", " ") for bar in drawn.bars]

@@ -19,9 +19,10 @@ from prune_viz.feature_visualization import rendering
 from prune_viz.report import layout, map_drawing, render, sprites, wording, write_report
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
 from prune_viz.report.pages import Counts, certainty, depth_rows, finding, layer_rows
-from prune_viz.runs.decisions_json import Predicted
+from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.report_files import NEW_REPORT, OLD_REPORT, remove_report
 from prune_viz.runs.run_directory import LayerTensors, RunDirectory
+from prune_viz.runs.verdicts import Verdict
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.progress import Progress
 
@@ -388,7 +389,7 @@ def test_a_large_response_matrix_is_averaged(tmp_path: Path) -> None:
 
 
 def card(number: int, verdict: str = "keep", activation: float = 1.0, cluster: int = -1) -> FilterCard:
-    return FilterCard(number, verdict, activation, 0.5, 0.1, cluster, "")
+    return FilterCard(number, Verdict(verdict), activation, 0.5, 0.1, cluster, "")
 
 
 def test_gallery_is_ordered_by_cluster_then_activation() -> None:
@@ -423,9 +424,10 @@ def test_the_map_of_the_network_shows_every_filter_once(run: RunDirectory) -> No
     page = map_drawing.draw_map(rows, filters)
     assert page is not None
     for dots in page.layers:
-        found = [dots.keep.count("h0"), dots.redundant.count("z"), dots.dead.count("m0-")]
-        assert found == [dots.row.counts.keep, dots.row.counts.redundant, dots.row.counts.dead]
-    steps = re.findall(r"[Mm](-?\d+) ?(-?\d+)h0", page.layers[0].keep)  # from each dot to the next
+        for verdict, end in zip(Verdict, ("h0", "z", "m0-"), strict=True):
+            assert dots.paths.get(verdict, "").count(end) == dots.row.counts[verdict]
+    kept_dots = page.layers[0].paths[Verdict.KEEP]
+    steps = re.findall(r"[Mm](-?\d+) ?(-?\d+)h0", kept_dots)  # from each dot to the next
     places = np.cumsum(np.array(steps, dtype=int), axis=0)
     assert (places >= 0).all()
     assert (places <= [page.width, page.height]).all()
@@ -539,7 +541,7 @@ def test_stimuli_by_depth_are_spread_over_the_network_and_kept() -> None:
             LayerRecord(f"l{i}", "", 20, i, None, (8, 8), None, f"layers/{i}.safetensors"),
             i,
             "",
-            Counts(20, 0, 0),
+            Counts({Verdict.KEEP: 20, Verdict.REDUNDANT: 0, Verdict.DEAD: 0}),
         )
         for i in range(30)
     ]
@@ -566,25 +568,25 @@ def test_certainty_tells_the_worst_rebuilt_and_the_whole_damage() -> None:
     table = pd.DataFrame(
         {"verdict": ["redundant", "redundant", "dead", "keep"], "score": [0.9991, 0.99123, np.nan, 0.2]}
     )
-    told = certainty(table, Predicted(0.0045, "nats"))
+    told = certainty(table, Damage(0.0045, Unit.NATS))
     assert "R² of at least 0.9912." in told
     assert told.endswith("move the output by 0.0045\u202fnats.")
     assert "R² of 0.9991." in certainty(table.iloc[[0, 3]], None)
-    assert certainty(table.iloc[[3]], Predicted(0.0, "nats")) == ""
-    assert "move what reads the filters by 10\u202f%" in certainty(table, Predicted(0.1, "readers"))
+    assert certainty(table.iloc[[3]], Damage(0.0, Unit.NATS)) == ""
+    assert "move what reads the filters by 10\u202f%" in certainty(table, Damage(0.1, Unit.READERS))
 
 
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [
-        (Counts(5, 0, 0), "Each of the 5 filters does something that no other does."),
-        (Counts(4, 1, 0), "1 of 5 filters can go: it repeats what other filters compute."),
-        (Counts(2, 0, 3), "3 of 5 filters can go: they do nothing."),
-        (Counts(2, 2, 1), "3 of 5 filters can go: 2 repeat what other filters compute and 1 does nothing."),
+        ((5, 0, 0), "Each of the 5 filters does something that no other does."),
+        ((4, 1, 0), "1 of 5 filters can go: it repeats what other filters compute."),
+        ((2, 0, 3), "3 of 5 filters can go: they do nothing."),
+        ((2, 2, 1), "3 of 5 filters can go: 2 repeat what other filters compute and 1 does nothing."),
     ],
 )
-def test_finding(counts: Counts, sentence: str) -> None:
-    assert finding(counts) == sentence
+def test_finding(counts: tuple[int, ...], sentence: str) -> None:
+    assert finding(Counts(dict(zip(Verdict, counts, strict=True)))) == sentence
 
 
 @pytest.mark.parametrize(
@@ -612,16 +614,16 @@ def test_printable(text: str, shown: str) -> None:
         (wording.quantity(9216), "9,216"),
         (wording.quantity(999_960), "1.00 M"),
         (wording.saving(100, 88), "\u221212.0 %"),
-        (wording.saving(100_000, 99_994), "\u22120.0060 %"),
+        (wording.saving(100_000, 99_994), "\u22120.006 %"),
         (wording.saving(5, 5), "0 %"),
         (wording.r_squared(0.99999), ">0.9999"),
         (wording.r_squared(1.0), "1.0000"),
         (wording.r_squared(float("nan")), "\u2013"),
-        (wording.damage(0.0123), "1.2 %"),
-        (wording.damage(1e-5), "0.0010 %"),
-        (wording.damage(0.0123, "nats"), "0.012 nats"),
-        (wording.damage(1e-12, "nats"), "0 nats"),
-        (wording.damage(1e-9), "<0.0001 %"),
+        (wording.damage(0.0123, Unit.READERS), "1.2 %"),
+        (wording.damage(1e-5, Unit.OUTPUT), "0.001 %"),
+        (wording.damage(0.0123, Unit.NATS), "0.012 nats"),
+        (wording.damage(1e-12, Unit.NATS), "under 1e-9 nats"),
+        (wording.damage(1e-9, Unit.READERS), "under 0.0001 %"),
         (wording.activation(1234.5), "1,234"),
         (wording.activation(0.0123), "0.012"),
         (wording.coefficient(-0.49), "\u22120.490"),

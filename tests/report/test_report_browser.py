@@ -12,6 +12,7 @@ from report_fixture import HOSTILE, write_run
 from prune_viz.report import write_report
 from prune_viz.report.wording import printable
 from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.runs.verdicts import Verdict
 
 pytestmark = pytest.mark.browser
 
@@ -109,11 +110,11 @@ def test_choosing_a_thumbnail_goes_to_its_card(run: RunDirectory, watched: Watch
 def test_showing_one_verdict_hides_the_others(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_pages(run)[2])
     shown = "() => Array.from(document.querySelectorAll('.card')).filter(n => n.getClientRects().length)"
-    for verdict in ("keep", "redundant", "dead"):
+    for verdict in Verdict:
         page.locator(".show label", has_text=verdict).click()
         total = page.locator(f".card.{verdict}").count()
         assert total > 0
-        assert page.evaluate(f"({shown})().map(n => n.className)") == [f"card {verdict}"] * total
+        assert page.evaluate(f"({shown})().map(n => n.className)") == [f"card {verdict.classes}"] * total
     assert page.locator("#redundant-2").is_hidden()
     assert page.locator("#dead-2").is_visible()
     # A link out of the evidence to a hidden card shows all again.

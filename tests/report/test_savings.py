@@ -12,6 +12,7 @@ from prune_viz.pruning.budgets import counts_for_macs, read_rankings
 from prune_viz.report import write_report
 from prune_viz.report.savings import Budget, budgets, default_budget, draw_curve
 from prune_viz.report.wording import magnitude
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.decisions_json import PredictionRecord
 from prune_viz.runs.run_directory import RunDirectory
 
@@ -24,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         replace(order, damage=tuple(1e-6 * 1.3**step for step in range(len(order.channels))))
         for order in decisions.removal_order
     )
-    predicted = PredictionRecord(2e-5, "nats")
+    predicted = PredictionRecord(2e-5, Unit.NATS)
     made.write_decisions(replace(decisions, removal_order=orders, predicted=predicted))
     return made
 
@@ -85,8 +86,8 @@ def test_runs_without_an_order_have_no_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (1e-6, "nats", "10⁻⁶ nats"), (0.01, "nats", "0.01 nats"), (10.0, "nats", "10 nats"),
-        (0.01, "readers", "1 %"), (1e-6, "output", "10⁻⁴ %"),
+        (1e-6, Unit.NATS, "10⁻⁶ nats"), (0.01, Unit.NATS, "0.01 nats"), (10.0, Unit.NATS, "10 nats"),
+        (0.01, Unit.READERS, "1 %"), (1e-6, Unit.OUTPUT, "10⁻⁴ %"),
     ],
 )  # fmt: skip
 def test_magnitudes(value: float, unit: str, text: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import short_conclusions
 from networks import Residual, randomise_norms
 from typer.testing import CliRunner
 
@@ -52,8 +51,7 @@ MOMENTS: dict[str, Change] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "run"
     torch.manual_seed(0)
-    with short_conclusions():
-        pv.analyze(randomise_norms(Residual()), input_shape=(3, 16, 16), steps=3, out=out)
+    pv.analyze(randomise_norms(Residual()), input_shape=(3, 16, 16), steps=3, out=out)
     return out
 
 

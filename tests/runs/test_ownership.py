@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import short_conclusions
 from networks import Plain, randomise_norms
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
@@ -32,8 +31,7 @@ from prune_viz.utils.files import ASIDE
 def _analyze(out: Path, seed: int = 0, **options: object) -> pv.Analysis:
     torch.manual_seed(seed)
     model = randomise_norms(Plain(), seed=seed)
-    with short_conclusions():
-        return pv.analyze(model, input_shape=(3, 16, 16), steps=2, layers=["conv1"], out=out, **options)
+    return pv.analyze(model, input_shape=(3, 16, 16), steps=2, layers=["conv1"], out=out, **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import short_conclusions
 from networks import Residual, randomise_norms
 from typer.testing import CliRunner
 
@@ -32,8 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model.state_dict(), home / "model.pt")
     tests = Path(__file__).parents[1]
     (home / "networks.py").write_text((tests / "networks.py").read_text())
-    with short_conclusions():
-        pv.analyze(model, input_shape=(3, 16, 16), steps=3, out=home / "run")
+    pv.analyze(model, input_shape=(3, 16, 16), steps=3, out=home / "run")
     return home
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import short_conclusions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import Residual, randomise_norms
@@ -50,8 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(model.bn1, name)[5] = getattr(model.bn1, name)[1]
         model.bn1.weight[7], model.bn1.bias[7] = 0.0, -1.0
-    with short_conclusions():
-        pv.analyze(model, input_shape=(3, 16, 16), steps=12, out=home / "run", mean=[0.5] * 3, std=[0.2] * 3)
+    pv.analyze(model, input_shape=(3, 16, 16), steps=12, out=home / "run", mean=[0.5] * 3, std=[0.2] * 3)
     for name in ("run/run.json", "run/decisions.json"):  # fields that this run leaves empty
         content = json.loads((home / name).read_text())
         content.setdefault("stopped_by", "interrupted")

@@ -18,6 +18,7 @@ from prune_viz.channels.coupling import find_groups
 from prune_viz.redundancy.fisher import gather_sensitivities
 from prune_viz.redundancy.gram_matrices import gather_moments, pool_moments, weigh_outputs
 from prune_viz.redundancy.judge import judge, rank
+from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils import scratch_arrays as spill
 from prune_viz.utils.array_files import evict
@@ -97,7 +98,7 @@ def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -
             assert isinstance(moments[0].fit, np.memmap) == (budget is not None)
             weighed = weigh_outputs(model, group, moments, sensitivities, ScratchArrays(budget))
             assert isinstance(weighed[0].energy, np.memmap) == (budget is not None)
-            found, matrix = rank(judge(group, moments), moments, weighed, None, "nats")
+            found, matrix = rank(judge(group, moments), moments, weighed, None, Unit.NATS)
             ranked.append(found)
             pooled.append(np.array(matrix))
         return ranked, pooled
@@ -126,7 +127,6 @@ def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.ablations[number], cost)
 
 
-@pytest.mark.usefixtures("few_probes")
 def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

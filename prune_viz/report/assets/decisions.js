@@ -15,7 +15,7 @@
       const key = group ? group.id + ":" + channel : layer.name + "/" + filter;
       const one = channels.get(key) || { group: group && group.id, size: 0, flagged: false, damage: 0 };
       one.size += 1;
-      one.flagged = one.flagged || verdict !== "k";
+      one.flagged = one.flagged || run.verdicts[verdict][1];
       one.removable = group ? group.removable : one.flagged;
       one.damage = Math.max(one.damage, damage[filter]);
       channels.set(key, one);

@@ -72,7 +72,7 @@
   window.pruneViz = {
     run: run, main: main, place: place, named: named, page: page, link: link, picture: picture, unpack: unpack,
     verdict: function (layer, filter) {
-      return { k: "keep", r: "redundant", d: "dead" }[run.layers[layer].verdicts[filter]];
+      return run.verdicts[run.layers[layer].verdicts[filter]][0];
     },
   };
 })();

@@ -42,9 +42,9 @@
   const inFull = function (number) { return number.toLocaleString("en-US"); };  // as the pages write it
   const percent = function (share) { return (100 * share).toFixed(1) + "\u202f%"; };
   const sized = function (damage) {
-    if (run.unit === "nats") return (damage >= 1e-9 ? Number(damage.toPrecision(2)) : "below 1e-9") + "\u202fnats";
-    const small = damage > 0 && damage < 0.001;
-    return (small ? Number((100 * damage).toPrecision(2)) + "\u202f%" : percent(damage)) + (run.unit === "output" ? " of the output" : " of what reads it");
+    const unit = run.unit, figure = damage * unit.scale;  // written as `prune_viz.runs.damage` does
+    const size = figure && figure < unit.least ? "under " + unit.least : String(Number(figure.toPrecision(2)));
+    return size + "\u202f" + unit.symbol + (unit.of && " " + unit.of);
   };
   const show = function () {
     const now = decisions.totals();

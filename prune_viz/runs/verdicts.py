@@ -1,0 +1,62 @@
+"""The verdicts a filter can have: what each is called, looks like and means, wherever it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a verdict is shown.
+
+    Attributes
+    ----------
+    letter : str
+        One letter for it, unlike any other verdict's, in tables of the report.
+    shape : {"ring", "diamond", "cross"}
+        Its mark, so that colour alone never tells verdicts apart.
+    colour, dark : str
+        Of the mark, ``#rrggbb``, on light and on dark ground.
+    legend : str
+        What it means, in a sentence without its subject, a filter.
+    """
+
+    letter: str
+    shape: str
+    colour: str
+    dark: str
+    legend: str
+
+
+class Verdict(StrEnum):
+    """What was found of a filter; the value is what files hold."""
+
+    KEEP = "keep"
+    REDUNDANT = "redundant"
+    DEAD = "dead"
+
+    @property
+    def look(self) -> Look:
+        """How it is shown."""
+        return _LOOKS[self]
+
+    @property
+    def flagged(self) -> bool:
+        """Whether masks of the run remove filters with this verdict."""
+        return self is not Verdict.KEEP
+
+    @property
+    def classes(self) -> str:
+        """The CSS classes of what is drawn for it: its name and its shape."""
+        return f"{self.value} {self.look.shape}"
+
+
+_LOOKS = {
+    Verdict.KEEP: Look("k", "ring", "#23776f", "#58b3a8", "Does what no other filter of its layer does."),
+    Verdict.REDUNDANT: Look(
+        "r", "diamond", "#a85a06", "#eaa54c", "Filters that stay compute the same, or a mix of them does."
+    ),
+    Verdict.DEAD: Look("d", "cross", "#8a2f55", "#e084ab", "Never changes what the network returns."),
+}
+FLAGGED = tuple(verdict for verdict in Verdict if verdict.flagged)
