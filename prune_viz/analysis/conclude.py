@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
 from prune_viz.analysis.prepare import Prepared
@@ -19,12 +18,13 @@ from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.images import Calibrated, load_probes, save_probes
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.embedding.network_map import embed_network
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.top_patches import find_top_patches, write_top_patches
 from prune_viz.network.calls import blank_input
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
 from prune_viz.redundancy import importance
-from prune_viz.redundancy.gram_matrices import rounds
+from prune_viz.redundancy.gram_matrices import Moments, rounds
 from prune_viz.redundancy.importance import (
     NearInputs,
     calibrated_probes,
@@ -32,16 +32,12 @@ from prune_viz.redundancy.importance import (
     rank_groups,
     sense_output,
 )
+from prune_viz.redundancy.judge import GroupVerdicts
 from prune_viz.redundancy.verdicts import judge_groups, probe_groups, probing_copy
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerFiles, RunDirectory
-from prune_viz.runs.stages import Stages
 from prune_viz.runs.verdicts import Verdict
-from prune_viz.utils.array_files import evict
-from prune_viz.utils.devices import release_memory
 from prune_viz.utils.errors import UserError
-from prune_viz.utils.memory import Budget
-from prune_viz.utils.progress import Progress
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
 
@@ -67,26 +63,20 @@ class Conclusions:
     notes: list[str]
 
 
-def conclude(
-    prepared: Prepared, run: RunDirectory, key: str, stages: Stages, progress: Progress, budget: Budget
-) -> Conclusions:
-    """Probe, judge, rank and embed the filters of layers whose stimuli are in the run directory.
+def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContext) -> Conclusions:
+    """Judge, rank and embed the filters of layers whose stimuli are in the run directory.
 
     Parameters
     ----------
-    subject : Subject
+    prepared : Prepared
         What is analysed.
     run : RunDirectory
         Where stimuli are, and conclusions go.
     key : str
         From `tasks.stimuli_key`.
-    stages : Stages
-        Told how long what takes.
-    progress : Progress
-        Told how the work goes.
-    budget : Budget
-        Memory that may be taken. Groups whose moments do not fit together are judged in turns; of one that
-        does not fit alone they are kept in the run directory meanwhile.
+    context : RunContext
+        What the stages share. Groups whose Gram matrices do not fit the memory together are judged in turns;
+        of one that does not fit alone they are kept in the run directory meanwhile.
 
     Returns
     -------
@@ -97,76 +87,109 @@ def conclude(
     UserError
         If a layer's file is damaged, or the run directory cannot be written.
     """
-    model, network, seed, statistics = prepared.model, prepared.network, prepared.seed, prepared.statistics
-    groups, examples, notes = prepared.groups, prepared.examples, []
+    model, network, groups = prepared.model, prepared.network, prepared.groups
     found = LayerFiles(run, prepared.records)
-    judged = prepared.judged
-    budget = replace(budget, folder=run.path)
-
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        with stages.timed(name):
-            yield
-        release_memory(network.device)
-
-    twin = probing_copy(model, network)
-    calibrated = None
-    if judged:
-        with stage("calibration"):
-            calibrated = _calibrate(twin, prepared, run, found, progress, key, budget)
-    if calibrated is None:
-        run.probes_file.unlink(missing_ok=True)  # an earlier run's
-    near = NearInputs(None if calibrated is None else calibrated.images, examples, seed)
-    with stage("sensitivity"):
-        sensitivities = sense_output(twin, judged, near, progress, budget)
-    verdicts, pooled = judge_groups(groups, {}, Progress()), _squares(judged, budget)
-    for part in rounds(judged, budget.of_host().left() // 2):
-        with stage("probes"):
-            moments = probe_groups(twin, network, part, found, examples, seed, statistics, progress, budget)
-        with stage("verdicts"):
-            verdicts.update(judge_groups(part, moments, progress))
-        with stage("ranking"):
-            known = {} if near.any() else moments
-            del moments  # a square of its channels for every reader of a group
-            measured = measure_groups(twin, part, known, near, sensitivities, progress, budget)
-            ranked = rank_groups(verdicts, measured)
-            del measured
-        verdicts = ranked.verdicts
-        for number, matrix in ranked.moments.items():
-            pooled[number][:] = matrix
-            evict(pooled[number])
-        del ranked
-    unit = sensitivities.unit if sensitivities else Unit.READERS
-    predicted = importance.predictions_on(twin, calibrated)
-    del twin, sensitivities  # what follows needs the room
-    if judged:
-        count = 0 if examples is None else len(examples)
-        notes.append(importance.describe(calibrated, predicted, count, unit))
-    with stage("embedding"):
-        embeddings, places = embed_network(network, prepared.layers, found, seed, progress, budget)
-    if examples is not None:
-        with stage("examples"):
-            parts = find_top_patches(network, prepared.layers, examples, statistics, budget)
+    judged = _judge(prepared, run, found, key, context)
+    notes = [] if judged.basis is None else [judged.basis]
+    with context.stage("embedding"):
+        embeddings, places = embed_network(network, prepared.layers, found, context)
+    if prepared.examples is not None:
+        with context.stage("examples"):
+            parts = find_top_patches(
+                network, prepared.layers, prepared.examples, context.statistics, context.budget
+            )
         if parts is not None:
             write_top_patches(parts, {one.name: one.slug for one in prepared.records}, run.examples_file)
-    table = filter_table(prepared.layers, found, embeddings, places, group_of_layer(groups), verdicts)
+    table = filter_table(prepared.layers, found, embeddings, places, group_of_layer(groups), judged.verdicts)
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
-    masks = masks_of(table, groups, verdicts, counts_of_layers, prepared.origin, unit)
-    masks.probes = near.calibrated
+    masks = masks_of(table, groups, judged.verdicts, counts_of_layers, prepared.origin, judged.unit)
+    masks.probes = judged.probes
     run.write_filters(table)
     macs = count_macs(model, network.input_shape)
-    decisions = decisions_of(table, groups, verdicts, masks, dict(model.named_modules()), macs, unit)
-    run.write_decisions(decisions)
-    run.write_moments(pooled)
+    modules = dict(model.named_modules())
+    run.write_decisions(decisions_of(table, groups, judged.verdicts, masks, modules, macs, judged.unit))
+    run.write_moments(judged.moments)
     write_plain_masks(masks, run.masks_file)
-    with stage("removal"):
+    with context.stage("removal"):
         summary = _summary(prepared, table, masks, notes)
-    provenance = {
-        "calibration": importance.summary(calibrated, predicted),
-        "damage_unit": unit,
-        "summary": summary,
-    }
+    provenance = {"calibration": judged.calibration, "damage_unit": judged.unit, "summary": summary}
     return Conclusions(table, masks, provenance, notes)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Verdicts and what they rest on.
+
+    Attributes
+    ----------
+    verdicts : dict of int to GroupVerdicts
+        By the group's number.
+    moments : dict of int to ndarray
+        Second moments of the groups that were judged.
+    unit : Unit
+        Of damage.
+    probes : Tensor or None
+        Calibrated ones.
+    basis : str or None
+        What the removal order rests on, for people; None where nothing was judged.
+    calibration : dict or None
+        What `run.json` says of the calibration.
+    """
+
+    verdicts: dict[int, GroupVerdicts]
+    moments: dict[int, np.ndarray]
+    unit: Unit
+    probes: Tensor | None
+    basis: str | None
+    calibration: dict[str, Any] | None
+
+
+def _judge(
+    prepared: Prepared, run: RunDirectory, found: LayerFiles, key: str, context: RunContext
+) -> _Judged:
+    """Calibrate, and judge and rank the groups, as many at a time as memory holds."""
+    judged, examples = prepared.judged, prepared.examples
+    twin = probing_copy(prepared.model, prepared.network)
+    calibrated = None
+    if judged:
+        with context.stage("calibration"):
+            calibrated = _calibrate(twin, prepared, run, found, key, context)
+    if calibrated is None:
+        run.probes_file.unlink(missing_ok=True)  # an earlier run's
+    near = NearInputs(None if calibrated is None else calibrated.images, examples, context.seed)
+    with context.stage("sensitivity"):
+        sensitivities = sense_output(twin, judged, near, context)
+    verdicts, moments = judge_groups(prepared.groups, {}, context.quietly()), _squares(judged, context)
+    for part in rounds(judged, context.host_memory() // 2):
+        some, probed = _judge_on_probes(twin, prepared, part, found, near, context)
+        verdicts.update(some)
+        with context.stage("ranking"):
+            measured = measure_groups(twin, part, probed, near, sensitivities, context)
+            ranked = rank_groups(verdicts, measured)
+            verdicts = ranked.verdicts
+            for number, matrix in ranked.moments.items():
+                moments[number][:] = matrix
+    unit = sensitivities.unit if sensitivities else Unit.READERS
+    predicted = importance.predictions_on(twin, calibrated)
+    count = 0 if examples is None else len(examples)
+    basis = importance.describe(calibrated, predicted, count, unit) if judged else None
+    return _Judged(verdicts, moments, unit, near.calibrated, basis, importance.summary(calibrated, predicted))
+
+
+def _judge_on_probes(
+    twin: nn.Module,
+    prepared: Prepared,
+    groups: Sequence[CouplingGroup],
+    found: LayerFiles,
+    near: NearInputs,
+    context: RunContext,
+) -> tuple[dict[int, GroupVerdicts], dict[int, list[Moments]]]:
+    """Verdicts of some groups on noise and stimuli, and their moments there where nothing nearer is known."""
+    with context.stage("probes"):
+        moments = probe_groups(twin, prepared.network, groups, found, prepared.examples, context)
+    with context.stage("verdicts"):
+        verdicts = judge_groups(groups, moments, context)
+    return verdicts, {} if near.any() else moments
 
 
 def _calibrate(
@@ -174,28 +197,25 @@ def _calibrate(
     prepared: Prepared,
     run: RunDirectory,
     found: LayerFiles,
-    progress: Progress,
     key: str,
-    budget: Budget,
+    context: RunContext,
 ) -> Calibrated | None:
     """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
     parts = [key, list(found), synthetic_images.settings()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     calibrated = load_probes(run.probes_file, key)
     if calibrated is None:
-        shape, statistics = prepared.network.input_shape, prepared.statistics
-        calibrated = calibrated_probes(twin, found, shape, prepared.seed, statistics, progress, budget)
+        calibrated = calibrated_probes(twin, found, prepared.network.input_shape, context)
         if calibrated is not None:
             save_probes(calibrated, run.probes_file, key)
     return calibrated
 
 
-def _squares(groups: Sequence[CouplingGroup], budget: Budget) -> dict[int, np.ndarray]:
+def _squares(groups: Sequence[CouplingGroup], context: RunContext) -> dict[int, np.ndarray]:
     """Room for each group's pooled moments, (channels + 1, channels + 1), all in one array."""
     sides = {group.number: group.channels + 1 for group in groups}
-    whole = ScratchArrays(budget).zeros([sum(side**2 for side in sides.values())], np.float32)
+    whole = ScratchArrays(context.budget).zeros([sum(side**2 for side in sides.values())], np.float32)
     whole[:] = 0  # taken now, so that what is left is known
-    evict(whole)
     ends = np.cumsum([side**2 for side in sides.values()])
     return {
         number: whole[end - side**2 : end].reshape(side, side)

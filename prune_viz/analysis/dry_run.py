@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.analysis.stage_costs import estimate_conclusions
-from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration.synthetic_images import probes_for
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.executors import LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
+from prune_viz.execution.run_context import RunContext
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, task_filters
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
@@ -106,27 +107,17 @@ class Estimate:
         }  # fmt: skip
 
 
-def estimate_run(
-    prepared: Prepared,
-    settings: StimulusSettings,
-    memory: int | None,
-    workers: int | None,
-    progress: Progress,
-) -> Estimate:
+def estimate_run(prepared: Prepared, options: AnalysisOptions, progress: Progress) -> Estimate:
     """What an analysis on this machine would take.
 
     Parameters
     ----------
-    subject : Subject
+    prepared : Prepared
         What would be analysed.
-    settings : StimulusSettings
-        What stimuli depend on.
-    memory : int or None
-        Bytes that the search may take.
-    workers : int or None
-        Tasks at a time.
+    options : AnalysisOptions
+        What is asked of the analysis.
     progress : Progress
-        Told how the trial goes.
+        Shows how the trial goes.
 
     Raises
     ------
@@ -134,16 +125,13 @@ def estimate_run(
         If the memory does not suffice for one filter.
     """
     network, layers = prepared.network, prepared.layers
-    plan = MemoryPlan(network, memory, workers)
-    judged = prepared.judged
+    plan = MemoryPlan(network, options.memory, options.workers)
+    judged, settings = prepared.judged, options.stimulus_settings(prepared.statistics)
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
     twin = probing_copy(prepared.model, network)
-    examples = 0 if prepared.examples is None else len(prepared.examples)
-    noise = calibration_images.noise_count(prepared.statistics)
-    seconds.update(
-        estimate_conclusions(twin, network, layers, judged, prepared.seed, examples, noise, plan.budget)
-    )
+    context = RunContext(options.seed, prepared.statistics, plan.budget)
+    seconds.update(estimate_conclusions(twin, prepared, context))
     disk = disk_bytes(layers, network.input_shape, judged, seconds.get("calibration", 0) > 0)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 

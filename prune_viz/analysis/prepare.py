@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.channels import coupling
 from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
@@ -43,8 +43,6 @@ class Prepared:
         What is known of the model's inputs.
     examples : Tensor or None, shape (N, C, *size)
         The user's images, in the model's own input units.
-    seed : int
-        Of all that is random.
     origin : Origin
         What model it is.
     notes : list of str
@@ -58,7 +56,6 @@ class Prepared:
     groups: list[CouplingGroup]
     statistics: InputStatistics | None
     examples: Tensor | None
-    seed: int
     origin: Origin
     notes: list[str]
 
@@ -71,41 +68,39 @@ class Prepared:
 
 def prepare(
     model: nn.Module,
-    input_shape: Sequence[int],
-    *,
-    layers: Sequence[str],
-    canvas: int | None,
-    seed: int,
-    device: str,
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-    data: str | Path | None,
-    out: str | Path | None,
-    file_sha256: str | None,
+    options: AnalysisOptions,
+    out: str | Path | None = None,
+    file_sha256: str | None = None,
 ) -> Prepared:
-    """Make a model ready for its analysis; parameters and errors are those of `analyze`.
+    """Make a model ready for its analysis; errors are those of `analyze`.
 
     Parameters
     ----------
-    file_sha256 : str or None
+    model : nn.Module
+        The network.
+    options : AnalysisOptions
+        What is asked of the analysis.
+    out : path, optional
+        The run directory.
+    file_sha256 : str, optional
         SHA-256 of the file that the model came from, if it did.
     """
     check_finite(model)
-    if canvas is not None and canvas < 1:
-        raise UserError(f"--canvas must be at least 1, not {canvas}")
-    network = FilterNetwork(model, input_shape, canvas, pick_device(device))
+    network = FilterNetwork(model, options.input_shape, options.canvas, pick_device(options.device))
     if network.overflowing:
         raise UserError(
             f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
         )
-    chosen = select_layers(network.layers, layers)
-    statistics, examples, unread = read_inputs(network.input_shape, mean, std, data, out)
+    chosen = select_layers(network.layers, options.layers)
+    statistics, examples, unread = read_inputs(
+        network.input_shape, options.mean, options.std, options.data, out
+    )
     groups, notes = _couple(model, network)
     tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     weights = hash_model(model)
     return Prepared(
-        model, network, chosen, records, groups, statistics, examples, seed,
+        model, network, chosen, records, groups, statistics, examples,
         Origin(file_sha256 or weights, weights), notes + unread,
     )  # fmt: skip
 

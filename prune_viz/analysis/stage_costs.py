@@ -9,14 +9,14 @@ from functools import partial
 import numpy as np
 from torch import Tensor, nn
 
+from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.images import BATCH, Start, natural_noise, probe_size
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, probes_for
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
-from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.network.layers import Layer
 from prune_viz.redundancy import importance
 from prune_viz.redundancy.fisher import gather_sensitivities
 from prune_viz.redundancy.gram_matrices import gather_moments, rounds
@@ -29,45 +29,28 @@ TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed
 FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
 
 
-def estimate_conclusions(
-    twin: nn.Module,
-    network: FilterNetwork,
-    layers: Sequence[Layer],
-    judged: Sequence[CouplingGroup],
-    seed: int,
-    examples: int,
-    noise_probes: int,
-    budget: Budget,
-) -> dict[str, float]:
+def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContext) -> dict[str, float]:
     """Seconds of what follows the stimuli, by stage.
 
     Parameters
     ----------
     twin : nn.Module
         The network to run probes through (`verdicts.probing_copy`).
-    network : FilterNetwork
-        The prepared network.
-    layers : sequence of Layer
-        Those that are analysed.
-    judged : sequence of CouplingGroup
-        Groups that would be judged.
-    seed : int
-        Seed of inputs made for the trial.
-    examples : int
-        How many images of the user's there are.
-    noise_probes : int
-        How many pictures of noise are probes.
-    budget : Budget
-        Memory that may be taken.
+    prepared : Prepared
+        What would be analysed.
+    context : RunContext
+        What the stages of the run would share.
     """
-    filters = sum(layer.filters for layer in layers)
+    network, judged, budget = prepared.network, prepared.judged, context.budget
+    examples = 0 if prepared.examples is None else len(prepared.examples)
+    filters = sum(layer.filters for layer in prepared.layers)
     found = {"embedding and report": FIXED_SECONDS + SECONDS_PER_FILTER * filters}
     if not judged:
         return found
     channels, *extents = network.input_shape
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
     size = probe_size(twin, network.input_shape, largest)
-    noise = natural_noise((channels, *size), BATCH, seed, None)
+    noise = natural_noise((channels, *size), BATCH, context.seed, None)
     judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
 
     def probe(images: Tensor, count: float) -> float:
@@ -76,22 +59,23 @@ def estimate_conclusions(
         def turn(part: Sequence[CouplingGroup], times: int) -> None:
             gather_moments(twin, part, lambda: [(images, False)] * times, budget)
 
-        parts = rounds(judged, budget.of_host().left() // 2)
+        parts = rounds(judged, context.host_memory() // 2)
         return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
 
-    found["probes"] = probe(noise, filters + noise_probes + examples)
+    found["probes"] = probe(noise, filters + calibration_images.noise_count(context.statistics) + examples)
     widest = importance.WIDEST[len(extents)]
     size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
     count, images = probes_for(size), tile(noise, size)
     near = count * VARIANTS
-    found["calibration"] = _calibration_seconds(twin, images, seed, count, budget)
+    found["calibration"] = _calibration_seconds(twin, images, count, context)
     if found["calibration"]:
         large = (
             tile(noise, enlarged(size))
             if calibration_images.runs_on(twin, channels, enlarged(size))
             else images
         )
-        sensed = _seconds(lambda: gather_sensitivities(twin, judged, lambda: [images, large], seed, budget))
+        seed, batches = context.seed, [images, large]
+        sensed = _seconds(lambda: gather_sensitivities(twin, judged, lambda: batches, seed, budget))
         found["sensitivity"] = sensed / 2 / BATCH * (importance.SENSED * count + examples)
         found["ranking"] = probe(images, near / 2 + examples) + probe(large, near / 2)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
@@ -99,19 +83,19 @@ def estimate_conclusions(
     return found
 
 
-def _calibration_seconds(twin: nn.Module, images: Tensor, seed: int, count: int, budget: Budget) -> float:
+def _calibration_seconds(twin: nn.Module, images: Tensor, count: int, context: RunContext) -> float:
     """Seconds of calibrating so many probes; 0 where none can be."""
 
     def passes(number: int) -> None:
-        calibrate(twin, [Start(images)], seed=seed, passes=number, budget=budget)
+        calibrate(twin, [Start(images)], context, passes=number)
 
-    if calibrate(twin, [Start(images)], seed=seed, passes=1, budget=budget) is None:
+    if calibrate(twin, [Start(images)], context, passes=1) is None:
         return 0.0
     return _seconds_of_many(passes, synthetic_images.PASSES) * count / len(images)
 
 
 def _judging_seconds(
-    twin: nn.Module, judged: Sequence[CouplingGroup], noise: Tensor, budget: Budget
+    twin: nn.Module, judged: Sequence[CouplingGroup], noise: Tensor, budget: Budget | None
 ) -> Callable[[int], float]:
     """Seconds of judging a group by its channels, from judging a small and a larger one."""
     sizes = sorted(

@@ -31,13 +31,12 @@ from prune_viz.calibration.losses import (
     pool,
     total_error,
 )
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization import priors
 from prune_viz.feature_visualization.optimiser import roll, unit
 from prune_viz.feature_visualization.priors import are_photographs, make_prior, scene_exponent
-from prune_viz.network.inputs import InputStatistics
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
-from prune_viz.utils.memory import Budget, RowLimit, even_parts
-from prune_viz.utils.progress import Progress
+from prune_viz.utils.memory import RowLimit, even_parts
 
 ALGORITHM = 1  # raised with every change after which calibration images come out differently
 PROBES = 96  # of `POSITIONS` pixels; of smaller ones more
@@ -64,12 +63,8 @@ def settings() -> list[object]:
 def calibrate(
     model: nn.Module,
     starts: Sequence[Start],
-    *,
-    seed: int = 0,
-    statistics: InputStatistics | None = None,
+    context: RunContext | None = None,
     passes: int = PASSES,
-    budget: Budget | None = None,
-    progress: Progress | None = None,
 ) -> Calibrated | None:
     """Move inputs until the batch norms of a network see their running statistics.
 
@@ -83,16 +78,12 @@ def calibrate(
     starts : sequence of Start
         Where the probes start, kind by kind. Every kind is brought to that of `CONTRASTS` at which the batch
         norms see what is nearest to their statistics.
-    seed : int
-        Seed of the jitter.
-    statistics : InputStatistics, optional
-        What is known of the model's inputs.
+    context : RunContext, optional
+        What the stages of a run share: its seed, of the jitter; its memory: where a batch does not fit, it
+        runs through the network in parts, twice; its progress, advanced by every probe that is moved, and at
+        the end by those that need not be.
     passes : int
         How often each probe is moved, at most.
-    budget : Budget, optional
-        Memory that may be taken. Where a batch does not fit, it runs through the network in parts, twice.
-    progress : Progress, optional
-        Advanced by every probe that is moved, and at the end by those that need not be.
 
     Returns
     -------
@@ -101,7 +92,7 @@ def calibrate(
         meets values that are not finite.
     """
     device = next(model.parameters()).device
-    settings = starts, seed, statistics, passes, budget, progress or Progress()
+    settings = starts, context or RunContext(), passes
     for classes in (True, False):  # a head may let no gradient through where the batch norms before it do
         found = with_fewer(partial(_calibrate, model, *settings, classes), BATCH, device)
         if found is not None:
@@ -112,26 +103,25 @@ def calibrate(
 def _calibrate(
     model: nn.Module,
     starts: Sequence[Start],
-    seed: int,
-    statistics: InputStatistics | None,
+    context: RunContext,
     passes: int,
-    budget: Budget | None,
-    progress: Progress,
     classes: bool,
     most: int,
 ) -> Calibrated | None:
     device = next(model.parameters()).device
     kinds = [kind for kind in starts if len(kind.images)]
     count, shape = sum(len(kind.images) for kind in kinds), kinds[0].images.shape[1:]
-    prior = make_prior("natural", shape[0], tuple(shape[1:]), device, statistics, scene_exponent(shape))
-    random = torch.Generator().manual_seed(seed)
+    prior = make_prior(
+        "natural", shape[0], tuple(shape[1:]), device, context.statistics, scene_exponent(shape)
+    )
+    random = torch.Generator().manual_seed(context.seed)
     photographs = are_photographs(shape)
 
     def images(chunk: Tensor, contrast: float) -> Tensor:
         return contrast * prior.colour(chunk)
 
     with Watched(model, classes) as watched:
-        rows = RowLimit(budget, watched.see, backward=True).rows(shape, most)
+        rows = RowLimit(context.budget, watched.see, backward=True).rows(shape, most)
         parts: list[_Part] = []
         for kind in kinds:
             white = unit(prior.whiten(kind.images.float().to(device)).flatten(1)) * math.sqrt(shape.numel())
@@ -158,12 +148,12 @@ def _calibrate(
                     return None
                 known[index] = found[0].means().detach()
                 stepper.step(torch.autograd.grad(moved, free, found[1])[0], rate)
-                progress.advance(len(part.white))
+                context.progress.advance(len(part.white))
             distances.append(_distance(known, shares))
             if not math.isfinite(distances[-1]):
                 return None
             if _settled(distances):
-                progress.advance(count * (passes - number - 1))
+                context.progress.advance(count * (passes - number - 1))
                 break
         ends = [images(part.white, part.contrast) for part in parts]
         held = _held(watched, parts, ends, rows)

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -154,7 +154,9 @@ def analyze(
 
     from prune_viz.analysis import analyze as run_analysis
     from prune_viz.analysis import estimate as estimate_analysis
+    from prune_viz.analysis.options import OptionFields
     from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
+    from prune_viz.feature_visualization.stimuli import STEPS
     from prune_viz.loading.architectures import default_normalisation
 
     silent = quiet or as_json
@@ -163,37 +165,20 @@ def analyze(
     shape = input_shape_of(checkpoint)
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
-    options: dict[str, Any] = {
-        "input_shape": shape,
-        "mean": normalisation[0],
-        "std": normalisation[1],
-        "data": data,
-        "out": out,
-        "layers": layers or (),
-        "prior": prior.value,
-        "canvas": canvas,
-        "seed": seed,
-        "device": device,
-        "workers": workers,
-        "memory": budget,
-        "progress": make_progress(silent),
-        **({} if steps is None else {"steps": steps}),
-    }
+    options = OptionFields(
+        input_shape=shape, layers=layers or (), prior=prior.value, steps=steps or STEPS, canvas=canvas,
+        seed=seed, device=device, mean=normalisation[0], std=normalisation[1], data=data,
+        engine=engine.value, workers=workers, gpus_per_task=gpus_per_task, memory=budget,
+    )  # fmt: skip
+    progress = make_progress(silent)
     if dry_run:
-        if engine is not EngineName.local:
-            raise UserError("--dry-run tells what a run on this machine takes: leave out --engine")
-        estimate = estimate_analysis(checkpoint.model, **options)
+        estimate = estimate_analysis(checkpoint.model, out=out, progress=progress, **options)
         if as_json:
             print(json.dumps(estimate.as_json()))
         print_estimate(estimate, make_console(silent))
         return
     result = run_analysis(
-        checkpoint.model,
-        engine=engine.value,
-        gpus_per_task=gpus_per_task,
-        fresh=fresh,
-        source=checkpoint.source,
-        **options,
+        checkpoint.model, out=out, fresh=fresh, progress=progress, source=checkpoint.source, **options
     )
     if as_json:
         print(json.dumps({**result.summary, "out": str(out)}))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from prune_viz.runs.verdicts import Verdict
 from prune_viz.utils.errors import IncompleteError, RunInterruptedError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def make_progress(silent: bool = False) -> Progress:
 def print_summary(result: Analysis, out: Path, console: Console) -> None:
     """Print what an analysis found, what it would save, what it took and where things lie."""
     from prune_viz.runs.run_directory import RunDirectory
+    from prune_viz.runs.verdicts import Verdict
 
     summary: Mapping[str, Any] = result.summary
     run = RunDirectory(out)

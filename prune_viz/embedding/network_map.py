@@ -21,13 +21,13 @@ from prune_viz.embedding.features import (
     response_profiles,
 )
 from prune_viz.embedding.layer_map import Embedding, draw_map, embed, join, set_apart
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
 from prune_viz.feature_visualization.responses import map_norms
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.memory import Budget
-from prune_viz.utils.progress import Progress
 
 COMMON_STIMULI = 384  # about; that all filters are shown
 PICTURE_SHARE = 0.3  # of the squared distance between unrelated filters
@@ -39,9 +39,7 @@ def embed_network(
     network: FilterNetwork,
     layers: Sequence[Layer],
     found: Mapping[str, LayerTensors],
-    seed: int,
-    progress: Progress | None = None,
-    budget: Budget | None = None,
+    context: RunContext,
 ) -> tuple[dict[str, Embedding], dict[str, np.ndarray]]:
     """Embed each layer's filters, and those of all layers together.
 
@@ -53,12 +51,9 @@ def embed_network(
         Which layers, in order of depth.
     found : mapping of str to LayerTensors
         Their stimuli and responses, each read once.
-    seed : int
-        Of the maps and of the sample that all filters are shown.
-    progress : Progress, optional
-        Told about one step a layer, and one for the whole network.
-    budget : Budget, optional
-        Memory that may be taken.
+    context : RunContext
+        What the stages of a run share. Its seed is that of the maps and of the sample that all filters are
+        shown; its progress takes one step a layer and one for the whole network.
 
     Returns
     -------
@@ -67,7 +62,7 @@ def embed_network(
     positions : dict of str to ndarray, shape (F, 2)
         Each layer's filters on the map of the network.
     """
-    progress = progress or Progress()
+    seed, progress = context.seed, context.progress
     progress.start("embedding", len(layers) + 1)
     quota = -(-COMMON_STIMULI // max(len(layers), 1))
     random = np.random.default_rng(seed)
@@ -87,7 +82,7 @@ def embed_network(
     progress.note("the whole network")
     names = [layer.name for layer in layers]
     if shown:
-        profiles = common_profiles(network, names, shown, budget)
+        profiles = common_profiles(network, names, shown, context.budget)
         answers = [profiles.pop(name)[there] for name, there in zip(names, live, strict=True)]
         positions = set_apart(place_filters(pictures, answers, seed), np.concatenate(live))
     else:

@@ -15,7 +15,7 @@ import torch
 from prune_viz.execution.task_results import TaskResults
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.runs.log import RunLog
+from prune_viz.runs.stages import Log
 from prune_viz.utils.devices import one_thread_each, release_memory
 from prune_viz.utils.errors import IncompleteError, UserError, few, one_line
 from prune_viz.utils.progress import Progress
@@ -92,7 +92,7 @@ class LocalEngine:
 
 
 def run_tasks(
-    tasks: Sequence[Task], results: TaskResults, engine: Engine, log: RunLog, advance: Callable[[Task], None]
+    tasks: Sequence[Task], results: TaskResults, engine: Engine, log: Log, advance: Callable[[Task], None]
 ) -> None:
     """Have all tasks done that are not done yet; one that fails does not keep others from it.
 
@@ -104,7 +104,7 @@ def run_tasks(
         Where results go.
     engine : Engine
         Where they are done.
-    log : RunLog
+    log : Log
         Told of each.
     advance : callable
         Told of each that is done.

@@ -122,12 +122,20 @@ class TaskResult:
     worker: str = ""
 
 
-def stimuli_key(provenance: Mapping[str, Any]) -> str:
-    """Digest of what all stimuli of a run depend on, from its `run.json`."""
-    model, options = provenance["model"], provenance["options"]
+def stimuli_key(provenance: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Digest of what all stimuli of a run depend on.
+
+    Parameters
+    ----------
+    provenance : mapping
+        The run's `run.json`.
+    options : mapping
+        Of its options, those on which stimuli depend (`prune_viz.analysis.options.AnalysisOptions`).
+    """
+    model = provenance["model"]
     parts = {
         "model": [model[name] for name in _MODEL],
-        "options": [options["prior"], options["steps"], options["canvas"], options["device"]],
+        "options": dict(options),
         "inputs": provenance["inputs"],
         "seed": provenance["seed"],
         "versions": [__version__, provenance["versions"]["torch"]],

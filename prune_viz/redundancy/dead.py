@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from prune_viz.redundancy.gram_matrices import Moments
-from prune_viz.utils.array_files import evict
 
 _SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
 _CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
@@ -25,7 +24,6 @@ def dead_kinds(readers: Sequence[Moments]) -> list[str]:
     energy = np.zeros(len(silent))
     for reader in readers:
         energy += np.diag(reader.energy)
-        evict(reader.energy)
     deviation = np.sqrt(np.max([reader.variance for reader in readers], axis=0))
     mean = np.max([np.abs(reader.mean) for reader in readers], axis=0)
     typical = float(np.median(deviation))

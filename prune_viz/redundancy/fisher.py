@@ -20,7 +20,6 @@ from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.adapters import channel_axis, count_outputs
 from prune_viz.network.outputs import are_probabilities, class_probabilities
 from prune_viz.runs.damage import Unit
-from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import is_out_of_memory, with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.nested_tensors import tensors_of
@@ -180,7 +179,6 @@ class _Watch:
             rows = gradient.movedim(self.axis, -1).flatten(0, -2)
             self.given += (rows.T @ rows).cpu().double().numpy()
             self.reached = True
-            evict(self.given)
 
         if output.requires_grad:
             output.register_hook(add)  # type: ignore[no-untyped-call]
@@ -189,7 +187,6 @@ class _Watch:
         """Turn sums over so many inputs into means; whether a gradient came here, and all are finite."""
         self.given /= max(count, 1)
         finite = bool(np.isfinite(self.given).all())
-        evict(self.given)
         return self.reached and finite
 
     def remove(self) -> None:

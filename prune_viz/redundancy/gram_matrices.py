@@ -28,7 +28,6 @@ from prune_viz.network.adapters import (
     is_strided_back,
     is_transposed,
 )
-from prune_viz.utils.array_files import evict
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.scratch_arrays import ScratchArrays
@@ -107,7 +106,6 @@ class _Watch:
         rows = F.pad(samples.double(), (0, 1), value=self.constant)
         half = int(held_out)
         self.sums[half] += (rows.T @ rows).cpu().numpy()
-        evict(self.sums)
         self.counts[half] += len(rows)
         axis = channel_axis(module)
         values = output.detach().movedim(axis, -1).flatten(0, -2).double()
@@ -139,7 +137,6 @@ class _Watch:
         output_variance = float((means[1] - means[0] ** 2).clip(min=0).sum())
         self.sums /= self.counts.clip(min=1)[:, None, None]
         self.energies[0], self.energies[1] = _energies(self.module, self.columns)
-        evict(self.sums)
         return Moments(
             self.places.module,
             self.sums[0],
@@ -202,8 +199,6 @@ def weigh_outputs(
         root = torch.from_numpy(np.sqrt(values.clip(min=0))[:, None] * vectors.T)
         columns = _columns(places, group.channels)
         energies[0], energies[1] = _energies(modules[places.module], columns, root)
-        evict(energies)
-        evict(sensitivities[places.module])
         weighed.append(replace(found, energy=energies[0], smooth_energy=energies[1], unit=2.0))
     return weighed
 
@@ -250,8 +245,6 @@ def _pool_into(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> None:
     first *= counting[0]
     for share, other in zip(counting[1:], others, strict=True):
         first += share * other
-        evict(other)
-    evict(first)
 
 
 def _thin(maps: Tensor) -> Tensor:

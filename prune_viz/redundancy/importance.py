@@ -21,7 +21,7 @@ from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.images import BATCH, Calibrated, calibration_starts, probe_size, runs_on, split
 from prune_viz.calibration.synthetic_images import calibrate, enlarged, probes_for, variants
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.network.inputs import InputStatistics
+from prune_viz.execution.run_context import RunContext
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
 from prune_viz.redundancy.dead import are_silent
@@ -32,9 +32,8 @@ from prune_viz.redundancy.sign_pairs import weight_signs
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.devices import with_fewer
-from prune_viz.utils.memory import Budget
 from prune_viz.utils.nested_tensors import tensors_of
-from prune_viz.utils.progress import Progress, counted
+from prune_viz.utils.progress import counted
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
@@ -120,10 +119,7 @@ def calibrated_probes(
     model: nn.Module,
     layers: Mapping[str, LayerTensors],
     input_shape: Sequence[int],
-    seed: int,
-    statistics: InputStatistics | None,
-    progress: Progress,
-    budget: Budget | None = None,
+    context: RunContext,
 ) -> Calibrated | None:
     """Calibrate probes that start from dead leaves and from the stimuli of the deep layers.
 
@@ -135,14 +131,8 @@ def calibrated_probes(
         The layers' stimuli, in order of depth.
     input_shape : sequence of int
         (C, *size).
-    seed : int
-        Seed of all that is random.
-    statistics : InputStatistics or None
-        What is known of the model's inputs.
-    progress : Progress
-        Told how the work goes.
-    budget : Budget, optional
-        Memory that may be taken.
+    context : RunContext
+        What the stages of a run share.
 
     Returns
     -------
@@ -152,10 +142,11 @@ def calibrated_probes(
     channels, *size = input_shape
     widest = WIDEST[len(size)]
     size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
-    starts = calibration_starts(layers, channels, size, probes_for(size), seed, statistics)
-    progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
-    found = calibrate(model, starts, seed=seed, statistics=statistics, budget=budget, progress=progress)
-    progress.finish()
+    count = probes_for(size)
+    starts = calibration_starts(layers, channels, size, count, context.seed, context.statistics)
+    context.progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
+    found = calibrate(model, starts, context)
+    context.progress.finish()
     return found
 
 
@@ -163,8 +154,7 @@ def sense_output(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     near: NearInputs,
-    progress: Progress,
-    budget: Budget | None = None,
+    context: RunContext,
 ) -> Sensitivities | None:
     """How the network's output depends on what the readers of groups give, near the training data.
 
@@ -173,6 +163,7 @@ def sense_output(
     """
     if not groups or not near.any():
         return None
+    progress = context.progress
 
     def batches() -> Iterator[Tensor]:
         examples = [] if near.examples is None else [near.examples]
@@ -184,7 +175,7 @@ def sense_output(
                 progress.advance(len(batch))
         progress.finish()
 
-    return gather_sensitivities(model, groups, batches, near.seed, budget)
+    return gather_sensitivities(model, groups, batches, near.seed, context.budget)
 
 
 def measure_groups(
@@ -193,8 +184,7 @@ def measure_groups(
     known: Mapping[int, Sequence[Moments]],
     near: NearInputs,
     sensitivities: Sensitivities | None,
-    progress: Progress,
-    budget: Budget | None = None,
+    context: RunContext,
 ) -> Measured:
     """Measure groups on probes near the training data.
 
@@ -210,18 +200,16 @@ def measure_groups(
         What is near the training data.
     sensitivities : Sensitivities or None
         From `sense_output`.
-    progress : Progress
-        Told how the work goes.
-    budget : Budget, optional
-        Memory that may be taken.
+    context : RunContext
+        What the stages of a run share.
     """
     norms = norms_behind(model)
     signs = {group.number: weight_signs(model, group, norms) for group in groups}
-    moments, silent = _gather(model, groups, near, progress, budget)
+    moments, silent = _gather(model, groups, near, context)
     moments = moments or {number: list(readers) for number, readers in known.items()}
     if sensitivities is None:
         return Measured(moments, moments, silent, None, Unit.READERS, signs)
-    store = ScratchArrays(budget)
+    store = ScratchArrays(context.budget)
     weighed = {
         group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
         for group in groups
@@ -259,8 +247,7 @@ def _gather(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     near: NearInputs,
-    progress: Progress,
-    budget: Budget | None,
+    context: RunContext,
 ) -> tuple[dict[int, list[Moments]], dict[int, np.ndarray]]:
     """The groups' moments over calibrated probes and examples, and what channels examples leave silent."""
     parts, counts, silent = [], [], {}
@@ -268,16 +255,16 @@ def _gather(
         count = synthetic_images.VARIANTS * len(calibrated)
 
         def moved() -> Iterator[tuple[Tensor, bool]]:
-            return counted(progress, "ranking", _split(near.varied(model)), count)
+            return counted(context.progress, "ranking", _split(near.varied(model)), count)
 
-        parts.append(gather_moments(model, groups, moved, budget))
+        parts.append(gather_moments(model, groups, moved, context.budget))
         counts.append(len(calibrated))
     if (examples := near.examples) is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
-            return counted(progress, "ranking, images", _split([examples]), len(examples))
+            return counted(context.progress, "ranking, images", _split([examples]), len(examples))
 
-        seen = gather_moments(model, groups, shown, budget)
+        seen = gather_moments(model, groups, shown, context.budget)
         silent = {number: are_silent(readers) for number, readers in seen.items()}
         parts.append(seen)
         counts.append(len(examples))

@@ -23,7 +23,6 @@ from prune_viz.redundancy.gram_matrices import Moments
 from prune_viz.redundancy.sign_pairs import last_of_their_sign
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.verdicts import Verdict
-from prune_viz.utils.array_files import evict
 
 TOLERANCE = 1e-3
 _MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on probes
@@ -173,13 +172,11 @@ def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndar
     for index, reader in enumerate(readers):
         energy += reader.energy / reader.unit
         weights[index] = np.trace(reader.energy) / reader.unit
-        evict(reader.energy)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
     fit, held_out = np.zeros(readers[0].fit.shape), np.zeros(readers[0].fit.shape)
     for weight, reader in zip(weights, readers, strict=True):
         fit += weight * reader.fit
         held_out += weight * reader.held_out
-        evict(reader.fit)
     return fit, held_out, energy
 
 
@@ -376,8 +373,6 @@ def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float
         energies = [matrix[np.ix_(removed, removed)] for matrix in (reader.energy, reader.smooth_energy)]
         worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
         total += max(0.0, worst) / reader.unit
-        evict(reader.fit)
-        evict(reader.energy)
     return total
 
 

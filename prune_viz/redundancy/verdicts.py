@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from prune_viz.calibration import images
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.execution.run_context import RunContext
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last
 from prune_viz.network.copies import as_it_was, plain_copy
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.network.inputs import InputStatistics
 from prune_viz.redundancy.gram_matrices import Moments, gather_moments, pool_moments
 from prune_viz.redundancy.judge import GroupVerdicts, judge, judge_unjudged
 from prune_viz.runs.run_directory import LayerTensors
-from prune_viz.utils.memory import Budget
-from prune_viz.utils.progress import Progress, counted
+from prune_viz.utils.progress import counted
 
 
 def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
@@ -42,10 +41,7 @@ def probe_groups(
     groups: Sequence[CouplingGroup],
     layers: Mapping[str, LayerTensors],
     examples: Tensor | None,
-    seed: int,
-    statistics: InputStatistics | None,
-    progress: Progress,
-    budget: Budget | None = None,
+    context: RunContext,
 ) -> dict[int, list[Moments]]:
     """Run stimuli, natural noise and the user's images through a network, and sum groups' moments.
 
@@ -61,14 +57,8 @@ def probe_groups(
         The layers' stimuli.
     examples : Tensor or None, shape (N, C, *size)
         The user's images in the model's own input units. They count for half, however many they are.
-    seed : int
-        Of the noise.
-    statistics : InputStatistics or None
-        What is known of the model's inputs.
-    progress : Progress
-        Told how the work goes.
-    budget : Budget, optional
-        Memory that may be taken.
+    context : RunContext
+        What the stages of a run share.
 
     Returns
     -------
@@ -84,32 +74,32 @@ def probe_groups(
 
     def made() -> Iterator[tuple[Tensor, bool]]:
         stimuli = (layers[name].images for name in layers)
-        batches = images.make_probes(stimuli, network.input_shape[0], size, seed, statistics)
-        return counted(progress, "probes", batches, count + images.noise_count(statistics))
+        batches = images.make_probes(stimuli, network.input_shape[0], size, context.seed, context.statistics)
+        return counted(context.progress, "probes", batches, count + images.noise_count(context.statistics))
 
-    moments = gather_moments(model, groups, made, budget)
+    moments = gather_moments(model, groups, made, context.budget)
     if examples is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
             batches = images.split(examples, examples.shape[2:])
-            return counted(progress, "probes, images", batches, len(examples))
+            return counted(context.progress, "probes, images", batches, len(examples))
 
-        given = gather_moments(model, groups, shown, budget)
+        given = gather_moments(model, groups, shown, context.budget)
         moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}
     return moments
 
 
 def judge_groups(
-    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]], progress: Progress
+    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]], context: RunContext
 ) -> dict[int, GroupVerdicts]:
     """Verdicts of every group, by its number; one that was not probed is kept."""
-    progress.start("verdicts", len(groups))
+    context.progress.start("verdicts", len(groups))
     verdicts = {}
     for group in groups:
         if group.number in moments:
             verdicts[group.number] = judge(group, moments[group.number])
         else:
             verdicts[group.number] = judge_unjudged(group)
-        progress.advance()
-    progress.finish()
+        context.progress.advance()
+    context.progress.finish()
     return verdicts

@@ -12,7 +12,6 @@ from PIL import Image
 
 from prune_viz.feature_visualization.rendering import GREY, colour_axes, draw_pictures
 from prune_viz.network.inputs import InputStatistics
-from prune_viz.utils.array_files import evict
 
 MAX_SIDE = 8192  # browsers and their graphics hardware decode no larger picture reliably
 _CHUNK = 100
@@ -110,7 +109,6 @@ def write_layer_sheets(
     reduced: dict[int, np.ndarray] = {}
     for sheet in plan:
         tiles = draw_pictures(images[list(sheet.filters)], sheet.layout.side, axes, statistics)
-        evict(images)
         write_sheet(folder / sheet.file, tiles, sheet.layout)
         for number, tile in zip(sheet.filters, tiles, strict=True):
             reduced[number] = _reduced(tile, small.layout.side)

@@ -30,7 +30,7 @@ class RunLog:
         self._path = path
         self._begun = False
 
-    def __call__(self, event: str, **told: Any) -> None:
+    def __call__(self, event: str, **fields: Any) -> None:
         """Append an event.
 
         Raises
@@ -38,7 +38,7 @@ class RunLog:
         UserError
             If it cannot be written.
         """
-        line = json.dumps({"time": now(), "event": event, **jsonable(told)})
+        line = json.dumps({"time": now(), "event": event, **jsonable(fields)})
         try:
             with self._path.open("ab+") as stream:
                 if not self._begun and stream.tell() > 0:

@@ -54,7 +54,7 @@ class LayerTensors:
     ----------
     images : ndarray of float16, shape (F, C, *canvas)
         Stimuli in the model's own (normalised) input units. Read from a file they stay there, read-only, and
-        come into memory as they are used, until `array_array_files.evict`.
+        come into memory as they are used, and leave it again (`prune_viz.utils.file_arrays`).
     activations : ndarray of float32, shape (F,)
         L2 norm of each filter's feature map on its own stimulus.
     responses : ndarray of float32, shape (F, F)

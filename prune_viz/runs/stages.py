@@ -28,17 +28,20 @@ def versions() -> dict[str, str]:
     }
 
 
+Log = Callable[..., None]  # writes an event and what belongs to it, as `prune_viz.runs.log.RunLog` does
+
+
 class Stages:
     """Seconds a stage and peak memory up to its end.
 
     Parameters
     ----------
     log : callable, optional
-        Told of each stage that ends.
+        Writes an event, such as the end of a stage, to the run's log.
     """
 
-    def __init__(self, log: Callable[..., None] | None = None) -> None:
-        self._log = log
+    def __init__(self, log: Log | None = None) -> None:
+        self.log: Log = log or (lambda event, **_: None)
         self._seconds: dict[str, float] = {}
         self._peak: dict[str, float] = {}
 
@@ -52,8 +55,7 @@ class Stages:
             seconds = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
             self._peak[name] = peak_mib()
-        if self._log is not None:
-            self._log("stage done", stage=name, seconds=round(seconds, 2), peak_mib=round(peak_mib(), 1))
+        self.log("stage done", stage=name, seconds=round(seconds, 2), peak_mib=round(peak_mib(), 1))
 
     def listed(self) -> list[dict[str, Any]]:
         """A dict a stage, ``name, seconds, peak_mib``, in the order in which they first ran."""

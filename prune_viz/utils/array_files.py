@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from prune_viz.utils.errors import UserError
+from prune_viz.utils.file_arrays import FileArray, release
 from prune_viz.utils.files import MARK, irregularity, written_aside
 
 _CHUNK = 2**25  # bytes of a mapped file that are in memory at a time
@@ -74,7 +74,7 @@ def read_arrays(
     strict : bool
         False: files without a digest count too, as earlier versions wrote them.
     mapped : container of str
-        Names of arrays to be left in the file, read-only; what is used of them is in memory until `evict`.
+        Names of arrays to be left in the file, read-only; as `FileArray`.
         Meanwhile the file may be replaced or removed, but not cut short in place.
 
     Raises
@@ -113,7 +113,7 @@ def _mapped(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    whole = np.memmap(path, np.uint8, "r")
+    whole = FileArray(path, np.uint8, "r")
     arrays = {}
     for name in names:
         begin, end = (8 + length + place for place in header[name]["data_offsets"])
@@ -125,14 +125,7 @@ def batches_of(array: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """So many rows of an array after each other, of what is kept in a file each only meanwhile in memory."""
     for begin in range(0, len(array), count):
         yield array[begin : begin + count]
-        evict(array)
-
-
-def evict(array: np.ndarray) -> None:
-    """Take out of memory what an array keeps in a file, with all else that is mapped with it."""
-    mapping = getattr(array, "_mmap", None)
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
+        release(array)
 
 
 def read_header(path: Path) -> dict[str, str] | None:
@@ -170,4 +163,4 @@ def _chunks(parts: Sequence[np.ndarray]) -> Iterator[memoryview]:
         flat = (part if part.flags.c_contiguous else part.copy()).reshape(-1).view(np.uint8)
         for begin in range(0, len(flat), _CHUNK):
             yield flat[begin : begin + _CHUNK].data
-            evict(part)
+            release(part)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prune_viz.utils.errors import UserError
+from prune_viz.utils.file_arrays import FileArray
 from prune_viz.utils.memory import Budget, in_words
 
 _SHARE = 4  # of what is left of main memory, one part at most is for a single array
@@ -39,7 +40,7 @@ class ScratchArrays:
         self._folder = None if budget is None else budget.folder
 
     def zeros(self, shape: Sequence[int], dtype: type[np.floating] = np.float64) -> np.ndarray:
-        """Zeros; what of a file leaves memory by `array_array_files.evict` comes back when it is used again.
+        """Zeros, in memory or, as a `FileArray`, in a file.
 
         Parameters
         ----------
@@ -63,7 +64,7 @@ class ScratchArrays:
                     os.posix_fallocate(file.fileno(), 0, size)
                 elif shutil.disk_usage(self._folder or tempfile.gettempdir()).free < size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return np.memmap(file, dtype, "r+", shape=tuple(shape))
+                return FileArray(file, dtype, "r+", shape=tuple(shape))
         except OSError as error:
             raise UserError(
                 f"{in_words(size)} that memory does not hold cannot be kept in "

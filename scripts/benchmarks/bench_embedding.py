@@ -43,6 +43,7 @@ from prune_viz.demo.digits import DigitsNet, load_digits, train
 from prune_viz.embedding.features import describe_stimuli, response_profiles
 from prune_viz.embedding.layer_map import embed, find_clusters, joint_features
 from prune_viz.embedding.network_map import embed_network
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.responses import response_matrix
 from prune_viz.feature_visualization.stimuli import as_stored, ascend
 from prune_viz.network.filter_network import FilterNetwork
@@ -233,7 +234,7 @@ def time_network(width: float) -> tuple[int, float]:
         network = FilterNetwork(torchvision.models.mobilenet_v2(width_mult=width), (3, 224, 224))
     found = Synthetic(network.layers)
     started = time.perf_counter()
-    embed_network(network, network.layers, found, seed=0)
+    embed_network(network, network.layers, found, RunContext())
     seconds = time.perf_counter() - started - found.seconds
     return sum(layer.filters for layer in network.layers), seconds
 

@@ -31,6 +31,7 @@ from tables import print_table
 from torch import nn
 from torchvision import models
 
+from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.analysis.prepare import prepare
 from prune_viz.calibration import images as probes
@@ -52,10 +53,7 @@ SHOWN = 8  # of a layer's that are probes
 
 def survey(name: str) -> dict[str, Any]:
     """In a process of its own: a network's size, the layer whose ascents hold most, and its widest group."""
-    prepared = prepare(
-        seeded(name), (3, 224, 224), layers=(), canvas=None, seed=0, device="cpu", mean=None, std=None,
-        data=None, out=None, file_sha256=None,
-    )  # fmt: skip
+    prepared = prepare(seeded(name), AnalysisOptions(input_shape=(3, 224, 224), device="cpu"))
     plan = MemoryPlan(prepared.network, BUDGET, None)
     return {
         "network": name, "layers": len(prepared.layers),

@@ -41,6 +41,7 @@ import prune_viz as pv
 from prune_viz.calibration.images import load_probes
 from prune_viz.channels import coupling
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.execution.run_context import RunContext
 from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.remove import compensate_filters
@@ -48,7 +49,6 @@ from prune_viz.redundancy.elimination import rebuild_all
 from prune_viz.redundancy.importance import NearInputs, measure_groups, sense_output
 from prune_viz.redundancy.judge import combine, order_channels
 from prune_viz.runs.run_directory import RunDirectory
-from prune_viz.utils.progress import Progress
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
@@ -104,8 +104,8 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
         probes = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_moments(), probes)
     near = NearInputs(probes, network.unlabelled, 0)
-    sensed = sense_output(network.model, groups, near, Progress())
-    measured = measure_groups(network.model, groups, {}, near, sensed, Progress())
+    sensed = sense_output(network.model, groups, near, RunContext())
+    measured = measure_groups(network.model, groups, {}, near, sensed, RunContext())
     found = {
         number: order_channels(*combine([reader for reader in readers if reader.output_variance > 0]))
         for number, readers in measured.moments.items()

@@ -20,6 +20,7 @@ from prune_viz.calibration.images import load_probes
 from prune_viz.channels.coupling import find_groups
 from prune_viz.demo.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.execution import tasks
+from prune_viz.execution.run_context import RunContext
 from prune_viz.pruning.masks import load_masks
 from prune_viz.pruning.remove import remove_filters
 from prune_viz.redundancy.importance import NearInputs, measure_groups
@@ -28,7 +29,6 @@ from prune_viz.runs.fingerprint import hash_model
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import ASIDE
-from prune_viz.utils.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_the_users_images_join_the_probes() -> None:
     groups = find_groups(model, torch.zeros(1, 3, 16, 16))
     probes, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
     alone, both, seen = (
-        measure_groups(model, groups, {}, NearInputs(calibrated, examples, 0), None, Progress()).moments
+        measure_groups(model, groups, {}, NearInputs(calibrated, examples, 0), None, RunContext()).moments
         for calibrated, examples in ((probes, None), (probes, images), (None, images))
     )
     for number, readers in both.items():
@@ -319,7 +319,7 @@ def test_the_users_images_join_the_probes() -> None:
             np.testing.assert_allclose(mixed.fit, (one.fit + other.fit) / 2, rtol=1e-6)
             np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
     # Two images leave none to hold out; those that there are count whole.
-    few = measure_groups(model, groups, {}, NearInputs(probes, images[:2], 0), None, Progress()).moments
+    few = measure_groups(model, groups, {}, NearInputs(probes, images[:2], 0), None, RunContext()).moments
     for number, readers in few.items():
         for one, mixed in zip(alone[number], readers, strict=True):
             np.testing.assert_allclose(mixed.held_out, one.held_out, rtol=1e-9)

@@ -23,6 +23,8 @@ from prune_viz.calibration.synthetic_images import calibrate
 from prune_viz.demo.digits import DigitsNet
 from prune_viz.network.tracing import norms_behind
 
+pytestmark = pytest.mark.usefixtures("whole_calibration")
+
 
 def _means(shares: Tensor) -> Means:
     """What probes with these probabilities give a network that hands its input on."""

@@ -22,11 +22,14 @@ from prune_viz.calibration.images import (
 )
 from prune_viz.calibration.losses import Watched
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, variants
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import make_prior, scene_exponent
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils import memory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import Budget, RowBytes
+
+pytestmark = pytest.mark.usefixtures("whole_calibration")
 
 
 def _fed_with(model: nn.Module, images: Tensor) -> nn.Module:
@@ -71,7 +74,7 @@ def _truth(seed: int = 0) -> tuple[nn.Module, Tensor]:
 def test_the_batch_norms_come_to_see_what_they_saw(seed: int) -> None:
     model, images = _truth(seed)
     starts = natural_noise((3, 16, 16), 96, seed=1)
-    found = calibrate(model, [Start(starts)], seed=seed)
+    found = calibrate(model, [Start(starts)], RunContext(seed))
     assert found is not None
     assert found.images.shape == starts.shape
     assert found.distance < 0.1 * found.before
@@ -85,7 +88,9 @@ def test_calibration_repeats_and_leaves_the_model_alone() -> None:
     model, _ = _truth()
     before = copy.deepcopy(model.state_dict())
     starts = natural_noise((3, 16, 16), 40, seed=1)
-    first, again, other = (calibrate(model, [Start(starts)], seed=seed, passes=4) for seed in (0, 0, 1))
+    first, again, other = (
+        calibrate(model, [Start(starts)], RunContext(seed), passes=4) for seed in (0, 0, 1)
+    )
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -242,7 +247,7 @@ def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pyte
     monkeypatch.setattr(Watched, "see", spied)
     monkeypatch.setattr(memory, "measure_row", lambda *_: RowBytes(2**20, 0, 0))
     monkeypatch.setattr(Budget, "left", lambda _: math.ceil(rows * 2**20 * memory.SLACK))
-    parts = calibrate(model, kinds, passes=6, budget=Budget(torch.device("cpu"), 0))
+    parts = calibrate(model, kinds, RunContext(budget=Budget(torch.device("cpu"), 0)), passes=6)
     assert max(most) == rows
     assert parts.passes == whole.passes
     torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)

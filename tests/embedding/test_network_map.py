@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_viz.embedding.features import principal
 from prune_viz.embedding.network_map import common_profiles, embed_network
+from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.responses import map_norms, response_matrix
 from prune_viz.feature_visualization.stimuli import ascend
 from prune_viz.network.filter_network import FilterNetwork
@@ -71,8 +72,8 @@ def test_every_filter_of_any_network_has_a_place_the_same_each_time(
 ) -> None:
     network = FilterNetwork(randomise_norms(model), shape)
     found = _found(network)
-    embeddings, places = embed_network(network, network.layers, found, seed=0)
-    again = embed_network(network, network.layers, found, seed=0)[1]
+    embeddings, places = embed_network(network, network.layers, found, RunContext())
+    again = embed_network(network, network.layers, found, RunContext())[1]
     assert list(embeddings) == list(places) == [layer.name for layer in network.layers]
     for layer in network.layers:
         assert places[layer.name].shape == embeddings[layer.name].positions.shape == (layer.filters, 2)
@@ -84,7 +85,7 @@ def test_some_layers_alone_can_be_drawn() -> None:
     network = FilterNetwork(randomise_norms(Residual()), (3, 16, 16))
     chosen = [layer for layer in network.layers if layer.name in ("inner", "expand")]
     found = {name: tensors for name, tensors in _found(network).items() if name in ("inner", "expand")}
-    assert list(embed_network(network, chosen, found, seed=0)[1]) == ["inner", "expand"]
+    assert list(embed_network(network, chosen, found, RunContext())[1]) == ["inner", "expand"]
 
 
 def test_a_network_that_responds_to_nothing_has_a_map() -> None:
@@ -92,7 +93,7 @@ def test_a_network_that_responds_to_nothing_has_a_map() -> None:
     nn.init.zeros_(model[0].weight)
     nn.init.constant_(model[0].bias, -1.0)
     network = FilterNetwork(model, (3, 16, 16))
-    places = embed_network(network, network.layers, _found(network), seed=0)[1]["0"]
+    places = embed_network(network, network.layers, _found(network), RunContext())[1]["0"]
     assert np.isfinite(places).all()
     assert len(np.unique(places, axis=0)) == 4
 
@@ -118,7 +119,7 @@ def test_copies_in_another_layer_lie_near_each_other() -> None:
         images = ascend(network, layer.name, steps=12, seed=layer.depth).images.half()
         responses = response_matrix(network, layer.name, images)
         found[layer.name] = LayerTensors(images.numpy(), np.diag(responses).copy(), responses)
-    places = embed_network(network, network.layers, found, seed=0)[1]
+    places = embed_network(network, network.layers, found, RunContext())[1]
     first, second = places["first"], places["second"]
     apart = np.linalg.norm(first[:, None] - second[None], axis=2)
     ranks = (apart < np.diag(apart)[:, None]).sum(axis=1)
@@ -139,7 +140,7 @@ def test_filters_that_respond_to_nothing_lie_apart() -> None:
     with torch.no_grad():
         model.second.weight[10:15] = 0.0
     network = FilterNetwork(model, (3, 32, 32))
-    positions = embed_network(network, network.layers, _found(network), seed=0)[1]
+    positions = embed_network(network, network.layers, _found(network), RunContext())[1]
     silent = positions["second"][10:15]
     others = np.vstack([positions["first"], np.delete(positions["second"], range(10, 15), axis=0)])
     size = np.ptp(np.vstack([others, silent]), axis=0)

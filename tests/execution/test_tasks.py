@@ -18,6 +18,7 @@ import tortured
 from networks import Plain, Untraceable, randomise_norms
 from torch import Tensor, nn
 
+from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.calibration import dead_leaves, losses, synthetic_images
 from prune_viz.execution import tasks
@@ -90,6 +91,10 @@ def test_tasks_are_every_filter_once_and_know_what_feeds_them(
     assert not {task.file for task in planned} & {task.file for task in other}
 
 
+def key_of(run: dict) -> str:
+    return tasks.stimuli_key(run, AnalysisOptions.of_stimuli(run["options"]))
+
+
 @pytest.mark.parametrize("change", [
     {"model": {"sha256": "x"}}, {"model": {"input_shape": [3, 8, 8]}}, {"model": {"held_inputs": "x"}},
     {"options": {"prior": "none"}}, {"options": {"steps": 3}}, {"options": {"canvas": 8}},
@@ -97,21 +102,21 @@ def test_tasks_are_every_filter_once_and_know_what_feeds_them(
 ])  # fmt: skip
 def test_the_key_tells_whatever_stimuli_depend_on(change: dict) -> None:
     run = {**PROVENANCE, "started": "now"}
-    key = tasks.stimuli_key(run)
-    assert tasks.stimuli_key({**run, "started": "later"}) == key
+    key = key_of(run)
+    assert key_of({**run, "started": "later"}) == key
     other = copy.deepcopy(run)
     for name, value in change.items():
         if isinstance(value, dict) and isinstance(other[name], dict):
             other[name].update(value)
         else:
             other[name] = value
-    assert tasks.stimuli_key(other) != key
+    assert key_of(other) != key
 
 
 def test_the_key_tells_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = tasks.stimuli_key(PROVENANCE)
+    key = key_of(PROVENANCE)
     monkeypatch.setattr(tasks, "__version__", "99")
-    assert tasks.stimuli_key(PROVENANCE) != key
+    assert key_of(PROVENANCE) != key
 
 
 def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from prune_viz.redundancy.judge import judge, rank
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils import scratch_arrays as spill
-from prune_viz.utils.array_files import evict
 from prune_viz.utils.errors import UserError
+from prune_viz.utils.file_arrays import release
 from prune_viz.utils.memory import Budget
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
@@ -45,16 +46,54 @@ def _held() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def test_what_is_evicted_leaves_memory_and_comes_back(tmp_path: Path) -> None:
-    store = ScratchArrays(Budget(CPU, 0, tmp_path))
-    array = store.zeros((4, 2000, 1000))
-    assert not array.any()
-    array += np.arange(4.0)[:, None, None]
+def test_released_pages_leave_memory_and_come_back(tmp_path: Path) -> None:
+    array = ScratchArrays(Budget(CPU, 0, tmp_path)).zeros((4, 2000, 1000))
+    plain = array.view(np.ndarray)
+    plain += np.arange(4.0)[:, None, None]
     full = _held()
-    evict(array[1])  # any part stands for all
+    release(array[1])  # any part stands for all
     assert full - _held() > 0.9 * array.nbytes
     np.testing.assert_array_equal(array.mean(axis=(1, 2)), np.arange(4.0))
     assert not list(tmp_path.iterdir())  # no name, so nothing stays behind whatever happens
+
+
+OPERATIONS: dict[str, Callable[[np.ndarray], object]] = {
+    "arithmetic": lambda a: 2 * a[0] + a[1],
+    "in place": lambda a: np.add(a, 1, out=a),
+    "augmented": lambda a: a.__imul__(3),
+    "product": lambda a: a[0] @ a[1],
+    "reduction": lambda a: a.sum(axis=0),
+    "all of it": lambda a: a.any(),
+    "function": lambda a: np.trace(a, axis1=1, axis2=2),
+    "decomposition": lambda a: np.linalg.eigvalsh(a[2]),
+    "rows by number": lambda a: a[[0, 2]],
+    "entries": lambda a: a[np.ix_([1], range(900), range(900))],
+    "assignment": lambda a: a.__setitem__(0, 5.0),
+    "several at once": lambda a: np.stack([a[0], a[1]]),
+    "clipped": lambda a: a[1].clip(min=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_give_memory_back_by_themselves(name: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((4, 900, 900))
+    array = ScratchArrays(Budget(CPU, 0, tmp_path)).zeros(values.shape)
+    array[:] = values
+    found = OPERATIONS[name](array)
+    expected = OPERATIONS[name](values)
+    assert _resident(array) < 0.05 * array.nbytes
+    np.testing.assert_array_equal(array.view(np.ndarray), values)
+    if expected is not None:
+        np.testing.assert_allclose(np.asarray(found), np.asarray(expected))
+    if name in ("in place", "augmented"):
+        assert found is array
+
+
+def _resident(array: np.ndarray) -> int:
+    """Bytes of an array's file that this process has in memory, as the kernel counts them."""
+    begin = f"{array.__array_interface__['data'][0]:x}-"
+    maps = psutil.Process().memory_maps(grouped=False)
+    return int(next(region.rss for region in maps if region.addr.startswith(begin)))
 
 
 def test_only_what_a_budget_does_not_hold_goes_to_a_file() -> None:
@@ -63,7 +102,7 @@ def test_only_what_a_budget_does_not_hold_goes_to_a_file() -> None:
     assert isinstance(plenty.zeros((6000, 6000)), np.memmap)
     whole = ScratchArrays(None).zeros((6000, 6000))
     assert not isinstance(whole, np.memmap)
-    evict(whole)  # which is in no file
+    release(whole)  # which is in no file
     assert not whole.any()
 
 

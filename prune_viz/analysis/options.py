@@ -1,0 +1,139 @@
+"""The options of an analysis, of the command line, `analyze`, `estimate` and the keys of results alike."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Required, TypedDict
+
+from prune_viz.execution.tasks import StimulusSettings
+from prune_viz.feature_visualization.stimuli import STEPS, check_options
+from prune_viz.network.inputs import InputStatistics
+from prune_viz.redundancy.judge import TOLERANCE
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.memory import check_sizes
+
+ENGINES = ("local", "ray")
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of `AnalysisOptions` as keywords, for type checkers."""
+
+    input_shape: Required[Sequence[int]]
+    layers: Sequence[str]
+    prior: str
+    steps: int
+    canvas: int | None
+    seed: int
+    device: str
+    mean: float | Sequence[float] | None
+    std: float | Sequence[float] | None
+    data: str | Path | None
+    engine: str
+    workers: int | None
+    gpus_per_task: float
+    memory: int | None
+
+
+def _of_stimuli(default: Any) -> Any:
+    """A field on which stimuli depend, so that it is part of their key under its own name."""
+    return field(default=default, metadata={"stimuli": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions:
+    """What a user asks of an analysis, checked.
+
+    Attributes
+    ----------
+    input_shape : sequence of int
+        Shape of one input, channels first: ``(3, 224, 224)``.
+    layers : sequence of str
+        Shell patterns of the names of layers to analyse; all layers by default.
+    prior : {"natural", "none"}
+        What bounds stimuli (`prune_viz.maximize`).
+    steps : int
+        Most steps of the optimiser for a stimulus.
+    canvas : int or None
+        Spatial size of the stimuli; by default that of each layer's receptive field.
+    seed : int
+        Of all that is random.
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    mean, std : float or sequence of float, optional
+        The model's normalisation, of pixels in 0..1.
+    data : path, optional
+        A folder of example inputs, read by `prune_viz.network.inputs.read_images`. What is natural is
+        measured on them, and so are mean and std unless given, and filters are compared on them too.
+    engine : {"local", "ray"}
+        Where stimuli are sought: on this machine, or on a Ray cluster (`prune_viz.execution.ray_executor`).
+    workers : int, optional
+        How many tasks at a time; by default a CPU's cores, of other devices one, of a cluster all it takes.
+    gpus_per_task : float
+        Of a GPU, how much each task on a Ray cluster takes.
+    memory : int, optional
+        Bytes that the run may take (`prune_viz.utils.memory.Budget`).
+
+    Raises
+    ------
+    UserError
+        If a value is out of its range, or inputs of that shape would not fit the memory allowed.
+    """
+
+    input_shape: Sequence[int]
+    layers: Sequence[str] = ()
+    prior: str = _of_stimuli("natural")
+    steps: int = _of_stimuli(STEPS)
+    canvas: int | None = _of_stimuli(None)
+    seed: int = 0
+    device: str = "auto"
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    data: str | Path | None = None
+    engine: str = "local"
+    workers: int | None = None
+    gpus_per_task: float = 1.0
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self.prior, self.steps)
+        if self.canvas is not None and self.canvas < 1:
+            raise UserError(f"--canvas must be at least 1, not {self.canvas}")
+        if self.engine not in ENGINES:
+            raise UserError(f"--engine is {' or '.join(ENGINES)}, not {self.engine!r}")
+        if self.engine == "ray" and self.memory is not None:
+            raise UserError("--memory is for this machine: leave it out with --engine ray")
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise UserError("--engine ray needs Ray: pip install 'prune-viz[ray]'")
+        share = self.gpus_per_task
+        if not (0 < share <= 1 or share == int(share) > 0):
+            raise UserError(f"--gpus-per-task is a share of a GPU, or a whole number, not {share:g}")
+        check_sizes(self.input_shape, self.canvas, self.memory)
+
+    def recorded(self, device: str) -> dict[str, Any]:
+        """What `run.json` holds of them; the rest, as of inputs, stands there by itself.
+
+        Parameters
+        ----------
+        device : str
+            The one that is used.
+        """
+        return {
+            **{one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("stimuli")},
+            "data": None if self.data is None else str(self.data),
+            "layers": list(self.layers),
+            "device": device,
+            "tolerance": TOLERANCE,
+        }
+
+    @staticmethod
+    def of_stimuli(recorded: dict[str, Any]) -> dict[str, Any]:
+        """Of recorded options, those on which stimuli depend."""
+        names = [one.name for one in fields(AnalysisOptions) if one.metadata.get("stimuli")]
+        return {name: recorded[name] for name in [*names, "device"]}
+
+    def stimulus_settings(self, statistics: InputStatistics | None) -> StimulusSettings:
+        """What a task needs to know of them."""
+        return StimulusSettings(self.prior, self.steps, self.seed, statistics)
