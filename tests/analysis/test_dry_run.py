@@ -33,6 +33,7 @@ def test_tasks_are_shared_by_workers() -> None:
     assert makespan([], 2, 50) == 0
 
 
+@pytest.mark.slow
 def test_disk_is_about_what_a_run_takes(tmp_path: Path) -> None:
     analyze(tortured.network(), input_shape=(3, 16, 16), steps=2, out=tmp_path / "run")
     real = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())

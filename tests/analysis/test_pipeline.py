@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import _thread
 import copy
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,8 +156,9 @@ def test_the_same_again_gives_the_same(run: Analysis, planted, tmp_path: Path) -
 
 
 def test_a_run_cut_short_is_taken_up_where_it_stopped(
-    planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Analysis
+    planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = analyze(planted[0], input_shape=(1, 8, 8), steps=6)
     done: list[str] = []
     ascend = tasks.ascend
 
@@ -164,13 +166,13 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
         if len(done) < 2:
             done.append(layer)
         else:  # Ctrl-C while the third is under way
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
             assert options["stop"].wait(30)
         return ascend(network, layer, *rest, **options)
 
     monkeypatch.setattr(tasks, "ascend", stopping)
     with pytest.raises(KeyboardInterrupt):
-        analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", workers=1)
+        analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=6, workers=1)
     stopped = json.loads((tmp_path / "cut" / "run.json").read_text())
     assert (stopped["state"], stopped["stopped_by"]) == ("stopped", "interrupted")
     assert not (tmp_path / "cut" / "masks.pt").exists()
@@ -181,7 +183,7 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
         return ascend(network, layer, *filters, **options)
 
     monkeypatch.setattr(tasks, "ascend", noting)
-    result = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", workers=1)
+    result = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=6, workers=1)
     assert done == ["conv1", "conv2"]
     assert rest == ["conv3", "conv4"]
     pd.testing.assert_frame_equal(result.filters, run.filters)

@@ -162,7 +162,11 @@ def test_one_failed_piece_fails_its_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [tortured.network(), randomise_norms(Untraceable())], ids=["traced", "hooked"]
+    "model",
+    [
+        pytest.param(tortured.network(), marks=pytest.mark.slow, id="traced"),
+        pytest.param(randomise_norms(Untraceable()), id="hooked"),
+    ],
 )
 def test_workers_and_threads_do_not_show(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,7 @@ def drawn_around(page: Any, what: Any) -> None:
     page.mouse.up()
 
 
+@pytest.mark.slow
 def test_every_layer_is_reached_and_its_filters_open(visitor: Watched, served: ReviewServer) -> None:
     page = visitor.page
     check_page(page)
@@ -114,6 +115,7 @@ def test_every_layer_is_reached_and_its_filters_open(visitor: Watched, served: R
         check_page(page)
 
 
+@pytest.mark.slow
 def test_links_open_filters_of_every_layer(visitor: Watched, served: ReviewServer) -> None:
     page = visitor.page
     for name in NAMES:
@@ -123,6 +125,7 @@ def test_links_open_filters_of_every_layer(visitor: Watched, served: ReviewServe
         check_page(page)
 
 
+@pytest.mark.slow
 def test_pages_on_disk_complain_of_nothing(run: RunDirectory, watched: Watched) -> None:
     for path in (run.report_page, *sorted((run.report_page.parent / "layers").glob("*.html"))):
         check_page(watched.open(path))
@@ -130,6 +133,7 @@ def test_pages_on_disk_complain_of_nothing(run: RunDirectory, watched: Watched) 
         check_panel(watched.open(run.report_page, fragment(name, 2)), name, 2)
 
 
+@pytest.mark.slow
 def test_one_file_holds_every_layer(run: RunDirectory, watched: Watched, tmp_path: Path) -> None:
     write_single_file(run, tmp_path / "report.html")
     page = watched.open(tmp_path / "report.html")

@@ -224,7 +224,7 @@ _CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_text_stands_out_from_its_ground(run: RunDirectory, chromium: Any, scheme: str) -> None:
     one = Watched(chromium, color_scheme=scheme)
     for path in [run.report_page, layer_pages(run)[2]]:

@@ -239,7 +239,7 @@ def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
             server.review_file.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium: Any, scheme: str) -> None:
     axe = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     one = Watched(chromium, color_scheme=scheme, bypass_csp=True)

@@ -76,7 +76,14 @@ def _check(run: Path, *commands: str) -> None:
         assert done.stderr.count("\n") == (done.exit_code == 2), done.stderr
 
 
-@pytest.mark.parametrize("kind", ["pipe", "directory", "nothing", "junk", "missing", "link"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "pipe",
+        "junk",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("directory", "nothing", "missing", "link")),
+    ],
+)
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_another_kind(run: Path, name: str, kind: str) -> None:
     (file := run / name).unlink()

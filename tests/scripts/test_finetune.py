@@ -78,6 +78,7 @@ def test_masked_filters_stay_at_zero_and_the_rest_learns(pictures: Path, model: 
     assert not list(model.parent.glob("*.checkpoint"))
 
 
+@pytest.mark.slow
 def test_a_smaller_network_trains_and_loads_again(pictures: Path, model: Path) -> None:
     smaller, out = model.with_name("smaller.pt"), model.with_name("tuned.pt")
     write_removed(load_checkpoint(model, ARCH[1]), model.with_name("masks.pt"), (1, 8, 8), smaller)
@@ -112,6 +113,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(pictures: Path, model: Path) -
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_in_one_line(
     pictures: Path,
     model: Path,
