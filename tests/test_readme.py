@@ -27,6 +27,7 @@ def _fine_tune(model: nn.Module) -> None:
     model.eval()
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs_and_its_loop_ends_with_zeros_still_zero(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

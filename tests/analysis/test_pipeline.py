@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +148,7 @@ def test_masks_on_disk_are_the_verdicts(run: Analysis) -> None:
     assert loaded.merges == run.masks.merges != ()
 
 
+@pytest.mark.slow
 def test_the_same_again_gives_the_same(run: Analysis, planted, tmp_path: Path) -> None:
     again = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "again")
     pd.testing.assert_frame_equal(again.filters, run.filters)
@@ -166,7 +167,7 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
         if len(done) < 2:
             done.append(layer)
         else:  # Ctrl-C while the third is under way
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             assert options["stop"].wait(30)
         return ascend(network, layer, *rest, **options)
 
@@ -231,6 +232,7 @@ def test_signals_and_volumes() -> None:
         assert len(result.filters) == 12
 
 
+@pytest.mark.slow
 def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pictures = tmp_path / "pictures"
@@ -363,9 +365,9 @@ def test_an_ascent_that_derails_is_told_in_the_notes(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the run directory
         analyze(model, input_shape=(3, 16, 16), steps=24, out=out)
         notes = json.loads((out / "run.json").read_text())["notes"]
-        assert any(note.startswith("0: the ascent of filters") and "diverged" in note for note in notes), (
-            notes
-        )
+        assert any(
+            note.startswith("0: the optimisation of filters") and "diverged" in note for note in notes
+        ), notes
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:

@@ -126,6 +126,7 @@ def test_stimuli_cannot_be_held_where_a_layer_does_not_see_them_one_by_one() -> 
         assert watched.see(natural_noise((3, 16, 16), 2, seed=0), [("conv", 0), ("conv", 1)]).own is None
 
 
+@pytest.mark.slow
 def test_calibrated_probes_are_sure_and_diverse_and_hold_their_filters(
     trained: DigitsNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

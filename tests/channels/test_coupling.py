@@ -140,6 +140,7 @@ def test_what_leaves_channels_apart_is_removable(between: nn.Module) -> None:
     assert not groups["third"].removable
 
 
+@pytest.mark.slow
 def test_reshapes_without_end_are_given_up_on() -> None:
     swin = SwinTransformer(
         [4, 4], 24, [2, 2], [1, 2], [8, 8], num_classes=3, block=SwinTransformerBlockV2,

@@ -159,6 +159,7 @@ def test_pipes_are_not_waited_for(here: Path, weights: Path, name: str) -> None:
     assert_refused(result, f"{name} is a named pipe, not a regular file")
 
 
+@pytest.mark.slow
 def test_warnings_of_a_crafted_file_stay_silent(here: Path) -> None:
     model = DigitsNet()
     torch.save({**model.state_dict(), "warned": torch.eye(3).to_sparse_csr()}, "sparse.pt")
@@ -519,6 +520,7 @@ def test_code_says_where_modules_of_ones_own_are(tmp_path: Path, monkeypatch: py
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_scripts_get_json_alone_or_nothing(digits: Digits, trained: DigitsNet, here: Path) -> None:
     save_demo_model(trained, [], here / "model.pt")
     result = run("analyze", "model.pt", "--steps", 4, "--json", "--out", "one")

@@ -112,6 +112,7 @@ class Passing(nn.Module):
         return torch.relu(self.second(torch.relu(self.first(images))))
 
 
+@pytest.mark.slow
 def test_copies_in_another_layer_lie_near_each_other() -> None:
     network = FilterNetwork(Passing(64), (3, 32, 32))
     found = {}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import tortured
+from marks import slow
 from networks import Plain, Untraceable, randomise_norms
 from torch import Tensor, nn
 
@@ -164,7 +165,7 @@ def test_one_failed_piece_fails_its_layer() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(tortured.network(), marks=pytest.mark.slow, id="traced"),
+        slow(tortured.network(), id="traced"),
         pytest.param(randomise_norms(Untraceable()), id="hooked"),
     ],
 )

@@ -141,6 +141,7 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Pa
     print(f"{kills} kills survived, at {sorted(found)} filters done")
 
 
+@pytest.mark.slow
 def test_what_was_done_is_on_disk_when_it_is_told_and_no_more_is_lost_than_was_begun(tmp_path: Path) -> None:
     out = tmp_path / "run"
     kill_at(out, 40, workers=2)

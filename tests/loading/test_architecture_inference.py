@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from marks import slow
 from torch import Tensor, nn
 
 from prune_viz.loading.architecture_inference import recognise
@@ -23,20 +24,20 @@ def _weights(name: str, **kwargs: object) -> dict[str, Tensor]:
     ("name", "built", "kwargs"),
     [
         ("resnet18", {}, {}),
-        pytest.param("resnet34", {"num_classes": 7}, {"num_classes": 7}, marks=pytest.mark.slow),
-        pytest.param("wide_resnet50_2", {}, {}, marks=pytest.mark.slow),
+        slow("resnet34", {"num_classes": 7}, {"num_classes": 7}),
+        slow("wide_resnet50_2", {}, {}),
         ("vgg16", {}, {}),
-        pytest.param("vgg16_bn", {"num_classes": 2}, {"num_classes": 2}, marks=pytest.mark.slow),
+        slow("vgg16_bn", {"num_classes": 2}, {"num_classes": 2}),
         ("squeezenet1_0", {"num_classes": 5}, {"num_classes": 5}),
         ("mobilenet_v3_small", {}, {}),
-        pytest.param("densenet121", {}, {}, marks=pytest.mark.slow),
-        pytest.param("efficientnet_b1", {}, {}, marks=pytest.mark.slow),
-        pytest.param("googlenet", {"init_weights": False}, {}, marks=pytest.mark.slow),
+        slow("densenet121", {}, {}),
+        slow("efficientnet_b1", {}, {}),
+        slow("googlenet", {"init_weights": False}, {}),
         ("googlenet", {"init_weights": False, "aux_logits": False, "num_classes": 4},
          {"aux_logits": False, "num_classes": 4}),
-        pytest.param("deeplabv3_resnet50", {"weights_backbone": None, "aux_loss": True}, {"aux_loss": True}, marks=pytest.mark.slow),
+        slow("deeplabv3_resnet50", {"weights_backbone": None, "aux_loss": True}, {"aux_loss": True}),
         ("r3d_18", {"num_classes": 9}, {"num_classes": 9}),
-        pytest.param("vit_b_32", {}, {}, marks=pytest.mark.slow),
+        slow("vit_b_32", {}, {}),
     ],
 )  # fmt: skip
 def test_torchvision_networks_are_told_apart(
@@ -60,6 +61,7 @@ def test_a_plain_checkpoint_needs_no_option(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.model(images), network(images))
 
 
+@pytest.mark.slow
 def test_what_comes_near_is_listed_with_what_differs(tmp_path: Path) -> None:
     network = torchvision.models.resnet18(weights=None)
     network.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 3))

@@ -245,6 +245,7 @@ def test_names_of_layers_are_never_made_source_code(tmp_path: Path, monkeypatch:
     assert trace(nn.Sequential(*network)) is not None
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_not_made_of_strangers_bytes(tmp_path: Path) -> None:
     """A type whose state says that its bytes are pointers."""
     objects = Calls(np.dtype, "O")

@@ -19,6 +19,7 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from marks import slow
 from networks import Plain, Residual, mask_without
 from torch import nn
 
@@ -615,7 +617,7 @@ def main() -> None:
     print("tried", dict(tried), file=sys.stderr)
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("every", [slow(1), 9])
 def test_whatever_a_file_holds_it_is_read_or_refused_within_bounds(every: int) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "default", __file__, str(every)],

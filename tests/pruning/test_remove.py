@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from marks import slow
 from networks import Concatenating, Dense, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
@@ -62,11 +63,12 @@ def test_removed_equals_masked(name: str) -> None:
 
 
 FAST = ["resnet18", "squeezenet1_1"]
-SLOW = ["mobilenet_v2", "mnasnet0_5", "vgg11_bn", "resnext50_32x4d", "densenet121", "mobilenet_v3_small", "efficientnet_b0",
+SLOW = ["mobilenet_v2", "mnasnet0_5",
+        "vgg11_bn", "resnext50_32x4d", "densenet121", "mobilenet_v3_small", "efficientnet_b0",
         "regnet_y_400mf", "googlenet"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", [*FAST, *(slow(name) for name in SLOW)])
 def test_removed_equals_masked_on_torchvision_networks(name: str) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():

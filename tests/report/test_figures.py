@@ -46,6 +46,7 @@ def test_the_networks_figure_names_its_layers(run: RunDirectory, tmp_path: Path)
     assert (tmp_path / "network.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_names_are_only_text(run: RunDirectory, tmp_path: Path) -> None:
     write_figure(run.path, None, tmp_path / "a.svg")
     write_figure(run.path, HOSTILE, tmp_path / "b.svg")

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from browser import Watched
+from marks import slow
 from report_fixture import Plan, write_run
 from serving import serving
 from typer.testing import CliRunner
@@ -159,6 +160,7 @@ def test_marks_that_move_text_are_shown_escaped(visitor: Watched) -> None:
     assert "\u2028" not in text
 
 
+@pytest.mark.slow
 def test_a_very_long_name_leaves_room_for_the_rest(visitor: Watched) -> None:
     page, place = visitor.page, NAMES.index("n" * 10_000)
     row = page.locator(".layers tbody tr").nth(place)
@@ -176,7 +178,9 @@ def test_a_very_long_name_leaves_room_for_the_rest(visitor: Watched) -> None:
     assert page.locator(".coupling").bounding_box()["height"] < 150
 
 
-@pytest.mark.parametrize("name", ["__proto__", "constructor", NAMES[3], "\u202egpj.exe"])
+@pytest.mark.parametrize(
+    "name", ["__proto__", *(slow(n) for n in ("constructor", NAMES[3], "\u202egpj.exe"))]
+)
 def test_decisions_are_saved_under_the_right_name(
     visitor: Watched, served: ReviewServer, run: RunDirectory, name: str
 ) -> None:
@@ -217,6 +221,7 @@ def test_a_lasso_on_the_overview_selects_in_all_layers(
     check_page(page)
 
 
+@pytest.mark.slow
 def test_the_last_of_many_quick_decisions_is_saved(
     visitor: Watched, served: ReviewServer, run: RunDirectory
 ) -> None:

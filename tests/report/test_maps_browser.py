@@ -95,6 +95,7 @@ def test_pointing_at_any_filter_of_the_network_shows_it_and_a_click_opens_it(
     assert page.locator("#filter h2").inner_text() == f"Filter {number}"
 
 
+@pytest.mark.slow
 def test_a_lasso_on_the_network_selects_for_list_table_pages_and_decisions(
     run: RunDirectory, watched: Watched
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_lasso_on_the_network_selects_for_list_table_pages_and_decisions(
     assert page.locator("[data-total=chosen]").inner_text() == f"{counts[0]} selected"
 
 
+@pytest.mark.slow
 def test_one_verdict_on_the_map_of_the_network_is_all_that_a_lasso_takes(
     run: RunDirectory, watched: Watched
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_lasso_on_a_layer_selects_its_cards_and_shift_adds(run: RunDirectory, 
     assert page.locator(chosen).count() == page.locator(".map a.chosen").count() == 0
 
 
+@pytest.mark.slow
 def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     page.locator(".network").scroll_into_view_if_needed()
@@ -191,6 +194,7 @@ def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Wat
     page.mouse.up()
 
 
+@pytest.mark.slow
 def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_page(run, 2))
     page.locator(".card .t").first.click()
@@ -205,6 +209,7 @@ def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, 
     assert page.locator("[data-total=chosen]").inner_text() == "1 selected"
 
 
+@pytest.mark.slow
 def test_a_control_click_on_the_network_opens_a_window_of_its_own(
     run: RunDirectory, watched: Watched
 ) -> None:

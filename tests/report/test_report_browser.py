@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from browser import VEILED, Watched
+from marks import slow
 from report_fixture import HOSTILE, write_run
 
 from prune_viz.report import write_report
@@ -76,6 +77,7 @@ def test_pointing_at_a_thumbnail_shows_its_filter(run: RunDirectory, watched: Wa
     assert preview.is_hidden()
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_the_map(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_pages(run)[2])
     page.locator(".show input").first.focus()
@@ -151,6 +153,7 @@ def test_the_map_of_the_network_leads_to_layers(run: RunDirectory, chromium: Any
     assert one.wrong == []
 
 
+@pytest.mark.slow
 def test_columns_of_the_table_sort(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     page.get_by_role("button", name="Filters").click()
@@ -161,6 +164,7 @@ def test_columns_of_the_table_sort(run: RunDirectory, watched: Watched) -> None:
     assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "ascending"
 
 
+@pytest.mark.slow
 def test_arrow_keys_turn_from_layer_to_layer(run: RunDirectory, watched: Watched) -> None:
     first, second, third = (path.as_uri() for path in layer_pages(run))
     page = watched.open(layer_pages(run)[0])
@@ -171,6 +175,7 @@ def test_arrow_keys_turn_from_layer_to_layer(run: RunDirectory, watched: Watched
         page.wait_for_url(url)
 
 
+@pytest.mark.slow
 def test_everything_reads_without_javascript(run: RunDirectory, chromium: Any) -> None:
     one = Watched(chromium, java_script_enabled=False)
     page = one.open(run.report_page)
@@ -224,7 +229,7 @@ _CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["light", slow("dark")])
 def test_text_stands_out_from_its_ground(run: RunDirectory, chromium: Any, scheme: str) -> None:
     one = Watched(chromium, color_scheme=scheme)
     for path in [run.report_page, layer_pages(run)[2]]:

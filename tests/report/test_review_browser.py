@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from browser import Watched
+from marks import slow
 from networks import residual_with_a_copy
 
 import prune_viz as pv
@@ -115,6 +116,7 @@ def test_what_goes_together_is_decided_together_and_undone(run: RunDirectory, wa
     assert page.locator(".card[data-filter='3']").get_attribute("data-decided") == "keep"
 
 
+@pytest.mark.slow
 def test_many_are_decided_at_once(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "inner"))
     cards = page.locator(".card .t")
@@ -152,6 +154,7 @@ def test_keys_decide_on_what_is_in_focus_not_on_what_is_hidden(run: RunDirectory
     assert page.url.startswith(page_of(run, "inner").as_uri())
 
 
+@pytest.mark.slow
 def test_a_double_click_opens_and_neither_it_nor_the_number_selects(
     run: RunDirectory, watched: Watched
 ) -> None:
@@ -213,6 +216,7 @@ def test_what_cannot_go_offers_no_decision(run: RunDirectory, watched: Watched) 
     assert page.locator(".decide").count() == 0
 
 
+@pytest.mark.slow
 def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
     with ReviewServer(run) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -239,7 +243,7 @@ def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
             server.review_file.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["light", slow("dark")])
 def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium: Any, scheme: str) -> None:
     axe = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     one = Watched(chromium, color_scheme=scheme, bypass_csp=True)

@@ -119,6 +119,7 @@ def test_reviewing_and_links_to_filters_work_in_one_file(whole: Path, watched: W
     assert shown(page) == ["layer-0"]
 
 
+@pytest.mark.slow
 def test_going_back_closes_the_panel(whole: Path, watched: Watched) -> None:
     page = watched.open(whole, "#layer-0")
     panel = page.locator("#filter")
@@ -148,6 +149,7 @@ def test_one_file_reads_without_javascript_and_has_no_two_of_an_id(whole: Path, 
     assert len(ids) == len(set(ids)) > 100
 
 
+@pytest.mark.slow
 def test_assistive_technology_finds_nothing_in_one_file(whole: Path, chromium: Any) -> None:
     axe = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     one = Watched(chromium, bypass_csp=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from networks import Residual, randomise_norms
 from typer.testing import CliRunner
 
@@ -76,14 +77,7 @@ def _check(run: Path, *commands: str) -> None:
         assert done.stderr.count("\n") == (done.exit_code == 2), done.stderr
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "pipe",
-        "junk",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("directory", "nothing", "missing", "link")),
-    ],
-)
+@pytest.mark.parametrize("kind", ["junk", *map(slow, ("pipe", "directory", "nothing", "missing", "link"))])
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_another_kind(run: Path, name: str, kind: str) -> None:
     (file := run / name).unlink()

@@ -61,6 +61,7 @@ def _losses(told: str) -> list[float]:
     return [float(row[2]) for row in rows if len(row) == 4 and row[0].isdigit()]
 
 
+@pytest.mark.slow
 def test_masked_filters_stay_at_zero_and_the_rest_learns(pictures: Path, model: Path) -> None:
     out = model.with_name("tuned.pt")
     done = _run(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import slow
 from networks import Residual, randomise_norms
 from typer.testing import CliRunner
 
@@ -148,10 +149,10 @@ def _run_all(home: Path) -> None:
     assert message.isprintable()
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("every", [slow(1), 7])
 @pytest.mark.parametrize("name", ["run/run.json", "run/decisions.json", "m.merges.json"])
 def test_every_field_of_every_kind(made: Path, tmp_path: Path, name: str, every: int) -> None:
-    """Hostile values in all fields, all of them or every seventh; a reader refuses them in a line or reads them."""
+    """Hostile values in all fields, all or every seventh: a reader refuses them in a line or reads them."""
     home = Path(shutil.copytree(made, tmp_path / "home"))
     value = json.loads((home / name).read_text())
     read = _readers(home)[name]
@@ -200,6 +201,7 @@ def _fuzz(made: Path, folder: Path, change: Change) -> None:
     _run_all(home)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(change=CHANGES)
 def test_commands_survive_changed_files(

@@ -83,6 +83,7 @@ def test_too_little_is_refused_with_how_much_it_takes(network: FilterNetwork) ->
         MemoryPlan(network, 10 * MIB, 2)
 
 
+@pytest.mark.slow
 def test_a_small_budget_gives_the_same_stimuli(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tortured.network()
     layers = ["blocks.1*"]

@@ -166,6 +166,7 @@ def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.ablations[number], cost)
 
 
+@pytest.mark.slow
 def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
