@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -145,10 +146,15 @@ def _held_against(named: Sequence[StateDict], spec: str, kwargs: dict[str, Any])
 
 def shapes_of(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
     """Names and shapes of an architecture's weights; none where it cannot be built so."""
+    return dict(_shapes_of(spec, tuple(sorted(kwargs.items()))))
+
+
+@lru_cache(maxsize=1024)
+def _shapes_of(spec: str, kwargs: tuple[tuple[str, Any], ...]) -> StateDict:
     try:
         with warnings.catch_warnings(), _Weightless():
             warnings.simplefilter("ignore")
-            return tensors_in(resolve_architecture(spec, kwargs).state_dict())
+            return tensors_in(resolve_architecture(spec, dict(kwargs)).state_dict())
     except UserError:
         return {}
 

@@ -162,6 +162,7 @@ def test_one_failed_piece_fails_its_layer() -> None:
         assert np.isnan(result.activations).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

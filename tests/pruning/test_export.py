@@ -94,6 +94,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pt2", ".onnx"])
 @pytest.mark.parametrize("name", ["../../up", "/etc/up", "a\\..\\b", "a\nb", "\u202eup"])
 def test_names_of_layers_lead_to_no_files(tmp_path: Path, name: str, ending: str) -> None:

@@ -63,6 +63,7 @@ def half(run: RunDirectory, count: int = 80) -> tuple[np.ndarray, np.ndarray, li
     return np.array([0.001, 0.001]), np.array([cut, 0.615]), inside
 
 
+@pytest.mark.slow
 def test_pointing_at_any_filter_of_the_network_shows_it_and_a_click_opens_it(
     run: RunDirectory, watched: Watched
 ) -> None:

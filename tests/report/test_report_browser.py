@@ -41,6 +41,7 @@ def test_every_page_opens_without_the_network_or_complaints(run: RunDirectory, w
     assert any(url.endswith("depth.jpg") for url in watched.requests)
 
 
+@pytest.mark.slow
 def test_the_policy_stops_what_it_should(run: RunDirectory, chromium: Any) -> None:
     """The other tests would pass with no policy at all; this one would not."""
     one = Watched(chromium)
@@ -61,6 +62,7 @@ def test_a_hostile_name_is_only_text(run: RunDirectory, watched: Watched) -> Non
     assert page.locator("img[src='x']").count() == 0
 
 
+@pytest.mark.slow
 def test_pointing_at_a_thumbnail_shows_its_filter(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_pages(run)[2])
     assert page.locator("#preview").is_hidden()
@@ -129,7 +131,7 @@ def test_showing_one_verdict_hides_the_others(run: RunDirectory, watched: Watche
 # Share of the map that what is drawn above it covers.
 
 
-@pytest.mark.parametrize("script", [True, False])
+@pytest.mark.parametrize("script", [slow(True), False])
 def test_the_map_of_the_network_leads_to_layers(run: RunDirectory, chromium: Any, script: bool) -> None:
     one = Watched(chromium, java_script_enabled=script)
     page = one.open(run.report_page)
@@ -229,6 +231,7 @@ _CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", slow("dark")])
 def test_text_stands_out_from_its_ground(run: RunDirectory, chromium: Any, scheme: str) -> None:
     one = Watched(chromium, color_scheme=scheme)

@@ -139,6 +139,7 @@ def test_many_are_decided_at_once(run: RunDirectory, watched: Watched) -> None:
     assert page.get_by_role("dialog").is_hidden()
 
 
+@pytest.mark.slow
 def test_keys_decide_on_what_is_in_focus_not_on_what_is_hidden(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "inner"))
     page.locator(".card.keep .t").first.click()
@@ -175,6 +176,7 @@ def test_a_double_click_opens_and_neither_it_nor_the_number_selects(
     assert page.locator(".card.chosen").count() == 0
 
 
+@pytest.mark.slow
 def test_j_and_k_go_from_filter_to_filter(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "inner"))
     here = "document.activeElement.id"
@@ -243,6 +245,7 @@ def test_served_it_saves_into_the_run(run: RunDirectory, chromium: Any) -> None:
             server.review_file.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", slow("dark")])
 def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium: Any, scheme: str) -> None:
     axe = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
@@ -267,6 +270,7 @@ def test_assistive_technology_stumbles_over_nothing(run: RunDirectory, chromium:
     one.context.close()
 
 
+@pytest.mark.slow
 def test_a_filter_is_opened_large_by_link_key_and_click(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page, "#inner/3")  # leads to the layer's page
     panel = page.locator("#filter")

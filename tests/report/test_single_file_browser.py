@@ -112,7 +112,7 @@ def test_reviewing_and_links_to_filters_work_in_one_file(whole: Path, watched: W
     assert page.locator("[data-total=reviewed]").inner_text().startswith("1 of ")
     page.locator(".brand a:visible").click()
     page.locator("#main").wait_for()
-    assert page.locator("[data-total=reviewed]").inner_text().startswith("1 of ")  # kept in the browser
+    page.locator("[data-total=reviewed]", has_text="1 of ").wait_for()  # kept in the browser
     assert page.locator(".selected li").count() == 1
     page.locator(".selected li a").click()
     page.locator("#filter").wait_for()
@@ -134,6 +134,7 @@ def test_going_back_closes_the_panel(whole: Path, watched: Watched) -> None:
         assert panel.is_hidden()
 
 
+@pytest.mark.slow
 def test_one_file_reads_without_javascript_and_has_no_two_of_an_id(whole: Path, chromium: Any) -> None:
     one = Watched(chromium, java_script_enabled=False)
     page = one.open(whole)
@@ -160,6 +161,7 @@ def test_assistive_technology_finds_nothing_in_one_file(whole: Path, chromium: A
     one.context.close()
 
 
+@pytest.mark.slow
 def test_a_report_too_large_for_a_mail_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = whole.with_name("run"), whole.with_name("large.html")
     monkeypatch.setattr(single_file, "LIMIT", 100_000)
@@ -180,6 +182,7 @@ def test_a_report_too_large_for_a_mail_is_refused(whole: Path, monkeypatch: pyte
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 def test_the_panel_shows_weights_readers_and_what_excites_a_filter_in_real_images(
     with_images: RunDirectory, watched: Watched, together: bool

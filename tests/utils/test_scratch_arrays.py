@@ -43,7 +43,7 @@ def nothing_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _held() -> int:
-    return int(psutil.Process().memory_info().rss)
+    return Budget(CPU, 0).held()
 
 
 def test_released_pages_leave_memory_and_come_back(tmp_path: Path) -> None:
