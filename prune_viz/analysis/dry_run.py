@@ -23,7 +23,7 @@ from prune_viz.analysis.prepare import Prepared
 from prune_viz.analysis.stage_costs import estimate_conclusions
 from prune_viz.calibration.synthetic_images import probes_for
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.execution.executors import LocalEngine
+from prune_viz.execution.executors import GLANCE, LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.run_context import RunContext
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, task_filters
@@ -233,7 +233,8 @@ def _try(
                 fed = found[feeder].images if feeder in found else None
                 task = Task(name, 0, min(count, network.layer(name).filters), feeder, "", "")
                 running[name] = engine.submit(task, fed)
-            wait(running.values())
+            while wait(running.values(), timeout=GLANCE).not_done:
+                pass  # but a Ctrl-C is noticed
             found.update({name: future.result() for name, future in running.items()})
     return {name: found[name].seconds / len(found[name].images) for name in feeders}
 

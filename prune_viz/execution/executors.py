@@ -21,6 +21,7 @@ from prune_viz.utils.errors import IncompleteError, UserError, few, one_line
 from prune_viz.utils.progress import Progress
 
 HOPELESS = 3  # tasks that fail before any is done, after which no other is tried
+GLANCE = 0.5  # seconds of waiting, at most, until a Ctrl-C that came just as it began is noticed
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
@@ -100,7 +101,7 @@ def run_tasks(
     ----------
     tasks : sequence of Task
         In the order in which they are begun, if they can be.
-    pieces : Pieces
+    results : TaskResults
         Where results go.
     engine : Engine
         Where they are done.
@@ -128,7 +129,7 @@ def run_tasks(
             running[engine.submit(task, results.fed(task))] = task
         if not running:  # what the rest start from has failed
             break
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        for future in wait(running, timeout=GLANCE, return_when=FIRST_COMPLETED).done:
             task = running.pop(future)
             error = future.exception()
             error = getattr(error, "cause", None) or error  # Ray wraps what a task raised in its traceback
@@ -136,9 +137,9 @@ def run_tasks(
                 failures[task] = error
                 log("task failed", task=task.title, error=_describe(error))
                 continue
-            piece = future.result()
-            results.add(task, piece)
-            log("task done", task=task.title, seconds=round(piece.seconds, 3), worker=piece.worker)
+            result = future.result()
+            results.add(task, result)
+            log("task done", task=task.title, seconds=round(result.seconds, 3), worker=result.worker)
             advance(task)
         if len(failures) >= HOPELESS and not results.done:
             waiting.clear()

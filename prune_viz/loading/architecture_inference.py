@@ -146,15 +146,22 @@ def _held_against(named: Sequence[StateDict], spec: str, kwargs: dict[str, Any])
 
 def shapes_of(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
     """Names and shapes of an architecture's weights; none where it cannot be built so."""
-    return dict(_shapes_of(spec, tuple(sorted(kwargs.items()))))
+    plain = all(isinstance(value, int | str) for value in kwargs.values())
+    if plain and spec.startswith(("torchvision:", "timm:")):  # which build the same every time
+        return dict(_known_shapes(spec, tuple(sorted(kwargs.items()))))
+    return _built_shapes(spec, kwargs)
 
 
 @lru_cache(maxsize=1024)
-def _shapes_of(spec: str, kwargs: tuple[tuple[str, Any], ...]) -> StateDict:
+def _known_shapes(spec: str, kwargs: tuple[tuple[str, Any], ...]) -> StateDict:
+    return _built_shapes(spec, dict(kwargs))
+
+
+def _built_shapes(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
     try:
         with warnings.catch_warnings(), _Weightless():
             warnings.simplefilter("ignore")
-            return tensors_in(resolve_architecture(spec, dict(kwargs)).state_dict())
+            return tensors_in(resolve_architecture(spec, kwargs).state_dict())
     except UserError:
         return {}
 

@@ -231,7 +231,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bfloat16": (lambda: Two().bfloat16(), PICTURE),
     "double": (lambda: Two().double(), PICTURE),
 }
-DEAR = ("causal", "recurrent", "transposed and joined")
+DEAR = ("causal", "recurrent", "shared", "transposed and joined")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
