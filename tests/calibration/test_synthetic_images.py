@@ -192,6 +192,7 @@ def test_each_kind_of_start_takes_the_contrast_that_suits_the_batch_norms() -> N
         assert other < 0.8 * own  # all of it lies at the strongest frequency
 
 
+@pytest.mark.slow
 def test_a_channel_that_never_varied_does_not_rule_the_rest() -> None:
     model, _ = _truth()
     model.bn1.running_var[0] = 0.0

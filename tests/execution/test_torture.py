@@ -23,6 +23,7 @@ from prune_viz.utils.array_files import read_arrays
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import ASIDE
 
+pytestmark = pytest.mark.slow
 PROGRAM = str(Path(tortured.__file__))
 KILLS = 24
 LONG = 200  # steps
@@ -99,7 +100,6 @@ def assert_sound(out: Path) -> None:
         assert run.filters_file.exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Path) -> None:
     chance = random.Random(8)
     out, kills, most_lost, found = tmp_path / "run", 0, 0, set()
@@ -141,7 +141,6 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Pa
     print(f"{kills} kills survived, at {sorted(found)} filters done")
 
 
-@pytest.mark.slow
 def test_what_was_done_is_on_disk_when_it_is_told_and_no_more_is_lost_than_was_begun(tmp_path: Path) -> None:
     out = tmp_path / "run"
     kill_at(out, 40, workers=2)
@@ -153,7 +152,6 @@ def test_what_was_done_is_on_disk_when_it_is_told_and_no_more_is_lost_than_was_b
     assert done(out) >= 40
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(out, "2", start_new_session=True)
@@ -175,7 +173,6 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(undisturbed: Path, tmp
     assert sum(event["event"] == "task done" for event in log) == status["filters"] / 4  # none twice
 
 
-@pytest.mark.slow
 def test_two_processes_do_not_write_one_run(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = start(out, "1")
@@ -191,7 +188,6 @@ def test_two_processes_do_not_write_one_run(undisturbed: Path, tmp_path: Path) -
     assert_equal(undisturbed, out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", range(2))
 def test_damaged_pieces_are_found_again(undisturbed: Path, killed: Path, first: int) -> None:
     layers, results = sorted(killed.glob("layers/*")), sorted(killed.glob("tasks/*.safetensors"))
@@ -238,7 +234,6 @@ cp -r "$1/run" "$1.run"
 
 
 # Full among the stimuli, and at the report.
-@pytest.mark.slow
 @pytest.mark.parametrize("size", ["120k", "600k"])
 def test_a_full_or_forbidden_disk_is_told_in_one_line_and_the_run_goes_on_once_there_is_room(
     undisturbed: Path, tmp_path: Path, size: str

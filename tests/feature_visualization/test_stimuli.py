@@ -79,6 +79,7 @@ def test_stimuli_stay_inside_the_prior() -> None:
         assert (white.flatten(1).norm(dim=1) <= 1.001 * bounds.radius).all()
 
 
+@pytest.mark.slow
 def test_a_stimulus_depends_on_its_own_filter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     network = FilterNetwork(randomise_norms(Residual()), (3, 24, 24))
     for layer in ("outer", "depthwise"):

@@ -35,6 +35,7 @@ def test_a_layers_figure_has_every_stimulus_and_marks_flagged_ones(run: RunDirec
     assert (tmp_path / "b.svg").read_bytes() == (tmp_path / "a.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_networks_figure_names_its_layers(run: RunDirectory, tmp_path: Path) -> None:
     out = tmp_path / "network.png"
     done = CliRunner().invoke(cli.app, ["figure", str(run.path), "--out", str(out)])

@@ -205,6 +205,7 @@ def test_decisions_are_saved_under_the_right_name(
     check_page(page)
 
 
+@pytest.mark.slow
 def test_a_lasso_on_the_overview_selects_in_all_layers(
     visitor: Watched, served: ReviewServer, run: RunDirectory
 ) -> None:
@@ -244,6 +245,7 @@ def test_the_last_of_many_quick_decisions_is_saved(
     assert page.evaluate("pruneViz.decisions.file().decisions.length") == 2
 
 
+@pytest.mark.slow
 def test_why_a_review_was_not_saved_is_shown(visitor: Watched, served: ReviewServer) -> None:
     page = visitor.page
     served.review_file.mkdir()

@@ -147,6 +147,7 @@ def test_one_verdict_on_the_map_of_the_network_is_all_that_a_lasso_takes(
     assert page.locator("[data-total=chosen]").inner_text() == f"{redundant[inside].sum()} selected"
 
 
+@pytest.mark.slow
 def test_a_lasso_on_a_layer_selects_its_cards_and_shift_adds(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_page(run, 2))
     page.set_viewport_size({"width": 1280, "height": 1400})

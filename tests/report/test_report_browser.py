@@ -194,7 +194,7 @@ def test_everything_reads_without_javascript(run: RunDirectory, chromium: Any) -
     assert one.wrong == []
 
 
-@pytest.mark.parametrize("width", [360, 420, 1280])
+@pytest.mark.parametrize("width", [360, slow(420), slow(1280)])
 def test_no_page_scrolls_sideways(run: RunDirectory, watched: Watched, width: int) -> None:
     watched.page.set_viewport_size({"width": width, "height": 900})
     for path in [run.report_page, *layer_pages(run)]:
