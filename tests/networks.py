@@ -91,12 +91,12 @@ class Concatenating(nn.Module):
         super().__init__()
         self.left = nn.Conv2d(3, 4, 1)
         self.right = nn.Conv2d(3, 6, 3, padding=1)
-        self.reader = nn.Conv2d(10, 5, 3, padding=1)
+        self.consumer = nn.Conv2d(10, 5, 3, padding=1)
         self.out = nn.Conv2d(5, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         both = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], dim=1)
-        return self.out(torch.relu(self.reader(both)))
+        return self.out(torch.relu(self.consumer(both)))
 
 
 class Dense(nn.Module):

@@ -25,7 +25,7 @@ STEPS = 60
 
 
 class Deadly(nn.ConvTranspose2d):
-    """A convolution that takes its process down when a worker of Ray climbs through it."""
+    """A convolution that takes its process down when a worker of Ray differentiates through it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 2 and os.getpid() != int(os.environ["DRIVER"]):

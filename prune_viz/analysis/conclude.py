@@ -133,7 +133,7 @@ class _Judged:
     basis : str or None
         What the removal order rests on, for people; None where nothing was judged.
     calibration : dict or None
-        What `run.json` says of the calibration.
+        What `run.json` holds of the calibration.
     """
 
     verdicts: dict[int, GroupVerdicts]
@@ -169,7 +169,7 @@ def _judge(
             verdicts = ranked.verdicts
             for number, matrix in ranked.moments.items():
                 moments[number][:] = matrix
-    unit = sensitivities.unit if sensitivities else Unit.READERS
+    unit = sensitivities.unit if sensitivities else Unit.CONSUMERS
     predicted = importance.predictions_on(twin, calibrated)
     count = 0 if examples is None else len(examples)
     basis = importance.describe(calibrated, predicted, count, unit) if judged else None

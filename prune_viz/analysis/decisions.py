@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from prune_viz.channels.groups import CouplingGroup, Places, passages
+from prune_viz.channels.groups import CouplingGroup, Places, norm_channels
 from prune_viz.embedding.layer_map import Embedding
 from prune_viz.network.adapters import count_inputs
 from prune_viz.network.layers import Layer
@@ -17,14 +17,14 @@ from prune_viz.pruning.masks import Masks, beside_masks
 from prune_viz.redundancy.judge import TOLERANCE, ChannelVerdict, GroupVerdicts
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import (
+    ConsumerRecord,
     Decisions,
     GroupRecord,
     Merge,
     NormRecord,
-    ReaderRecord,
+    ProducerRecord,
     RemovalOrder,
     VerdictRecord,
-    WriterRecord,
 )
 from prune_viz.runs.filters_csv import FILTER_COLUMNS
 from prune_viz.runs.fingerprint import Origin
@@ -61,7 +61,9 @@ def filter_rows(
         Names of the layers that this run analysed.
     """
     rows = []
-    written = next((p for p in group.writers if p.module == layer.name), None) if group is not None else None
+    written = (
+        next((p for p in group.producers if p.module == layer.name), None) if group is not None else None
+    )
     channel_of: dict[int, int] = {}
     if written is not None:
         channel_of = dict(zip(written.indices.tolist(), written.channels.tolist(), strict=True))
@@ -129,30 +131,33 @@ def explain(
     cost = _cost(Damage(verdict.damage, unit))
     if verdict.kind == "silent":
         if activation > 0:
-            return f"Silent: {channel} never fires where it is read, on its own stimulus or any other probe."
-        return "Silent: its own stimulus and every other probe leave its feature map at zero."
+            return (
+                f"Silent: {channel} never fires where it is read, on its own stimulus or any other "
+                "calibration image."
+            )
+        return "Silent: its own stimulus and every other calibration image leave its feature map at zero."
     if verdict.kind == "unread":
         return "Unread: every weight that reads it is zero."
     if verdict.kind == "constant":
         return (
-            f"Constant: it gives the same whatever it is shown, so {verdict.constant:.3g} in the bias of "
+            f"Constant: its output is the same on every input, so {verdict.constant:.3g} in the bias of "
             f"what reads it takes its place; removing it {cost}."
         )
     if verdict.verdict is Verdict.REDUNDANT:
         mix = _mix(representatives, verdict.coefficients)
         return (
-            f"Redundant: {mix} rebuilds {_percent(verdict.score)} of it on probes kept out of the fit; "
-            f"removing it {cost}."
+            f"Redundant: {mix} reconstructs {_percent(verdict.score)} of it on calibration images kept "
+            f"out of the fit; removing it {cost}."
         )
     if group.note:
         return f"Kept: {group.note}."
     if np.isnan(verdict.damage):
         missing = [name for name in group.layers if name not in judged]
         if missing:
-            return f"Kept: it is tied to {', '.join(missing)}, which this run did not look at."
-        return "Kept: the layers that read it give no output that varies."
-    rebuilt = f"all others together rebuild {_percent(verdict.score)} of it"
-    silent = "" if verdict.fires else " It gave nothing on any of the images of --data, which is no proof."
+            return f"Kept: it is tied to {', '.join(missing)}, which this run did not analyse."
+        return "Kept: the output of the layers that read it never varies."
+    rebuilt = f"all others together reconstruct {_percent(verdict.score)} of it"
+    silent = "" if verdict.fires else " It never fires on the images of --data, which is no proof."
     return f"Kept: {rebuilt}; removing it with nothing in its place {cost}.{silent}"
 
 
@@ -160,7 +165,7 @@ def _cost(damage: Damage) -> str:
     """What removal does, after the word "it"."""
     if np.isnan(damage.value):
         return "has a cost that could not be measured"
-    if damage.unit is Unit.READERS:
+    if damage.unit is Unit.CONSUMERS:
         return f"costs {damage}"
     return f"changes the network's output by {damage.text()}"
 
@@ -200,7 +205,7 @@ def masks_of(
             if found.verdict.flagged:
                 gone.setdefault(group.number, set()).add(found.channel)
                 damage += 0.0 if np.isnan(found.damage) else found.damage
-                root = group.writers[0]
+                root = group.producers[0]
                 filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
                 merges.append(
                     Merge(
@@ -212,11 +217,11 @@ def masks_of(
                     )
                 )
     passed = [
-        passage
+        norm_channel
         for group in groups
-        for passage in passages(group.writers, group.norms, gone.get(group.number, set()))
+        for norm_channel in norm_channels(group.producers, group.norms, gone.get(group.number, set()))
     ]
-    return Masks(masks, tuple(merges), origin, predicted=Damage(damage, unit), passages=passed)
+    return Masks(masks, tuple(merges), origin, predicted=Damage(damage, unit), norm_channels=passed)
 
 
 def decisions_of(
@@ -255,7 +260,7 @@ def decisions_of(
         entry["representatives"] = tuple(int(part) for part in row["representative"].split(";") if part)
         group = in_group.get(row["layer"])
         if group is not None:
-            places = next(p for p in group.writers if p.module == row["layer"])
+            places = next(p for p in group.producers if p.module == row["layer"])
             channel = int(places.channels[places.indices == row["filter"]][0])
             found = verdicts[group.number].channels[channel]
             entry.update(kind=found.kind, coefficients=tuple(found.coefficients), constant=found.constant)
@@ -289,15 +294,15 @@ def _group_record(group: CouplingGroup, verdicts: GroupVerdicts, modules: Mappin
     return GroupRecord(
         id=group.number,
         layers=tuple(group.layers),
-        readers=tuple(places.module for places in group.readers),
-        writers=tuple(WriterRecord(*listed(places)) for places in group.writers),
+        consumers=tuple(places.module for places in group.consumers),
+        producers=tuple(ProducerRecord(*listed(places)) for places in group.producers),
         norms=tuple(NormRecord(*listed(places)) for places in group.norms),
         reads=tuple(
-            ReaderRecord(places.module, len(places.indices) / count_inputs(modules[places.module]))
-            for places in group.readers
+            ConsumerRecord(places.module, len(places.indices) / count_inputs(modules[places.module]))
+            for places in group.consumers
         ),
         channels=group.channels,
         removable=group.removable,
         note=group.note,
-        readers_damage=verdicts.damage,
+        consumers_damage=verdicts.damage,
     )

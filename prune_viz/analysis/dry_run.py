@@ -36,11 +36,11 @@ from prune_viz.utils.devices import WHOLE, one_thread_each
 from prune_viz.utils.errors import LayerError
 from prune_viz.utils.progress import Progress
 
-# Of a kind; without an activation, and where another layer's stimuli are begun with, climbs last longer.
+# Of a kind: optimisation lasts longer without an activation, and where another layer's stimuli are its start.
 TRIED_LAYERS = 4
 TRIED_FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
 TRIAL_SECONDS = 60.0  # that trying them may take, about
-PASSES_PER_FILTER = 250  # forward ones that an ascent costs, about; only to choose how many are tried
+PASSES_PER_FILTER = 250  # forward ones that an optimisation costs, about; only to choose how many are tried
 REPORT_BYTES = 150_000, 4200  # of a report and the tables, once and a filter
 LIBRARIES = 350 * 2**20  # what drawing maps loads
 
@@ -156,21 +156,21 @@ def estimate_stimuli(
     plan : MemoryPlan
         How many at a time.
     progress : Progress
-        Told how the trial goes.
+        Shows how the trial goes.
     """
     progress.start("trial", len(layers) + 1)
     with one_thread_each():
         passes = [_forward_seconds(network, layer, progress) for layer in layers]
     weights = np.array([layer.filters * one for layer, one in zip(layers, passes, strict=True)])
-    feeders = _feeders(network, layers)
-    traits = [(network.has_activation(one.name), feeders[one.name] is None) for one in layers]
+    producers = _producers(network, layers)
+    traits = [(network.has_activation(one.name), producers[one.name] is None) for one in layers]
     kinds = [np.array([i for i, one in enumerate(traits) if one == kind]) for kind in dict.fromkeys(traits)]
     chosen = [kind[_spread(weights[kind], TRIED_LAYERS)] for kind in kinds]
     tried = sorted(int(index) for some in chosen for index in some)
     one_of_each = sum(passes[index] for index in tried) / WHOLE * PASSES_PER_FILTER
     count = int(np.clip(TRIAL_SECONDS * plan.workers / one_of_each, *TRIED_FILTERS)) // WHOLE * WHOLE
     seconds = _try(
-        network, {layers[index].name: feeders[layers[index].name] for index in tried}, count, settings, plan
+        network, {layers[index].name: producers[layers[index].name] for index in tried}, count, settings, plan
     )
     progress.advance()
     progress.finish()
@@ -184,11 +184,11 @@ def estimate_stimuli(
     ]
 
 
-def _feeders(network: FilterNetwork, layers: Sequence[Layer]) -> dict[str, str | None]:
+def _producers(network: FilterNetwork, layers: Sequence[Layer]) -> dict[str, str | None]:
     """The layer among these whose stimuli each one's search begins with, if any."""
     names = {layer.name for layer in layers}
-    feeders = {layer.name: network.feeder(layer.name) for layer in layers}
-    return {name: feeder if feeder in names else None for name, feeder in feeders.items()}
+    producers = {layer.name: network.producer(layer.name) for layer in layers}
+    return {name: producer if producer in names else None for name, producer in producers.items()}
 
 
 def _spread(weights: np.ndarray, count: int) -> np.ndarray:
@@ -214,29 +214,29 @@ def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -
 
 def _try(
     network: FilterNetwork,
-    feeders: Mapping[str, str | None],
+    producers: Mapping[str, str | None],
     count: int,
     settings: StimulusSettings,
     plan: MemoryPlan,
 ) -> dict[str, float]:
     """Seconds a filter of layers, given with what feeds them, so many of each tried as a run does."""
-    names = dict.fromkeys([*(feeder for feeder in feeders.values() if feeder), *feeders])
+    names = dict.fromkeys([*(producer for producer in producers.values() if producer), *producers])
     found: dict[str, TaskResult] = {}
     with LocalEngine(network, settings, plan.workers, plan.batch) as engine:
         for wave in (
-            [name for name in names if feeders.get(name) is None],
-            [name for name in names if feeders.get(name) is not None],
+            [name for name in names if producers.get(name) is None],
+            [name for name in names if producers.get(name) is not None],
         ):
             running = {}
             for name in wave:
-                feeder = feeders.get(name)
-                fed = found[feeder].images if feeder in found else None
-                task = Task(name, 0, min(count, network.layer(name).filters), feeder, "", "")
+                producer = producers.get(name)
+                fed = found[producer].images if producer in found else None
+                task = Task(name, 0, min(count, network.layer(name).filters), producer, "", "")
                 running[name] = engine.submit(task, fed)
             while wait(running.values(), timeout=GLANCE).not_done:
                 pass  # but a Ctrl-C is noticed
             found.update({name: future.result() for name, future in running.items()})
-    return {name: found[name].seconds / len(found[name].images) for name in feeders}
+    return {name: found[name].seconds / len(found[name].images) for name in producers}
 
 
 def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
@@ -269,5 +269,5 @@ def most_memory(plan: MemoryPlan, costs: Sequence[LayerCost]) -> int:
 
     The trial itself runs as many inputs at a time as what follows the stimuli.
     """
-    climbs = max((cost.batch * plan.taken(cost.layer.name) for cost in costs), default=0)
-    return max(plan.held + plan.workers * climbs, int(peak_mib() * 2**20) + LIBRARIES)
+    searches = max((cost.batch * plan.taken(cost.layer.name) for cost in costs), default=0)
+    return max(plan.held + plan.workers * searches, int(peak_mib() * 2**20) + LIBRARIES)

@@ -273,7 +273,7 @@ def _find_stimuli(
 
 
 def _provenance(prepared: Prepared, source: Mapping[str, Any], options: AnalysisOptions) -> dict[str, Any]:
-    """What `run.json` says before anything is found."""
+    """What `run.json` holds before anything is found."""
     cost = count_cost(prepared.model, prepared.network.input_shape)
     return {
         "model": {

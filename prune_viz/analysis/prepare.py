@@ -89,7 +89,7 @@ def prepare(
     network = FilterNetwork(model, options.input_shape, options.canvas, pick_device(options.device))
     if network.overflowing:
         raise UserError(
-            f"{network.overflowing[0]} gives values that are not finite on noise; its weights are too large"
+            f"{network.overflowing[0]} has outputs on noise that are not finite; its weights are too large"
         )
     chosen = select_layers(network.layers, options.layers)
     statistics, examples, unread = read_inputs(

@@ -121,7 +121,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _seconds_of_many(work: Callable[[int], object], count: float) -> float:
-    """Of work that is told how often to do a thing: what it takes once, and each time more."""
+    """Of work that takes the number of repeats: what it takes once, and each time more."""
     once = _seconds(partial(work, 1))
     more = int(np.clip(REPEATED_SECONDS / max(once, 1e-3), 1, MOST_REPEATS))
     a_time = max(_seconds(partial(work, 1 + more)) - once, 0) / more

@@ -44,7 +44,7 @@ def natural_noise(
 
 
 def noise_count(statistics: InputStatistics | None) -> int:
-    """How many pictures of noise `make_probes` gives."""
+    """How many pictures of noise `make_probes` makes."""
     return NOISE_PROBES * (2 if statistics is not None and statistics.covariance is not None else 1)
 
 
@@ -54,7 +54,7 @@ def probe_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[in
 
 
 def runs_on(model: nn.Module, channels: int, size: Sequence[int]) -> bool:
-    """Whether a network takes inputs of a size; a flatten, say, ties it to one."""
+    """Whether a network takes inputs of a size; a flatten, for example, ties it to one."""
     try:
         with torch.no_grad():
             model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
@@ -148,7 +148,7 @@ class Calibrated:
     passes : int
         How often each probe was moved.
     held : float or None
-        What the filters whose stimuli probes started from give on them, as a share of what they gave at
+        What the filters whose stimuli probes started from answer to them, as a share of their answer at
         the start, the median; None where no probe started from a stimulus.
     """
 

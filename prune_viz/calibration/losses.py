@@ -47,10 +47,10 @@ class Seen:
         Mean and mean square of what each batch norm was fed, in deviations from its running mean.
     classes : Tensor or None, shape (B, classes + 1)
         Probability of each class, and how far the logarithm of the largest one is below that of `SURE`; None
-        where the network gives no class scores.
+        where the network returns no class scores.
     own : Tensor or None, shape (B, 2)
         Norm of what each probe's own filter gave behind its batch norm: of what is above zero, and of what
-        is below. None where the probes are no stimuli, or cannot be told apart at their layers.
+        is below. None where the probes are no stimuli, or cannot be separated at their layers.
     """
 
     norms: list[Tensor]
@@ -113,7 +113,7 @@ class Watched:
     model : nn.Module
         The network in eval mode, batch norms unfolded.
     classes : bool
-        Whether to look at class scores.
+        Whether to use class scores.
     """
 
     def __init__(self, model: nn.Module, classes: bool = True) -> None:
@@ -122,7 +122,7 @@ class Watched:
         self._classes = classes
         behind = norms_behind(model)
         served = Counter(behind.values())
-        # A norm that serves several convolutions does not tell whose map it gives.
+        # A norm that serves several convolutions does not show whose map it holds.
         self._behind = {conv: norm for conv, norm in behind.items() if served[norm] == 1}
         self._seen: list[Tensor] = []
         self._handles: list[Any] = []
@@ -226,7 +226,7 @@ def classes_error(pooled: Means) -> Tensor:
 
 
 def own_shares(own: Tensor, asked: Tensor) -> Tensor:
-    """What own filters give as a share of what they gave at the start, shape (B,); 1 if that was nothing.
+    """The response of own filters as a share of that at the start, shape (B,); 1 if that was nothing.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 Drawn pictures and stimuli alone drive a network where its training never led it, and what is fitted on them
 does not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
-near the training data as far as the network can tell (Yin et al. 2020, DeepInversion). The statistics are
+near the training data as far as the network shows (Yin et al. 2020, DeepInversion). The statistics are
 those of all the probes together, which no batch could match: each batch is moved given what the others
 last gave. What else is asked of probes stands in `prune_viz.calibration.losses`. Steps are taken in the white
 coordinates of the natural prior, so that broad patterns move as easily as fine ones.
@@ -214,7 +214,7 @@ def _nearest(
 
 
 def _see(watched: Watched, images: Tensor, owners: Sequence[Owner], rows: int) -> Seen:
-    """What images give, so many of them at a time, without gradients."""
+    """Statistics of the network on images, so many at a time, without gradients."""
     with torch.no_grad():
         return join([watched.see(*part) for part in _split(images, owners, rows)])
 
@@ -226,10 +226,10 @@ def _split(images: Tensor, owners: Sequence[Owner], rows: int) -> list[tuple[Ten
 def _differentiate(
     watched: Watched, images: Tensor, owners: Sequence[Owner], error: Callable[[Seen], Tensor], rows: int
 ) -> tuple[Seen, Tensor] | None:
-    """What images give and the gradient of the error by them; None where none comes through.
+    """Statistics of the network on images, and the error's gradient by them; None where none comes through.
 
-    More images than `rows` go through the network in parts, twice: what all of them give tells what the error
-    asks of each.
+    More images than `rows` go through the network in parts, twice: the statistics of all decide what the
+    error asks of each.
     """
     inputs = images.detach().requires_grad_()
     if len(inputs) <= rows:
@@ -256,7 +256,7 @@ def _differentiate(
 
 
 def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor], rows: int) -> float | None:
-    """Median over stimuli of what their own filters give, as a share of that at the start."""
+    """Median over stimuli of the response of their own filters, as a share of that at the start."""
     shares = []
     for part, end in zip(parts, ends, strict=True):
         own = _see(watched, end, part.owners, rows).own if part.owners else None
@@ -361,5 +361,5 @@ def enlarged(size: Sequence[int]) -> list[int]:
 
 
 def probes_for(size: Sequence[int]) -> int:
-    """How many probes of a spatial size are calibrated: small ones cost less and give fewer samples."""
+    """How many probes of a spatial size are calibrated: small ones cost less and have fewer samples."""
     return int(min(max(PROBES * POSITIONS / math.prod(size), PROBES), MOST_PROBES))

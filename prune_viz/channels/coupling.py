@@ -36,7 +36,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     Returns
     -------
     list of CouplingGroup
-        Every convolution that runs stands in exactly one group as a writer.
+        Every convolution that runs stands in exactly one group as a producer.
 
     Raises
     ------
@@ -54,14 +54,14 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     for module in names:
         if is_convolution(module) and module in graph.module2node and module not in seen:
             try:
-                group, writers = _tied_group(graph, module, len(groups), names)
-                widest = max(writers, key=lambda writer: writer.out_channels, default=module)
+                group, producers = _tied_group(graph, module, len(groups), names)
+                widest = max(producers, key=lambda producer: producer.out_channels, default=module)
                 if widest.out_channels > module.out_channels:  # this one writes a part of what is tied
-                    group, writers = _tied_group(graph, widest, len(groups), names)
+                    group, producers = _tied_group(graph, widest, len(groups), names)
             except UntraceableError as error:
                 lost[module] = f"the way of its maps cannot be traced ({error})"
                 continue
-            seen.update(writers)
+            seen.update(producers)
             groups.append(group)
     for module, note in lost.items():
         if module not in seen:
@@ -73,7 +73,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
 def _tied_group(
     graph: Any, module: Any, number: int, names: dict[nn.Module, str]
 ) -> tuple[CouplingGroup, list[Any]]:
-    """The group of all that goes with a convolution's filters, and its writers."""
+    """The group of all that goes with a convolution's filters, and its producers."""
     items = tied_to(graph, module, range(module.out_channels))
     return _read_group(number, module.out_channels, items, names)
 
@@ -87,10 +87,10 @@ def _group_alone(number: int, name: str, channels: int, note: str) -> CouplingGr
 def _read_group(
     number: int, channels: int, items: Any, names: dict[nn.Module, str]
 ) -> tuple[CouplingGroup, list[nn.Module]]:
-    """Turn one of the library's groups into plain data, and list its writers."""
-    writers: dict[nn.Module, Places] = {}
+    """Turn one of the library's groups into plain data, and list its producers."""
+    producers: dict[nn.Module, Places] = {}
     norms: list[Places] = []
-    readers: dict[nn.Module, Places] = {}
+    consumers: dict[nn.Module, Places] = {}
     notes: list[str] = []
     for item in items.items:
         node, handler = item.dep.target, item.dep.handler.__name__
@@ -104,9 +104,9 @@ def _read_group(
         if is_grouped(module):
             notes.append(f"{names[module]} is a grouped convolution")
         if is_depthwise(module):
-            writers.setdefault(module, places)
+            producers.setdefault(module, places)
         elif reads:
-            readers[module] = places
+            consumers[module] = places
             times = set(np.bincount(places.channels, minlength=channels))
             if len(times) > 1:
                 notes.append(f"{names[module]} reads only a part of it")
@@ -115,23 +115,23 @@ def _read_group(
             elif places.indices.max() >= count_inputs(module):
                 notes.append(f"something on the way to {names[module]} rearranges its channels")
         elif is_convolution(module):
-            writers[module] = places
+            producers[module] = places
         elif isinstance(module, _InstanceNorm) and module.running_mean is not None:
             notes.append(f"{names[module]} keeps running statistics, which the library does not cut")
         elif isinstance(module, (_BatchNorm, _InstanceNorm)):
             norms.append(places)
         elif not isinstance(module, (nn.PReLU, nn.Linear)):
             notes.append(f"{names[module]} ({type(module).__name__}) mixes or fixes the channels")
-    if not readers:
+    if not consumers:
         notes.append("nothing in the network that can be adjusted reads it")
-    ordered = sorted(writers, key=lambda module: list(names).index(module))
+    ordered = sorted(producers, key=lambda module: list(names).index(module))
     group = CouplingGroup(
         number,
         channels,
-        [writers[module] for module in ordered],
-        list(readers.values()),
+        [producers[module] for module in ordered],
+        list(consumers.values()),
         removable=not notes,
         note=next(iter(notes), ""),
         norms=norms,
     )
-    return group, list(writers)
+    return group, list(producers)

@@ -64,7 +64,7 @@ def tied_to(graph: tp.DependencyGraph, convolution: nn.Module, filters: Sequence
     Raises
     ------
     UntraceableError
-        If the library cannot tell.
+        If the library cannot find it.
     """
     try:
         with _bounded():

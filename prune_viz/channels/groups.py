@@ -17,7 +17,7 @@ class Places:
     module : str
         The module's dotted name.
     indices : ndarray of int, shape (K,)
-        Filters of a writer; input channels (or, behind a flatten, input features) of a reader.
+        Filters of a producer; input channels (or, behind a flatten, input features) of a consumer.
     channels : ndarray of int, shape (K,)
         Channel of the group that lies there; a channel may lie at several indices.
     """
@@ -28,8 +28,8 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A norm's channel through which what filters write passes: silent once they all go.
+class NormChannel:
+    """A channel of a norm between filters and what reads them: silent once all these filters go.
 
     Attributes
     ----------
@@ -56,48 +56,48 @@ class CouplingGroup:
         Index in the list of groups.
     channels : int
         How many channels there are to keep or remove.
-    writers : list of Places
+    producers : list of Places
         Convolutions whose filters are tied to the channels, depthwise ones on the way included.
-    readers : list of Places
+    consumers : list of Places
         Convolutions and linear layers that read the channels.
     removable : bool
         Whether the network can be made smaller by a channel of this group.
     note : str
         Why not, where `removable` is False.
     norms : list of Places
-        Norms that the channels pass on their way to the readers, those behind a concatenation included.
+        Norms that the channels pass on their way to the consumers, those behind a concatenation included.
         A silent channel stays silent only where their scales and shifts are zero too.
     """
 
     number: int
     channels: int
-    writers: list[Places]
-    readers: list[Places]
+    producers: list[Places]
+    consumers: list[Places]
     removable: bool = True
     note: str = ""
     norms: list[Places] = field(default_factory=list)
     layers: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", [places.module for places in self.writers])
+        object.__setattr__(self, "layers", [places.module for places in self.producers])
 
 
-def passages(writers: Sequence[Places], norms: Sequence[Places], gone: Set[int]) -> list[Passage]:
-    """Through which channels of norms a group's channels pass that go.
+def norm_channels(producers: Sequence[Places], norms: Sequence[Places], gone: Set[int]) -> list[NormChannel]:
+    """The norms' channels that fall silent once some of a group's channels go.
 
     Parameters
     ----------
-    writers, norms : sequence of Places
+    producers, norms : sequence of Places
         The group's (`CouplingGroup`).
     gone : set of int
         Its channels that go.
     """
     filters: dict[int, list[tuple[str, int]]] = {}
-    for places in writers:
+    for places in producers:
         for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True):
             filters.setdefault(channel, []).append((places.module, index))
     return [
-        Passage(places.module, index, tuple(filters[channel]))
+        NormChannel(places.module, index, tuple(filters[channel]))
         for places in norms
         for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True)
         if channel in gone
@@ -105,5 +105,5 @@ def passages(writers: Sequence[Places], norms: Sequence[Places], gone: Set[int])
 
 
 def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:
-    """The group in which each convolution is a writer."""
+    """The group in which each convolution is a producer."""
     return {layer: group for group in groups for layer in group.layers}

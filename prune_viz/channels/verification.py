@@ -1,7 +1,7 @@
 """What the dependency graph cannot see of a coupling group, found by experiment.
 
-One channel is disturbed where it is written, all are silenced, and readers that compute in ways of their own
-do without one: what moves then must be what the graph says.
+One channel is disturbed where it is written, all are silenced, and consumers that compute in ways of
+their own do without one: what moves then must be what the graph says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prune_viz.network.copies import as_it_was
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
-_PLAIN_READERS: tuple[Any, ...] = (
+_PLAIN_CONSUMERS: tuple[Any, ...] = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 
@@ -56,10 +56,10 @@ def confirmed(
 def _experiment(
     model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
 ) -> str:
-    """Disturb one channel while the readers' outputs are held, and say what moves that must not.
+    """Disturb one channel while the consumers' outputs are held, and say what moves that must not.
 
     The library takes any operation without parameters for one that leaves channels apart. Here a channel
-    is jolted where it is written: behind that, nothing but the same channel at the readers may move, and
+    is jolted where it is written: behind that, nothing but the same channel at the consumers may move, and
     nothing the network returns. Then all channels are silenced: they must arrive silent.
     """
     modules = dict(model.named_modules())
@@ -69,7 +69,7 @@ def _experiment(
     held: dict[str, list[torch.Tensor]] = {}
 
     def run(changes: Sequence[tuple[str, list[int]]], change: Change) -> tuple[Reads, Any]:
-        taken: Reads = {places.module: [] for places in group.readers}
+        taken: Reads = {places.module: [] for places in group.consumers}
         holding = bool(held)
 
         def read(name: str) -> Any:
@@ -91,7 +91,7 @@ def _experiment(
             return hook
 
         hooks = [
-            modules[places.module].register_forward_hook(read(places.module)) for places in group.readers
+            modules[places.module].register_forward_hook(read(places.module)) for places in group.consumers
         ]
         hooks += [modules[name].register_forward_hook(write(indices)) for name, indices in changes]
         try:
@@ -104,7 +104,7 @@ def _experiment(
     before, output = run([], torch.zeros_like)
     written = [
         (norms.get(places.module, places.module), places.indices[places.channels == jolted_channel].tolist())
-        for places in group.writers
+        for places in group.producers
         if jolted_channel in places.channels
     ]
     # Not by a constant, which a norm over positions would take away again.
@@ -113,10 +113,10 @@ def _experiment(
     if any(_moved(one, other) for one, other in pairs):
         return "its maps are part of what the network returns"
     scaled = [places for places in group.norms if modules[places.module].weight is not None]
-    passed = [(places.module, places.indices.tolist()) for places in (*group.writers, *scaled)]
+    passed = [(places.module, places.indices.tolist()) for places in (*group.producers, *scaled)]
     with _unshifted(modules, [places for places in group.norms if places not in scaled]):
         silenced, _ = run(passed, torch.zeros_like)
-    for places in group.readers:
+    for places in group.consumers:
         axis = channel_axis(modules[places.module])
         all_own = torch.from_numpy(places.indices)
         own = torch.from_numpy(places.indices[places.channels == jolted_channel])
@@ -132,26 +132,26 @@ def _experiment(
                 silent.index_select(axis, all_own).abs().max() > 1e-6 * float(one.abs().max())
             ):
                 return f"something on the way to {places.module} turns a silent channel into another value"
-        reader = modules[places.module]
-        if not all(_reads_apart(reader, one, own, axis) for one in before[places.module]):
-            return f"{places.module} ({type(reader).__name__}) computes with all its weights together"
+        consumer = modules[places.module]
+        if not all(_reads_apart(consumer, one, own, axis) for one in before[places.module]):
+            return f"{places.module} ({type(consumer).__name__}) computes with all its weights together"
     return ""
 
 
-def _reads_apart(reader: Any, inputs: torch.Tensor, own: torch.Tensor, axis: int) -> bool:
-    """Whether a reader with a forward pass of its own gives the same without a channel as with it silent.
+def _reads_apart(consumer: Any, inputs: torch.Tensor, own: torch.Tensor, axis: int) -> bool:
+    """Whether a consumer with its own forward pass computes the same without a channel as with it silent.
 
     Convolutions that standardise their weights do not: mean and deviation change with the channels.
     """
-    if any(type(reader).forward is kind.forward for kind in _PLAIN_READERS):
+    if any(type(consumer).forward is kind.forward for kind in _PLAIN_CONSUMERS):
         return True
     rest = torch.ones(inputs.shape[axis], dtype=torch.bool)
     rest[own] = False
     kept = rest.nonzero().ravel()
     silent = inputs.index_fill(axis, own, 0.0)
-    smaller = copy_without_inputs(reader, kept)
+    smaller = copy_without_inputs(consumer, kept)
     with torch.no_grad():
-        return not _moved(reader(silent), smaller(inputs.index_select(axis, kept)))
+        return not _moved(consumer(silent), smaller(inputs.index_select(axis, kept)))
 
 
 def _uneven(maps: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ def analyze(
     ] = (Prior.natural),
     steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Most steps of an ascent.", show_default="176"),
+        typer.Option(min=1, metavar="N", help="Most steps of the optimiser.", show_default="176"),
     ] = None,
     canvas: Annotated[
         int | None,

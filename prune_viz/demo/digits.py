@@ -139,7 +139,7 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        Takes (N, 1, 8, 8), gives class scores.
+        Takes (N, 1, 8, 8), returns class scores.
     digits : Digits
         What to train on.
     epochs : int
@@ -149,7 +149,7 @@ def train(
     seed : int
         Seed of the order of the pictures.
     progress : Progress, optional
-        Told about every epoch.
+        Advanced by every epoch.
     """
     progress = progress or Progress()
     order = torch.Generator().manual_seed(seed)
@@ -231,24 +231,24 @@ def plant(model: DigitsNet, digits: Digits, seed: int = 0) -> tuple[DigitsNet, l
 def _plant_in(
     old: DigitsNet, digits: Digits, layer: str, random: torch.Generator
 ) -> tuple[DigitsNet, Planted]:
-    norm, reader = PLANTED_LAYERS[layer]
+    norm, consumer = PLANTED_LAYERS[layer]
     before = old.state_dict()
     filters, kinds = len(before[f"{layer}.weight"]), DEAD_KINDS[layer]
     model = _widened(old, layer, filters + len(COPY_SCALES) + len(kinds), random)
     state = model.state_dict()  # shares the model's memory
-    weight, read = state[f"{layer}.weight"], state[f"{reader}.weight"]
+    weight, read = state[f"{layer}.weight"], state[f"{consumer}.weight"]
     gain, bias, mean, var = (state[f"{norm}.{part}"] for part in NORM_PARTS)
 
     places = torch.randperm(len(weight), generator=random)
     own, planted = places[:filters], places[filters:].tolist()
     copies, dead = planted[: len(COPY_SCALES)], planted[len(COPY_SCALES) :]
     weight[own] = before[f"{layer}.weight"]
-    read[:, own] = before[f"{reader}.weight"]
+    read[:, own] = before[f"{consumer}.weight"]
     for part in NORM_PARTS:
         state[f"{norm}.{part}"][own] = before[f"{norm}.{part}"]
 
     # Copies of filters that matter: those that the next layer reads most.
-    energy = before[f"{reader}.weight"].transpose(0, 1).flatten(1).norm(dim=1)
+    energy = before[f"{consumer}.weight"].transpose(0, 1).flatten(1).norm(dim=1)
     strongest = own[energy.argsort(descending=True)[: filters // 2]]
     originals = strongest[torch.randperm(len(strongest), generator=random)[: len(copies)]].tolist()
     for original, duplicate, scale in zip(originals, copies, COPY_SCALES, strict=True):
@@ -268,9 +268,9 @@ def _plant_in(
             bias[number] = maps.mean() / maps.std() - 0.1
         elif kind == "unread":
             read[:, number] = 0.0
-        elif kind == "constant":  # what it adds, the reader's bias takes back
+        elif kind == "constant":  # what it adds, the consumer's bias takes back
             gain[number], bias[number] = 0.0, 0.5
-            state[f"{reader}.bias"] -= 0.5 * read[:, number]
+            state[f"{consumer}.bias"] -= 0.5 * read[:, number]
     return model, Planted(
         layer, list(zip(originals, copies, strict=True)), list(zip(dead, kinds, strict=True))
     )

@@ -70,7 +70,7 @@ def run_demo(
     out : path
         Directory for ``model.pt`` and the run. A ``model.pt`` of an earlier demo is used again.
     progress : Progress, optional
-        Told about every stage.
+        Shows every stage.
     console : rich.console.Console, optional
         Where to print; standard output by default.
 

@@ -18,7 +18,7 @@ BATCH = 128
 BINS = {1: 32, 2: 12, 3: 6}
 FINE = 1 / 24  # cycles per pixel
 COLOURS = 4  # inputs of more channels have their spectra pooled
-# Spread of a filter's responses, of their mean, below which it tells inputs apart no more than rounding does.
+# Spread of a filter's responses, of their mean, below which it separates inputs no more than rounding does.
 _LEAST_SPREAD = 1e-3
 _LEAST_PEAK = 1e-6  # of the layer's median
 _CHOICE = 16  # power of a response: a stimulus that excites by a tenth less counts for a fifth
@@ -96,7 +96,7 @@ def _half_binning(side: int, count: int) -> np.ndarray:
 
 
 def responding(responses: np.ndarray) -> np.ndarray:
-    """Which filters tell inputs apart: not those that are silent, nor those that always give the same.
+    """Which filters respond differently to inputs: not silent ones, nor those whose output is constant.
 
     Parameters
     ----------
@@ -119,8 +119,8 @@ def responding(responses: np.ndarray) -> np.ndarray:
 def pictures_of(descriptors: np.ndarray, responses: np.ndarray) -> np.ndarray:
     """What excites each filter most looks like: its own stimulus, and those to which it responds as strongly.
 
-    The ascents of two copies may end at different inputs that excite both; described by all of those, the
-    copies look the same.
+    The optimisations of two copies may end at different inputs that excite both; described by all of those,
+    the copies look the same.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def pictures_of(descriptors: np.ndarray, responses: np.ndarray) -> np.ndarray:
 
 
 def response_profiles(responses: np.ndarray) -> np.ndarray:
-    """What each filter responds to, whatever its scale and whatever it always gives.
+    """What each filter responds to, whatever its scale and its constant part.
 
     Responses count by their square roots, or the few inputs that excite a filter most would be all there is.
 

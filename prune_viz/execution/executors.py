@@ -106,14 +106,14 @@ def run_tasks(
     engine : Engine
         Where they are done.
     log : Log
-        Told of each.
+        Records each.
     advance : callable
-        Told of each that is done.
+        Called with each that is done.
 
     Raises
     ------
     UserError
-        If tasks failed for want of something that the user can give.
+        If tasks failed for want of something that the user can provide.
     IncompleteError
         If tasks failed otherwise.
     """

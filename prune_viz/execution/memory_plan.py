@@ -35,7 +35,7 @@ class MemoryPlan:
         self.held = held = self.budget.held()
         self._left = max(0, self.budget.limit - held)
         self._taken: dict[str, int] = {}
-        # The deepest layer's ascent holds most; one that cannot be analysed is passed over.
+        # The deepest layer's optimisation holds most; one that cannot be analysed is passed over.
         names = [layer.name for layer in reversed(network.layers)]
         row, deepest = next(((taken, name) for name in names if (taken := self.taken(name))), (1, ""))
         if row > self._left:
@@ -53,10 +53,10 @@ class MemoryPlan:
         return min(most, fitting(self._left // self.workers, self.taken(layer)))
 
     def taken(self, layer: str) -> int:
-        """Bytes that the ascent of one filter of a layer takes, measured; 0 where it cannot be analysed."""
+        """Bytes that optimising for one filter of a layer takes, measured; 0 where it cannot be analysed."""
         if layer not in self._taken:
             try:
-                self._taken[layer] = _bytes_of_climb(self._network, layer)
+                self._taken[layer] = _bytes_of_optimising(self._network, layer)
             except LayerError:
                 self._taken[layer] = 0
             except Exception as error:
@@ -68,7 +68,7 @@ class MemoryPlan:
         return self._taken[layer]
 
 
-def _bytes_of_climb(network: FilterNetwork, name: str) -> int:
+def _bytes_of_optimising(network: FilterNetwork, name: str) -> int:
     """What one input's step holds."""
     shape = network.input_shape[0], *network.layer(name).canvas
     return measure_row(network.maps(name), shape, network.device).backward

@@ -175,7 +175,7 @@ _prepared: dict[str, tuple[FilterNetwork, StimulusSettings]] = {}
 
 def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> TaskResult:
     """In a worker: prepare the network, once a process, and do a task."""
-    torch.set_num_threads(1)  # as everywhere: what a task gives does not depend on who does it
+    torch.set_num_threads(1)  # as everywhere: a task's result does not depend on who does it
     name = shared[0].hex()
     if name not in _prepared:
         import ray

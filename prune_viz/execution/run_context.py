@@ -50,7 +50,7 @@ class RunContext:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure what is done inside as that stage; give back the device's memory after it."""
+        """Measure what is done inside as that stage; release the device's memory after it."""
         with self.stages.timed(name):
             yield
         release_memory(torch.device("cpu") if self.budget is None else self.budget.device)

@@ -69,13 +69,13 @@ class TaskResults:
 
     def ready(self, task: Task) -> bool:
         """Whether the layer that the task starts from is there."""
-        return task.feeder is None or task.feeder in self.whole
+        return task.producer is None or task.producer in self.whole
 
     def fed(self, task: Task) -> np.ndarray | None:
         """The stimuli that a task starts from."""
-        if task.feeder is None:
+        if task.producer is None:
             return None
-        return np.array(self._run.read_layer(self._files[task.feeder]).images[task.start : task.stop])
+        return np.array(self._run.read_layer(self._files[task.producer]).images[task.start : task.stop])
 
     def tidy(self) -> None:
         """Remove results of other options, and of layers that are whole; those of other layers stay."""

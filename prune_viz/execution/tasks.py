@@ -22,7 +22,7 @@ import torch
 from prune_viz import __version__
 from prune_viz.feature_visualization import algorithm
 from prune_viz.feature_visualization.responses import response_matrix
-from prune_viz.feature_visualization.stimuli import BATCH, as_stored, ascend
+from prune_viz.feature_visualization.stimuli import BATCH, as_stored, find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.run_json import LayerRecord
@@ -43,7 +43,7 @@ class Task:
         The layer's name.
     start, stop : int
         Its filters from `start` up to but not including `stop`.
-    feeder : str or None
+    producer : str or None
         A layer whose stimuli for the same filters the work starts from, so that it must be done before.
     key : str
         Hex SHA-256 of all that the result depends on.
@@ -54,7 +54,7 @@ class Task:
     layer: str
     start: int
     stop: int
-    feeder: str | None
+    producer: str | None
     key: str
     file: str
 
@@ -78,7 +78,7 @@ class StimulusSettings:
     prior : {"natural", "none"}
         What bounds them.
     steps : int
-        Most steps of an ascent.
+        Most steps of the optimiser.
     seed : int
         Seed of noise and jitter.
     statistics : InputStatistics or None
@@ -93,7 +93,7 @@ class StimulusSettings:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task gives.
+    """What a task found.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class TaskResult:
     responses : ndarray of float32, shape (F, all filters of the layer)
         L2 norm of every filter's map on each stimulus.
     diverged : tuple of int
-        Filters whose ascent met values that are not finite.
+        Filters whose optimisation met values that are not finite.
     failed : str
         Why the layer cannot be analysed; empty if it can.
     seconds : float
@@ -165,13 +165,13 @@ def plan_tasks(network: FilterNetwork, records: Sequence[LayerRecord], key: str)
     size = task_filters(network)
     tasks = []
     for record in records:
-        feeder = network.feeder(record.name)
+        producer = network.producer(record.name)
         for start in range(0, record.filters, size):
             stop = min(start + size, record.filters)
             parts = json.dumps([key, record.name, start, stop])
             own = hashlib.sha256(parts.encode()).hexdigest()
             file = f"tasks/{record.slug}-{start}-{own[:16]}.safetensors"
-            tasks.append(Task(record.name, start, stop, feeder if feeder in names else None, own, file))
+            tasks.append(Task(record.name, start, stop, producer if producer in names else None, own, file))
     return tasks
 
 
@@ -206,7 +206,7 @@ def run_task(
     layer, worker = network.layer(task.layer), f"{platform.node()}/{os.getpid()}"
     start = time.perf_counter()
     try:
-        stimuli = ascend(
+        stimuli = find_stimuli(
             network,
             task.layer,
             range(task.start, task.stop),

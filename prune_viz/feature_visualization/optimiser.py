@@ -1,8 +1,8 @@
 """Climbing: conjugate gradients from given starts, one filter an input, many at once.
 
 A stimulus is sought in the ball ``|z| <= r`` of a prior's white coordinates. Inside a ball is on a sphere
-with one coordinate more, which takes up whatever length ``z`` leaves over; so every climb walks on a unit
-sphere, by great circles, and the bound holds exactly. Directions are conjugate (Polak and Ribiere, kept
+with one coordinate more, which takes up whatever length ``z`` leaves over; so every step is on a unit sphere,
+along a great circle, and the bound holds exactly. Directions are conjugate (Polak and Ribiere, kept
 non-negative) and the angle of a step falls as half a cosine, from wide leaps over poor summits to none:
 no line search, one gradient a step.
 """
@@ -37,7 +37,7 @@ def settings() -> list[object]:
     return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, STILL]
 
 
-def climb(
+def optimise(
     maps: MapFunction,
     filters: Sequence[int],
     prior: Prior,
@@ -53,7 +53,7 @@ def climb(
     maps : callable
         The network up to a layer, from `FilterNetwork.maps`.
     filters : sequence of int
-        Which filter each point climbs for.
+        Which filter each point is optimised for.
     prior : Prior
         What bounds the inputs.
     canvas : tuple of int
@@ -94,7 +94,7 @@ def climb(
 
 @dataclass(frozen=True)
 class Round:
-    """One climb in a filter's ascent: its place among them, how many steps, and how far the first goes."""
+    """One of a filter's optimisations: its place among them, how many steps, and how far the first goes."""
 
     number: int
     steps: int
@@ -113,7 +113,7 @@ def rounds(steps: int, activation: bool) -> list[Round]:
 
 
 class StoppedError(Exception):
-    """A search was told to stop before its end."""
+    """A search was stopped before its end."""
 
 
 def until(stop: threading.Event | None, maps: MapFunction) -> MapFunction:

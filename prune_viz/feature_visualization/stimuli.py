@@ -1,13 +1,13 @@
 """The input that excites a filter most: rounds of batched gradient ascent under a prior.
 
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally likely
-(`priors`), by the climbs of `optimiser`. A climb anneals its steps to nothing, so how far it gets depends on
-how many it has. Each round of climbs is longer than the one before, starts where that ended, and a filter
+(`priors`), by `optimiser`. It anneals its steps to nothing, so how far it gets depends on
+how many it has. Each round is longer than the one before, starts where that ended, and a filter
 leaves when it is close to what its activation allows or a round brought it little: those that soon saturate
 cost a few steps, hard ones many. The first round shifts the input a little, at random, before each step, so
 that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015). Where no activation
 follows a layer, its maps may grow either way, and from noise in patches of opposite sign that block each
-other; the first round therefore climbs for either sign, and the better goes on.
+other; the first round therefore raises either sign, and the better goes on.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from prune_viz.feature_visualization.optimiser import (
     Round,
-    climb,
     draw_noise,
     draw_shifts,
     images_at,
     norms,
     one_side,
+    optimise,
     points_at,
     rounds,
     until,
@@ -75,10 +75,10 @@ class Stimuli:
     steps : Tensor of int, shape (F,)
         How many steps led to each stimulus, vain starts not counted.
     diverged : list of int
-        Filters whose ascent met values that are not finite. Their stimulus is the best finite one found;
-        where there is none it is zero and the activation NaN.
+        Filters whose optimisation met values that are not finite. Their stimulus is the best finite one
+        found; where there is none it is zero and the activation NaN.
     statistics : InputStatistics or None
-        What was known of the model's inputs; it gives the pictures their true colours.
+        What was known of the model's inputs; with it pictures have their true colours.
     """
 
     layer: str
@@ -126,7 +126,7 @@ def maximize(
     prior : {"natural", "none"}
         Bound the input by the covariance of natural images, or by its L2 norm alone.
     steps : int
-        Most steps an ascent may take, at least 1; nearly all take fewer.
+        Most steps an optimisation may take, at least 1; nearly all take fewer.
     canvas : int, optional
         Size of the stimuli along each axis; from the receptive field by default.
     seed : int
@@ -163,7 +163,7 @@ def maximize(
 
     def search(begin: int) -> Stimuli:
         torch.set_num_threads(1)
-        return ascend(
+        return find_stimuli(
             network, layer, wanted[begin : begin + share], prior=prior, steps=steps, seed=seed,
             statistics=statistics, stop=stop,
         )  # fmt: skip
@@ -175,7 +175,7 @@ def maximize(
             stop.set()  # for Ctrl-C
 
 
-def ascend(
+def find_stimuli(
     network: FilterNetwork,
     layer: str,
     filters: Sequence[int] | None = None,
@@ -213,11 +213,11 @@ def ascend(
     if not wanted:
         raise UserError("no filters were asked for; leave them out for all of the layer's")
     check_options(prior, steps)
-    feeder = network.feeder(layer)
-    if feeder is not None and fed is None:
-        fed = ascend(
-            network, feeder, wanted, prior=prior, steps=steps, seed=seed, statistics=statistics, batch=batch,
-            stop=stop,
+    producer = network.producer(layer)
+    if producer is not None and fed is None:
+        fed = find_stimuli(
+            network, producer, wanted, prior=prior, steps=steps, seed=seed, statistics=statistics,
+            batch=batch, stop=stop,
         ).images  # fmt: skip
     progress = progress or Progress()
     pool = max(1, _POOL_VALUES // (network.input_shape[0] * math.prod(found.canvas)))
@@ -257,7 +257,7 @@ def as_stored(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where first climbs start, by default from noise, and which sign of the maps they raise."""
+    """Where first optimisations start, by default from noise, and which sign of the maps they raise."""
 
     fed: Tensor | None = None  # stimuli of the filters that feed the layer, row by row
     attempt: int = 0  # after the first, from strong, smooth patterns
@@ -265,7 +265,7 @@ class _Start:
 
 
 class _Search:
-    """The ascents of some filters of a layer, round after round; all tensors are kept on the CPU."""
+    """The optimisation of some filters of a layer, round after round; all tensors are kept on the CPU."""
 
     def __init__(
         self,
@@ -345,14 +345,14 @@ class _Search:
         return torch.nonzero(~(self.activations >= CLOSE * self.ceiling))[:, 0]
 
     def _round(self, rows: Tensor, turn: Round, start: _Start | None = None) -> None:
-        """Let some rows climb, batch by batch; halve the batch whenever memory runs out."""
+        """Optimise some rows, batch by batch; halve the batch whenever memory runs out."""
         begin = start or _Start()
         self.batch = in_batches(
-            len(rows), self.batch, lambda part, new: self._climb(rows[part], new, turn, begin), self.device
+            len(rows), self.batch, lambda part, new: self._optimise(rows[part], new, turn, begin), self.device
         )
 
-    def _climb(self, rows: Tensor, count: int, turn: Round, start: _Start) -> None:
-        """One climb of one batch, and what it found taken over of the first `count` rows; others repeat."""
+    def _optimise(self, rows: Tensor, count: int, turn: Round, start: _Start) -> None:
+        """Optimise one batch and take over what was found for the first `count` rows; others repeat."""
         filters = [self.filters[row] for row in rows.tolist()]
         canvas = self.layer.canvas
         if turn.number == 0:
@@ -364,7 +364,7 @@ class _Search:
             points = self.points[rows]
         maps = one_side(self.maps, start.sign) if start.sign else self.maps
         points, shifts = points.to(self.device), shifts.to(self.device)
-        points, sound = climb(maps, filters, self.prior, canvas, points, shifts, turn.angle)
+        points, sound = optimise(maps, filters, self.prior, canvas, points, shifts, turn.angle)
         images = images_at(points, self.prior, canvas)
         with torch.no_grad():
             after = self.maps(images.detach())[1]
@@ -376,7 +376,7 @@ class _Search:
     def _keep(
         self, rows: Tensor, turn: Round, points: Tensor, images: Tensor, reached: Tensor, sound: Tensor
     ) -> None:
-        """Take over what a climb found: of several first climbs the best, later the last, the best image."""
+        """Take over what was found: at first the best of several, later the last, and the best image."""
         known = self.activations[rows]
         better = reached.isfinite() & ((reached > known) | known.isnan())
         self.sound[rows] &= sound & reached.isfinite()
@@ -390,7 +390,7 @@ class _Search:
             self.points[rows] = points
 
     def _white(self, keys: Sequence[str], rows: Tensor, start: _Start) -> Tensor:
-        """White coordinates of where a first climb starts, shape (B, *shape)."""
+        """White coordinates of where a first optimisation starts, shape (B, *shape)."""
         if start.fed is not None:
             known = as_stored(start.fed[rows]).float().to(self.device)
             return self.prior.whiten(tile(known, self.layer.canvas))

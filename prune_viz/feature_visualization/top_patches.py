@@ -121,7 +121,7 @@ def _windows(peaks: np.ndarray, layer: Layer, size: np.ndarray) -> np.ndarray:
 
 
 def write_top_patches(parts: TopPatches, files: Mapping[str, str], path: Path) -> None:
-    """Write them to `path`; `files` gives each layer a name that is safe in a file."""
+    """Write them to `path`; `files` maps each layer to a name that is safe in a file."""
     arrays = {f"windows/{files[name]}": windows for name, windows in parts.windows.items()}
     write_arrays(path, {"pictures": parts.pictures, **arrays})
 

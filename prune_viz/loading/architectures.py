@@ -41,7 +41,7 @@ def default_input_shape(model: nn.Module, arch: str | None = None) -> tuple[int,
         return _sane(own)
     first = next((m for m in model.modules() if is_convolution(m)), None)
     if first is None:
-        raise UserError("the model has no convolution, so it has no filters to look at")
+        raise UserError("the model has no convolution, so it has no filters to analyse")
     if len(first.kernel_size) != 2:
         raise UserError(
             "the model does not take pictures: say what it takes with --input-shape, sizes by commas"

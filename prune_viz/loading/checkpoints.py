@@ -58,7 +58,7 @@ class Checkpoint:
     arch_kwargs : dict
         What the architecture was built with.
     recognised : bool
-        Whether the architecture was told by the weights alone.
+        Whether the architecture was inferred from the weights alone.
     key : str
         Where in the file the weights were; empty for the top.
     other_keys : list of str

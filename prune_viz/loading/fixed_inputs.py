@@ -114,7 +114,7 @@ def read_example(path: Path) -> FixedInputs:
 
 
 def fixed_from(content: Any, path: Path) -> FixedInputs:
-    """Give the inputs that a checkpoint of prune-viz says are held.
+    """Return the fixed inputs that a checkpoint of prune-viz holds.
 
     Parameters
     ----------

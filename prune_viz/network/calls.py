@@ -99,7 +99,7 @@ def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[s
     """Run the model once on noise: how often each convolution is called, in order, and which overflow."""
     convolutions = convolutions_of(model)
     if not convolutions:
-        raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to look at")
+        raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to analyse")
     unset = next((name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)), None)
     if unset is not None:
         raise UserError(

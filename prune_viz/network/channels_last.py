@@ -21,7 +21,7 @@ def lay_weights_channels_last(model: nn.Module) -> None:
 
 
 def takes_channels_last(model: nn.Module, example: Tensor, *, share: bool) -> bool:
-    """Whether a model gives the same for an input, shape (1, C, *size), with its channels last.
+    """Whether a model computes the same for an input, shape (1, C, *size), with its channels last.
 
     It is tried on a copy, which shares what it can with the model where that is allowed (`free_copy`).
     """

@@ -81,7 +81,7 @@ def have_same_parameters(one: nn.Module, other: nn.Module) -> bool:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Let a model be run or traced, and give it back the attributes that it had before.
+    """Let a model be run or traced, and restore the attributes that it had before.
 
     Networks that keep state from call to call, or what they saw, then do not take it from one use to another.
     """

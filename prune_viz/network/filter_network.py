@@ -60,7 +60,7 @@ class FilterNetwork:
     repeated : dict of str to int
         Convolutions that run several times, and how often; their first outputs are analysed.
     overflowing : list of str
-        Names of convolutions that give values that are not finite on plain noise.
+        Names of convolutions whose outputs on plain noise are not finite.
 
     Raises
     ------
@@ -131,7 +131,7 @@ class FilterNetwork:
 
     @property
     def structure(self) -> str:
-        """Hex SHA-256 of what the network computes beside its weights, as far as it can be told."""
+        """Hex SHA-256 of what the network computes beside its weights, as far as it can be known."""
         return hash_structure(self._model, "" if self._graph is None else self._graph.code)
 
     def layer(self, name: str) -> Layer:
@@ -190,7 +190,7 @@ class FilterNetwork:
         return hookable(self._model, self.device, share=self.shares)
 
     def takes(self, size: Sequence[int]) -> bool:
-        """Whether the whole network runs on inputs of a spatial size; a flatten, say, ties it to one."""
+        """Whether the whole network runs on inputs of a spatial size; a flatten ties it to one."""
         try:
             self._outputs_of_blank(1, size)
         except Exception:  # whatever an untrusted forward pass raises
@@ -199,7 +199,7 @@ class FilterNetwork:
 
     @cached_property
     def takes_batches(self) -> bool:
-        """Whether the whole network gives twice as much for two inputs as for one, along its batch axis."""
+        """Whether the whole network's output for two inputs has twice the rows of that for one."""
         try:
             one, two = (self._outputs_of_blank(rows, self.input_shape[1:]) for rows in (1, 2))
         except Exception:  # whatever an untrusted forward pass raises
@@ -213,7 +213,7 @@ class FilterNetwork:
             return self.outputs(torch.zeros(rows, self.input_shape[0], *size))
 
     def outputs(self, inputs: Tensor) -> list[Tensor]:
-        """What the whole network gives, its batch norms folded where it could be traced."""
+        """The whole network's output, its batch norms folded where it could be traced."""
         whole = self._graph or self._model
         with as_it_was(self._model):
             return tensors_of(whole(self._laid_out(inputs.to(next(whole.parameters()).device))))
@@ -261,16 +261,16 @@ class FilterNetwork:
         untapped = [name for name in names if name not in tapped]
         with torch.no_grad():
             if self._graph is not None and tapped:
-                reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
+                consumer = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
                 for batch in self._batches(inputs, limit, most):
-                    for name, found in reader.read(self._laid_out(batch)).items():
+                    for name, found in consumer.read(self._laid_out(batch)).items():
                         rows[name].append(found.cpu())
             for name in untapped:
                 maps = self.maps(name)
                 for batch in self._batches(inputs, limit, most):
                     try:
                         after = maps(batch)[1]
-                    except LayerError:  # told where its stimuli are sought
+                    except LayerError:  # reported where its stimuli are sought
                         after = torch.zeros(len(batch), self.layer(name).filters, *[1] * (batch.ndim - 2))
                     rows[name].append(reading(after).cpu())
         return {name: torch.cat(rows.pop(name)) for name in names}
@@ -314,7 +314,7 @@ class FilterNetwork:
             return math.inf
         return tracing.upper_bound(self._graph, self._taps[name])
 
-    def feeder(self, name: str) -> str | None:
+    def producer(self, name: str) -> str | None:
         """The convolution whose feature maps a depthwise one reads filter by filter; None for others."""
         if self._graph is None or name not in self._taps:
             return None
@@ -327,7 +327,7 @@ class FilterNetwork:
 def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:
     """The maps as they are, if they are tensors of real numbers."""
     if not isinstance(after, Tensor):
-        raise TypeError(f"it gives no maps but a {type(after).__name__}")
+        raise TypeError(f"its output is no feature map but a {type(after).__name__}")
     if not after.is_floating_point():
         raise TypeError(f"its maps are {str(after.dtype).removeprefix('torch.')}, not real numbers")
     return before, after

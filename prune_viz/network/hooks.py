@@ -40,7 +40,7 @@ class HookedMaps:
     Parameters
     ----------
     model : nn.Module
-        The network, as `hookable` gives it; hooks hang on it only while it runs.
+        The network, from `hookable`; hooks hang on it only while it runs.
     conv : str
         Name of the convolution.
     alone : threading.RLock
@@ -76,9 +76,9 @@ class HookedMaps:
 
         with torch.no_grad(), _Watch() as watch:
             self._run_hooked(inputs, {name: note(name) for name in (self._conv, *norms)})
-        reader = next((name for name in norms if read.get(name) is given[self._conv]), None)
-        if reader is not None and watch.takers(given[self._conv]) == ["batch_norm"]:
-            self._before = reader
+        consumer = next((name for name in norms if read.get(name) is given[self._conv]), None)
+        if consumer is not None and watch.takers(given[self._conv]) == ["batch_norm"]:
+            self._before = consumer
         takers = watch.takers(given[self._before])
         self.has_activation = len(takers) == 1 and takers[0] in ACTIVATION_NAMES
 
@@ -113,7 +113,7 @@ class HookedMaps:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees all functions of torch that are called, by modules or not, and ends the run where it is told to.
+    """Sees all functions of torch that are called, by modules or not, and ends the run where it is asked to.
 
     Attributes
     ----------
@@ -153,7 +153,7 @@ class _Watch(TorchFunctionMode):
 class RowByRow:
     """A layer's maps, one input at a time: for networks that take batches apart, or mix their rows.
 
-    All that a layer gives for one input counts as one map, with an axis more: crops of a picture, frames of
+    All of a layer's output for one input counts as one map, with an axis more: crops of a picture, frames of
     a film.
 
     Parameters
@@ -185,7 +185,7 @@ def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def takes_batches(maps: MapFunction, example: torch.Tensor) -> bool:
-    """Whether each row of a batch, shape (2, C, *canvas), gives what it gives alone."""
+    """Whether each row of a batch, shape (2, C, *canvas), gives the same output as alone."""
     try:
         with torch.no_grad():
             together = maps(example)[1]

@@ -154,7 +154,7 @@ def measure_statistics(
     -------
     InputStatistics
         A channel without variation has std 1 unless one was given. The covariance is None where no
-        channel varies. The exponent is None where none can be told: fewer than `FEWEST_IMAGES`, no
+        channel varies. The exponent is None where it cannot be measured: fewer than `FEWEST_IMAGES`, no
         variation within images, or a side below `SMALLEST_SIDE`.
 
     Raises

@@ -37,9 +37,9 @@ def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Damage:
 
 
 def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:
-    """Probabilities of classes, shape (B, classes), of a network that gives one row of scores for an input.
+    """Probabilities of classes, shape (B, classes), of a network that returns one row of scores for an input.
 
-    Outputs that are probabilities already are given back; None where there is no such row.
+    Outputs that are probabilities already are returned as they are; None where there is no such row.
     """
     if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
         return None

@@ -74,7 +74,7 @@ class Tap:
 
 
 def trace(model: nn.Module) -> fx.GraphModule | None:
-    """Trace `model`, or give None where its forward pass cannot be traced."""
+    """Trace `model`; None where its forward pass cannot be traced."""
     if not are_names_safe(model):
         return None
     try:
@@ -205,7 +205,7 @@ def _fold(traced: fx.GraphModule, share: bool) -> fx.GraphModule:
 def _plain_convolutions(folded: fx.GraphModule) -> None:
     """Replace convolutions that pad their input themselves by plain ones where both do the same.
 
-    Padding within the convolution saves a copy of its input, a tenth of an ascent's time.
+    Padding within the convolution saves a copy of its input, a tenth of an optimisation's time.
     """
     for name, module in list(folded.named_modules()):
         kind = next((kind for kind in _PLAIN if isinstance(module, kind)), None)
@@ -227,7 +227,7 @@ def _plain_convolutions(folded: fx.GraphModule) -> None:
 
 
 def _agree(one: Any, other: Any, size: Sequence[int]) -> bool:
-    """Whether two convolutions give the same on noise of a size."""
+    """Whether two convolutions compute the same on noise of a size."""
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, one.in_channels, *size, generator=generator).to(one.weight)
     try:
@@ -283,7 +283,7 @@ class MapReader(fx.Interpreter):
 
 
 def upper_bound(traced: fx.GraphModule, tap: Tap) -> float:
-    """Largest absolute value that the activation behind a convolution gives; infinite if it has no bound."""
+    """Largest absolute value of the activation behind a convolution; infinite if it has no bound."""
     node = tap.after
     if node is tap.before:
         return math.inf

@@ -64,11 +64,11 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 
 def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Give all that must be zero for masked filters to give nothing: a module, its tensor's name, the mask.
+    """List all that must be zero for masked filters to output zero: a module, its tensor's name, the mask.
 
     That is their weights and biases and the scale and shift of the norms that they pass: of those that
-    `Masks.passages` name, and of the batch norm behind each. Where a norm has none, its running mean, as it
-    would give the old one, negated (fed zeros, it stays at zero). Masks broadcast over the tensor.
+    `Masks.norm_channels` name, and of the batch norm behind each. Where a norm has none, its running mean,
+    as it would give the old one, negated (fed zeros, it stays at zero). Masks broadcast over the tensor.
 
     Raises
     ------
@@ -79,11 +79,11 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
     modules: dict[str, Any] = dict(model.named_modules())
     known = masks if isinstance(masks, Masks) else Masks(masks)
     passed: dict[str, set[int]] = {}
-    for passage in filter(known.silences, known.passages):
-        norm = modules.get(passage.norm)
-        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or passage.channel >= norm.num_features:
-            raise UserError(f"these masks are for another model: it has no such norm {passage.norm!r}")
-        passed.setdefault(passage.norm, set()).add(passage.channel)
+    for norm_channel in filter(known.silences, known.norm_channels):
+        norm = modules.get(norm_channel.norm)
+        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or norm_channel.channel >= norm.num_features:
+            raise UserError(f"these masks are for another model: it has no such norm {norm_channel.norm!r}")
+        passed.setdefault(norm_channel.norm, set()).add(norm_channel.channel)
     behind = tracing.norms_behind(model)
     for name, mask in masks.items():
         if bool(mask.all()):
@@ -105,7 +105,7 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
 def make_permanent(model: nn.Module) -> nn.Module:
     """Turn masks that `apply_masks` or `prune_with_torch` set into zeros, under the state dict's own keys.
 
-    Other parametrisations of the model, weight norm say, become plain values with them.
+    Other parametrisations of the model, such as weight norm, become plain values with them.
     """
     bake_parameters(model)
     return model

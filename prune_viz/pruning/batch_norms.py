@@ -1,9 +1,9 @@
-"""Batch norms of a merged network, set anew so that they give what the whole network's give.
+"""Batch norms of a merged network, set anew so that their outputs are as in the whole network.
 
 Merging rebuilds what is removed only in part. What is missing adds up from layer to layer: maps grow weaker
 and drift, and a batch norm goes on dividing by what its inputs were before. Setting the statistics of a
 pruned network anew is common where there is data (Li et al. 2020, EagleEye); here calibrated probes stand in
-for it, and the aim is what the whole network gives on the same probes, not what training fed it.
+for it, and the aim is what the whole network computes on the same probes, not what training fed it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Statistics = tuple[Tensor, Tensor]  # mean and variance, each shape (channels,)
 
 
 def recalibrate_norms(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> bool:
-    """Set batch norms so that each gives the mean and deviation on probes that the whole network's gives.
+    """Set batch norms so that each has the mean and deviation on probes that the whole network's has.
 
     Only where it helps on probes that it was not fitted to: each half of them is tried on the other first.
     A norm that runs more than once, or has no running statistics, is left as it is. Where memory runs out,

@@ -1,8 +1,8 @@
-"""Masks for any budget from one analysis: how many channels each coupling group gives up, and which.
+"""Masks for any budget from one analysis: how many channels of each coupling group are removed, and which.
 
 Every group has its removal order, the least missed channel first. A share of filters or of
-multiply-accumulates is spread evenly: each group gives up the same share of its channels, and what rounding
-took too much is given back where it is missed most. A tolerance is spread as damage: each group goes as far
+multiply-accumulates is spread evenly: each group loses the same share of its channels, and what rounding
+took too much is kept where it is missed most. A tolerance is spread as damage: each group goes as far
 down its order as the predicted damage allows. What is removed is rebuilt from all that its group keeps, by
 least squares on the second moments over the probes.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from prune_viz.calibration.images import read_images
-from prune_viz.channels.groups import Passage, Places, passages
+from prune_viz.channels.groups import NormChannel, Places, norm_channels
 from prune_viz.pruning.masks import Masks, read_beside, save_masks
 from prune_viz.redundancy.elimination import rebuild_all
 from prune_viz.runs.damage import Damage, Unit
@@ -156,11 +156,11 @@ def read_rankings(decisions: Decisions) -> list[Ranking]:
     for group in decisions.groups:
         if group.id not in orders:
             continue
-        filters = {writer.layer: np.full(group.channels, -1) for writer in group.writers}
-        for writer in group.writers:
-            filters[writer.layer][list(writer.channels)] = writer.filters
+        filters = {producer.layer: np.full(group.channels, -1) for producer in group.producers}
+        for producer in group.producers:
+            filters[producer.layer][list(producer.channels)] = producer.filters
         entry = orders[group.id]
-        reads = {reader.module: reader.share for reader in group.reads}
+        reads = {consumer.module: consumer.share for consumer in group.reads}
         norms = [
             Places(norm.module, np.array(norm.indices, int), np.array(norm.channels, int))
             for norm in group.norms
@@ -257,7 +257,7 @@ def _evenly(
     what: str,
     round_to: int,
 ) -> dict[int, int]:
-    """The smallest even share of channels that saves what is wanted, less what can then be given back."""
+    """The smallest even share of channels that saves what is wanted, less what can then be kept."""
 
     def counts_at(step: int) -> dict[int, int]:
         return {ranking.number: ranking.count(step / _SHARES, round_to) for ranking in rankings}
@@ -345,27 +345,27 @@ def masks_for_channels(
     """
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
     merges: list[Merge] = []
-    passed: list[Passage] = []
+    passed: list[NormChannel] = []
     for ranking in rankings:
         gone = channels.get(ranking.number, [])
         if not len(gone):
             continue
-        writers = [
+        producers = [
             Places(layer, placed[placed >= 0], np.flatnonzero(placed >= 0))
             for layer, placed in ranking.filters.items()
         ]
-        passed += passages(writers, ranking.norms, set(gone))
+        passed += norm_channels(producers, ranking.norms, set(gone))
         for layer, placed in ranking.filters.items():
             masks[layer][placed[list(gone)][placed[list(gone)] >= 0]] = False
         matrix = moments.get(ranking.number)
         if matrix is None or matrix.shape != (ranking.channels + 1, ranking.channels + 1):
             raise UserError("moments.safetensors does not fit decisions.json; run analyze again")
         merges += _merges(ranking, gone, matrix)
-    return Masks(masks, tuple(merges), origin, predicted=predicted, passages=passed)
+    return Masks(masks, tuple(merges), origin, predicted=predicted, norm_channels=passed)
 
 
 def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:
-    """How the removed channels of a group are rebuilt, told in the filters of a layer that has them all."""
+    """How a group's removed channels are rebuilt from filters of a layer that has them all."""
     whole = next((layer for layer, placed in ranking.filters.items() if (placed >= 0).all()), None)
     if whole is None:
         return []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.dependency_graph import UntraceableError
-from prune_viz.channels.groups import CouplingGroup, passages
+from prune_viz.channels.groups import CouplingGroup, norm_channels
 from prune_viz.network.adapters import convolutions_of
 from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.masks import Masks, check_masks
@@ -79,8 +79,8 @@ def reconcile_with_groups(
         gone = channels_gone(group, masks)
         if len(gone) == group.channels:
             raise UserError(f"the masks remove every filter of {group.layers[0]}; keep at least one")
-        reconciled.passages += passages(group.writers, group.norms, gone)
-        for places in group.writers:
+        reconciled.norm_channels += norm_channels(group.producers, group.norms, gone)
+        for places in group.producers:
             removed = places.indices[[channel in gone for channel in places.channels]]
             reconciled[places.module][torch.from_numpy(removed)] = False
             wished = int((~masks[places.module]).sum()) if places.module in masks else 0
@@ -98,11 +98,11 @@ def reconcile_with_groups(
 
 
 def channels_gone(group: CouplingGroup, masks: Mapping[str, Tensor]) -> set[int]:
-    """Channels of a group that every filter tied to them gives up."""
+    """Channels of a group of which every tied filter is masked out."""
     if not group.removable:
         return set()
     gone = set(range(group.channels))
-    for places in group.writers:
+    for places in group.producers:
         mask = masks.get(places.module)
         kept = places.channels if mask is None else places.channels[mask.cpu().numpy()[places.indices]]
         gone -= set(kept.tolist())

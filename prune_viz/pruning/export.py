@@ -94,12 +94,12 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
                 raise UserError(f"this network cannot be exported to {what} ({brief(error)})") from None
     pairs = [(one.float(), two.float()) for one, two in zip(expected, given, strict=True) if one.numel()]
     if not pairs:
-        raise UserError("this network gives no tensors, so nothing tells whether its export is right")
+        raise UserError("this network returns no tensors, so nothing shows whether its export is right")
     scale = max(float(one.abs().max()) for one, _ in pairs)
     difference = max(float((one - two).abs().max()) for one, two in pairs)
     if not difference <= TOLERANCE * scale:
         raise UserError(
-            f"exported to {path.suffix[1:]}, the network gives other outputs (by {difference:.2g}, of at "
+            f"exported to {path.suffix[1:]}, the network returns other outputs (by {difference:.2g}, of at "
             f"most {scale:.2g}); nothing was written to {path}"
         )
     with written_aside(path) as aside:

@@ -78,7 +78,7 @@ def to_indices(masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """The filters that masks remove, by layer, as Torch-Pruning takes them.
 
     ``DependencyGraph.get_pruning_group(layer, tp.prune_conv_out_channels, indices)`` removes those of one
-    layer and all that is tied to them, so give it one layer of each coupling group.
+    layer and all that is tied to them, so pass it one layer of each coupling group.
 
     Parameters
     ----------

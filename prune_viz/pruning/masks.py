@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.calibration.images import read_images, write_images
-from prune_viz.channels.groups import Passage
+from prune_viz.channels.groups import NormChannel
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
 from prune_viz.network.adapters import is_convolution
@@ -45,7 +45,7 @@ class Masks(dict[str, Tensor]):
         Calibrated probes, on which batch norms are set anew after merging.
     predicted : Damage, optional
         What they are predicted to cost.
-    passages : sequence of Passage, optional
+    norm_channels : sequence of NormChannel, optional
         Channels of norms that removed filters pass on their way to what reads them, silenced with them.
 
     Attributes
@@ -54,7 +54,7 @@ class Masks(dict[str, Tensor]):
     origin : Origin
     probes : Tensor or None
     predicted : Damage or None
-    passages : list of Passage
+    norm_channels : list of NormChannel
     notes : list of str
         What `reconcile_masks` kept, and why.
     """
@@ -66,14 +66,14 @@ class Masks(dict[str, Tensor]):
         origin: Origin | None = None,
         probes: Tensor | None = None,
         predicted: Damage | None = None,
-        passages: Sequence[Passage] = (),
+        norm_channels: Sequence[NormChannel] = (),
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
         self.origin = origin or Origin()
         self.probes = probes
         self.predicted = predicted
-        self.passages = list(passages)
+        self.norm_channels = list(norm_channels)
         self.notes: list[str] = []
 
     @classmethod
@@ -179,8 +179,8 @@ class Masks(dict[str, Tensor]):
         Where both do, the first one's is taken.
         """
         self.probes = second.probes if first.probes is None else first.probes
-        passed = dict.fromkeys((*first.passages, *second.passages))
-        self.passages = [passage for passage in passed if self.silences(passage)]
+        passed = dict.fromkeys((*first.norm_channels, *second.norm_channels))
+        self.norm_channels = [norm_channel for norm_channel in passed if self.silences(norm_channel)]
         merges = {(merge.layer, merge.filter): merge for merge in (*second.merges, *first.merges)}
         self.merges = tuple(merge for merge in merges.values() if self.holds(merge))
 
@@ -191,11 +191,11 @@ class Masks(dict[str, Tensor]):
             return False
         return bool(mask[list(merge.representatives)].all())
 
-    def silences(self, passage: Passage) -> bool:
+    def silences(self, norm_channel: NormChannel) -> bool:
         """Whether these masks remove all that writes a norm's channel."""
         return all(
             layer in self and index < len(self[layer]) and not self[layer][index]
-            for layer, index in passage.filters
+            for layer, index in norm_channel.filters
         )
 
     def summary(self) -> pd.DataFrame:
@@ -222,7 +222,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     for file in (path, merges, probes):
         check_replaceable(file)
     path.resolve().unlink(missing_ok=True)  # never beside what belongs to other masks
-    if held.merges or held.passages or held.origin != Origin() or held.predicted is not None:
+    if held.merges or held.norm_channels or held.origin != Origin() or held.predicted is not None:
         beside = msgspec.to_builtins(beside_masks(held))
         write_json(merges, {"format": FORMAT, "written_by": MARK, **beside})
     else:
@@ -245,7 +245,7 @@ def beside_masks(masks: Masks) -> BesideMasks:
         model_sha256=masks.origin.file,
         weights_sha256=masks.origin.weights,
         predicted=prediction_record(masks.predicted),
-        passages=tuple(astuple(passage) for passage in masks.passages),
+        passages=tuple(astuple(one) for one in masks.norm_channels),
         merges=masks.merges,
     )
 
@@ -287,7 +287,7 @@ def load_masks(path: str | Path) -> Masks:
 
 
 def read_beside(path: Path) -> Masks:
-    """Read from a JSON file what stands beside masks: origin, prediction, passages and merges.
+    """Read from a JSON file what stands beside masks: origin, prediction, channels of norms and merges.
 
     Raises
     ------
@@ -299,7 +299,7 @@ def read_beside(path: Path) -> Masks:
         merges=beside.merges,
         origin=Origin(beside.model_sha256, beside.weights_sha256),
         predicted=beside.prediction,
-        passages=[Passage(*passage) for passage in beside.passages],
+        norm_channels=[NormChannel(*one) for one in beside.passages],
     )
 
 

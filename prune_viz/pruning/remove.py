@@ -74,7 +74,7 @@ def remove_filters(
     try:
         graph = build_graph(smaller, example)
         for group in filter(lambda one: one.removable, groups):
-            root = group.writers[0]
+            root = group.producers[0]
             keep = consistent[root.module].numpy()
             gone = [int(index) for index in root.indices if not keep[index]]
             if gone:
@@ -124,7 +124,7 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
 def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> nn.Module:
     """Fold what removed filters contributed into the weights that read their representatives.
 
-    The columns in the readers of all filters that `masks` remove become zero, merged or not, so that
+    The columns in the consumers of all filters that `masks` remove become zero, merged or not, so that
     masking or removing them afterwards changes nothing more.
 
     Parameters
@@ -158,9 +158,9 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
         if not gone:
             continue
         weights = _as_channels(group, gone, merges.get(group.number, ()))
-        for reader in group.readers:
-            norm = norms.get(reader.module)
-            _merge_into(modules[reader.module], reader, gone, weights, modules[norm] if norm else None)
+        for consumer in group.consumers:
+            norm = norms.get(consumer.module)
+            _merge_into(modules[consumer.module], consumer, gone, weights, modules[norm] if norm else None)
     return model
 
 
@@ -168,7 +168,7 @@ def _as_channels(group: CouplingGroup, gone: Sequence[int], merges: Sequence[Mer
     """Merges in a group's channels instead of a layer's filters: a row each of `gone`, over all and 1."""
     channel_of = {
         places.module: dict(zip(places.indices.tolist(), places.channels.tolist(), strict=True))
-        for places in group.writers
+        for places in group.producers
     }
     row_of = {channel: row for row, channel in enumerate(gone)}
     weights = torch.zeros(len(gone), group.channels + 1, dtype=torch.float64)
@@ -181,15 +181,15 @@ def _as_channels(group: CouplingGroup, gone: Sequence[int], merges: Sequence[Mer
 
 
 def _merge_into(
-    reader: Any, places: Places, gone: Sequence[int], weights: Tensor, norm: nn.Module | None
+    consumer: Any, places: Places, gone: Sequence[int], weights: Tensor, norm: nn.Module | None
 ) -> None:
-    """Fold merges into one reader's weight, and their constants into its bias or the norm behind it."""
+    """Fold merges into one consumer's weight, and their constants into its bias or the norm behind it."""
     order = np.argsort(places.channels, kind="stable")
     # A row a channel; behind a flatten a channel lies at several columns.
     columns = torch.from_numpy(places.indices[order].reshape(weights.shape[1] - 1, -1))
     with torch.no_grad():
-        weight: Tensor = reader.weight.data
-        inputs_first = by_inputs(reader, weight)
+        weight: Tensor = consumer.weight.data
+        inputs_first = by_inputs(consumer, weight)
         lost = inputs_first[columns[list(gone)]].double()  # removed, columns, outputs, *taps
         share = weights.to(lost.device)
         taken = torch.einsum("rk,r...->k...", share[:, :-1], lost)
@@ -198,17 +198,17 @@ def _merge_into(
         sums = lost.movedim(2, 1).flatten(2).sum(dim=2)  # removed, outputs
         shift = share[:, -1] @ sums
         if bool(shift.abs().max() > 0):
-            _add_bias(reader, shift.to(weight), norm)
+            _add_bias(consumer, shift.to(weight), norm)
 
 
-def _add_bias(reader: Any, shift: Tensor, norm: nn.Module | None) -> None:
+def _add_bias(consumer: Any, shift: Tensor, norm: nn.Module | None) -> None:
     """Add a constant to a layer's outputs: in its bias, or in the mean of the batch norm behind it."""
-    if reader.bias is not None:
-        reader.bias.data += shift
+    if consumer.bias is not None:
+        consumer.bias.data += shift
     elif isinstance(norm, _BatchNorm) and norm.running_mean is not None:
         norm.running_mean -= shift
     else:
-        reader.bias = nn.Parameter(shift)
+        consumer.bias = nn.Parameter(shift)
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:

@@ -81,7 +81,7 @@ class ReviewedRun:
 
 
 def identity(run: RunDirectory) -> str:
-    """What tells the verdicts of a run from those of any other: the SHA-256 of its `decisions.json`."""
+    """What identifies the verdicts of a run among all others: the SHA-256 of its `decisions.json`."""
     return sha256(run.decisions_file)
 
 
@@ -182,9 +182,9 @@ def _gone(
     gone: set[tuple[int, int]] = set()
     placed: set[Filter] = set()
     for group in decisions.groups:
-        for writer in group.writers:
-            for number, channel in zip(writer.filters, writer.channels, strict=True):
-                one = writer.layer, number
+        for producer in group.producers:
+            for number, channel in zip(producer.filters, producer.channels, strict=True):
+                one = producer.layer, number
                 placed.add(one)
                 place = group.id, channel
                 decision = review.decisions.get(one)
@@ -192,14 +192,14 @@ def _gone(
                     said.setdefault(place, {})[decision] = one
                 if decision == REMOVE and not (group.removable and group.id in ranked):
                     why = group.note or "its group was not ranked in this run"
-                    raise UserError(f"filter {number} of {writer.layer} cannot be removed: {why}")
+                    raise UserError(f"filter {number} of {producer.layer} cannot be removed: {why}")
                 if one in going:
                     gone.add(place)
-    for place, told in said.items():
-        if len(told) > 1:
-            pair = few([f"filter {number} of {layer}" for layer, number in told.values()])
+    for place, decided in said.items():
+        if len(decided) > 1:
+            pair = few([f"filter {number} of {layer}" for layer, number in decided.values()])
             raise UserError(f"the review keeps and removes what goes only together: {pair}")
-        (gone.add if REMOVE in told else gone.discard)(place)
+        (gone.add if REMOVE in decided else gone.discard)(place)
     loose = {one for one in going if one not in placed} | {
         one for one, decision in review.decisions.items() if decision == REMOVE and one not in placed
     }
@@ -215,10 +215,10 @@ def _first_filters(channels: Mapping[int, list[int]], decisions: Decisions) -> l
     found: dict[tuple[int, int], list[Filter]] = {}
     for group in decisions.groups:
         wanted = set(channels.get(group.id, ()))
-        for writer in group.writers:
-            for number, channel in zip(writer.filters, writer.channels, strict=True):
+        for producer in group.producers:
+            for number, channel in zip(producer.filters, producer.channels, strict=True):
                 if channel in wanted:
-                    found.setdefault((group.id, channel), []).append((writer.layer, number))
+                    found.setdefault((group.id, channel), []).append((producer.layer, number))
     return list(found.values())
 
 
@@ -257,7 +257,7 @@ def write_reviewed_masks(run: Path, review: Path, out: Path | None = None) -> li
     added = sum(decision == REMOVE and one not in flagged for one, decision in read.decisions.items())
     return [
         f"of {len(flagged):,} flagged filters {accepted:,} accepted, {rejected:,} rejected, "
-        f"{len(flagged) - accepted - rejected:,} undecided, which go as told; {added:,} more go",
+        f"{len(flagged) - accepted - rejected:,} undecided, which follow their verdicts; {added:,} more go",
         f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})",
         f"written to {out}",
     ]

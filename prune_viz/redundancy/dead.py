@@ -12,20 +12,20 @@ _SILENT = 1e-6  # largest value of a silent map, of its layer's typical one
 _CONSTANT = 1e-3  # standard deviation of a constant map, of its mean or of its layer's typical deviation
 
 
-def are_silent(readers: Sequence[Moments]) -> np.ndarray:
-    """Which channels gave nothing on any input of the moments, one a reader; bool, shape (channels,)."""
-    peak = np.max([reader.peak for reader in readers], axis=0)
+def are_silent(consumers: Sequence[Moments]) -> np.ndarray:
+    """Which channels gave nothing on any input of the moments, one a consumer; bool, shape (channels,)."""
+    peak = np.max([consumer.peak for consumer in consumers], axis=0)
     return np.asarray(peak <= _SILENT * max(float(np.median(peak)), 1e-30))
 
 
-def dead_kinds(readers: Sequence[Moments]) -> list[str]:
-    """How each channel is dead, as far as the readers can tell; empty where it is not."""
-    silent = are_silent(readers)
+def dead_kinds(consumers: Sequence[Moments]) -> list[str]:
+    """How each channel is dead, as far as the consumers show; empty where it is not."""
+    silent = are_silent(consumers)
     energy = np.zeros(len(silent))
-    for reader in readers:
-        energy += np.diag(reader.energy)
-    deviation = np.sqrt(np.max([reader.variance for reader in readers], axis=0))
-    mean = np.max([np.abs(reader.mean) for reader in readers], axis=0)
+    for consumer in consumers:
+        energy += np.diag(consumer.energy)
+    deviation = np.sqrt(np.max([consumer.variance for consumer in consumers], axis=0))
+    mean = np.max([np.abs(consumer.mean) for consumer in consumers], axis=0)
     typical = float(np.median(deviation))
     kinds = []
     for channel in range(len(silent)):

@@ -1,10 +1,10 @@
 """Rebuilding channels from others, on second moments alone: regressions and backward elimination.
 
 With ``G = E[v v']`` the second moments of a group's channels and a constant, the residual of channel j
-given all others is ``1 / (G^-1)_jj``. Backward elimination removes the channel whose loss its readers feel
+given all others is ``1 / (G^-1)_jj``. Backward elimination removes the channel whose loss its consumers feel
 least, downdates ``G^-1`` by a rank, and moves the removed channel's outgoing weights onto those that rebuild
 it, so that the damage of further removals is that to the merged network. The losses of one elimination are
-orthogonal; they add (taps of a wide reader taken as independent).
+orthogonal; they add (taps of a wide consumer taken as independent).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def eliminate(moments: np.ndarray, energy: np.ndarray, ridge: float = RIDGE) -> 
     moments : ndarray, shape (n + 1, n + 1)
         Second moments of n channels and a constant, the constant last; it is never removed.
     energy : ndarray, shape (n, n)
-        What the readers make of the channels, in units of damage.
+        What the consumers make of the channels, in units of damage.
     ridge : float
         What is added to the moments, as a share of each channel's own mean square.
 

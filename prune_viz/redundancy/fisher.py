@@ -1,4 +1,4 @@
-"""How much a network's output depends on what the readers of coupling groups give.
+"""How much a network's output depends on the outputs of the consumers of coupling groups.
 
 For class scores it is the Fisher information of the network's own probabilities, carried back to a place:
 half of what a small change makes of it is the Kullback-Leibler divergence of the changed output from the old.
@@ -32,19 +32,19 @@ class Sensitivities:
 
     Attributes
     ----------
-    readers : dict of str to ndarray of float64, each shape (outputs, outputs)
-        For each reader S such that a change of its outputs with second moments D at every position, apart
+    consumers : dict of str to ndarray of float64, each shape (outputs, outputs)
+        For each consumer S such that a change of its outputs with second moments D at every position, apart
         from place to place, costs ``trace(S D) / 2``.
     ablations : dict of int to ndarray of float64, each shape (channels,)
         By the group's number, what silencing one channel costs with nothing in its place: half the mean
         square, over inputs, of the channel's maps times the gradients with which they are read, summed
-        over positions and readers (Theis et al. 2018).
+        over positions and consumers (Theis et al. 2018).
     unit : Unit
-        Of the cost: divergence of the output, where the network gives one row of class scores or
+        Of the cost: divergence of the output, where the network returns one row of class scores or
         probabilities for an input, else the squared change of its outputs as a share of their square.
     """
 
-    readers: dict[str, np.ndarray]
+    consumers: dict[str, np.ndarray]
     ablations: dict[int, np.ndarray]
     unit: Unit
 
@@ -56,14 +56,14 @@ def gather_sensitivities(
     seed: int,
     budget: Budget | None = None,
 ) -> Sensitivities | None:
-    """Sum the gradients of a network's output over inputs, where the readers of groups take and give.
+    """Sum the gradients of a network's output over inputs, at the inputs and outputs of groups' consumers.
 
     Parameters
     ----------
     model : nn.Module
         The network in eval mode; left unchanged.
     groups : sequence of CouplingGroup
-        Whose readers to watch.
+        Whose consumers to watch.
     inputs : callable
         Gives batches, each shape (B, C, *size); called again where memory ran out and all is begun anew with
         smaller ones.
@@ -75,7 +75,7 @@ def gather_sensitivities(
     Returns
     -------
     Sensitivities or None
-        None where gradients do not reach every reader, are not finite or vanish, or cannot be told apart
+        None where gradients do not reach every consumer, are not finite or vanish, or cannot be separated
         by input.
     """
     device = next(model.parameters()).device
@@ -91,7 +91,7 @@ def _gather(
     most: int,
 ) -> Sensitivities | None:
     modules = dict(model.named_modules())
-    names = sorted({places.module for group in groups for places in group.readers})
+    names = sorted({places.module for group in groups for places in group.consumers})
     store = ScratchArrays(budget)
     squares = _squares({name: modules[name] for name in names}, store)
     watches = {name: _Watch(modules[name], squares[name]) for name in names}
@@ -134,9 +134,9 @@ def _gather(
     )
 
 
-def _squares(readers: Mapping[str, nn.Module], store: ScratchArrays) -> dict[str, np.ndarray]:
-    """Zeros for each reader, a square of its outputs."""
-    outputs = {name: count_outputs(module) for name, module in readers.items()}
+def _squares(consumers: Mapping[str, nn.Module], store: ScratchArrays) -> dict[str, np.ndarray]:
+    """Zeros for each consumer, a square of its outputs."""
+    outputs = {name: count_outputs(module) for name, module in consumers.items()}
     flat = store.zeros((sum(count**2 for count in outputs.values()),))
     ends = np.cumsum([count**2 for count in outputs.values()])
     return {
@@ -146,7 +146,7 @@ def _squares(readers: Mapping[str, nn.Module], store: ScratchArrays) -> dict[str
 
 
 class _Watch:
-    """The gradients with which one reader takes its inputs, by input, and those of its outputs, summed.
+    """The gradients with which one consumer takes its inputs, by input, and those of its outputs, summed.
 
     The second moments of the latter are summed into `given`, shape (outputs, outputs).
     """
@@ -162,7 +162,7 @@ class _Watch:
     def _before(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not arguments[0].requires_grad:
             return None
-        own = arguments[0].clone()  # so that its gradient is through this reader alone
+        own = arguments[0].clone()  # so that its gradient is through this consumer alone
         values = own.detach()  # a hook that knew its own tensor would keep all that led to it for ever
 
         def add(gradient: Tensor) -> None:
@@ -197,10 +197,10 @@ class _Watch:
 def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -> Tensor | None:
     """First-order change of the drawn scalar if a channel is silenced, shape (count, channels).
 
-    None where a reader was not called on the batch's inputs, one row each, and so cannot tell them apart.
+    None where a consumer was not called on the batch's inputs, one row each, and so cannot tell them apart.
     """
     total = torch.zeros(count, group.channels, dtype=torch.float64)
-    for places in group.readers:
+    for places in group.consumers:
         read = watches[places.module].read
         if read is None or len(read) != count:
             return None

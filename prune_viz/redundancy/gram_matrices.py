@@ -1,8 +1,8 @@
 """Second moments of filters' signed maps over probes, as the layers that read them see them.
 
-Filters are compared where they are read. For every coupling group the inputs of its readers are watched
+Filters are compared where they are read. For every coupling group the inputs of its consumers are watched
 while probes run through the whole network, and the second moments of the group's channels are summed,
-with a constant row so that means are carried too. A reader's zero padding belongs to what it reads, so
+with a constant row so that means are carried too. A consumer's zero padding belongs to what it reads, so
 padded positions count as samples.
 """
 
@@ -33,28 +33,28 @@ from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
 POSITIONS = 64  # of a map that are sampled, a probe
-# Of doubles, a square of its channels each, that a group's moments take for each reader, and judging it.
+# Of doubles, a square of its channels each, that a group's moments take for each consumer, and judging it.
 _MATRICES, _JUDGING = 8, 10
 
 
 @dataclass
 class Moments:
-    """Second moments of a group's channels as one reader sees them, apart for fitting and for checking.
+    """Second moments of a group's channels as one consumer sees them, apart for fitting and for checking.
 
     Attributes
     ----------
-    reader : str
+    consumer : str
         Name of the reading module.
     fit, held_out : ndarray of float64, shape (n + 1, n + 1)
         Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the probes to fit and to check
         (a 0 instead of the 1 where no bias can carry a constant).
     energy : ndarray of float64, shape (n, n)
-        ``sum over outputs and taps of W[:, i] W[:, j]``: what the reader makes of a unit of channel
+        ``sum over outputs and taps of W[:, i] W[:, j]``: what the consumer makes of a unit of channel
         i together with one of channel j, if what neighbouring taps see is independent.
     smooth_energy : ndarray of float64, shape (n, n)
         The same if all taps (positions, behind a flatten) see the same: taps summed before squaring.
     output_variance : float
-        Variance of the reader's output over samples, summed over its outputs.
+        Variance of the consumer's output over samples, summed over its outputs.
     unit : float
         What energies times squared errors are divided by to be a damage: the output's variance, or 2
         where outputs count by how much the network's own output depends on them (`weigh_outputs`).
@@ -64,7 +64,7 @@ class Moments:
         Of each channel over probes and positions, padding left out.
     """
 
-    reader: str
+    consumer: str
     fit: np.ndarray
     held_out: np.ndarray
     energy: np.ndarray
@@ -77,7 +77,7 @@ class Moments:
 
 
 class _Watch:
-    """Sums one reader's moments for one group while batches run, into four squares of zeros."""
+    """Sums one consumer's moments for one group while batches run, into four squares of zeros."""
 
     def __init__(
         self, places: Places, channels: int, module: Any, constant: float, squares: np.ndarray
@@ -152,13 +152,13 @@ class _Watch:
 
 
 def _columns(places: Places, channels: int) -> Tensor:
-    """Where each channel lies in a reader, (channels, K): behind a flatten at several features."""
+    """Where each channel lies in a consumer, (channels, K): behind a flatten at several features."""
     order = np.argsort(places.channels, kind="stable")
     return torch.from_numpy(places.indices[order].reshape(channels, -1))
 
 
 def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """What a reader makes of each pair of channels, taps apart and together; outputs seen through `root`."""
+    """What a consumer makes of each pair of channels, taps apart and together, seen through `root`."""
     weight = by_inputs(module, module.weight.detach().double().cpu())
     weight = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
     if root is not None:
@@ -176,7 +176,7 @@ def weigh_outputs(
     sensitivities: Mapping[str, np.ndarray],
     store: ScratchArrays,
 ) -> list[Moments]:
-    """Let the outputs of a group's readers count by how much the network's output depends on them.
+    """Let the outputs of a group's consumers count by how much the network's output depends on them.
 
     Parameters
     ----------
@@ -185,16 +185,16 @@ def weigh_outputs(
     group : CouplingGroup
         The group.
     moments : sequence of Moments
-        One a reader.
+        One a consumer.
     sensitivities : mapping of str to ndarray
-        From `prune_viz.redundancy.fisher.gather_sensitivities`, for every reader.
+        From `prune_viz.redundancy.fisher.gather_sensitivities`, for every consumer.
     store : Store
         Where what is new is kept.
     """
     modules = dict(model.named_modules())
     weighed = []
     squares = store.zeros((len(moments), 2, group.channels, group.channels))
-    for places, found, energies in zip(group.readers, moments, squares, strict=True):
+    for places, found, energies in zip(group.consumers, moments, squares, strict=True):
         values, vectors = np.linalg.eigh(sensitivities[places.module])
         root = torch.from_numpy(np.sqrt(values.clip(min=0))[:, None] * vectors.T)
         columns = _columns(places, group.channels)
@@ -209,7 +209,7 @@ def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) ->
     Parameters
     ----------
     parts : sequence of sequence of Moments
-        For each set, one a reader. Second moments of the first set are overwritten.
+        For each set, one a consumer. Second moments of the first set are overwritten.
     shares : sequence of float
         What each set counts for; they add to 1.
     """
@@ -289,14 +289,14 @@ def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[Coupling
 def _bytes_of_moments(groups: Sequence[CouplingGroup]) -> int:
     """What the moments of groups take, and judging the widest."""
     squares = [8 * (group.channels + 1) ** 2 for group in groups]
-    held = sum(_MATRICES * len(group.readers) * size for group, size in zip(groups, squares, strict=True))
+    held = sum(_MATRICES * len(group.consumers) * size for group, size in zip(groups, squares, strict=True))
     return held + _JUDGING * max(squares)
 
 
 def _bytes_at_a_time(group: CouplingGroup, store: ScratchArrays) -> int:
     """What the moments of a group take of memory while they are gathered: all, or of a file a few squares."""
     square = 8 * (group.channels + 1) ** 2
-    gathered = 4 * len(group.readers) * square
+    gathered = 4 * len(group.consumers) * square
     return 3 * square + (gathered if gathered <= store.most else 0)
 
 
@@ -306,7 +306,7 @@ def gather_moments(
     probes: Callable[[], Iterable[tuple[Tensor, bool]]],
     budget: Budget | None = None,
 ) -> dict[int, list[Moments]]:
-    """Run probes through the whole network and sum every group's moments at its readers.
+    """Run probes through the whole network and sum every group's moments at its consumers.
 
     Parameters
     ----------
@@ -323,7 +323,7 @@ def gather_moments(
     Returns
     -------
     dict
-        Group number -> one `Moments` a reader.
+        Group number -> one `Moments` a consumer.
 
     Raises
     ------
@@ -348,11 +348,11 @@ def _gather(
     modules = dict(model.named_modules())
     watches: dict[int, list[_Watch]] = {}
     for group in groups:
-        squares = store.zeros((len(group.readers), 4, group.channels + 1, group.channels + 1))
+        squares = store.zeros((len(group.consumers), 4, group.channels + 1, group.channels + 1))
         constant = _constant(group, modules)
         watches[group.number] = [
             _Watch(places, group.channels, modules[places.module], constant, own)
-            for places, own in zip(group.readers, squares, strict=True)
+            for places, own in zip(group.consumers, squares, strict=True)
         ]
     half: bool | None = None  # which one the probes are of, held out or not
 
@@ -379,10 +379,10 @@ def _gather(
 
 
 def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:
-    """What stands in the constant's row: 1, or 0 where no bias of a reader can make up for a constant.
+    """What stands in the constant's row: 1, or 0 where no bias of a consumer can make up for a constant.
 
     The outputs of a transposed convolution with a stride see different taps, so that a constant input
     gives a pattern.
     """
-    readers = [modules[places.module] for places in group.readers]
-    return 0.0 if any(is_strided_back(reader) for reader in readers) else 1.0
+    consumers = [modules[places.module] for places in group.consumers]
+    return 0.0 if any(is_strided_back(consumer) for consumer in consumers) else 1.0

@@ -1,8 +1,8 @@
 """The removal order of every coupling group, by what removal does to the network's output.
 
 It is measured on probes near the training data: calibrated ones where there can be any, and the user's
-own images where there are some. How much the output depends on what each reader gives
-(`prune_viz.redundancy.fisher`) weighs what the readers would lose.
+own images where there are some. How much the output depends on what each consumer gives
+(`prune_viz.redundancy.fisher`) weighs what the consumers would lose.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ class Measured:
     Attributes
     ----------
     moments : dict of int to list of Moments
-        By the group's number, one a reader.
+        By the group's number, one a consumer.
     weighed : dict of int to list of Moments
         The same, outputs counting by what the network's own output makes of them, where that is known.
     silent : dict of int to ndarray of bool, each shape (channels,)
-        Which channels give nothing on any of the user's own images; empty where there are none.
+        Which channels stay zero on all of the user's own images; empty where there are none.
     ablations : dict of int to ndarray, each shape (channels,), or None
         What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
-        nothing is near the training data or that cannot be told.
+        nothing is near the training data or that cannot be measured.
     unit : Unit
-        Of damage by the weighed moments: that of `Sensitivities`, or a share of what the readers give.
+        Of damage by the weighed moments: that of `Sensitivities`, or a share of the consumers' output.
     signs : dict of int to ndarray of int, each shape (channels, channels)
         Which channels have the same weights, and which opposite ones (`prune_viz.redundancy.sign_pairs`).
     """
@@ -156,10 +156,10 @@ def sense_output(
     near: NearInputs,
     context: RunContext,
 ) -> Sensitivities | None:
-    """How the network's output depends on what the readers of groups give, near the training data.
+    """How the network's output depends on the outputs of groups' consumers, near the training data.
 
     Parameters are those of `measure_groups`. None where nothing is near the training data, or where it cannot
-    be told (`prune_viz.redundancy.fisher.gather_sensitivities`).
+    be measured (`prune_viz.redundancy.fisher.gather_sensitivities`).
     """
     if not groups or not near.any():
         return None
@@ -206,12 +206,12 @@ def measure_groups(
     norms = norms_behind(model)
     signs = {group.number: weight_signs(model, group, norms) for group in groups}
     moments, silent = _gather(model, groups, near, context)
-    moments = moments or {number: list(readers) for number, readers in known.items()}
+    moments = moments or {number: list(consumers) for number, consumers in known.items()}
     if sensitivities is None:
-        return Measured(moments, moments, silent, None, Unit.READERS, signs)
+        return Measured(moments, moments, silent, None, Unit.CONSUMERS, signs)
     store = ScratchArrays(context.budget)
     weighed = {
-        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.readers, store)
+        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.consumers, store)
         for group in groups
     }
     return Measured(moments, weighed, silent, sensitivities.ablations, sensitivities.unit, signs)
@@ -262,10 +262,10 @@ def _gather(
     if (examples := near.examples) is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
-            return counted(context.progress, "ranking, images", _split([examples]), len(examples))
+            return counted(context.progress, "ranking on images of --data", _split([examples]), len(examples))
 
         seen = gather_moments(model, groups, shown, context.budget)
-        silent = {number: are_silent(readers) for number, readers in seen.items()}
+        silent = {number: are_silent(consumers) for number, consumers in seen.items()}
         parts.append(seen)
         counts.append(len(examples))
     if not parts:
@@ -297,7 +297,7 @@ class Predictions:
 
 
 def predictions_on(model: nn.Module, calibrated: Calibrated | None) -> Predictions | None:
-    """What the network takes calibrated probes for; None without any, or where it gives no class scores."""
+    """What the network takes calibrated probes for; None without any, or where it returns no class scores."""
     if calibrated is None:
         return None
     device = next(model.parameters()).device
@@ -323,9 +323,9 @@ def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
 
 def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: Unit) -> str:
     """Say what the removal order rests on, and what damage is where it is not what one expects."""
-    told = {
-        Unit.READERS: " How the network's output depends on its filters could not be measured there; damage "
-        "is a share of what the layers give that read them.",
+    units = {
+        Unit.CONSUMERS: " How the network's output depends on its filters could not be measured there; "
+        "damage is a share of the output of the layers that read them.",
         Unit.OUTPUT: " Damage is the squared change of the network's outputs as a share of their square.",
     }
     images = f"the {examples:,} images of --data"
@@ -340,12 +340,12 @@ def describe(calibrated: Calibrated | None, predicted: Predictions | None, examp
             )
         if calibrated.held is not None:
             looks += (
-                f" Stimuli among them give their own filters {calibrated.held:.2f} of what they did (median)."
+                f" Stimuli among them excite their own filters to {calibrated.held:.2f} (median) of before."
             )
         return (
-            f"The removal order rests on {len(calibrated.images)} probes{also}. The probes were moved until "
-            "the batch norms saw what they saw in training: the distance fell from "
-            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{told.get(unit, '')}"
+            f"The removal order rests on {len(calibrated.images)} synthetic calibration images{also}. They "
+            "were optimised until the batch norms saw what they saw in training: the distance fell from "
+            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{units.get(unit, '')}"
         )
     rests = (
         f"{images} alone."
@@ -353,13 +353,13 @@ def describe(calibrated: Calibrated | None, predicted: Predictions | None, examp
         else "noise and stimuli: trust budgets beyond the verdicts only after fine-tuning."
     )
     return (
-        "No probes could be calibrated to what batch norms remember of the training data, so the removal "
-        f"order rests on {rests}{told.get(unit, '') if examples else ''}"
+        "No calibration images could be synthesised from what batch norms hold of the training data, so the "
+        f"removal order rests on {rests}{units.get(unit, '') if examples else ''}"
     )
 
 
 def summary(calibrated: Calibrated | None, predicted: Predictions | None) -> dict[str, Any] | None:
-    """What `run.json` says of the calibration."""
+    """What `run.json` holds of the calibration."""
     if calibrated is None:
         return None
     return {

@@ -2,10 +2,10 @@
 
 A channel is redundant when a few kept channels rebuild it. What backward elimination (`elimination`)
 proposes is confirmed sparsely and on probes that the fit did not see: each proposed channel must be rebuilt
-from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost the readers less than the
-tolerance, a share of their output's variance. What removal does to the network's own output is told by
+from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost the consumers less than the
+tolerance, a share of their output's variance. What removal does to the network's own output is measured by
 `rank`, where its sensitivity is known, on probes near the training data. There a redundant channel must,
-taken alone, cost the readers and the output at most half of the tolerance too.
+taken alone, cost the consumers and the output at most half of the tolerance too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ChannelVerdict:
         Share of the channel's variance that others rebuild, held out, 0 to 1; NaN if not judged.
     damage : float
         What removing it costs, a flagged channel rebuilt from its representatives, a kept one with nothing
-        in its place: a share of the readers' output variance, or, once ranked by the output's sensitivity,
+        in its place: a share of the consumers' output variance, or, once ranked by the output's sensitivity,
         nats of divergence of the network's output; NaN if not judged.
     fires : bool
         False where it gave nothing on any of the user's own images.
@@ -83,10 +83,10 @@ class GroupVerdicts:
     order_damage : list of float
         Predicted damage of having removed that channel and all before it.
     damage : float
-        Predicted damage of removing all flagged channels with merging, held out; a share of the readers'
+        Predicted damage of removing all flagged channels with merging, held out; a share of the consumers'
         output variance.
     unit : Unit
-        Of all other damages: a share of the readers' output variance, divergence of the network's output,
+        Of all other damages: a share of the consumers' output variance, divergence of the network's output,
         or its squared change as a share of its square.
     """
 
@@ -95,7 +95,7 @@ class GroupVerdicts:
     order: list[int]
     order_damage: list[float]
     damage: float
-    unit: Unit = Unit.READERS
+    unit: Unit = Unit.CONSUMERS
 
 
 def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
@@ -113,7 +113,7 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     group : CouplingGroup
         The group; one that is not removable is kept whole.
     moments : sequence of Moments
-        One a reader.
+        One a consumer.
     tolerance : float
         Damage allowed to all flagged channels of the group together, 0 to 1.
 
@@ -121,14 +121,14 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     -------
     GroupVerdicts
     """
-    readers = [reader for reader in moments if reader.output_variance > 0]
-    if not group.removable or not readers:
+    consumers = [consumer for consumer in moments if consumer.output_variance > 0]
+    if not group.removable or not consumers:
         return judge_unjudged(group)
-    fit, held_out, energy = combine(readers)
+    fit, held_out, energy = combine(consumers)
     order, order_damage = eliminate(fit, energy)
     proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
-    dead = dead_kinds(readers)
-    rebuilt = _confirm(proposed, dead, fit, held_out, readers, tolerance)
+    dead = dead_kinds(consumers)
+    rebuilt = _confirm(proposed, dead, fit, held_out, consumers, tolerance)
     kept = [channel for channel in range(group.channels) if channel not in rebuilt]
     score = _score_kept(kept, fit, held_out, RIDGE)
     damage = np.diag(energy) * np.diag(fit)[:-1]
@@ -149,34 +149,34 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
                     [float(weights[index]) for index in named],
                     float(weights[-1]),
                     1.0 if kind else _score(channel, weights, held_out),
-                    _damage({channel: weights}, readers),
+                    _damage({channel: weights}, consumers),
                 )
             )
         else:
             channels.append(_kept(channel, float(score[channel]), float(damage[channel])))
-    return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, readers))
+    return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, consumers))
 
 
-def combine(readers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make one set of moments for all readers, weighted by what each makes of the channels.
+def combine(consumers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make one set of moments for all consumers, weighted by what each makes of the channels.
 
     Returns
     -------
     fit, held_out : ndarray, shape (n + 1, n + 1)
         Second moments of the n channels and a constant.
     energy : ndarray, shape (n, n)
-        What the readers make of the channels, in units of damage.
+        What the consumers make of the channels, in units of damage.
     """
-    energy = np.zeros(readers[0].energy.shape)
-    weights = np.zeros(len(readers))
-    for index, reader in enumerate(readers):
-        energy += reader.energy / reader.unit
-        weights[index] = np.trace(reader.energy) / reader.unit
-    weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(readers), 1 / len(readers))
-    fit, held_out = np.zeros(readers[0].fit.shape), np.zeros(readers[0].fit.shape)
-    for weight, reader in zip(weights, readers, strict=True):
-        fit += weight * reader.fit
-        held_out += weight * reader.held_out
+    energy = np.zeros(consumers[0].energy.shape)
+    weights = np.zeros(len(consumers))
+    for index, consumer in enumerate(consumers):
+        energy += consumer.energy / consumer.unit
+        weights[index] = np.trace(consumer.energy) / consumer.unit
+    weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(consumers), 1 / len(consumers))
+    fit, held_out = np.zeros(consumers[0].fit.shape), np.zeros(consumers[0].fit.shape)
+    for weight, consumer in zip(weights, consumers, strict=True):
+        fit += weight * consumer.fit
+        held_out += weight * consumer.held_out
     return fit, held_out, energy
 
 
@@ -197,7 +197,7 @@ def order_channels(
     damage : list of float
         Predicted damage of having removed that channel and all before it.
     pooled : ndarray, shape (channels + 1, channels + 1)
-        Second moments of the channels and a constant, over all probes and readers.
+        Second moments of the channels and a constant, over all probes and consumers.
     """
     pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
     return *eliminate(pooled, energy, MERGE_RIDGE), pooled
@@ -218,14 +218,14 @@ def rank(
     verdicts : GroupVerdicts
         What was found in the group.
     moments : sequence of Moments
-        One a reader.
+        One a consumer.
     weighed : sequence of Moments
         The same, outputs counting by what the network's own output makes of them, where that is known
         (`prune_viz.redundancy.gram_matrices.weigh_outputs`).
     ablations : ndarray or None, shape (channels,)
         What silencing each channel costs the network's output, where that is known.
     unit : Unit
-        Of the damage that the weighed ones give.
+        Of the damage by the weighed ones.
     signs : ndarray of int, shape (channels, channels), optional
         Which channels have the same weights, and which opposite ones
         (`prune_viz.redundancy.sign_pairs.weight_signs`).
@@ -234,27 +234,27 @@ def rank(
     -------
     GroupVerdicts
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
-        A redundant channel that costs the readers or the network's output more than half of `TOLERANCE`
+        A redundant channel that costs the consumers or the network's output more than half of `TOLERANCE`
         is kept after all, and so is the last of a sign where both occur.
         Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
         empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
-        As `order_channels` gives them.
+        From `order_channels`.
     """
-    plain = [reader for reader in moments if reader.output_variance > 0]
-    readers = [reader for reader in weighed if reader.output_variance > 0]
-    if not readers or np.isnan(verdicts.channels[0].damage):
+    plain = [consumer for consumer in moments if consumer.output_variance > 0]
+    consumers = [consumer for consumer in weighed if consumer.output_variance > 0]
+    if not consumers or np.isnan(verdicts.channels[0].damage):
         unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
         unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
         return unranked, np.array(moments[0].fit)
-    fit, held_out, energy = combine(readers)
+    fit, held_out, energy = combine(consumers)
     order, order_damage, pooled = order_channels(fit, held_out, energy)
     costs, flagged = {}, []
     for one in verdicts.channels:
         if not one.verdict.flagged:
             continue
         rebuilt = {one.channel: _weights(one, len(pooled))}
-        costs[one.channel] = _damage(rebuilt, readers)
+        costs[one.channel] = _damage(rebuilt, consumers)
         dearest = max(costs[one.channel], _damage(rebuilt, plain))
         if one.verdict is Verdict.DEAD or dearest <= TOLERANCE / _MARGIN:
             flagged.append(one.channel)
@@ -289,7 +289,7 @@ def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:
 
 
 def note_silent(verdicts: GroupVerdicts, silent: np.ndarray) -> GroupVerdicts:
-    """Note the channels that give nothing on the user's own images, bool, shape (channels,)."""
+    """Note the channels that stay zero on the user's own images, bool, shape (channels,)."""
     return replace(
         verdicts,
         channels=[replace(one, fires=not silent[one.channel]) for one in verdicts.channels],
@@ -301,7 +301,7 @@ def _confirm(
     dead: Sequence[str],
     fit: np.ndarray,
     held_out: np.ndarray,
-    readers: Sequence[Moments],
+    consumers: Sequence[Moments],
     tolerance: float,
 ) -> dict[int, np.ndarray]:
     """Which proposed channels hold up: channel -> weights over channels and constant that rebuild it.
@@ -319,12 +319,12 @@ def _confirm(
             # A dead channel needs no representative, unless padding makes a constant visible at the border.
             weights = np.zeros(len(fit))
             weights[-1] = 0.0 if dead[channel] == "unread" else fit[channel, -1]
-            loss = _damage({channel: weights}, readers)
+            loss = _damage({channel: weights}, consumers)
             if loss <= tolerance:
                 rebuilt[channel], alone[channel] = weights, loss
                 return True
         weights = rebuild(channel, np.flatnonzero(kept), fit)
-        loss = _damage({channel: weights}, readers)
+        loss = _damage({channel: weights}, consumers)
         if loss <= tolerance and _score(channel, weights, held_out) >= MIN_SCORE:
             rebuilt[channel], alone[channel] = weights, loss
             return True
@@ -341,7 +341,7 @@ def _confirm(
             serving.update(np.flatnonzero(rebuilt[channel][:-1]).tolist())
         else:
             kept[channel] = True
-    while rebuilt and _damage(rebuilt, readers) > tolerance:
+    while rebuilt and _damage(rebuilt, consumers) > tolerance:
         del rebuilt[max(rebuilt, key=lambda channel: alone[channel])]
     return rebuilt
 
@@ -355,24 +355,24 @@ def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
     return rows
 
 
-def _damage(rebuilt: dict[int, np.ndarray], readers: Sequence[Moments]) -> float:
-    """What removing and merging channels costs the readers, in units of their damage.
+def _damage(rebuilt: dict[int, np.ndarray], consumers: Sequence[Moments]) -> float:
+    """What removing and merging channels costs the consumers, in units of their damage.
 
-    Each reader is weighed alone. The worse of fit and held-out moments counts, and of what is lost being
+    Each consumer is weighed alone. The worse of fit and held-out moments counts, and of what is lost being
     independent from tap to tap or the same at all of them.
     """
     if not rebuilt:
         return 0.0
     removed = list(rebuilt)
-    rows = _residuals(rebuilt, len(readers[0].fit))
+    rows = _residuals(rebuilt, len(consumers[0].fit))
     named = np.flatnonzero(rows.any(axis=0))  # of a channel and its representatives, few
     rows = rows[:, named]
     total = 0.0
-    for reader in readers:
-        losses = [rows @ half[np.ix_(named, named)] @ rows.T for half in (reader.fit, reader.held_out)]
-        energies = [matrix[np.ix_(removed, removed)] for matrix in (reader.energy, reader.smooth_energy)]
+    for consumer in consumers:
+        losses = [rows @ half[np.ix_(named, named)] @ rows.T for half in (consumer.fit, consumer.held_out)]
+        energies = [matrix[np.ix_(removed, removed)] for matrix in (consumer.energy, consumer.smooth_energy)]
         worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
-        total += max(0.0, worst) / reader.unit
+        total += max(0.0, worst) / consumer.unit
     return total
 
 

@@ -38,7 +38,7 @@ def weight_signs(model: nn.Module, group: CouplingGroup, norms: Mapping[str, str
     """
     modules: dict[str, Any] = dict(model.named_modules())
     parts = []
-    for places in group.writers:
+    for places in group.producers:
         rows = _rows(modules[places.module])
         norm = modules[norms[places.module]] if places.module in norms else None
         if norm is not None and norm.weight is not None:

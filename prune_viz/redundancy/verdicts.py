@@ -63,7 +63,7 @@ def probe_groups(
     Returns
     -------
     dict of int to list of Moments
-        By the group's number, one a reader.
+        By the group's number, one a consumer.
     """
     if not groups:
         return {}
@@ -82,7 +82,7 @@ def probe_groups(
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
             batches = images.split(examples, examples.shape[2:])
-            return counted(context.progress, "probes, images", batches, len(examples))
+            return counted(context.progress, "images of --data", batches, len(examples))
 
         given = gather_moments(model, groups, shown, context.budget)
         moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}

@@ -36,7 +36,7 @@ def write_report(run: RunDirectory, progress: Progress | None = None) -> Path:
     run : RunDirectory
         A run with `run.json`, `filters.csv`, `decisions.json` and the layers' tensors.
     progress : Progress, optional
-        Told about one step a layer.
+        Advanced by one step a layer.
 
     Returns
     -------

@@ -104,8 +104,8 @@ def draw_histogram(cards: Sequence[FilterCard], unit: Unit) -> DamageHistogram |
                 parts.append(
                     Part(verdict, along(index), round(y, 1), round(step - _GAP, 1), round(height, 1))
                 )
-        told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items() if count)
-        bars.append(Bar(f"{_range(index, unit)}: {told}", parts))
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items() if count)
+        bars.append(Bar(f"{_range(index, unit)}: {counts}", parts))
     decades = range(first, last + 1, _A_DECADE * max(1, round((last - first) / _A_DECADE / 6)))
     ticks = [(along(index), wording.magnitude(_edge(index), unit)) for index in decades]
     if before:

@@ -76,7 +76,7 @@ def write_figure(run: Path, layer: str | None, out: Path) -> str:
             _of_layer(directory, record, rows, statistics, provenance.channels),
             f"{len(rows)} stimuli of {layer}",
         )
-    # Neither a date nor a chance name in it: the same run gives the same file.
+    # Neither a date nor a chance name in it: the same run makes the same file.
     metadata = {
         ".svg": {"Date": None, "Creator": MARK},
         ".pdf": {"CreationDate": None, "Creator": MARK},

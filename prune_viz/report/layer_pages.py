@@ -141,7 +141,7 @@ class Coupling:
     """What must be removed together with this layer's filters, and who reads them."""
 
     tied: list[str]
-    readers: list[str]
+    consumers: list[str]
     removable: bool
     note: str
 
@@ -327,4 +327,4 @@ def coupling(row: LayerRow, groups: Sequence[GroupRecord]) -> Coupling | None:
     if group is None:
         return None
     tied = [name for name in group.layers if name != row.record.name]
-    return Coupling(tied, list(group.readers), group.removable, group.note)
+    return Coupling(tied, list(group.consumers), group.removable, group.note)

@@ -64,7 +64,7 @@ class LayerRow:
     record : LayerRecord
         What `run.json` says of it.
     place : int
-        Which of the pages of layers it is, from 0; what tells its filters' names on pages from others'.
+        Which of the pages of layers it is, from 0; it keeps its filters' names on pages apart from others'.
     page : str
         File name of its page in ``report/layers/``, safe in a URL.
     counts : Counts
@@ -240,12 +240,12 @@ def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:
         least = wording.r_squared(float(scores.min()))
         each = f"at least {least}" if len(scores) > 1 else least
         sentences.append(
-            "On probes that the fit did not see, what is called redundant is rebuilt from filters that stay "
-            f"with an R² of {each}."
+            "On calibration images that the fit did not see, what is called redundant is reconstructed from "
+            f"filters that stay with an R² of {each}."
         )
     if predicted is not None and filters["verdict"].isin(FLAGGED).any():
         size = wording.damage(predicted.value, predicted.unit)
-        whose = "what reads the filters" if predicted.unit is Unit.READERS else "the output"
+        whose = "what reads the filters" if predicted.unit is Unit.CONSUMERS else "the output"
         sentences.append(f"Removing all that can go is predicted to move {whose} by {size}.")
     return " ".join(sentences)
 

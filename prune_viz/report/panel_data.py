@@ -44,10 +44,10 @@ def panel_data(
         Each with an entry a filter, by number: ``reasons``; ``figures``, pairs of a name and the filters'
         texts; ``fires`` and ``alike``, pairs of another filter and a share, 0 to 1, the largest first; and
         ``crops``, triples of a picture, left and upper edge in thousandths (None without example images).
-        Of all filters: ``readers``, pairs of a name and a place (-1 for none); ``weights``, whether theirs
+        Of all filters: ``consumers``, pairs of a name and a place (-1 for none); ``weights``, whether theirs
         are drawn; and ``side`` of a crop as a share of its picture.
     """
-    readers = page.coupling.readers if page.coupling else []
+    consumers = page.coupling.consumers if page.coupling else []
     cards = sorted(
         (card for cluster in page.clusters for card in cluster.cards), key=lambda card: card.number
     )
@@ -62,7 +62,7 @@ def panel_data(
         ],
         "fires": firing(tensors.responses),
         "alike": similar(tensors.responses),
-        "readers": [(wording.label(name), places.get(name, -1)) for name in readers],
+        "consumers": [(wording.label(name), places.get(name, -1)) for name in consumers],
         "weights": tensors.weights is not None,
         "crops": None if windows is None else [_crops(row) for row in windows],
         "side": 1.0 if windows is None else round(float(windows[0, 0, 3]), 4),

@@ -290,7 +290,7 @@ def _map_styles(page: Map, place: int, pixels: int) -> Iterable[str]:
 
 
 def _write_data(path: Path, name: str, data: Any) -> None:
-    """Write plain data as a script that gives it a name.
+    """Write plain data as a script that binds it to a name.
 
     It is parsed, not written as an object, in which a name could be more than a name.
     """
@@ -298,7 +298,7 @@ def _write_data(path: Path, name: str, data: Any) -> None:
 
 
 def _write_text_data(path: Path, name: str, data: Any) -> None:
-    """Write plain data as a script that gives its JSON a name, to be parsed when it is needed."""
+    """Write plain data as a script that binds its JSON to a name, to be parsed when it is needed."""
     _write(path, f"{name} = {_quoted(data)};\n")
 
 

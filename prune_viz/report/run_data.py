@@ -41,9 +41,9 @@ def run_data(
         it is flagged; ``filters``, how many.
     """
     places = {
-        writer.layer: (group.id, dict(zip(writer.filters, writer.channels, strict=True)))
+        producer.layer: (group.id, dict(zip(producer.filters, producer.channels, strict=True)))
         for group in decisions.groups
-        for writer in group.writers
+        for producer in group.producers
     }
     tables = {str(name): table.sort_values("filter") for name, table in filters.groupby("layer")}
     listed = []
@@ -76,7 +76,7 @@ def run_data(
                 "channels": group.channels,
                 "removable": group.removable and group.id in decisions.ranked,
                 "layers": group.layers,
-                "reads": {reader.module: reader.share for reader in group.reads},
+                "reads": {consumer.module: consumer.share for consumer in group.reads},
             }
             for group in decisions.groups
         ],

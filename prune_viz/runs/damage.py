@@ -17,7 +17,7 @@ class Unit(StrEnum):
     """Divergence of the predicted classes' probabilities."""
     OUTPUT = "output"
     """Squared change of the network's output as a share of its square."""
-    READERS = "readers"
+    CONSUMERS = "readers"
     """Share of the variance of what the consumers compute."""
 
     @property
@@ -41,7 +41,7 @@ class Unit(StrEnum):
         return {
             Unit.NATS: "",
             Unit.OUTPUT: "of the output",
-            Unit.READERS: "of the output of the layers that read it",
+            Unit.CONSUMERS: "of the output of the layers that read it",
         }[self]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.run_json import FORMAT, Amount, Count, Index
@@ -57,7 +57,7 @@ def prediction_record(predicted: Damage | None) -> PredictionRecord | None:
     return None if predicted is None else PredictionRecord(predicted.value, predicted.unit)
 
 
-PassageRecord = tuple[str, Index, tuple[tuple[str, Index], ...]]  # of `groups.Passage`
+PassageRecord = tuple[str, Index, tuple[tuple[str, Index], ...]]  # of `groups.NormChannel`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class BesideMasks:
     predicted : PredictionRecord or None
         What the masks are predicted to cost.
     passages : tuple
-        Norm, channel, and the filters that write it, of each `prune_viz.channels.groups.Passage`.
+        Norm, channel, and the filters that write it, of each `prune_viz.channels.groups.NormChannel`.
     """
 
     model_sha256: str | None
@@ -91,7 +91,7 @@ class BesideMasks:
 
 
 @dataclass(frozen=True)
-class WriterRecord:
+class ProducerRecord:
     """A layer that writes channels of a coupling group: filter ``filters[k]`` writes ``channels[k]``."""
 
     layer: str
@@ -100,12 +100,12 @@ class WriterRecord:
 
     def __post_init__(self) -> None:
         if len(self.filters) != len(self.channels) or len(set(self.filters)) != len(self.filters):
-            raise ValueError("a writer has each of its filters at one channel")
+            raise ValueError("a producer has each of its filters at one channel")
 
 
 @dataclass(frozen=True)
 class NormRecord:
-    """A norm on the way to the readers: its channel ``indices[k]`` holds the group's ``channels[k]``."""
+    """A norm on the way to the consumers: its channel ``indices[k]`` holds the group's ``channels[k]``."""
 
     module: str
     indices: tuple[Index, ...]
@@ -117,33 +117,39 @@ class NormRecord:
 
 
 @dataclass(frozen=True)
-class ReaderRecord:
+class ConsumerRecord:
     """A module that reads a coupling group, and the share of its inputs that are the group's."""
 
     module: str
     share: Share
 
 
-@dataclass(frozen=True)
-class GroupRecord:
+_OLDER_NAMES = {  # under which files have them
+    "consumers": "readers",
+    "producers": "writers",
+    "consumers_damage": "readers_damage",
+}
+
+
+class GroupRecord(Struct, frozen=True, rename=_OLDER_NAMES):
     """A coupling group as `decisions.json` holds it (`prune_viz.channels.groups.CouplingGroup`)."""
 
     id: Index
     layers: tuple[str, ...]
-    readers: tuple[str, ...]
-    writers: tuple[WriterRecord, ...]
+    consumers: tuple[str, ...]
+    producers: tuple[ProducerRecord, ...]
     channels: Count
     removable: bool
     note: str
     norms: tuple[NormRecord, ...] = ()
-    reads: tuple[ReaderRecord, ...] = ()
-    readers_damage: float | None = None
+    reads: tuple[ConsumerRecord, ...] = ()
+    consumers_damage: float | None = None
 
     def __post_init__(self) -> None:
-        places = [*(one.channels for one in self.writers), *(one.channels for one in self.norms)]
+        places = [*(one.channels for one in self.producers), *(one.channels for one in self.norms)]
         if any(channel >= self.channels for channels in places for channel in channels):
             raise ValueError(f"group {self.id} has {self.channels} channels, and names one beyond them")
-        if self.channels > sum(len(writer.filters) for writer in self.writers):
+        if self.channels > sum(len(producer.filters) for producer in self.producers):
             raise ValueError(f"group {self.id} has more channels than filters that write them")
 
 
@@ -203,7 +209,7 @@ class Decisions(BesideMasks):
     tolerance : float
         What a verdict of redundant may cost.
     damage_unit : Unit
-        Of every damage here but the groups' `readers_damage`.
+        Of every damage here but the groups' `consumers_damage`.
     """
 
     format: int = FORMAT
@@ -213,7 +219,7 @@ class Decisions(BesideMasks):
     verdicts: tuple[VerdictRecord, ...]
     removal_order: tuple[RemovalOrder, ...]
     tolerance: float | None = None
-    damage_unit: Unit = Unit.READERS
+    damage_unit: Unit = Unit.CONSUMERS
 
     def __post_init__(self) -> None:
         if not 0 < sum(self.filters.values()) <= MOST_IN_ALL:
@@ -222,8 +228,8 @@ class Decisions(BesideMasks):
         if len(groups) != len(self.groups):
             raise ValueError("groups: an id stands there twice")
         for group in self.groups:
-            for writer in group.writers:
-                if any(number >= self.filters.get(writer.layer, 0) for number in writer.filters):
+            for producer in group.producers:
+                if any(number >= self.filters.get(producer.layer, 0) for number in producer.filters):
                     raise ValueError(f"groups: group {group.id} names a filter that its layer does not have")
         for verdict in self.verdicts:
             if verdict.filter >= self.filters.get(verdict.layer, 0):

@@ -1,4 +1,4 @@
-"""Which model something was made for, told by digests of its file and of its weights."""
+"""Which model something was made for, by digests of its file and of its weights."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Origin:
         return not known or file in known or hash_model(model) in known
 
     def has_weights_of(self, model: nn.Module) -> bool:
-        """Whether that model's weights are still those of `model`, as far as can be told.
+        """Whether that model's weights are still those of `model`, as far as is known.
 
-        They cannot be told where nothing is known, or `model` is of another precision now.
+        They cannot be compared where nothing is known, or `model` is of another precision now.
         """
         if self.weights is None or hash_model(model) == self.weights:
             return True

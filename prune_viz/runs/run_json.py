@@ -30,7 +30,7 @@ _LAYER_FILE = re.compile(r"layers/[A-Za-z0-9_-]{1,100}\.safetensors")
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What `run.json` says of a layer.
+    """What `run.json` holds of a layer.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ class ModelRecord:
     sha256 : str
         Of its file; of its weights where it came from Python.
     path, arch, arch_kwargs, key, recognised, trust_pickle, held_inputs, inputs_said
-        As `prune_viz.loading.checkpoints.Checkpoint.source` gives them.
+        From `prune_viz.loading.checkpoints.Checkpoint.source`.
     weights, structure : str or None
         Digests of the weights, and of what the network is beside them.
     class_name : str
@@ -177,7 +177,7 @@ class Provenance:
     tasks: int = 0
     stages: tuple[StageRecord, ...] = ()
     summary: Summary | None = None
-    damage_unit: Unit = Unit.READERS
+    damage_unit: Unit = Unit.CONSUMERS
     calibration: dict[str, Any] | None = None
     stopped_by: str | None = None
 

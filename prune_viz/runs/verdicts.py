@@ -15,7 +15,7 @@ class Look:
     letter : str
         One letter for it, unlike any other verdict's, in tables of the report.
     shape : {"ring", "diamond", "cross"}
-        Its mark, so that colour alone never tells verdicts apart.
+        Its mark, so that verdicts never differ by colour alone.
     colour, dark : str
         Of the mark, ``#rrggbb``, on light and on dark ground.
     legend : str

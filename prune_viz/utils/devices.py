@@ -51,14 +51,14 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = str(error).lower()
-    told = (
+    phrases = (
         "out of memory",
         "not enough memory",
         "allocate memory",
         "alloc_failed",
         "could not create a memory",
     )
-    return isinstance(error, RuntimeError) and any(phrase in words for phrase in told)
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in phrases)
 
 
 def may_pass(error: Exception) -> bool:
@@ -66,8 +66,8 @@ def may_pass(error: Exception) -> bool:
     if is_out_of_memory(error) or isinstance(error, (OSError, ImportError, torch.AcceleratorError)):
         return True
     words = str(error).lower()
-    told = ("cuda error", "cublas error")
-    return isinstance(error, RuntimeError) and any(phrase in words for phrase in told)
+    phrases = ("cuda error", "cublas error")
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in phrases)
 
 
 def workers_on(device: torch.device) -> int:
@@ -105,8 +105,8 @@ def in_batches(count: int, batch: int, work: Callable[[Tensor, int], Any], devic
     batch : int
         Rows at a time.
     work : callable
-        Told which rows are next, filled up as `filled_up` does where that many are allowed, and how many of
-        them are new.
+        Called with the rows that are next, filled up as `filled_up` does where that many are allowed, and how
+        many of them are new.
     device : torch.device
         Where it works.
 
@@ -145,7 +145,7 @@ def with_fewer(work: Callable[[int], _T], most: int, device: torch.device) -> _T
     Parameters
     ----------
     work : callable
-        Told how many rows at a time.
+        Called with how many rows to take at a time.
     most : int
         Rows at a time to begin with.
     device : torch.device

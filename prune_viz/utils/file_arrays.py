@@ -10,9 +10,9 @@ import numpy as np
 
 
 class FileArray(np.memmap[Any, np.dtype[Any]]):
-    """A `numpy.memmap` whose pages are given back after every operation on it.
+    """A `numpy.memmap` whose pages leave memory after every operation on it.
 
-    Arithmetic, numpy's functions and indexing by arrays or lists give back what they brought into memory.
+    Arithmetic, numpy's functions and indexing by arrays or lists release what they brought into memory.
     Their results are ordinary arrays; views, as of a slice, are arrays of the same file.
     """
 

@@ -115,7 +115,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_torch(path: Path, content: object) -> None:
-    """Write what `torch.save` takes, whole or not at all: the same content gives the same bytes."""
+    """Write what `torch.save` takes, whole or not at all: the same content is the same bytes."""
     import torch
 
     with written_aside(path) as aside:  # whose name up to the last dot torch writes into it, see `ASIDE`

@@ -99,7 +99,7 @@ def _short(text: str) -> str:
 
 
 def convert_json(value: Any, kind: type[T], name: str) -> T:
-    """Check decoded JSON against a type, and give it that type.
+    """Check decoded JSON against a type, and convert it.
 
     Parameters
     ----------

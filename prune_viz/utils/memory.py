@@ -17,11 +17,11 @@ from prune_viz.utils.devices import WHOLE, is_out_of_memory, release_memory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.nested_tensors import tensors_of
 
-SHARE = 0.8  # of what is free that a run takes where it is not told how much
+SHARE = 0.8  # of what is free that a run takes unless a budget is set
 _GROUPS = Path("/sys/fs/cgroup")
 _PASS = 16  # times its input, what a forward pass holds: 64 channels at half the size, three maps at a time
 _SMALL_INPUT = 2**20  # numbers
-SLACK = 1.5  # of what a climb holds, for what the allocator keeps and libraries work with
+SLACK = 1.5  # of what an optimisation holds, for what the allocator keeps and libraries work with
 
 
 def free_memory(device: torch.device) -> int:
@@ -79,7 +79,7 @@ class Budget:
         return cls(device, limit)
 
     def held(self) -> int:
-        """Bytes that are taken already; what allocators keep for later is given back first."""
+        """Bytes that are taken already; what allocators keep for later is released first."""
         release_memory(self.device)
         return _held(self.device)
 
@@ -247,7 +247,7 @@ class RowLimit:
         return min(most, self._fitting[shape])
 
     def split(self, images: Tensor, most: int) -> Iterator[Tensor]:
-        """Cut a batch, shape (B, C, *size), into parts that fit; what they held is given back after each."""
+        """Cut a batch, shape (B, C, *size), into parts that fit; what they held is released after each."""
         rows = self.rows(images.shape[1:], most)
         for places in even_parts(len(images), rows):
             yield images[places]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Told about stages and their steps; this one says nothing."""
+    """Called with stages and their steps; this one shows nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -41,10 +41,10 @@ def change(before: Tensor, after: Tensor) -> tuple[float, float]:
 def without(model: nn.Module, groups: Sequence[CouplingGroup], merge: Merge) -> nn.Module:
     """The model with one channel gone and what it gave rebuilt as the merge says."""
     group = group_of_layer(groups)[merge.layer]
-    told = next(places for places in group.writers if places.module == merge.layer)
+    told = next(places for places in group.producers if places.module == merge.layer)
     channel = told.channels[told.indices == merge.filter]
     masks = Masks(merges=(merge,))
-    for places in group.writers:
+    for places in group.producers:
         masks[places.module] = torch.ones(model.get_submodule(places.module).out_channels, dtype=torch.bool)
         masks[places.module][places.indices[np.isin(places.channels, channel)]] = False
     return merge_filters(copy.deepcopy(model), masks, groups)

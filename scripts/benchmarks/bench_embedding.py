@@ -45,7 +45,7 @@ from prune_viz.embedding.layer_map import embed, find_clusters, joint_features
 from prune_viz.embedding.network_map import embed_network
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.responses import response_matrix
-from prune_viz.feature_visualization.stimuli import as_stored, ascend
+from prune_viz.feature_visualization.stimuli import as_stored, find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.runs.run_directory import LayerTensors
@@ -153,7 +153,7 @@ def lite_cases() -> Iterator[Case]:
         }
         network = FilterNetwork(model, (3, 224, 224))
         for layer, truth in families.items():
-            stimuli = ascend(network, layer, steps=LITE_STEPS)
+            stimuli = find_stimuli(network, layer, steps=LITE_STEPS)
             responses = response_matrix(network, layer, stimuli.images)
             tensors = LayerTensors(as_stored(stimuli.images).numpy(), stimuli.activations.numpy(), responses)
             yield make_case(f"EfficientNet-lite0, noise {noise:.0%}", tensors, truth, [])

@@ -5,9 +5,9 @@
     .venv/bin/python scripts/benchmarks/bench_memory.py --quick   # ResNet-18 alone
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of
-which only what does not change the peak is cut short. The search takes one step in two tasks of the layer
-whose ascents hold most; all other stimuli are noise. Eight a layer run through the network as probes; probes
-are calibrated in one pass and compared in two variants; of the verdicts only the widest group's is reached.
+which only what does not change the peak is cut short. Stimuli take one step in two tasks of the layer whose
+optimisation holds most; all others are noise. Eight a layer run through the network as probes; probes are
+calibrated in one pass and compared in two variants; of the verdicts only the widest group's is reached.
 Peaks are those of the whole process up to the end of a stage, in MiB. The last line is one JSON object.
 """
 
@@ -52,7 +52,7 @@ SHOWN = 8  # of a layer's that are probes
 
 
 def survey(name: str) -> dict[str, Any]:
-    """In a process of its own: a network's size, the layer whose ascents hold most, and its widest group."""
+    """In a process of its own: a network's size, its heaviest layer to optimise for, and its widest group."""
     prepared = prepare(seeded(name), AnalysisOptions(input_shape=(3, 224, 224), device="cpu"))
     plan = MemoryPlan(prepared.network, BUDGET, None)
     return {

@@ -107,8 +107,8 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
     sensed = sense_output(network.model, groups, near, RunContext())
     measured = measure_groups(network.model, groups, {}, near, sensed, RunContext())
     found = {
-        number: order_channels(*combine([reader for reader in readers if reader.output_variance > 0]))
-        for number, readers in measured.moments.items()
+        number: order_channels(*combine([consumer for consumer in consumers if consumer.output_variance > 0]))
+        for number, consumers in measured.moments.items()
     }
     orders, moments = ({number: one[part] for number, one in found.items()} for part in (0, 2))
     return free, Ranked(orders, moments, probes)

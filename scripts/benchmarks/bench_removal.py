@@ -77,7 +77,7 @@ def row(name: str) -> dict[str, Any]:
     )
     for group in groups:
         gone = random.choice(group.channels, int(SHARE * group.channels), replace=False)
-        for places in group.writers:
+        for places in group.producers:
             masks[places.module][places.indices[np.isin(places.channels, gone)]] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is kept after all is told below

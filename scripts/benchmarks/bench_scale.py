@@ -8,7 +8,7 @@ ResNets have seeded random weights. Every figure is of this machine, in one run.
 more and more of its filters, and the exponent of a power fitted to the times. Depth: the last layer of each
 quarter. Canvas: one layer on larger and larger ones. Cores: the same tasks one after the other with
 operations spread over the cores, side by side in threads, and side by side in processes. All these with
-ascents of few steps. (Memory: `bench_memory.py`.)
+stimuli of few steps. (Memory: `bench_memory.py`.)
 The zoo is a plan on paper: hours and bytes as `analyze --dry-run` estimates them, the mean over these
 networks; the search spread over a cluster's cores, what follows it done by each run's own process on as many
 cores as this machine has; and what one process that writes a run directory can take in. The last line is one
@@ -43,7 +43,7 @@ from prune_viz.feature_visualization.stimuli import BATCH
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.array_files import read_arrays, write_arrays
 
-SETTINGS = StimulusSettings("natural", 12, 0, None)  # short ascents
+SETTINGS = StimulusSettings("natural", 12, 0, None)  # few steps
 BRIEF = StimulusSettings("natural", 1, 0, None)  # for the size of results
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
@@ -162,7 +162,7 @@ def whole_run(name: str, model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def writer_rate(piece: TaskResult) -> float:
+def producer_rate(piece: TaskResult) -> float:
     """Bytes a second that one process takes in: pieces written, read again and joined to a layer."""
     arrays = {"images": piece.images, "activations": piece.activations, "responses": piece.responses}
     with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +183,7 @@ def plan_zoo(rows: Sequence[dict[str, Any]], piece: TaskResult) -> dict[str, flo
     )
     makespan = ZOO * search / WORKERS
     shipped = ZOO * model * NODES
-    rate = writer_rate(piece)
+    rate = producer_rate(piece)
     return {
         "search, core hours a network": search,
         "what follows, hours of a process": conclusions,
@@ -196,7 +196,7 @@ def plan_zoo(rows: Sequence[dict[str, Any]], piece: TaskResult) -> dict[str, flo
         "networks through the object store, TiB": shipped / 2**40,
         "object store, MiB a second": (shipped + ZOO * stored) / (makespan * 3600) / 2**20,
         "of which results": ZOO * stored / (makespan * 3600) / 2**20,
-        "one writer takes, MiB a second": rate / 2**20,
+        "one producer takes, MiB a second": rate / 2**20,
     }
 
 

@@ -50,7 +50,7 @@ from torchvision.transforms.functional import center_crop
 import prune_viz as pv
 from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.feature_visualization.rendering import draw_pictures
-from prune_viz.feature_visualization.stimuli import STEPS, Stimuli, ascend
+from prune_viz.feature_visualization.stimuli import STEPS, Stimuli, find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 
@@ -109,7 +109,7 @@ def main() -> None:
     network = FilterNetwork(model, SHAPE)
     filters, threads = sum(layer.filters for layer in network.layers), torch.get_num_threads()
     print(f"EfficientNet-lite0, {filters} filters; torch {torch.__version__}, {threads} threads")
-    ascend(network, network.layers[0].name, [0, 1], steps=1)  # starts torch's threads
+    find_stimuli(network, network.layers[0].name, [0, 1], steps=1)  # starts torch's threads
 
     # Whatever is ours comes first, so that the peak memory is ours as well.
     timed = [time_ours(network, network.layer(name), effort.batch) for name in effort.layers]
@@ -175,10 +175,10 @@ def peak_mib() -> float:
 def time_ours(network: FilterNetwork, layer: Layer, count: int, fed: bool = False) -> Timed:
     """Time a sample of a layer; if `fed`, what feeds a depthwise one is found before the clock starts."""
     filters = sample(layer, count)
-    feeder = network.feeder(layer.name) if fed else None
-    given = ascend(network, feeder, filters).images if feeder is not None else None
+    producer = network.producer(layer.name) if fed else None
+    given = find_stimuli(network, producer, filters).images if producer is not None else None
     start = time.perf_counter()
-    stimuli = ascend(network, layer.name, filters, fed=given)
+    stimuli = find_stimuli(network, layer.name, filters, fed=given)
     return Timed(layer, stimuli, time.perf_counter() - start)
 
 
@@ -187,14 +187,14 @@ def time_network(network: FilterNetwork) -> float:
     images: dict[str, Tensor] = {}
     start = time.perf_counter()
     for layer in watched(network.layers, "the whole network"):
-        fed = images.get(network.feeder(layer.name) or "")
-        images = {layer.name: ascend(network, layer.name, fed=fed).images}
+        fed = images.get(network.producer(layer.name) or "")
+        images = {layer.name: find_stimuli(network, layer.name, fed=fed).images}
     return time.perf_counter() - start
 
 
 def estimate_network(network: FilterNetwork, timed: Sequence[Timed], effort: Effort) -> float:
     """Every layer's filters times the seconds of one, interpolated over the depth where none was timed."""
-    known = {run.layer.depth: run.each for run in timed if network.feeder(run.layer.name) is None}
+    known = {run.layer.depth: run.each for run in timed if network.producer(run.layer.name) is None}
     for layer in watched(network.layers[:: effort.stride], "seconds by layer"):
         if layer.depth not in known:
             known[layer.depth] = time_ours(network, layer, effort.survey, fed=True).each
@@ -267,7 +267,7 @@ def peer_shares(network: FilterNetwork, timed: Timed, runs: Sequence[peers.Run],
     crops = torch.cat([center_crop(run.image, layer.canvas) for run in runs])
     theirs = ball.whiten(crops)
     theirs = theirs * (ball.radius / peers.norms(theirs).view(-1, 1, 1, 1))
-    ours = ball.whiten(ascend(network, layer.name, [number], prior=prior).images)
+    ours = ball.whiten(find_stimuli(network, layer.name, [number], prior=prior).images)
     images = torch.cat([theirs, ours])
     values = peers.reached(network.maps(layer.name), [number] * len(images), ball, images)
     return (values / values[-1] if values[-1] > 0 else values * math.nan)[:-1].tolist()
@@ -311,9 +311,9 @@ def objectives(network: FilterNetwork, layer: Layer, effort: Effort) -> dict[str
     """What each way reaches on a sample of the layer's filters; ours by default comes first."""
     filters, steps = sample(layer, effort.sampled), effort.reference_steps
     prior, maps = make_prior("natural", SHAPE[0], layer.canvas), network.maps(layer.name)
-    found = {"ours by default": prior.whiten(ascend(network, layer.name, filters).images)}
+    found = {"ours by default": prior.whiten(find_stimuli(network, layer.name, filters).images)}
     for seed in effort.reference_seeds:
-        longer = ascend(network, layer.name, filters, steps=steps, seed=seed)
+        longer = find_stimuli(network, layer.name, filters, steps=steps, seed=seed)
         found[f"ours, long, seed {seed}"] = prior.whiten(longer.images)
     for name, adam in (("plain momentum", False), ("plain Adam", True)):
         found[name] = peers.plain_ascent(maps, filters, prior, layer.canvas, steps, adam)
@@ -321,9 +321,9 @@ def objectives(network: FilterNetwork, layer: Layer, effort: Effort) -> dict[str
 
 
 def operations(network: FilterNetwork, timed: Timed) -> int:
-    """Floating-point operations of the ascents that were timed, counted as they run once more."""
+    """Floating-point operations of the optimisations that were timed, counted as they run once more."""
     with peers.OperationCounter() as counter:
-        ascend(network, timed.layer.name, timed.stimuli.filters)
+        find_stimuli(network, timed.layer.name, timed.stimuli.filters)
     return counter.total
 
 
@@ -369,7 +369,7 @@ def compare_rate(network: FilterNetwork, timed: Sequence[Timed], effort: Effort)
 def draw(network: FilterNetwork, file: Path, beside: Path | None) -> None:
     """Eight filters of six layers, two rows each, under the prior none and the natural one."""
     found = {
-        f"{name}\n{prior}": ascend(network, name, range(TILES), prior=prior).images.numpy()
+        f"{name}\n{prior}": find_stimuli(network, name, range(TILES), prior=prior).images.numpy()
         for name in LAYERS
         for prior in ("none", "natural")
     }

@@ -88,8 +88,8 @@ def correlation(moments: np.ndarray) -> np.ndarray:
 def map_correlation(model: nn.Module, site: Site, images: Tensor) -> np.ndarray:
     """Correlation of a site's channels where they are first read, on real images."""
     taken: list[Tensor] = []
-    reader = model.get_submodule(site.readers[0])
-    hook = reader.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0]))
+    consumer = model.get_submodule(site.consumers[0])
+    hook = consumer.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0]))
     scores_of(model, images[:BATCH])
     hook.remove()
     rows = taken[0].movedim(1, -1).flatten(0, -2).double()

@@ -16,13 +16,13 @@ each is:
 - ``negated``: weights of the opposite sign, before an activation; not redundant. It is read with minus half
   of the original's weights, as one leaky unit would be.
 - ``shifted``: the kernel moved by a column inside a wider one; the same feature elsewhere. Not redundant
-  without moving its readers' kernels too; counted neither way.
-- ``silent``, ``constant``, ``unread``: dead. Constants only where readers have no padding, which would make
+  without moving its consumers' kernels too; counted neither way.
+- ``silent``, ``constant``, ``unread``: dead. Constants only where consumers have no padding, which would make
   a constant visible at the border, so that it would not be dead.
 
 Noisy, negated, shifted and blended ones change what the network computes by a little. Batch norms of what is
 planted hold what training would have left there: the original's statistics, changed as they change on
-images; and readers' means are put back where they were on those images.
+images; and consumers' means are put back where they were on those images.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Site:
 
     Attributes
     ----------
-    writers : tuple of (str, str)
+    producers : tuple of (str, str)
         Convolutions and the batch norms behind them; several write a residual stream.
-    readers : tuple of str
+    consumers : tuple of str
         Convolutions and linear layers.
     inner : tuple of (str, str)
         Depthwise convolutions on the way, and their batch norms.
@@ -63,20 +63,20 @@ class Site:
         What follows the batch norms.
     """
 
-    writers: tuple[tuple[str, str], ...]
-    readers: tuple[str, ...]
+    producers: tuple[tuple[str, str], ...]
+    consumers: tuple[str, ...]
     inner: tuple[tuple[str, str], ...] = ()
     activation: str = "relu"
 
     @property
     def layer(self) -> str:
         """The convolution that the channels are told by."""
-        return self.writers[0][0]
+        return self.producers[0][0]
 
     @property
     def chain(self) -> tuple[tuple[str, str], ...]:
         """All convolutions on the way and their batch norms."""
-        return self.writers + self.inner
+        return self.producers + self.inner
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ class _Planter:
 
     def plant(self, each: int, before: Sequence[Truth]) -> Truth:
         site, modules = self.site, self.modules
-        means = self._reader_means()
-        reads_copies = any(site.layer in truth.site.readers for truth in before)
-        if site.activation == "relu" and len(site.writers) == 1 and modules[site.layer].kernel_size[0] == 3:
+        means = self._consumer_means()
+        reads_copies = any(site.layer in truth.site.consumers for truth in before)
+        if site.activation == "relu" and len(site.producers) == 1 and modules[site.layer].kernel_size[0] == 3:
             _widen_kernel(modules[site.layer])
         plants = self._choose(each, reads_copies)
         drawn = torch.randint(self.own, (len(plants),), generator=self.random).tolist()
@@ -200,8 +200,8 @@ class _Planter:
             self._write(found, before)
         for truth in before:  # what is unread stays so
             unread = [p.channel for p in truth.plants if p.kind == "unread"]
-            for conv, _ in site.writers:
-                if conv in truth.site.readers:
+            for conv, _ in site.producers:
+                if conv in truth.site.consumers:
                     modules[conv].weight[:, unread] = 0.0
         self._set_statistics([found for found in plants if found.kind not in COPIES])
         for found in plants:
@@ -274,7 +274,7 @@ class _Planter:
                 norm.weight[new] *= found.amount
                 norm.bias[new] *= found.amount
         elif found.kind == "rewired":
-            (truth,) = (truth for truth in before if site.layer in truth.site.readers)
+            (truth,) = (truth for truth in before if site.layer in truth.site.consumers)
             for pair in (p for p in truth.plants if p.kind in COPIES):
                 moved = convs[0].weight[new, pair.sources[0]].clone()
                 moved *= float(torch.empty(()).uniform_(-1, 1, generator=self.random))
@@ -285,7 +285,7 @@ class _Planter:
                 noise = torch.randn(conv.weight[new].shape, generator=self.random)
                 conv.weight[new] += found.amount * conv.weight[new].std() * noise
         elif found.kind == "negated":
-            for conv, _ in site.writers:
+            for conv, _ in site.producers:
                 self.modules[conv].weight[new] *= -1
         elif found.kind == "shifted":
             convs[0].weight[new] = torch.roll(convs[0].weight[new], 1, dims=-1)
@@ -324,7 +324,7 @@ class _Planter:
                     stored.weight[new] = (var[new] + eps).sqrt()
                 elif found.sources:
                     old = found.sources[0]
-                    sign = -1 if found.kind == "negated" and (conv, norm) in self.site.writers else 1
+                    sign = -1 if found.kind == "negated" and (conv, norm) in self.site.producers else 1
                     stored.running_mean[new] = sign * stored.running_mean[old] + mean[new] - sign * mean[old]
                     stored.running_var[new] = stored.running_var[old] * var[new] / var[old].clamp_min(1e-12)
                 else:
@@ -333,7 +333,7 @@ class _Planter:
     def _deaden(self, found: Plant) -> None:
         """Batch norm's part of a silent or constant channel."""
         new = found.channel
-        norms = [self.modules[norm] for _, norm in (self.site.inner or self.site.writers)]
+        norms = [self.modules[norm] for _, norm in (self.site.inner or self.site.producers)]
         for norm in norms:
             norm.weight[new], norm.bias[new] = 0.0, 0.0
         if found.kind == "constant":
@@ -349,8 +349,8 @@ class _Planter:
     def _read(self, found: Plant) -> None:
         """Weights that read a planted channel, and what is left for those it was made of."""
         new, sources = found.channel, found.sources
-        for reader in self.site.readers:
-            weight = self.modules[reader].weight
+        for consumer in self.site.consumers:
+            weight = self.modules[consumer].weight
             if found.kind in DEAD:
                 order = torch.randperm(len(weight), generator=self.random)
                 weight[:, new] = 0.0 if found.kind == "unread" else weight[order, new].clone()
@@ -381,32 +381,34 @@ class _Planter:
                 module.in_channels = module.groups = len(index)
             for part in PARTS:
                 getattr(behind, part).data = getattr(behind, part).data[index].clone()
-        for reader in self.site.readers:
-            module = self.modules[reader]
+        for consumer in self.site.consumers:
+            module = self.modules[consumer]
             module.weight = nn.Parameter(module.weight.data[:, index].clone())
             setattr(module, "in_channels" if isinstance(module, nn.Conv2d) else "in_features", len(index))
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
     def _unpadded(self) -> bool:
-        return all(getattr(self.modules[reader], "kernel_size", (1,))[0] == 1 for reader in self.site.readers)
+        return all(
+            getattr(self.modules[consumer], "kernel_size", (1,))[0] == 1 for consumer in self.site.consumers
+        )
 
     def _reads_rectified(self) -> bool:
         """Whether the last convolution reads maps that are never negative, on images at least."""
-        if len(self.site.writers) > 1 or not self.site.activation:
+        if len(self.site.producers) > 1 or not self.site.activation:
             return False
         with self._seen(self.site.chain[-1][0]) as seen:
             self.model(self.images[:8])
         return bool(seen[0][0].min() >= 0)
 
     def _activity(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Share of positions where each channel fires, energy its readers get of it, and its peak."""
-        with self._seen(self.site.readers[0]) as seen, self._seen(self.site.chain[-1][1]) as behind:
+        """Share of positions where each channel fires, energy its consumers get of it, and its peak."""
+        with self._seen(self.site.consumers[0]) as seen, self._seen(self.site.chain[-1][1]) as behind:
             self.model(self.images)
         maps = seen[0][0].transpose(0, 1).flatten(1)
         weights = sum(
-            self.modules[reader].weight.transpose(0, 1).flatten(1).square().sum(dim=1)
-            for reader in self.site.readers
+            self.modules[consumer].weight.transpose(0, 1).flatten(1).square().sum(dim=1)
+            for consumer in self.site.consumers
         )
         peak = behind[0][1].transpose(0, 1).flatten(1).amax(dim=1)
         return (maps > 0).float().mean(dim=1), maps.var(dim=1) * weights, peak
@@ -423,21 +425,23 @@ class _Planter:
         reached = seen[0][1].flatten(2).amax(dim=2)[range(len(calm)), calm]
         return {i: max(float(peak[i]), float(top)) for i, top in zip(calm, reached, strict=True)}
 
-    def _reader_means(self) -> dict[str, Tensor]:
-        with _all_seen([self._seen(reader) for reader in self.site.readers]) as seen:
+    def _consumer_means(self) -> dict[str, Tensor]:
+        with _all_seen([self._seen(consumer) for consumer in self.site.consumers]) as seen:
             self.model(self.images)
-        return {reader: _mean_of(calls[0][1]) for reader, calls in zip(self.site.readers, seen, strict=True)}
+        return {
+            consumer: _mean_of(calls[0][1]) for consumer, calls in zip(self.site.consumers, seen, strict=True)
+        }
 
     def _restore(self, means: dict[str, Tensor]) -> None:
-        """Put the means of the readers' outputs back where they were, in their bias or norm."""
+        """Put the means of the consumers' outputs back where they were, in their bias or norm."""
         behind = norms_behind(self.model)
-        for reader in self.site.readers:  # in order: a later one may read what an earlier one gives
-            shift = self._reader_means()[reader] - means[reader]
-            module = self.modules[reader]
+        for consumer in self.site.consumers:  # in order: a later one may read what an earlier one gives
+            shift = self._consumer_means()[consumer] - means[consumer]
+            module = self.modules[consumer]
             if module.bias is not None:
                 module.bias.data -= shift
             else:
-                self.modules[behind[reader]].running_mean += shift
+                self.modules[behind[consumer]].running_mean += shift
 
     @contextmanager
     def _seen(self, name: str) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -48,7 +48,7 @@ def scores(model: nn.Module, group: CouplingGroup, selector: str, seed: int) -> 
         return np.random.default_rng((seed, group.number)).random(group.channels)
     total, layers = np.zeros(group.channels), np.zeros(group.channels)
     modules, norms = dict(model.named_modules()), norms_behind(model)
-    for places in group.writers:
+    for places in group.producers:
         flat = modules[places.module].weight.detach().double().flatten(1)
         if selector == "BN scale":
             if places.module not in norms:
@@ -72,13 +72,13 @@ def removed_first(score: np.ndarray, count: int) -> list[int]:
 def _filters(model: nn.Module, group: CouplingGroup) -> tuple[Tensor, Tensor]:
     """Every channel's filters as one row, batch norms folded, and its bias, a row too.
 
-    A depthwise convolution on the way multiplies what is before it; several writers of a stream stand
+    A depthwise convolution on the way multiplies what is before it; several producers of a stream stand
     side by side.
     """
     modules, norms = dict(model.named_modules()), norms_behind(model)
     rows: list[Tensor] = []
     biases: list[Tensor] = []
-    for places in group.writers:
+    for places in group.producers:
         module = modules[places.module]
         weight = module.weight.detach().double().flatten(1)
         bias = torch.zeros(len(weight), dtype=torch.float64)
@@ -155,9 +155,9 @@ def masks_from(
     merges = []
     for group in groups:
         channels = gone.get(group.number, ())
-        for places in group.writers:
+        for places in group.producers:
             masks[places.module][places.indices[np.isin(places.channels, channels)]] = False
-        root = group.writers[0]
+        root = group.producers[0]
         filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
         for channel, row in zip(channels, weights.get(group.number, ()), strict=True):
             used = np.flatnonzero(row[:-1])

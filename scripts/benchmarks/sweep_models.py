@@ -6,10 +6,10 @@
     .venv/bin/python scripts/benchmarks/sweep_models.py --trained   # really trained ones
     .venv/bin/python scripts/benchmarks/sweep_models.py resnet      # those whose SPEC has this in it
 
-Every model has seeded random weights. In every convolution two filters get a short ascent on a small canvas,
-where the model takes one; a convolution counts if it ends with finite stimuli. With random weights some
-filters never fire, however they are asked: those are counted too. Models of several inputs are held at noise
-but for the first. The last line is one JSON object.
+Every model has seeded random weights. In every convolution two filters get a stimulus of few steps, on a
+small canvas where the model takes one; a convolution counts if it ends with finite stimuli. With random
+weights some filters never fire, however they are asked: those are counted too. Models of several inputs are
+held at noise but for the first. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torchvision.models.video import mvit
 
 import prune_viz as pv
 from prune_viz.demo import digits
-from prune_viz.feature_visualization.stimuli import ascend
+from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.loading.architectures import default_input_shape, resolve_architecture
 from prune_viz.loading.fixed_inputs import fix_inputs, fixed_at_noise
 from prune_viz.network.filter_network import FilterNetwork
@@ -128,7 +128,7 @@ def row(spec: str) -> dict[str, Any]:
         causes += [f"{name} never runs" for name in network.skipped]
         for layer in network.layers:
             try:
-                stimuli = ascend(network, layer.name, range(min(2, layer.filters)), steps=STEPS)
+                stimuli = find_stimuli(network, layer.name, range(min(2, layer.filters)), steps=STEPS)
             except Exception as error:  # what is counted here
                 causes.append(f"{layer.name}: {_short(error)}")
                 continue

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import group_of_layer
-from prune_viz.feature_visualization.optimiser import climb, points_at
+from prune_viz.feature_visualization.optimiser import optimise, points_at
 from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.feature_visualization.responses import map_norms
 from prune_viz.network.copies import plain_copy
@@ -156,13 +156,13 @@ class Film(Two):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reader = nn.GRU(6, 4, batch_first=True)
+        self.consumer = nn.GRU(6, 4, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         count, channels, frames, *size = x.shape
         maps = self.maps(x.transpose(1, 2).reshape(count * frames, channels, *size))
-        read, _ = self.reader(maps.mean(dim=(2, 3)).view(count, frames, -1))
+        read, _ = self.consumer(maps.mean(dim=(2, 3)).view(count, frames, -1))
         return self.head(read[:, -1])
 
 
@@ -357,7 +357,7 @@ def test_a_silent_map_made_row_by_row_is_pulled_up() -> None:
     points = points_at(0.01 * torch.randn(2, *PICTURE))
     shifts = torch.zeros(6, 2, 2, dtype=torch.long)
     before = maps(torch.zeros(2, *PICTURE))[0].amax()
-    moved, sound = climb(maps, [0, 1], prior, PICTURE[1:], points, shifts, 0.4)
+    moved, sound = optimise(maps, [0, 1], prior, PICTURE[1:], points, shifts, 0.4)
     images = prior.colour(prior.radius * moved[:, :-1].reshape(2, *PICTURE))
     reached = maps(images)[0]
     assert sound.all()
@@ -489,11 +489,11 @@ class Sequential(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, (16, 3), padding=(0, 1))
-        self.reader, self.head = nn.LSTM(6, 5), nn.Linear(5, 4)
+        self.consumer, self.head = nn.LSTM(6, 5), nn.Linear(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = F.relu(self.two(F.relu(self.one(x))))
-        return self.head(self.reader(maps.squeeze(2).permute(2, 0, 1))[0])
+        return self.head(self.consumer(maps.squeeze(2).permute(2, 0, 1))[0])
 
 
 @pytest.mark.parametrize(("make", "shape"), [(Detecting, PICTURE), (Sequential, (1, 16, 24))])
@@ -655,12 +655,12 @@ class Conversing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.pool = nn.Conv2d(1, 8, 3, padding=1), nn.MaxPool2d((4, 2))
-        self.two, self.reader = nn.Conv2d(8, 8, 3, padding=1), nn.GRU(64, 8, batch_first=True)
+        self.two, self.consumer = nn.Conv2d(8, 8, 3, padding=1), nn.GRU(64, 8, batch_first=True)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = F.relu(self.two(self.pool(F.relu(self.one(x)))))
-        return self.head(self.reader(maps.permute(0, 3, 1, 2).flatten(2))[0])
+        return self.head(self.consumer(maps.permute(0, 3, 1, 2).flatten(2))[0])
 
 
 def test_a_layer_whose_ties_cannot_be_followed_does_not_keep_others() -> None:

@@ -11,19 +11,19 @@ from prune_viz.runs.verdicts import Verdict
 
 def _group(*layers: str) -> CouplingGroup:
     places = [Places(layer, np.arange(8), np.arange(8)) for layer in layers]
-    return CouplingGroup(0, 8, places, [Places("reader", np.arange(8), np.arange(8))])
+    return CouplingGroup(0, 8, places, [Places("consumer", np.arange(8), np.arange(8))])
 
 
-def test_a_redundant_filtersexplain_is_a_sum_with_signs() -> None:
+def test_reason_of_a_redundant_filter_is_a_sum_with_signs() -> None:
     found = ChannelVerdict(3, Verdict.REDUNDANT, "", [5, 1, 2], [0.5, -0.25, 1.0], 0.0, 0.98, 0.0004)
     said = explain(found, [5, 1, 2], _group("conv"), "conv", 1.0, {"conv"}, Unit.NATS)
     assert said == (
-        "Redundant: 0.5 x filter 5 - 0.25 x filter 1 + 1 x filter 2 rebuilds 98% of it on probes kept out of "
-        "the fit; removing it changes the network's output by 0.0004 nats."
+        "Redundant: 0.5 x filter 5 - 0.25 x filter 1 + 1 x filter 2 reconstructs 98% of it on calibration "
+        "images kept out of the fit; removing it changes the network's output by 0.0004 nats."
     )
     turned = ChannelVerdict(3, Verdict.REDUNDANT, "", [5], [-2.0], 0.0, 1.0, 0.0)
     assert explain(turned, [5], _group("conv"), "conv", 1.0, {"conv"}, Unit.NATS).startswith(
-        "Redundant: -2 x filter 5 rebuilds 100%"
+        "Redundant: -2 x filter 5 reconstructs 100%"
     )
 
 
@@ -31,6 +31,6 @@ def test_what_is_silent_where_it_is_read_is_named_within_the_sentence() -> None:
     silent = ChannelVerdict(3, Verdict.DEAD, "silent", [], [], 0.0, 1.0, 0.0)
     alone = explain(silent, [], _group("conv"), "conv", 1.0, {"conv"}, Unit.NATS)
     tied = explain(silent, [], _group("conv", "other"), "conv", 1.0, {"conv", "other"}, Unit.NATS)
-    ending = "never fires where it is read, on its own stimulus or any other probe."
+    ending = "never fires where it is read, on its own stimulus or any other calibration image."
     assert alone == f"Silent: it {ending}"
     assert tied == f"Silent: the channel that ties it to other {ending}"

@@ -45,9 +45,9 @@ def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyP
     tried: dict[str, str | None] = {}
     whole = module._try
 
-    def spied(network: FilterNetwork, feeders: dict[str, str | None], *settings: Any) -> dict[str, float]:
-        tried.update(feeders)
-        return whole(network, feeders, *settings)
+    def spied(network: FilterNetwork, producers: dict[str, str | None], *settings: Any) -> dict[str, float]:
+        tried.update(producers)
+        return whole(network, producers, *settings)
 
     monkeypatch.setattr(module, "_try", spied)
     monkeypatch.setattr(module, "TRIED_LAYERS", 1)

@@ -161,7 +161,7 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
 ) -> None:
     run = analyze(planted[0], input_shape=(1, 8, 8), steps=6)
     done: list[str] = []
-    ascend = tasks.ascend
+    find_stimuli = tasks.find_stimuli
 
     def stopping(network, layer, *rest, **options):
         if len(done) < 2:
@@ -169,9 +169,9 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
         else:  # Ctrl-C while the third is under way
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             assert options["stop"].wait(30)
-        return ascend(network, layer, *rest, **options)
+        return find_stimuli(network, layer, *rest, **options)
 
-    monkeypatch.setattr(tasks, "ascend", stopping)
+    monkeypatch.setattr(tasks, "find_stimuli", stopping)
     with pytest.raises(KeyboardInterrupt):
         analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=6, workers=1)
     stopped = json.loads((tmp_path / "cut" / "run.json").read_text())
@@ -181,9 +181,9 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
 
     def noting(network, layer, *filters, **options):
         rest.append(layer)
-        return ascend(network, layer, *filters, **options)
+        return find_stimuli(network, layer, *filters, **options)
 
-    monkeypatch.setattr(tasks, "ascend", noting)
+    monkeypatch.setattr(tasks, "find_stimuli", noting)
     result = analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=6, workers=1)
     assert done == ["conv1", "conv2"]
     assert rest == ["conv3", "conv4"]
@@ -209,7 +209,7 @@ def test_only_layers_asked_for_are_looked_at() -> None:
     assert result.filters["layer"].unique().tolist() == ["inner", "expand"]
     rows = result.filters.set_index(["layer", "filter"])
     assert rows.loc[("inner", 2), "verdict"] == "dead"
-    assert "depthwise, which this run did not look at" in rows.loc[("expand", 0), "reason"]
+    assert "depthwise, which this run did not analyse" in rows.loc[("expand", 0), "reason"]
     assert len(result.masks) == 6
 
 
@@ -318,14 +318,14 @@ def test_the_users_images_join_the_probes() -> None:
         measure_groups(model, groups, {}, NearInputs(calibrated, examples, 0), None, RunContext()).moments
         for calibrated, examples in ((probes, None), (probes, images), (None, images))
     )
-    for number, readers in both.items():
-        for one, mixed, other in zip(alone[number], readers, seen[number], strict=True):
+    for number, consumers in both.items():
+        for one, mixed, other in zip(alone[number], consumers, seen[number], strict=True):
             np.testing.assert_allclose(mixed.fit, (one.fit + other.fit) / 2, rtol=1e-6)
             np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
     # Two images leave none to hold out; those that there are count whole.
     few = measure_groups(model, groups, {}, NearInputs(probes, images[:2], 0), None, RunContext()).moments
-    for number, readers in few.items():
-        for one, mixed in zip(alone[number], readers, strict=True):
+    for number, consumers in few.items():
+        for one, mixed in zip(alone[number], consumers, strict=True):
             np.testing.assert_allclose(mixed.held_out, one.held_out, rtol=1e-9)
             assert mixed.held_out[-1, -1] == pytest.approx(1)
 
@@ -349,7 +349,7 @@ def test_calibrated_probes_are_used_again(tmp_path: Path, monkeypatch: pytest.Mo
             analyze(model, **{**options, "seed": 1})
 
 
-def test_an_ascent_that_derails_is_told_in_the_notes(tmp_path: Path) -> None:
+def test_diverged_filters_are_in_the_notes(tmp_path: Path) -> None:
     class Cliff(nn.Conv2d):
         """Noise stays below its edge, what excites its filters does not."""
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import prune_viz as pv
 from prune_viz.feature_visualization.priors import make_prior
-from prune_viz.feature_visualization.stimuli import ascend
+from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.pruning.budgets import macs_left, masks_for_counts, read_rankings
 from prune_viz.pruning.remove import count_cost
@@ -43,7 +43,7 @@ def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory
         '{"model_name": "efficientnet-lite0"}', "--out", str(out), "--layers", "_conv_stem",
         "--layers", "_blocks.[01].*", "--layers", "_blocks.[89]._*_conv",
     ]  # fmt: skip
-    # Twelve layers, depthwise ones and a residual stream's writers among them; few steps keep this short.
+    # Twelve layers, depthwise ones and a residual stream's producers among them; few steps keep this short.
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}  # the longest test of all
     done = subprocess.run(
         [*command, "--steps", "8"], capture_output=True, text=True, check=False, env={**os.environ, **threads}
@@ -175,7 +175,7 @@ def test_default_stimuli_are_near_the_best_that_plain_long_ascents_reach(weights
         "_blocks.9._project_conv",
     ):
         filters = list(range(3, 11))
-        found = ascend(network, name, filters).activations
+        found = find_stimuli(network, name, filters).activations
         best = torch.maximum(found, _plain_ascent(network, name, filters))
         shares.append((found / best)[best > 0])
     together = torch.cat(shares)

@@ -16,7 +16,7 @@ IMAGE = torch.zeros(1, 3, 16, 16)
 
 def test_a_plain_chain_has_a_group_a_layer() -> None:
     groups = find_groups(Plain(), IMAGE)
-    assert [(group.layers, [reader.module for reader in group.readers]) for group in groups] == [
+    assert [(group.layers, [consumer.module for consumer in group.consumers]) for group in groups] == [
         (["conv1"], ["conv2"]), (["conv2"], ["conv3"]), (["conv3"], ["head"]),
     ]  # fmt: skip
     assert all(group.removable for group in groups)
@@ -25,22 +25,22 @@ def test_a_plain_chain_has_a_group_a_layer() -> None:
 def test_a_residual_sum_and_a_depthwise_convolution_tie_filters() -> None:
     groups = group_of_layer(find_groups(Residual(), IMAGE))
     assert groups["stem"].layers == ["stem", "outer", "project"]
-    assert {reader.module for reader in groups["stem"].readers} == {"inner", "expand", "head"}
+    assert {consumer.module for consumer in groups["stem"].consumers} == {"inner", "expand", "head"}
     assert groups["expand"].layers == ["expand", "depthwise"]
-    assert [reader.module for reader in groups["expand"].readers] == ["project"]
+    assert [consumer.module for consumer in groups["expand"].consumers] == ["project"]
 
 
 def test_a_concatenation_shifts_the_second_branch() -> None:
     groups = group_of_layer(find_groups(Concatenating(), IMAGE))
-    (reader,) = groups["right"].readers
-    assert reader.module == "reader"
-    assert reader.indices[np.argsort(reader.channels)].tolist() == [4, 5, 6, 7, 8, 9]
+    (consumer,) = groups["right"].consumers
+    assert consumer.module == "consumer"
+    assert consumer.indices[np.argsort(consumer.channels)].tolist() == [4, 5, 6, 7, 8, 9]
 
 
 def test_a_flatten_spreads_a_channel_over_features() -> None:
     (group,) = find_groups(Flattening(), torch.zeros(1, 1, 8, 8))
-    (reader,) = group.readers
-    assert sorted(reader.indices[reader.channels == 2].tolist()) == list(range(2 * 64, 3 * 64))
+    (consumer,) = group.consumers
+    assert sorted(consumer.indices[consumer.channels == 2].tolist()) == list(range(2 * 64, 3 * 64))
 
 
 def test_what_cannot_be_removed_is_said() -> None:
@@ -155,11 +155,11 @@ class _SumOfConcatenation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
-        self.both, self.reader = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.both, self.consumer = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         joined = torch.cat([self.left(images), self.right(images)], dim=1)
-        return self.reader((joined + self.both(images)).relu()).mean(dim=(2, 3))
+        return self.consumer((joined + self.both(images)).relu()).mean(dim=(2, 3))
 
 
 def test_a_sum_with_a_concatenation_is_one_group_of_all_its_channels() -> None:
@@ -167,5 +167,5 @@ def test_a_sum_with_a_concatenation_is_one_group_of_all_its_channels() -> None:
     group = groups["left"]
     assert group is groups["right"] is groups["both"]
     assert group.channels == 8
-    placed = {places.module: places.channels.tolist() for places in group.writers}
+    placed = {places.module: places.channels.tolist() for places in group.producers}
     assert placed == {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7], "both": list(range(8))}

@@ -72,9 +72,9 @@ def test_planted_filters_are_what_they_are_said_to_be(
             torch.testing.assert_close(maps[second], scale * maps[first], atol=1e-4, rtol=1e-4)
             assert maps[first].norm() > 1
         assert len(truth.dead) == 2
-        reader = model.get_submodule(PLANTED_LAYERS[truth.layer][1])
+        consumer = model.get_submodule(PLANTED_LAYERS[truth.layer][1])
         for number, kind in truth.dead:
-            read = reader.weight[:, number]
+            read = consumer.weight[:, number]
             if kind == "silent":
                 assert maps[number].max() == 0
                 assert read.norm() > 0

@@ -39,7 +39,7 @@ def _textures(seed: int, count: int, size: int = 24) -> np.ndarray:
 def _with_copies(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Stimuli and responses of 40 filters, of which the last ten copy those before them, twice as loud.
 
-    A copy's ascent ends at an input of its own that excites both.
+    The optimisation of a copy ends at an input of its own that excites both.
     """
     random = np.random.default_rng(seed)
     images = _textures(seed, 40)

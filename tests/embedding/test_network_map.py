@@ -14,7 +14,7 @@ from prune_viz.embedding.features import principal
 from prune_viz.embedding.network_map import common_profiles, embed_network
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.responses import map_norms, response_matrix
-from prune_viz.feature_visualization.stimuli import ascend
+from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.memory import Budget
@@ -117,7 +117,7 @@ def test_copies_in_another_layer_lie_near_each_other() -> None:
     network = FilterNetwork(Passing(64), (3, 32, 32))
     found = {}
     for layer in network.layers:
-        images = ascend(network, layer.name, steps=12, seed=layer.depth).images.half()
+        images = find_stimuli(network, layer.name, steps=12, seed=layer.depth).images.half()
         responses = response_matrix(network, layer.name, images)
         found[layer.name] = LayerTensors(images.numpy(), np.diag(responses).copy(), responses)
     places = embed_network(network, network.layers, found, RunContext())[1]

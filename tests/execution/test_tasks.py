@@ -36,7 +36,7 @@ from prune_viz.execution.tasks import (
 from prune_viz.feature_visualization import algorithm, optimiser, priors, stimuli
 from prune_viz.feature_visualization.optimiser import StoppedError
 from prune_viz.feature_visualization.responses import response_matrix
-from prune_viz.feature_visualization.stimuli import ascend, maximize
+from prune_viz.feature_visualization.stimuli import find_stimuli, maximize
 from prune_viz.network import layers
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.runs.log import RunLog
@@ -81,12 +81,12 @@ def test_tasks_are_every_filter_once_and_know_what_feeds_them(
             range(layer.filters)
         )
         assert max(task.filters for task in own) == 8
-    fed = {task.layer: task.feeder for task in planned if task.feeder}
+    fed = {task.layer: task.producer for task in planned if task.producer}
     assert fed == {f"blocks.{n}.depthwise": f"blocks.{n}.expand" for n in (0, 1)}
     assert len({task.key for task in planned}) == len({task.file for task in planned}) == len(planned)
     # A layer that was not asked for feeds nobody.
     some = plan_tasks(network, records(network)[2:3], "key")
-    assert {task.feeder for task in some} == {None}
+    assert {task.producer for task in some} == {None}
     # Of another run, other keys.
     other = plan_tasks(network, records(network), "other")
     assert not {task.file for task in planned} & {task.file for task in other}
@@ -121,7 +121,7 @@ def test_the_key_tells_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
-    whole = ascend(network, "blocks.0.project", steps=12)
+    whole = find_stimuli(network, "blocks.0.project", steps=12)
     responses = response_matrix(network, "blocks.0.project", whole.images)
     for cut in ((0, 12), (0, 4, 12), (0, 5, 7, 12)):
         results = [

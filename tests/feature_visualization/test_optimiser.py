@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_viz.feature_visualization import optimiser as ascent
+from prune_viz.feature_visualization import optimiser as module
 from prune_viz.feature_visualization.optimiser import (
-    climb,
     draw_noise,
     draw_shifts,
     images_at,
     one_side,
+    optimise,
     points_at,
     roll,
     unit,
@@ -20,10 +20,10 @@ from prune_viz.feature_visualization.optimiser import (
 from prune_viz.feature_visualization.priors import NoPrior, make_prior
 
 
-def _climb_all(maps, prior, canvas, channels=1, count=3, steps=64) -> Tensor:
+def _optimise_all(maps, prior, canvas, channels=1, count=3, steps=64) -> Tensor:
     points = points_at(torch.stack([draw_noise(str(number), (channels, *canvas)) for number in range(count)]))
     shifts = torch.zeros(steps, count, len(canvas), dtype=torch.long)
-    points, sound = climb(maps, [0] * count, prior, canvas, points, shifts, 0.5)
+    points, sound = optimise(maps, [0] * count, prior, canvas, points, shifts, 0.5)
     assert sound.all()
     torch.testing.assert_close(points.norm(dim=1), torch.ones(count))
     return images_at(points, prior, canvas)
@@ -38,7 +38,7 @@ def test_the_best_input_may_lie_inside_the_ball() -> None:
         found = (100 - away).view(-1, 1, 1, 1)
         return found, found
 
-    images = _climb_all(maps, prior, (5, 6))
+    images = _optimise_all(maps, prior, (5, 6))
     assert ((images - centre).flatten(1).norm(dim=1) < 0.02 * centre.norm()).all()
 
 
@@ -50,7 +50,7 @@ def test_the_best_input_on_the_bound_is_reached_exactly() -> None:
         found = (inputs * target).flatten(1).sum(dim=1).view(-1, 1, 1, 1)
         return found, found
 
-    images = _climb_all(maps, prior, (6, 5), channels=2)
+    images = _optimise_all(maps, prior, (6, 5), channels=2)
     reached = (images * target).flatten(1).sum(dim=1).abs()
     torch.testing.assert_close(reached, (3.0 * target.norm()).expand(3), rtol=1e-4, atol=0)
     assert (images.flatten(1).norm(dim=1) <= 3.0001).all()
@@ -61,7 +61,7 @@ def test_one_side_counts_one_sign_and_pulls_up_what_is_silent_there() -> None:
     before, after = one_side(lambda inputs: (inputs, inputs), -1)(found)
     assert torch.equal(before, -found)
     assert after.flatten().tolist() == [0.0, 2.0, 0.0]
-    gradient = ascent._gradient(found.abs(), one_side(lambda inputs: (inputs, inputs), -1), torch.tensor([0]))
+    gradient = module._gradient(found.abs(), one_side(lambda inputs: (inputs, inputs), -1), torch.tensor([0]))
     assert (gradient < 0).any()
 
 
@@ -76,7 +76,7 @@ def test_gradient_matches_finite_differences(bounded: bool) -> None:
 
     images = torch.randn(2, 2, 6, 7, generator=generator, dtype=torch.float64)
     filters = torch.tensor([2, 0])
-    gradient = ascent._gradient(images, maps, filters)
+    gradient = module._gradient(images, maps, filters)
     for row in range(2):
         for place in [(0, 0, 0), (1, 3, 4), (0, 5, 6), (1, 2, 2)]:
             values = []
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_stops_its_own_row() -> None:
 
     points = points_at(torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
     shifts = torch.zeros(4, 3, 2, dtype=torch.long)
-    moved, sound = climb(maps, [0, 0, 0], NoPrior(1.0), (4, 4), points, shifts, 0.3)
+    moved, sound = optimise(maps, [0, 0, 0], NoPrior(1.0), (4, 4), points, shifts, 0.3)
     assert sound.tolist() == [True, False, True]
     torch.testing.assert_close(moved[1], points[1])
     assert not torch.allclose(moved[0], points[0], atol=1e-2)
@@ -117,7 +117,7 @@ def test_points_stand_for_images_within_the_bound() -> None:
     points = points_at(white)
     torch.testing.assert_close(points.norm(dim=1), torch.ones(4))
     back = prior.whiten(images_at(points, prior, (12, 10)))
-    within = prior.radius * math.sqrt(1 - ascent.SLACK**2) * unit(white.flatten(1))
+    within = prior.radius * math.sqrt(1 - module.SLACK**2) * unit(white.flatten(1))
     torch.testing.assert_close(back.flatten(1), within, rtol=1e-3, atol=1e-4)
 
 

@@ -17,7 +17,7 @@ from prune_viz.feature_visualization.optimiser import (
     rounds,
 )
 from prune_viz.feature_visualization.priors import NaturalPrior, make_prior
-from prune_viz.feature_visualization.stimuli import STEPS, ascend, maximize
+from prune_viz.feature_visualization.stimuli import STEPS, find_stimuli, maximize
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.devices import pick_device
 from prune_viz.utils.errors import UserError
@@ -83,29 +83,31 @@ def test_stimuli_stay_inside_the_prior() -> None:
 def test_a_stimulus_depends_on_its_own_filter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     network = FilterNetwork(randomise_norms(Residual()), (3, 24, 24))
     for layer in ("outer", "depthwise"):
-        together = ascend(network, layer, steps=24)
+        together = find_stimuli(network, layer, steps=24)
         with monkeypatch.context() as patch:
             patch.setitem(module.BATCH, "cpu", 4)
             patch.setattr(module, "_POOL_VALUES", 5 * 3 * 24 * 24)
-            turned = ascend(network, layer, [6, 2, 5, 0, 1, 7], steps=24)
-            # Batches of odd sizes round differently, which a climb of so few steps hardly widens.
+            turned = find_stimuli(network, layer, [6, 2, 5, 0, 1, 7], steps=24)
+            # Batches of odd sizes round differently, which so few steps hardly widens.
             patch.setitem(module.BATCH, "cpu", 1)
-            alone = ascend(network, layer, [6, 2], steps=24)
+            alone = find_stimuli(network, layer, [6, 2], steps=24)
         chosen = [6, 2, 5, 0, 1, 7]
         assert torch.equal(turned.images, together.images[chosen])
         assert torch.equal(turned.activations, together.activations[chosen])
         assert torch.equal(turned.steps, together.steps[chosen])
         torch.testing.assert_close(alone.images, together.images[[6, 2]], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(alone.activations, together.activations[[6, 2]], rtol=1e-4, atol=1e-4)
-        other = ascend(network, layer, [6], steps=24, seed=1)
+        other = find_stimuli(network, layer, [6], steps=24, seed=1)
         assert not torch.allclose(other.images, turned.images[:1], atol=1e-2)
 
 
 def test_what_feeds_a_depthwise_filter_may_be_given() -> None:
     network = FilterNetwork(randomise_norms(Residual()), (3, 24, 24))
-    fed = ascend(network, "expand", [3, 9], steps=12).images
-    given = ascend(network, "depthwise", [3, 9], steps=12, fed=fed.half())  # as a run directory holds them
-    assert torch.equal(given.images, ascend(network, "depthwise", [3, 9], steps=12).images)
+    fed = find_stimuli(network, "expand", [3, 9], steps=12).images
+    given = find_stimuli(
+        network, "depthwise", [3, 9], steps=12, fed=fed.half()
+    )  # as a run directory holds them
+    assert torch.equal(given.images, find_stimuli(network, "depthwise", [3, 9], steps=12).images)
 
 
 @pytest.mark.parametrize(("activation", "known"), [(True, ROUNDS), (False, OPEN_ROUNDS)])
@@ -180,19 +182,19 @@ class _Greedy:
 def test_out_of_memory_halves_the_batch_and_goes_on(error: Exception) -> None:
     network = FilterNetwork(randomise_norms(Residual(16)), (3, 16, 16))
     greedy = _Greedy(network, 8, error)
-    found = ascend(greedy, "expand", steps=24)
+    found = find_stimuli(greedy, "expand", steps=24)
     assert max(greedy.sizes) == 32
     assert greedy.sizes.count(32) == greedy.sizes.count(16) == 1  # halved twice, and stays so
-    assert torch.equal(found.images, ascend(network, "expand", steps=24).images)
+    assert torch.equal(found.images, find_stimuli(network, "expand", steps=24).images)
 
 
 def test_one_input_too_many_is_said() -> None:
     greedy = _Greedy(FilterNetwork(Plain(), (3, 16, 16)), 0, MemoryError())
     with pytest.raises(UserError, match="not enough memory for a single input"):
-        ascend(greedy, "conv1", steps=2)
+        find_stimuli(greedy, "conv1", steps=2)
     broken = _Greedy(FilterNetwork(Plain(), (3, 16, 16)), 0, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        ascend(broken, "conv1", steps=2)
+        find_stimuli(broken, "conv1", steps=2)
 
 
 def test_the_model_is_left_alone() -> None:
@@ -240,10 +242,10 @@ def test_a_depthwise_filter_starts_from_what_feeds_it(monkeypatch: pytest.Monkey
     nn.init.zeros_(second.bias)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(2, 2, 1))
     network = FilterNetwork(model, (1, 16, 16))
-    assert [network.feeder(layer.name) for layer in network.layers] == [None, "0", None]
-    assert (ascend(network, "2", steps=16).activations > 1).all()
-    monkeypatch.setattr(FilterNetwork, "feeder", lambda self, name: None)
-    assert (ascend(network, "2", steps=16).activations == 0).all()
+    assert [network.producer(layer.name) for layer in network.layers] == [None, "0", None]
+    assert (find_stimuli(network, "2", steps=16).activations > 1).all()
+    monkeypatch.setattr(FilterNetwork, "producer", lambda self, name: None)
+    assert (find_stimuli(network, "2", steps=16).activations == 0).all()
 
 
 def test_a_dead_filter_is_reported_at_zero() -> None:
@@ -257,7 +259,7 @@ def test_a_saturated_map_is_pulled_further_up() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU6())
     model[0].weight.data.mul_(200)
     network = FilterNetwork(model, (3, 16, 16))
-    short, long = (ascend(network, "0", steps=steps) for steps in (2, 32))
+    short, long = (find_stimuli(network, "0", steps=steps) for steps in (2, 32))
     before = [
         network.maps("0")(s.images)[0][[0, 1], [0, 1]].clamp_min(0).flatten(1).norm(dim=1)
         for s in (short, long)

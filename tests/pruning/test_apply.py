@@ -8,7 +8,7 @@ import torch
 from networks import Dense, Plain, mask_without, randomise_norms
 from torch import nn
 
-from prune_viz.channels.groups import Passage
+from prune_viz.channels.groups import NormChannel
 from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks, load_masks, save_masks
@@ -135,7 +135,7 @@ def test_norms_are_silenced_for_what_goes_now_whatever_once_went(tmp_path: Path)
     (tmp_path / "decisions.merges.json").rename(tmp_path / "decisions.json")  # as if of a run
     save_masks({"stem": mask_without(6, 5)}, tmp_path / "mine.pt")
     mine = load_masks(tmp_path / "mine.pt")
-    assert mine.passages  # the run's
+    assert mine.norm_channels  # the run's
     masked = apply_masks(copy.deepcopy(model), mine)
     assert (masked.norm2.weight[[1, 3]] != 0).all()
 
@@ -153,7 +153,7 @@ def test_masks_given_stay_the_callers_own() -> None:
 def test_masks_that_do_not_fit_change_nothing() -> None:
     model = randomise_norms(Plain())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for passage in (Passage("nope", 1, (("conv1", 1),)), Passage("bn1", 9, (("conv1", 1),))):
+    for norm_channel in (NormChannel("nope", 1, (("conv1", 1),)), NormChannel("bn1", 9, (("conv1", 1),))):
         with pytest.raises(UserError, match="no such norm"):
-            apply_masks(model, Masks({"conv1": mask_without(8, 1)}, passages=[passage]))
+            apply_masks(model, Masks({"conv1": mask_without(8, 1)}, norm_channels=[norm_channel]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -169,7 +169,7 @@ def test_merging_comes_nearer_than_removing(runs: dict[str, Path], name: str, tm
 def test_masks_from_disk_silence_what_they_remove(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     write_masks(runs[name], tmp_path / "masks.pt", ratio=0.3)
     masks, inputs = load_masks(tmp_path / "masks.pt"), torch.randn(4, *SHAPES[name])
-    assert bool(masks.passages) == (name in ("residual", "dense"))
+    assert bool(masks.norm_channels) == (name in ("residual", "dense"))
     smaller = remove_filters(_model(name), masks, inputs)
     with torch.no_grad():
         torch.testing.assert_close(

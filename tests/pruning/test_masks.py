@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import Plain, mask_without
 
-from prune_viz.channels.groups import Passage
+from prune_viz.channels.groups import NormChannel
 from prune_viz.pruning.masks import Masks, load_masks, save_masks
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import Merge
@@ -95,7 +95,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
         Origin("5a" * 32, "6b" * 32),
         torch.randn(3, 3, 16, 16),
         Damage(0.25, Unit.NATS),
-        [Passage("bn1", 1, (("conv1", 1),))],
+        [NormChannel("bn1", 1, (("conv1", 1),))],
     )
     masks.save(tmp_path / "mine.pt")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -104,7 +104,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
     again = Masks.load(tmp_path / "mine.pt")
     assert again == masks
     assert (again.merges, again.origin, again.predicted) == (masks.merges, masks.origin, masks.predicted)
-    assert again.passages == masks.passages
+    assert again.norm_channels == masks.norm_channels
     assert torch.equal(again.probes, masks.probes)
     Masks({"conv1": mask_without(8, 3)}).save(tmp_path / "mine.pt")  # nothing of the earlier ones stays
     assert [file.name for file in tmp_path.iterdir()] == ["mine.pt"]
@@ -147,15 +147,21 @@ def test_combined_masks_keep_the_merges_that_still_hold() -> None:
     own, lost, theirs = (Merge("conv1", *rest, (1.0,), 0.0) for rest in ((1, (0,)), (3, (5,)), (5, (2,))))
     one = Masks({"conv1": mask_without(8, 1, 3)}, (own, lost), Origin("a"))
     other = Masks({"conv1": mask_without(8, 5), "conv2": mask_without(4, 0)}, (theirs,))
-    one.passages = [Passage("bn1", index, (("conv1", index),)) for index in (1, 3)]
-    other.passages = [Passage("bn1", 5, (("conv1", 5),)), Passage("bn2", 0, (("conv2", 0), ("conv9", 1)))]
+    one.norm_channels = [NormChannel("bn1", index, (("conv1", index),)) for index in (1, 3)]
+    other.norm_channels = [
+        NormChannel("bn1", 5, (("conv1", 5),)),
+        NormChannel("bn2", 0, (("conv2", 0), ("conv9", 1))),
+    ]
     combined = one.combine(other)
     assert combined == {"conv1": mask_without(8, 1, 3, 5), "conv2": mask_without(4, 0)}
     assert set(combined.merges) == {own, theirs}  # what rebuilt filter 3 has gone itself
     assert combined.origin == Origin("a")
-    assert combined.passages == [*one.passages, other.passages[0]]  # conv9 still writes bn2's channel 0
+    assert combined.norm_channels == [
+        *one.norm_channels,
+        other.norm_channels[0],
+    ]  # conv9 still writes bn2's channel 0
     assert one.combine(other, "both").removed == 0
-    assert one.combine(other, "both").passages == []
+    assert one.combine(other, "both").norm_channels == []
 
 
 def test_masks_of_different_models_are_not_combined() -> None:
@@ -185,8 +191,12 @@ def test_an_origin_knows_its_model_by_file_or_by_weights() -> None:
 
 def _laden(*gone: int, origin: str = "a") -> Masks:
     merges = tuple(Merge("conv1", number, (0,), (1.0,), 0.0) for number in gone)
-    passages = [Passage("bn1", number, (("conv1", number),)) for number in gone]
-    given = {"probes": torch.ones(1, 3, 4, 4), "predicted": Damage(0.5, Unit.NATS), "passages": passages}
+    norm_channels = [NormChannel("bn1", number, (("conv1", number),)) for number in gone]
+    given = {
+        "probes": torch.ones(1, 3, 4, 4),
+        "predicted": Damage(0.5, Unit.NATS),
+        "norm_channels": norm_channels,
+    }
     return Masks({"conv1": mask_without(8, *gone)}, merges, Origin(origin), **given)
 
 
@@ -200,7 +210,7 @@ def test_copies_keep_merges_and_probes(way: Callable[[Masks], Masks]) -> None:
     assert type(made) is Masks
     assert made == masks
     assert (made.merges, made.origin, made.predicted) == (masks.merges, masks.origin, masks.predicted)
-    assert made.passages == masks.passages
+    assert made.norm_channels == masks.norm_channels
     assert torch.equal(made.probes, masks.probes)
 
 
@@ -209,7 +219,7 @@ def test_union_keeps_what_holds() -> None:
     for united in (first | other, other | first):
         assert united.keys() == {"conv1", "conv2"}
         assert united.merges == first.merges
-        assert united.passages == first.passages
+        assert united.norm_channels == first.norm_channels
         assert united.probes is first.probes
     second = _laden(2)
     united = first | second  # where filter 1 stays

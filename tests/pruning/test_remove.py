@@ -129,7 +129,7 @@ def test_merging_through_a_flatten_is_exact() -> None:
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3"])
-def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_reader(layer: str) -> None:
+def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_consumer(layer: str) -> None:
     model = randomise_norms(Plain(padding=0))
     with torch.no_grad():
         if layer == "conv3":
@@ -147,7 +147,7 @@ def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_reader(layer: str) 
         torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_merging_into_a_depthwise_chain_reaches_its_reader() -> None:
+def test_merging_into_a_depthwise_chain_reaches_its_consumer() -> None:
     model = randomise_norms(Residual())
     with torch.no_grad():
         for conv, norm in ((model.expand, model.bn3), (model.depthwise, model.bn4)):

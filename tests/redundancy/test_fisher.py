@@ -53,7 +53,7 @@ def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: ty
         expected = []
         for channel in range(group.channels):
             handles = []
-            for places in group.readers:
+            for places in group.consumers:
                 index = torch.from_numpy(places.indices[places.channels == channel])
 
                 def turn_down(module: nn.Module, arguments: tuple, index: Tensor = index) -> tuple:
@@ -77,7 +77,7 @@ def test_at_the_scores_themselves_it_is_the_fisher_information_of_the_softmax() 
     found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 60), seed=0)
     p = model(images).detach().softmax(1).double()
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
-    torch.testing.assert_close(torch.from_numpy(found.readers["head"]), fisher, rtol=0.1, atol=0.01)
+    torch.testing.assert_close(torch.from_numpy(found.consumers["head"]), fisher, rtol=0.1, atol=0.01)
 
 
 def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
@@ -96,10 +96,10 @@ def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
             silenced[:, channel] = 0
             change = (model.last(silenced) - output).square().mean() / output.square().mean()
             assert found.ablations[group.number][channel] == pytest.approx(float(change), rel=0.15)
-    # A change of the reader's outputs at every position apart: squares add.
+    # A change of the consumer's outputs at every position apart: squares add.
     expected = 2 * torch.eye(2, dtype=torch.float64) / (output.double().square().mean() * 2)
     torch.testing.assert_close(
-        torch.from_numpy(found.readers["last"]), expected, rtol=0.1, atol=0.05 * float(expected.max())
+        torch.from_numpy(found.consumers["last"]), expected, rtol=0.1, atol=0.05 * float(expected.max())
     )
 
 
@@ -107,8 +107,8 @@ def test_the_same_seed_gives_the_same_and_the_model_is_left_alone() -> None:
     model, groups, images = _case(Residual)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     runs = [gather_sensitivities(model, groups, lambda: images.split(16), seed=3) for _ in range(2)]
-    for name, matrix in runs[0].readers.items():
-        assert np.array_equal(matrix, runs[1].readers[name])
+    for name, matrix in runs[0].consumers.items():
+        assert np.array_equal(matrix, runs[1].consumers[name])
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -177,7 +177,7 @@ def test_probabilities_count_as_the_scores_that_they_come_from() -> None:
         np.testing.assert_allclose(ablations, other.ablations[number], rtol=1e-3)
 
 
-def test_readers_that_see_other_rows_than_the_inputs_are_not_taken_for_silent() -> None:
+def test_consumers_that_see_other_rows_than_the_inputs_are_not_taken_for_silent() -> None:
     class Halves(Plain):
         def forward(self, x: Tensor) -> Tensor:
             x = torch.relu(self.conv3(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))))
@@ -234,9 +234,9 @@ def test_batches_that_run_in_parts_give_the_same(
     assert len(begun) == 3
     assert max(most[2:]) == 8
     assert parts.unit == whole.unit
-    for name, matrix in parts.readers.items():
-        scale = np.abs(whole.readers[name]).max()
-        np.testing.assert_allclose(matrix, whole.readers[name], rtol=1e-4, atol=1e-6 * scale)
+    for name, matrix in parts.consumers.items():
+        scale = np.abs(whole.consumers[name]).max()
+        np.testing.assert_allclose(matrix, whole.consumers[name], rtol=1e-4, atol=1e-6 * scale)
     for number, ablations in parts.ablations.items():
         np.testing.assert_allclose(ablations, whole.ablations[number], rtol=1e-4)
 

@@ -77,12 +77,12 @@ def test_moments_of_a_concatenated_branch_are_its_own() -> None:
     )
 
 
-def test_a_residual_stream_has_moments_at_every_reader() -> None:
+def test_a_residual_stream_has_moments_at_every_consumer() -> None:
     moments = _moments(randomise_norms(Residual()), "stem", torch.randn(9, 3, 8, 8))
-    assert sorted(reader.reader for reader in moments) == ["expand", "head", "inner"]
+    assert sorted(consumer.consumer for consumer in moments) == ["expand", "head", "inner"]
 
 
-def test_energy_predicts_exactly_what_a_1x1_reader_loses() -> None:
+def test_energy_predicts_exactly_what_a_1x1_consumer_loses() -> None:
     model = randomise_norms(Plain()).double()
     images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
     (moments,) = _moments(model, "conv2", images)
@@ -117,7 +117,7 @@ def test_large_maps_are_thinned_over_rows_and_columns(size: int) -> None:
     assert len((picked % size).unique()) > min(size, 64) / 2
 
 
-def test_no_constant_is_carried_into_a_strided_transposed_reader() -> None:
+def test_no_constant_is_carried_into_a_strided_transposed_consumer() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.ReLU(),
@@ -134,7 +134,7 @@ def test_no_constant_is_carried_into_a_strided_transposed_reader() -> None:
     assert judge(group, moments).channels[2].verdict == "keep"
 
 
-def test_smooth_energy_is_what_a_reader_makes_of_a_flat_loss() -> None:
+def test_smooth_energy_is_what_a_consumer_makes_of_a_flat_loss() -> None:
     model = randomise_norms(Plain(padding=0)).double()
     (moments,) = _moments(model, "conv1", torch.randn(9, 3, 12, 12, dtype=torch.float64))
     flat = torch.zeros(1, 8, 9, 9, dtype=torch.float64)
@@ -186,8 +186,8 @@ def test_batches_that_run_in_parts_give_the_same_moments(monkeypatch: pytest.Mon
         model, groups, lambda: probes, Budget(torch.device("cpu"), 0)
     )  # a row at a time
     for other in (parts, budgeted):
-        for number, readers in whole.items():
-            for one, same in zip(readers, other[number], strict=True):
+        for number, consumers in whole.items():
+            for one, same in zip(consumers, other[number], strict=True):
                 np.testing.assert_allclose(same.fit, one.fit, rtol=1e-4, atol=1e-5)
                 np.testing.assert_allclose(same.held_out, one.held_out, rtol=1e-4, atol=1e-5)
                 np.testing.assert_allclose(same.peak, one.peak, rtol=1e-4)
@@ -199,7 +199,7 @@ def test_groups_are_taken_in_turns_that_fit() -> None:
 
     def size(turn: list[CouplingGroup]) -> int:
         squares = [8 * (group.channels + 1) ** 2 for group in turn]
-        kept = sum(8 * len(group.readers) * square for group, square in zip(turn, squares, strict=True))
+        kept = sum(8 * len(group.consumers) * square for group, square in zip(turn, squares, strict=True))
         return kept + 10 * max(squares)
 
     for most in (0, max(size([group]) for group in groups), size(groups) - 1, size(groups)):

@@ -27,7 +27,7 @@ def _moments_of(samples: np.ndarray) -> np.ndarray:
 
 
 def _damage_by_least_squares(samples: np.ndarray, weights: np.ndarray, gone: list[int]) -> float:
-    """What a 1x1 reader loses when columns go and the rest is refitted, by plain least squares."""
+    """What a 1x1 consumer loses when columns go and the rest is refitted, by plain least squares."""
     kept = [index for index in range(samples.shape[1]) if index not in gone]
     basis = np.hstack([samples[:, kept], np.ones((len(samples), 1))])
     lost = samples[:, gone] - basis @ np.linalg.lstsq(basis, samples[:, gone], rcond=None)[0]
@@ -74,14 +74,14 @@ def _group(
     count = samples.shape[1]
     outputs = samples @ weights.T
     places = Places("conv", np.arange(count), np.arange(count))
-    reader = Places("reader", np.arange(count), np.arange(count))
+    consumer = Places("consumer", np.arange(count), np.arange(count))
     variance = float(outputs.var(axis=0).sum())
     moments = Moments(
-        "reader", _moments_of(samples), _moments_of(held_out), weights.T @ weights, weights.T @ weights,
+        "consumer", _moments_of(samples), _moments_of(held_out), weights.T @ weights, weights.T @ weights,
         variance, variance,
         np.abs(samples).max(axis=0), samples.mean(axis=0), samples.var(axis=0),
     )  # fmt: skip
-    return CouplingGroup(0, count, [places], [reader]), [moments]
+    return CouplingGroup(0, count, [places], [consumer]), [moments]
 
 
 def _relu_samples(seed: int, rows: int, count: int) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_a_groups_only_channel_has_its_damage() -> None:
     assert ranked.channels[0].damage == 0.25
 
 
-def test_a_redundant_channel_that_costs_readers_or_output_too_much_is_kept_after_all() -> None:
+def test_a_redundant_channel_that_costs_consumers_or_output_too_much_is_kept_after_all() -> None:
     samples = _relu_samples(0, 4000, 8)
     samples[:, 6] = samples[:, 0]
     samples[:, 7] = samples[:, 1] + 0.02 * _relu_samples(1, 4000, 1)[:, 0]
@@ -164,8 +164,8 @@ def test_a_redundant_channel_that_costs_readers_or_output_too_much_is_kept_after
         (moments, moments, Unit.NATS, True),
         (moments, costly, Unit.NATS, False),  # the output
         (moments, costly, Unit.OUTPUT, False),
-        (costly, moments, Unit.NATS, False),  # the readers
-        (costly, costly, Unit.READERS, False),
+        (costly, moments, Unit.NATS, False),  # the consumers
+        (costly, costly, Unit.CONSUMERS, False),
     ):
         ranked, _ = rank(verdicts, near, weighed, ablations, unit)
         assert flagged(ranked) == ([1, 1] if bearable else [1, 0])
@@ -174,11 +174,11 @@ def test_a_redundant_channel_that_costs_readers_or_output_too_much_is_kept_after
         assert len(back) == 1 or all(one.score > 0.99 for one in back)  # each rebuilt by the other
 
 
-def test_where_no_reader_varies_the_damage_is_unknown() -> None:
+def test_where_no_consumer_varies_the_damage_is_unknown() -> None:
     samples = _relu_samples(0, 2000, 4)
     group, moments = _group(samples, samples, np.random.default_rng(0).normal(size=(3, 4)))
     still = [replace(moments[0], output_variance=0.0, unit=0.0)]
-    ranked, _ = rank(judge(group, moments), still, still, None, Unit.READERS)
+    ranked, _ = rank(judge(group, moments), still, still, None, Unit.CONSUMERS)
     assert ranked.order == []
     assert all(np.isnan(one.damage) for one in ranked.channels)
 
@@ -258,7 +258,7 @@ def test_flagged_filters_together_cost_less_than_the_tolerance(seed: int, tolera
 
 def test_a_group_that_cannot_be_removed_is_kept_whole() -> None:
     group, moments = _group(_planted(500, 0), _planted(500, 1), np.ones((2, 13)))
-    fixed = CouplingGroup(0, 13, group.writers, group.readers, removable=False, note="why")
+    fixed = CouplingGroup(0, 13, group.producers, group.consumers, removable=False, note="why")
     assert all(verdict.verdict == "keep" for verdict in judge(fixed, moments).channels)
 
 

@@ -133,7 +133,7 @@ def test_unknown_damage_has_no_histogram_and_nothing_but_zero_has_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "says"), [(Unit.READERS, "1e-6 % to 3.2e-6 %"), (Unit.NATS, "1e-8 nats to 3.2e-8 nats")]
+    ("unit", "says"), [(Unit.CONSUMERS, "1e-6 % to 3.2e-6 %"), (Unit.NATS, "1e-8 nats to 3.2e-8 nats")]
 )
 def test_bars_of_little_damage_are_told_apart(unit: Unit, says: str) -> None:
     drawn = draw_histogram([card(0, "keep", 2e-8), card(1, "keep", 2e-7)], unit)

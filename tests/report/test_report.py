@@ -573,7 +573,7 @@ def test_certainty_tells_the_worst_rebuilt_and_the_whole_damage() -> None:
     assert told.endswith("move the output by 0.0045\u202fnats.")
     assert "R² of 0.9991." in certainty(table.iloc[[0, 3]], None)
     assert certainty(table.iloc[[3]], Damage(0.0, Unit.NATS)) == ""
-    assert "move what reads the filters by 10\u202f%" in certainty(table, Damage(0.1, Unit.READERS))
+    assert "move what reads the filters by 10\u202f%" in certainty(table, Damage(0.1, Unit.CONSUMERS))
 
 
 @pytest.mark.parametrize(
@@ -619,11 +619,11 @@ def test_printable(text: str, shown: str) -> None:
         (wording.r_squared(0.99999), ">0.9999"),
         (wording.r_squared(1.0), "1.0000"),
         (wording.r_squared(float("nan")), "\u2013"),
-        (wording.damage(0.0123, Unit.READERS), "1.2 %"),
+        (wording.damage(0.0123, Unit.CONSUMERS), "1.2 %"),
         (wording.damage(1e-5, Unit.OUTPUT), "0.001 %"),
         (wording.damage(0.0123, Unit.NATS), "0.012 nats"),
         (wording.damage(1e-12, Unit.NATS), "under 1e-9 nats"),
-        (wording.damage(1e-9, Unit.READERS), "under 0.0001 %"),
+        (wording.damage(1e-9, Unit.CONSUMERS), "under 0.0001 %"),
         (wording.activation(1234.5), "1,234"),
         (wording.activation(0.0123), "0.012"),
         (wording.coefficient(-0.49), "\u22120.490"),

@@ -87,7 +87,7 @@ def test_runs_without_an_order_have_no_curve(tmp_path: Path) -> None:
     ("value", "unit", "text"),
     [
         (1e-6, Unit.NATS, "10⁻⁶ nats"), (0.01, Unit.NATS, "0.01 nats"), (10.0, Unit.NATS, "10 nats"),
-        (0.01, Unit.READERS, "1 %"), (1e-6, Unit.OUTPUT, "10⁻⁴ %"),
+        (0.01, Unit.CONSUMERS, "1 %"), (1e-6, Unit.OUTPUT, "10⁻⁴ %"),
     ],
 )  # fmt: skip
 def test_magnitudes(value: float, unit: str, text: str) -> None:

@@ -184,7 +184,7 @@ def test_a_report_too_large_for_a_mail_is_refused(whole: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
-def test_the_panel_shows_weights_readers_and_what_excites_a_filter_in_real_images(
+def test_the_panel_shows_weights_consumers_and_what_excites_a_filter_in_real_images(
     with_images: RunDirectory, watched: Watched, together: bool
 ) -> None:
     page_file = with_images.report_page
@@ -211,9 +211,9 @@ def test_the_panel_shows_weights_readers_and_what_excites_a_filter_in_real_image
     assert weights.is_visible()
     drawn = weights.evaluate("node => getComputedStyle(node).backgroundImage")
     assert ("data:image/png" if together else "weights.png") in drawn
-    readers = panel.locator("[data-part=readers] a")
-    assert readers.all_inner_texts() == ["conv2"]
-    readers.first.click()
+    consumers = panel.locator("[data-part=consumers] a")
+    assert consumers.all_inner_texts() == ["conv2"]
+    consumers.first.click()
     page.locator("h1:visible", has_text="conv2").wait_for()
     page.goto(page_file.as_uri() + "#conv2/1")
     panel.wait_for()

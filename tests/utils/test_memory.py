@@ -1,4 +1,4 @@
-"""The memory budget: what a climb is taken to hold, what fits, and how little is refused."""
+"""The memory budget: what an optimisation is taken to hold, what fits, and how little is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def network() -> FilterNetwork:
     return FilterNetwork(tortured.network(), (3, 64, 64), 64)
 
 
-def test_a_climb_holds_what_its_backward_pass_reads(network: FilterNetwork) -> None:
+def test_an_optimisation_holds_what_its_backward_pass_reads(network: FilterNetwork) -> None:
     plan = MemoryPlan(network, None, 1)
     # The stem's rectified map, twelve channels of 64 by 64, at least; for the deepest layer all maps on the
     # way, 24 channels three times and 12 once in each block.
@@ -58,7 +58,7 @@ def test_what_is_planned_fits_the_budget(network: FilterNetwork, workers: int) -
 
 
 def test_measuring_leaves_nothing_behind(network: FilterNetwork) -> None:
-    """A saved result that held the graph that saved it would stay for ever, with all of a climb."""
+    """A saved result that held the graph that saved it would stay for ever, with all of an optimisation."""
     made: list[weakref.ref[Tensor]] = []
 
     def run(images: Tensor) -> Tensor:

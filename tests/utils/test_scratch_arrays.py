@@ -122,7 +122,7 @@ def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -
     sensitivities = {
         places.module: np.eye(dict(model.named_modules())[places.module].weight.shape[0])
         for group in groups
-        for places in group.readers
+        for places in group.consumers
     }
 
     def conclude(budget: Budget | None) -> tuple[list[object], list[np.ndarray]]:
@@ -159,9 +159,9 @@ def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
     found = gather_sensitivities(model, groups, lambda: images.split(16), 0, Tight(CPU, 0, tmp_path))
     assert expected is not None
     assert found is not None
-    for name, square in expected.readers.items():
-        assert isinstance(found.readers[name], np.memmap)
-        np.testing.assert_array_equal(found.readers[name], square)
+    for name, square in expected.consumers.items():
+        assert isinstance(found.consumers[name], np.memmap)
+        np.testing.assert_array_equal(found.consumers[name], square)
     for number, cost in expected.ablations.items():
         np.testing.assert_array_equal(found.ablations[number], cost)
 

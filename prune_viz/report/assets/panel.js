@@ -60,7 +60,7 @@
     part("figures").replaceChildren(...data.figures.map(function (pair) {
       return make("div", [make("dt", pair[0]), make("dd", pair[1][number])]);
     }));
-    fill("readers", data.readers.map(function (pair) {
+    fill("consumers", data.consumers.map(function (pair) {
       const name = make("code", pair[0]);
       return make("li", pair[1] < 0 ? name : make("a", name, { href: pruneViz.page(pair[1]) }));
     }));
