@@ -604,7 +604,7 @@ class Partial(Two):
 
 
 @pytest.mark.parametrize(
-    ("make", "why"), [(Complex, "complex64, not real numbers"), (Partial, "no maps but a tuple")]
+    ("make", "why"), [(Complex, "complex64, not real numbers"), (Partial, "no feature map but a tuple")]
 )
 def test_maps_that_are_none_are_reported(make: Callable[[], nn.Module], why: str, tmp_path: Path) -> None:
     found = analyze(make(), input_shape=PICTURE, steps=3, out=tmp_path / "run")

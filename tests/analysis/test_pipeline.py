@@ -125,7 +125,7 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     (told,) = [note for note in provenance.notes if note.startswith("The removal order")]
     assert f"for {calibration['classes']} classes" in told
     assert 0.3 < calibration["held"] < 2
-    assert f"give their own filters {calibration['held']:.2f} of what they did (median)" in told
+    assert f"excite their own filters to {calibration['held']:.2f} (median) of before" in told
     decisions = files.read_decisions()
     assert len(decisions.verdicts) == (table["verdict"] != "keep").sum()
     for order in decisions.removal_order:
@@ -292,7 +292,7 @@ def test_what_never_fires_on_the_users_images_is_told_and_not_called_dead(tmp_pa
     without = analyze(model, **options).filters.set_index(["layer", "filter"])
     out = tmp_path / "run"
     found = analyze(model, **options, data=pictures, out=out).filters.set_index(["layer", "filter"])
-    told = found["reason"].str.contains("on any of the images of --data")
+    told = found["reason"].str.contains("never fires on the images of --data")
     assert found.loc[("conv1", 3), "verdict"] == "keep"
     images = torch.stack(
         [torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) / 255 for path in pictures.iterdir()]
@@ -380,7 +380,7 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
 def test_weights_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
     model = Plain()
     model.conv1.weight.data[2] = 3e38
-    with pytest.raises(UserError, match="conv1 gives values that are not finite"):
+    with pytest.raises(UserError, match="conv1 has outputs on noise that are not finite"):
         analyze(model, input_shape=(3, 16, 16), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

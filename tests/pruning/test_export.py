@@ -68,7 +68,7 @@ def test_a_network_that_gives_no_tensors_is_refused(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> None:
             super().forward(x)
 
-    with pytest.raises(UserError, match="gives no tensors"):
+    with pytest.raises(UserError, match="returns no tensors"):
         export_model(Silent(), (1, 8, 8), tmp_path / "network.pt2")
 
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(
         return b"", lambda batch: [out + 1e-3 for out in tensors_of(model(batch))]
 
     monkeypatch.setattr(export, "_to_pt2", wrong)
-    with pytest.raises(UserError, match="gives other outputs"):
+    with pytest.raises(UserError, match="returns other outputs"):
         export_model(Flattening(), (1, 8, 8), tmp_path / "network.pt2")
     monkeypatch.setattr(export, "_ONNX", ("no_such_package",))
     with pytest.raises(UserError, match=r"needs no_such_package; pip install 'prune-viz\[onnx\]'"):
