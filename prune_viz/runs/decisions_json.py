@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from prune_viz.runs.damage import Damage, Unit
@@ -247,3 +248,8 @@ class Decisions(BesideMasks):
     def ranked(self) -> set[int]:
         """Ids of the groups that have a removal order."""
         return {order.group for order in self.removal_order if order.channels}
+
+
+def decisions_schema() -> dict[str, Any]:
+    """The JSON Schema of `decisions.json`, from the types with which it is read."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Decisions)}

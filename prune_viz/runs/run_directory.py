@@ -6,11 +6,12 @@
     filters.csv           a row a filter (`FILTER_COLUMNS`)
     masks.pt              module name -> bool tensor (out_channels,), True = keep
     decisions.json        verdicts, coupling groups, removal order, merges
+    decisions.schema.json the JSON Schema of that
     moments.safetensors   second moments of every group's channels, for masks at any budget
-    probes.safetensors    calibrated probes
+    probes.safetensors    synthetic calibration images
     examples.safetensors  example images, and which parts of them excite each filter most
     log.jsonl             what happened when, an event a line
-    tasks/                pieces of layers that are not whole yet
+    tasks/                results of tasks, until their layer is whole
     layers/NNN-name.safetensors   images, activations, responses of a layer, a first layer's weights
     report/index.html     the report
 """
@@ -29,7 +30,7 @@ import msgspec
 import numpy as np
 
 from prune_viz import __version__
-from prune_viz.runs.decisions_json import Decisions
+from prune_viz.runs.decisions_json import Decisions, decisions_schema
 from prune_viz.runs.filters_csv import read_filters, write_filters
 from prune_viz.runs.run_json import FORMAT, LayerRecord, Provenance
 from prune_viz.utils.array_files import read_arrays, write_arrays
@@ -113,13 +114,18 @@ class RunDirectory:
         return self.path / "decisions.json"
 
     @property
+    def schema_file(self) -> Path:
+        """The JSON Schema of `decisions.json`."""
+        return self.path / "decisions.schema.json"
+
+    @property
     def moments_file(self) -> Path:
         """Second moments of the coupling groups' channels."""
         return self.path / "moments.safetensors"
 
     @property
     def probes_file(self) -> Path:
-        """Calibrated probes."""
+        """Synthetic calibration images."""
         return self.path / "probes.safetensors"
 
     @property
@@ -139,7 +145,7 @@ class RunDirectory:
 
     @property
     def tasks_folder(self) -> Path:
-        """Pieces of layers that are not whole yet."""
+        """Results of tasks, until their layer is whole."""
         return self.path / TASKS
 
     @property
@@ -155,6 +161,7 @@ class RunDirectory:
             merges_beside(self.masks_file),
             probes_beside(self.masks_file),
             self.decisions_file,
+            self.schema_file,
             self.filters_file,
             self.moments_file,
             self.examples_file,
@@ -218,7 +225,8 @@ class RunDirectory:
         return self._read(self.provenance_file, Provenance)
 
     def write_decisions(self, decisions: Decisions) -> None:
-        """Write `decisions.json`."""
+        """Write `decisions.json`, and its JSON Schema beside it."""
+        write_json(self.schema_file, decisions_schema())
         write_json(self.decisions_file, msgspec.to_builtins(decisions))
 
     def read_decisions(self) -> Decisions:

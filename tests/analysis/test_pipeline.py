@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,6 +48,16 @@ def test_every_planted_copy_and_dead_filter_is_found(run: Analysis, planted) -> 
     copies, dead = found(run.filters, planted[1])
     assert copies == sum(len(place.copies) for place in planted[1])
     assert dead == sum(len(place.dead) for place in planted[1])
+
+
+def test_decisions_follow_the_schema_beside_them(run: Analysis) -> None:
+    files = RunDirectory(run.out)
+    schema, decisions = (json.loads(file.read_text()) for file in (files.schema_file, files.decisions_file))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(decisions, schema)
+    for field, wrong in (("verdicts", [{"layer": "conv1"}]), ("groups", [{"id": -1}]), ("damage_unit", "m")):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**decisions, field: wrong}, schema)
 
 
 def test_copies_share_a_cluster(run: Analysis, planted) -> None:
