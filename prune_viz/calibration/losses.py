@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.calibration.images import Owner
+from prune_viz.network.copies import attached
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
 from prune_viz.utils.nested_tensors import tensors_of
@@ -167,15 +168,12 @@ class Watched:
 
             return hook
 
-        handles = [
+        hooks = (
             self._modules[self._behind.get(layer, layer)].register_forward_hook(keep(layer))
             for layer in {layer for layer, _ in owners}
-        ]
-        try:
+        )
+        with attached(hooks):
             outputs = tensors_of(self._model(images))
-        finally:
-            for handle in handles:
-                handle.remove()
         shares = class_probabilities(outputs) if self._classes else None
         classes = None if shares is None else _classes(shares)
         own = None

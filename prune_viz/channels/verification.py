@@ -16,7 +16,7 @@ from torch import nn
 
 from prune_viz.channels.groups import CouplingGroup, Places
 from prune_viz.network.adapters import channel_axis, copy_without_inputs
-from prune_viz.network.copies import as_it_was
+from prune_viz.network.copies import as_it_was, attached
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -94,12 +94,8 @@ def _experiment(
             modules[places.module].register_forward_hook(read(places.module)) for places in group.consumers
         ]
         hooks += [modules[name].register_forward_hook(write(indices)) for name, indices in changes]
-        try:
-            with torch.no_grad(), as_it_was(model):
-                return taken, model(noise)
-        finally:
-            for handle in hooks:
-                handle.remove()
+        with attached(hooks), torch.no_grad(), as_it_was(model):
+            return taken, model(noise)
 
     before, output = run([], torch.zeros_like)
     written = [

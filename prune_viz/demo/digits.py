@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prune_viz.network.copies import attached
 from prune_viz.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -291,9 +292,9 @@ def _widened(old: DigitsNet, layer: str, filters: int, random: torch.Generator) 
 
 def _inputs_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
     seen: list[Tensor] = []
-    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(images)
-    hook.remove()
+    module = model.get_submodule(layer)
+    with attached([module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]):
+        model(images)
     return seen[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_viz.network.adapters import convolutions_of
-from prune_viz.network.copies import as_it_was, have_same_parameters, plain_copy
+from prune_viz.network.copies import as_it_was, attached, have_same_parameters, plain_copy
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.memory import Budget, in_words
 from prune_viz.utils.nested_tensors import tensors_of
@@ -121,22 +121,24 @@ def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[s
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in convolutions.items()]
+    hooks = (module.register_forward_hook(note(name)) for name, module in convolutions.items())
     try:
-        with torch.no_grad(), as_it_was(model):
+        with attached(hooks), torch.no_grad(), as_it_was(model):
             model(ordinary_input(input_shape).to(blank_input(model, input_shape).device))
     except Exception as error:  # whatever an untrusted forward pass raises, the input shape is what we chose
         hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
-        raise UserError(
-            f"the model does not run on an input of shape {_comma(input_shape)} ({brief(error)}){hint}; give "
-            "the right --input-shape, channels first"
-        ) from None
-    finally:
-        for handle in hooks:
-            handle.remove()
+        advice = f"{hint}; give the right --input-shape, channels first"
+        raise does_not_run(input_shape, error, advice) from None
     if not calls:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
     return calls, overflowing
+
+
+def does_not_run(input_shape: Sequence[int], error: Exception, advice: str = "") -> UserError:
+    """The error to raise where a model fails on an input of a shape, (C, *size)."""
+    return UserError(
+        f"the model does not run on an input of shape {_comma(input_shape)} ({brief(error)}){advice}"
+    )
 
 
 def blank_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:

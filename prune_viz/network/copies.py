@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
 
 from prune_viz.utils.errors import UserError, brief
 
@@ -77,6 +78,17 @@ def have_same_parameters(one: nn.Module, other: nn.Module) -> bool:
     """Whether two copies of a model have parameters of the same values."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.equal(first, second) for first, second in pairs)
+
+
+@contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks, by the handles that registering them returned, which are removed in the end whatever happens."""
+    hooks = list(handles)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

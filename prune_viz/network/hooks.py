@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from prune_viz.network.copies import as_it_was, free_copy
+from prune_viz.network.copies import as_it_was, attached, free_copy
 from prune_viz.network.tracing import ACTIVATION_NAMES
 
 MapFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -101,15 +101,10 @@ class HookedMaps:
         return before[-1], watch.result
 
     def _run_hooked(self, inputs: Tensor, hooks: dict[str, Any]) -> None:
-        handles = [
-            self._model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()
-        ]
-        try:
-            with as_it_was(self._model):
-                self._model(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        modules = {name: self._model.get_submodule(name) for name in hooks}
+        handles = (modules[name].register_forward_hook(hook) for name, hook in hooks.items())
+        with attached(handles), as_it_was(self._model):
+            self._model(inputs)
 
 
 class _Watch(TorchFunctionMode):

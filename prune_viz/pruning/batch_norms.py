@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_viz.network.copies import attached
 from prune_viz.network.outputs import output_change
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.utils.devices import is_out_of_memory
@@ -166,16 +167,12 @@ def _statistics(inputs: Tensor) -> Statistics:
 def _run(
     model: nn.Module, norms: Mapping[str, Any], probes: Tensor, see: Callable[[str, Tensor], None]
 ) -> None:
-    """Run probes through a network, telling what each norm is about to be fed."""
+    """Run probes through a network; `see` is called with each norm's name and input."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, arguments: see(name, arguments[0])
 
-    handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in norms.items()]
     device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            model(probes.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (norm.register_forward_pre_hook(hook(name)) for name, norm in norms.items())
+    with attached(hooks), torch.no_grad():
+        model(probes.to(device))

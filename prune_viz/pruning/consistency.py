@@ -12,9 +12,10 @@ from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import CouplingGroup, norm_channels
 from prune_viz.network.adapters import convolutions_of
+from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.masks import Masks, check_masks
-from prune_viz.utils.errors import UserError, brief
+from prune_viz.utils.errors import UserError
 
 
 def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_inputs: Tensor) -> Masks:
@@ -55,9 +56,7 @@ def groups_for_removal(model: nn.Module, example_inputs: Tensor) -> list[Couplin
         with torch.no_grad():
             plain_copy(model).float()(example_inputs.float())
     except Exception as error:  # whatever an untrusted forward pass raises
-        text = brief(error)
-        shape = ",".join(str(size) for size in example_inputs.shape[1:])
-        raise UserError(f"the model does not run on an input of shape {shape} ({text})") from None
+        raise does_not_run(example_inputs.shape[1:], error) from None
     try:
         return find_groups(model, example_inputs)
     except UntraceableError as error:

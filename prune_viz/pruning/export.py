@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz import __version__
+from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.tracing import are_names_safe
 from prune_viz.utils.errors import UserError, brief
@@ -78,8 +79,7 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
         try:
             twin(inputs[:1])
         except Exception as error:  # whatever an untrusted forward pass raises
-            shape = ",".join(map(str, input_shape))
-            raise UserError(f"the model does not run on an input of shape {shape} ({brief(error)})") from None
+            raise does_not_run(input_shape, error) from None
         try:
             content, run = write(twin, inputs[:2], {0: torch.export.Dim("batch", min=1)})
             batches = "batches of any size"

@@ -14,6 +14,7 @@ from torch import nn
 
 from prune_viz.loading.checkpoints import Checkpoint
 from prune_viz.loading.smaller_networks import compose_steps
+from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import parametrised, plain_copy
 from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
 from prune_viz.pruning.batch_norms import change_on
@@ -234,8 +235,7 @@ def _check_input(model: nn.Module, example: torch.Tensor) -> None:
         with torch.no_grad():
             model(example)
     except Exception as error:
-        shape = ",".join(str(size) for size in example.shape[1:])
-        raise UserError(f"the model does not run on inputs of --input-shape {shape}: {error}") from error
+        raise does_not_run(example.shape[1:], error, "; give the right --input-shape") from error
 
 
 def _save(content: dict[str, Any], out: Path) -> None:

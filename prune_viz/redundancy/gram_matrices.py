@@ -28,6 +28,7 @@ from prune_viz.network.adapters import (
     is_strided_back,
     is_transposed,
 )
+from prune_viz.network.copies import attached
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.scratch_arrays import ScratchArrays
@@ -363,18 +364,13 @@ def _gather(
 
         return watch.module.register_forward_hook(hook)
 
-    hooks = [attach(watch) for found in watches.values() for watch in found]
     device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            for batch, held_out in probes():
-                for part in limit.split(batch, most):
-                    half = held_out
-                    model(part.to(device))
-                    half = None
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with attached(attach(watch) for found in watches.values() for watch in found), torch.no_grad():
+        for batch, held_out in probes():
+            for part in limit.split(batch, most):
+                half = held_out
+                model(part.to(device))
+                half = None
     return {number: [watch.moments() for watch in found] for number, found in watches.items()}
 
 
