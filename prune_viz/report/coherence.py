@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prune_viz.report.chart_frame import ChartFrame, frame, polyline
 from prune_viz.report.pages import LayerRow
 from prune_viz.utils.array_files import batches_of
 
-_WIDTH, _HEIGHT = 720, 200  # of the drawing, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+_FRAME = frame(height=200, left=52, right=12, top=12, bottom=40)
 _FEWEST = 3  # layers that are drawn
 _TREND = 6  # layers from which a rank correlation says something
 _STEADY = 0.5  # rank correlation from which a change with depth is called one
@@ -31,14 +31,12 @@ class LayerCoherence:
     high: float
 
 
-@dataclass(frozen=True)
-class CoherenceCurve:
+@dataclass(frozen=True, kw_only=True)
+class CoherenceCurve(ChartFrame):
     """Coherence by depth, drawn.
 
     Attributes
     ----------
-    width, height, left, right : float
-        Of the drawing and of its axes.
     line, band : str
         SVG path data: the medians, and what lies between the quartiles.
     points : list of (float, float, LayerCoherence)
@@ -49,10 +47,6 @@ class CoherenceCurve:
         What that says, in a sentence, with Spearman's correlation of the medians with depth.
     """
 
-    width: float
-    height: float
-    left: float
-    right: float
     line: str
     band: str
     points: list[tuple[float, float, LayerCoherence]]
@@ -110,26 +104,17 @@ def draw_coherence(layers: Sequence[LayerCoherence]) -> CoherenceCurve | None:
     """Lay out the curve; None for fewer than three layers."""
     if len(layers) < _FEWEST:
         return None
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    step = (right - _LEFT) / (len(layers) - 1)
-
-    def up(value: float) -> float:
-        return round(bottom - value * (bottom - _TOP), 1)
-
-    across = [round(_LEFT + step * index, 1) for index in range(len(layers))]
-    points = [(x, up(one.median), one) for x, one in zip(across, layers, strict=True)]
-    edge = [f"{x} {up(one.high)}" for x, one in zip(across, layers, strict=True)]
-    edge += [f"{x} {up(one.low)}" for x, one in zip(reversed(across), reversed(layers), strict=True)]
+    across = [_FRAME.x(index / (len(layers) - 1)) for index in range(len(layers))]
+    points = [(x, _FRAME.y(one.median), one) for x, one in zip(across, layers, strict=True)]
+    edge = [(x, _FRAME.y(one.high)) for x, one in zip(across, layers, strict=True)]
+    edge += [(x, _FRAME.y(one.low)) for x, one in zip(reversed(across), reversed(layers), strict=True)]
     correlation = _rank_correlation(np.array([one.median for one in layers]))
     return CoherenceCurve(
-        width=_WIDTH,
-        height=_HEIGHT,
-        left=_LEFT,
-        right=right,
-        line="M" + "L".join(f"{x} {y}" for x, y, _ in points),
-        band="M" + "L".join(edge) + "Z",
+        **vars(_FRAME),
+        line=polyline([(x, y) for x, y, _ in points]),
+        band=polyline(edge) + "Z",
         points=points,
-        ticks=[(up(value), value) for value in (0.0, 0.5, 1.0)],
+        ticks=[(_FRAME.y(value), value) for value in (0.0, 0.5, 1.0)],
         finding=_finding(layers, correlation),
     )
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prune_viz.report import wording
+from prune_viz.report.chart_frame import ChartFrame, frame
 from prune_viz.report.layer_pages import FilterCard
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.verdicts import Verdict
 
-_WIDTH, _HEIGHT = 720, 190  # of the drawing, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 14, 46
+_FRAME = frame(height=190, left=44, right=12, top=14, bottom=46)
 _LEAST = -9  # power of ten; what is below stands in the first bar
 _A_DECADE = 2  # bars
 _GAP = 2.0
@@ -38,25 +38,18 @@ class Bar:
     parts: list[Part]
 
 
-@dataclass(frozen=True)
-class DamageHistogram:
+@dataclass(frozen=True, kw_only=True)
+class DamageHistogram(ChartFrame):
     """A layer's histogram of damage.
 
     Attributes
     ----------
-    width, height, left, right, bottom : float
-        Of the drawing and of its axes.
     bars : list of Bar
         From the least damage to the most.
     across, up : list of (float, str)
         Places on the axes and their texts.
     """
 
-    width: float
-    height: float
-    left: float
-    right: float
-    bottom: float
     bars: list[Bar]
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
@@ -87,18 +80,18 @@ def draw_histogram(cards: Sequence[FilterCard], unit: Unit) -> DamageHistogram |
     first -= (first - 1) % _A_DECADE  # a whole power of ten
     last = first + math.ceil(max(1, max(binned) - first) / _A_DECADE) * _A_DECADE
     before = 1 if 0 in binned else 0  # the bar of what is as good as nothing
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    step = (right - _LEFT) / (last - first + 1 + before)
+    places = last - first + 1 + before
+    step = (_FRAME.right - _FRAME.left) / places
 
     def along(index: int) -> float:
-        return round(_LEFT + (index - first + before if index else 0) * step, 1)
+        return _FRAME.x((index - first + before if index else 0) / places)
 
     tallest = max(sum(verdicts.values()) for verdicts in binned.values())
     bars = []
     for index, verdicts in sorted(binned.items()):
-        y, parts = float(bottom), []
+        y, parts = _FRAME.bottom, []
         for verdict, count in verdicts.items():
-            height = count / tallest * (bottom - _TOP)
+            height = count / tallest * (_FRAME.bottom - _FRAME.top)
             y -= height
             if count:
                 parts.append(
@@ -109,17 +102,13 @@ def draw_histogram(cards: Sequence[FilterCard], unit: Unit) -> DamageHistogram |
     decades = range(first, last + 1, _A_DECADE * max(1, round((last - first) / _A_DECADE / 6)))
     ticks = [(along(index), wording.magnitude(_edge(index), unit)) for index in decades]
     if before:
-        nothing = round(_LEFT + step / 2, 1)
+        nothing = _FRAME.x(0.5 / places)
         ticks = [(nothing, "none"), *(tick for tick in ticks if tick[0] - nothing > _APART)]
     return DamageHistogram(
-        width=_WIDTH,
-        height=_HEIGHT,
-        left=_LEFT,
-        right=right,
-        bottom=bottom,
+        **vars(_FRAME),
         bars=bars,
         across=ticks,
-        up=[(float(_TOP), wording.count(tallest)), (float(bottom), "0")],
+        up=[(_FRAME.top, wording.count(tallest)), (_FRAME.bottom, "0")],
     )
 
 

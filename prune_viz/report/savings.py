@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune_viz.pruning.budgets import counts_for_macs, read_rankings, removed_filters, share_saved
+from prune_viz.report.chart_frame import ChartFrame, frame, polyline
 from prune_viz.runs.decisions_json import Decisions
 from prune_viz.runs.run_json import Summary
 from prune_viz.utils.errors import UserError
 
 _SHARES = tuple(step / 20 for step in range(1, 15))  # of the multiply-accumulates, on the curve
-_WIDTH, _HEIGHT = 720, 280  # of the drawing, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 28, 16, 56
+_FRAME = frame(height=280, left=88, right=28, top=16, bottom=56)
 _LEAST = 1e-9  # damage below it is drawn there
 
 
@@ -46,16 +46,12 @@ class Tick:
     value: float
 
 
-@dataclass(frozen=True)
-class Curve:
+@dataclass(frozen=True, kw_only=True)
+class Curve(ChartFrame):
     """Budgets drawn: damage, on a logarithmic axis, over what is saved.
 
     Attributes
     ----------
-    width, height : float
-        Of the drawing.
-    left, right, top, bottom : float
-        Of its axes.
     line : str
         SVG path data.
     points : list of (float, float, Budget)
@@ -66,12 +62,6 @@ class Curve:
         Shares saved, and damages.
     """
 
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
     line: str
     points: list[tuple[float, float, Budget]]
     default: tuple[float, float] | None
@@ -113,32 +103,23 @@ def draw_curve(known: Sequence[Budget], default: Budget | None) -> Curve | None:
     low, high = math.floor(min(levels)), math.ceil(max(levels))
     high = max(high, low + 1)
     widest = math.ceil(10 * max(one.saved for one in shown) - 1e-9) / 10
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+
+    def height_of(level: float) -> float:
+        return _FRAME.y((level - low) / (high - low))
 
     def at(one: Budget) -> tuple[float, float]:
-        level = math.log10(max(one.damage, _LEAST))
-        x = _LEFT + one.saved / widest * (right - _LEFT)
-        y = bottom - (level - low) / (high - low) * (bottom - _TOP)
-        return round(x, 1), round(y, 1)
+        return _FRAME.x(one.saved / widest), height_of(math.log10(max(one.damage, _LEAST)))
 
     points = [(*at(one), one) for one in known]
     step = max(1, round((high - low) / 5))
     return Curve(
-        width=_WIDTH,
-        height=_HEIGHT,
-        left=_LEFT,
-        right=right,
-        top=_TOP,
-        bottom=bottom,
-        line="M" + "L".join(f"{x} {y}" for x, y, _ in points),
+        **vars(_FRAME),
+        line=polyline([(x, y) for x, y, _ in points]),
         points=points,
         default=at(default) if default else None,
         across=[
-            Tick(round(_LEFT + share / widest * (right - _LEFT), 1), float(share))
+            Tick(_FRAME.x(share / widest), float(share))
             for share in np.arange(0, widest + 0.01, 0.1).round(1)
         ],
-        up=[
-            Tick(round(bottom - (level - low) / (high - low) * (bottom - _TOP), 1), 10.0**level)
-            for level in range(low, high + 1, step)
-        ],
+        up=[Tick(height_of(level), 10.0**level) for level in range(low, high + 1, step)],
     )
