@@ -100,7 +100,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Representative:
-    """A kept filter that a redundant one is rebuilt from, and its weight in that."""
+    """A kept filter that a redundant one is reconstructed from, and its weight in that."""
 
     number: int
     coefficient: float | None

@@ -188,7 +188,7 @@ def network_page(
     return NetworkPage(
         title=model.class_name,
         subtitle=[
-            Path(str(model.path)).name,
+            Path(model.path).name if model.path else "analysed from Python",
             wording.plural(len(rows), "layer"),
             wording.plural(counts.filters, "filter"),
             f"input {wording.size(model.input_shape)}",
@@ -200,7 +200,7 @@ def network_page(
         notes=list(provenance.notes),
         rows=list(rows),
         depths=depth_rows(rows, filters),
-        usage=usage(str(model.path), run, model),
+        usage=usage(model.path, run, model),
         provenance=provenance_table(provenance),
         stages=stages(provenance.stages),
         damage_unit=provenance.damage_unit,
@@ -225,7 +225,7 @@ def finding(counts: Counts) -> str:
 
 
 def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:
-    """Say how sure the finding is: how well what is redundant was rebuilt, and what all that goes will cost.
+    """Say how sure the finding is: how well redundant filters are reconstructed, and what removal will cost.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ def _telling_filters(table: pd.DataFrame) -> list[int]:
     return [int(number) for number in ranked["filter"].head(_ACROSS)]
 
 
-def usage(model_path: str, run: Path, model: ModelRecord) -> list[tuple[str, list[str]]]:
+def usage(model_path: str | None, run: Path, model: ModelRecord) -> list[tuple[str, list[str]]]:
     """Give the lines that put the run's masks to use, each group under its heading."""
     masks = str(run / "masks.pt")
     shape = ", ".join(map(str, model.input_shape))
@@ -306,23 +306,23 @@ def usage(model_path: str, run: Path, model: ModelRecord) -> list[tuple[str, lis
         f"example = torch.zeros(1, {shape})",
         'smaller = pv.remove_filters(model, masks, example, compensate="merge")',
     ]
+    smaller = (
+        f"prune-viz apply {shlex.quote(model_path or '')} {shlex.quote(masks)}{options} "
+        "--out smaller.pt --mode remove --compensate merge"
+    )
+    command = "On the command line: a smaller network, the lost contributions merged into what stays"
+    load = [f"model = pv.load_model({model_path!r}{arch})"] if model_path else []
     return [
+        *([(command, [smaller])] if model_path else []),
         (
-            "On the command line: a smaller network, the lost contributions merged into what stays",
-            [
-                f"prune-viz apply {shlex.quote(model_path)} {shlex.quote(masks)}{options} "
-                "--out smaller.pt --mode remove --compensate merge"
-            ],
-        ),
-        (
-            "On the command line: masks for another budget, a share of the multiply-accumulates say",
+            "On the command line: masks for another budget, such as a share of the multiply-accumulates",
             [f"prune-viz masks {shlex.quote(str(run))} --macs 0.3 --out masks.pt"],
         ),
         (
             "In Python: hold the flagged filters at zero while you fine-tune",
             [
                 "import prune_viz as pv",
-                f"model = pv.load_model({model_path!r}{arch})",
+                *load,
                 f"masks = pv.load_masks({masks!r})",
                 "pv.apply_masks(model, masks)  # zero now, and after every optimiser step",
             ],
@@ -339,7 +339,7 @@ def provenance_table(provenance: Provenance) -> list[tuple[str, str]]:
         arch += " " + json.dumps(model.arch_kwargs)
     options = ", ".join(f"{name} {_option(value)}" for name, value in provenance.options.items())
     table = [
-        ("Model file", str(model.path)),
+        ("Model file", model.path or "none, analysed from Python"),
         ("SHA-256", model.sha256),
         ("Architecture", arch),
         ("Loaded with pickle trusted", "yes" if model.trust_pickle else "no"),

@@ -56,7 +56,7 @@ def panel_data(
         "figures": [
             ("Verdict", [card.verdict for card in cards]),
             ("Activation", [wording.activation(card.activation) for card in cards]),
-            ("Rebuilt, R²", [wording.r_squared(card.score) for card in cards]),
+            ("Reconstructed, R²", [wording.r_squared(card.score) for card in cards]),
             ("Damage", [wording.damage(card.damage, unit) for card in cards]),
             ("Cluster", [str(card.cluster) if card.cluster >= 0 else "none" for card in cards]),
         ],

@@ -290,7 +290,7 @@ def _folder_of_pictures(folder: Path, count: int, side: int = 16) -> Path:
     return folder
 
 
-def test_what_never_fires_on_the_users_images_is_told_and_not_called_dead(tmp_path: Path) -> None:
+def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
     torch.manual_seed(2)
     model = randomise_norms(Plain())
     with torch.no_grad():  # filter 3 sees green alone, and only a lot of it

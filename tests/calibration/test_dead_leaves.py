@@ -24,7 +24,7 @@ def _kurtosis_of_edges(pictures: torch.Tensor) -> float:
     return float((steps**4).mean() / steps.square().mean() ** 2)
 
 
-def test_leaves_have_edges_and_flat_places_as_scenes_have_and_noise_has_not() -> None:
+def test_dead_leaves_have_edges_and_flat_places() -> None:
     size = (1, 48, 48)
     assert _kurtosis_of_edges(natural_noise(size, 32, seed=0)) == pytest.approx(3, abs=0.3)
     assert _kurtosis_of_edges(dead_leaves(size, 32, seed=0)) > 8

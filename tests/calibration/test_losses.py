@@ -111,7 +111,7 @@ def test_where_no_classes_come_out_none_are_asked_for() -> None:
     assert float(classes_error(seen.means())) == 0
 
 
-def test_stimuli_cannot_be_held_where_a_layer_does_not_see_them_one_by_one() -> None:
+def test_stimuli_are_not_held_where_rows_mix() -> None:
     class Folded(nn.Module):
         """Both halves of every picture pass as pictures of their own."""
 
@@ -175,7 +175,7 @@ def test_where_the_head_lets_no_gradient_through_the_norms_alone_count() -> None
     assert found.distance < found.before
 
 
-def test_a_norm_that_serves_two_convolutions_does_not_tell_whose_map_it_gives() -> None:
+def test_shared_norm_is_nobodys_map() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()

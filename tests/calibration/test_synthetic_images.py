@@ -136,7 +136,7 @@ def test_it_ends_when_the_distance_no_longer_falls(monkeypatch: pytest.MonkeyPat
     assert found.passes < 60
 
 
-def test_a_step_goes_where_the_gradient_points_and_is_as_long_for_every_image() -> None:
+def test_steps_follow_gradients_at_equal_length() -> None:
     gradient = torch.randn(3, 2, 5, 5) * torch.tensor([1e-6, 1.0, 1e3]).view(3, 1, 1, 1)
     chunk = torch.zeros(3, 2, 5, 5)
     stepper = calibration._Stepper(chunk)
@@ -147,7 +147,7 @@ def test_a_step_goes_where_the_gradient_points_and_is_as_long_for_every_image() 
         torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_variants_are_the_probes_shifted_and_of_photographs_mirrored_and_enlarged() -> None:
+def test_variants_are_shifted_mirrored_and_enlarged() -> None:
     signals = torch.randn(5, 2, 64)
     shifted = list(variants(signals, enlarge=True, seed=3))
     assert len(shifted) == VARIANTS
@@ -178,7 +178,7 @@ def test_half_of_the_starts_are_live_stimuli_of_the_deeper_layers() -> None:
     assert all(row > 0 for _, row in stimuli.owners)
 
 
-def test_each_kind_of_start_takes_the_contrast_that_suits_the_batch_norms() -> None:
+def test_each_start_takes_its_own_contrast() -> None:
     prior = make_prior("natural", 3, (16, 16), exponent=scene_exponent((3, 16, 16)))
     random = torch.Generator().manual_seed(1)
     varied, seen = (prior.colour(torch.randn(n, 3, 16, 16, generator=random)) for n in (64, 256))

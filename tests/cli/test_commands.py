@@ -446,9 +446,7 @@ def test_apply_at_fault(here: Path, planted: DigitsNet) -> None:
     assert written(here) == (before | {"other.pt"}) - {"decisions.json"}
 
 
-def test_a_fine_tuned_masked_model_is_made_smaller_by_the_masks_it_was_trained_with(
-    here: Path, planted: DigitsNet, digits: Digits
-) -> None:
+def test_fine_tuned_masked_model_is_removed_from(here: Path, planted: DigitsNet, digits: Digits) -> None:
     assert run("apply", "model.pt", "masks.pt", "--out", "tuned.pt").exit_code == 0
     content = torch.load("model.pt", weights_only=True)  # which says how wide the planted network is
     content["state_dict"] = torch.load("tuned.pt", weights_only=True)

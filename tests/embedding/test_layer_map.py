@@ -95,7 +95,7 @@ def test_descriptors_take_signals_and_volumes(shape: tuple[int, ...]) -> None:
     assert np.isfinite(describe_stimuli(np.zeros(shape))).all()
 
 
-def test_what_excites_two_copies_looks_the_same_whatever_their_own_stimuli() -> None:
+def test_copies_have_the_same_features() -> None:
     images, responses = _with_copies()
     described = describe_stimuli(images)
     apart = np.linalg.norm(described[20:30] - described[30:], axis=1)

@@ -141,7 +141,7 @@ def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Pa
     print(f"{kills} kills survived, at {sorted(found)} filters done")
 
 
-def test_what_was_done_is_on_disk_when_it_is_told_and_no_more_is_lost_than_was_begun(tmp_path: Path) -> None:
+def test_reported_tasks_are_on_disk(tmp_path: Path) -> None:
     out = tmp_path / "run"
     kill_at(out, 40, workers=2)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -235,9 +235,7 @@ cp -r "$1/run" "$1.run"
 
 # Full among the stimuli, and at the report.
 @pytest.mark.parametrize("size", ["120k", "600k"])
-def test_a_full_or_forbidden_disk_is_told_in_one_line_and_the_run_goes_on_once_there_is_room(
-    undisturbed: Path, tmp_path: Path, size: str
-) -> None:
+def test_full_disk_is_one_line_and_the_run_goes_on(undisturbed: Path, tmp_path: Path, size: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     own = [] if os.geteuid() == 0 else ["-r"]

@@ -158,5 +158,5 @@ def test_weights_are_kept_where_each_filter_reads_all_channels(first: nn.Module,
     assert network.input_weights("2") is None
 
 
-def test_where_a_network_cannot_be_traced_no_layer_is_known_to_read_the_input() -> None:
+def test_untraceable_network_has_no_known_first_layer() -> None:
     assert FilterNetwork(Untraceable().eval(), (3, 16, 16)).input_weights("conv1") is None

@@ -282,9 +282,7 @@ def test_complex_weights_are_named(file: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_models_in_python_with_weights_of_other_kinds_are_refused_by_name(
-    tmp_path: Path, spoil, says
-) -> None:
+def test_unusual_weights_are_refused_by_name(tmp_path: Path, spoil, says) -> None:
     net = seeded()
     net.conv.weight = nn.Parameter(spoil(net.conv.weight.detach()), requires_grad=False)
     for use in (

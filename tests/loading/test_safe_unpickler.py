@@ -244,7 +244,7 @@ def test_steps_of_removal_composed_remove_what_they_remove_one_by_one() -> None:
     assert compose_steps([{"a": mask_without(4, 1)}, {"a": mask_without(3, 1)}])["a"].tolist() == [1, 0, 0, 1]
 
 
-def test_a_pruned_checkpoint_is_built_without_an_input_as_large_as_it_says(tmp_path: Path) -> None:
+def test_claimed_input_size_allocates_nothing(tmp_path: Path) -> None:
     for arch, shape, kwargs in (
         ("prune_viz.demo:DigitsNet", [1, 8192, 8192], {}),
         ("torchvision:squeezenet1_1", [3, 4096, 4096], {"num_classes": 2}),

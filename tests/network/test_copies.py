@@ -43,7 +43,7 @@ def test_copies_are_plain_and_give_the_same(lay_over: Callable[[nn.Module], obje
     torch.testing.assert_close(model(images), expected)
 
 
-def test_a_sharing_copy_takes_no_memory_for_parameters_and_has_its_own_buffers() -> None:
+def test_sharing_copy_has_only_its_own_buffers() -> None:
     model = randomise_norms(Plain()).eval()
     twin = plain_copy(model, share=True)
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
@@ -113,7 +113,7 @@ def test_tied_parameters_stay_tied() -> None:
     assert twin[1].weight is twin[0].weight
 
 
-def test_a_prepared_network_holds_again_only_what_is_folded_or_laid_out_anew() -> None:
+def test_prepared_network_shares_other_weights() -> None:
     model = randomise_norms(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
     )

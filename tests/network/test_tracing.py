@@ -164,7 +164,7 @@ class _Padding(nn.Conv2d):
         )
 
 
-def test_convolutions_that_pad_themselves_become_plain_ones_where_that_is_the_same() -> None:
+def test_self_padding_convolutions_become_plain() -> None:
     model = nn.Sequential(
         _Padding(3, 4, 3, sides=(1, 1, 1, 1), bias=False),
         nn.BatchNorm2d(4),

@@ -97,7 +97,7 @@ def test_masks_of_another_model_are_refused() -> None:
             apply_masks(Plain(), masks)
 
 
-def test_a_norm_without_a_scale_of_its_own_gives_zeros_too_and_in_training() -> None:
+def test_norm_without_scale_stays_at_zero() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1))
     model[1].running_mean.fill_(0.7)
     apply_masks(model.eval(), {"0": mask_without(4, 1)})

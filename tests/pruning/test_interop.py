@@ -18,7 +18,7 @@ from prune_viz.utils.errors import UserError
 MASKS = {"conv1": mask_without(8, 0, 3), "conv2": mask_without(8), "conv3": mask_without(8, 7)}
 
 
-def test_torchs_own_pruning_masks_what_ours_does_and_stays_through_training() -> None:
+def test_torch_pruning_masks_the_same() -> None:
     model = randomise_norms(Plain())
     ours = apply_masks(copy.deepcopy(model), MASKS)
     prune_with_torch(model, MASKS)

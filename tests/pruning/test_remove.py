@@ -198,7 +198,7 @@ def test_a_masked_model_can_be_made_smaller() -> None:
     assert (model.conv1.weight[~masks["conv1"]] == 0).all()
 
 
-def test_a_smaller_network_is_rebuilt_from_architecture_masks_and_weights() -> None:
+def test_smaller_network_loads_from_its_checkpoint() -> None:
     model = randomise_norms(Plain(padding=0))
     with torch.no_grad():
         model.bn2.weight[2], model.bn2.bias[2] = 0, 0.7

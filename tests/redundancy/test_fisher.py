@@ -72,7 +72,7 @@ def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: ty
         )
 
 
-def test_at_the_scores_themselves_it_is_the_fisher_information_of_the_softmax() -> None:
+def test_sensitivity_at_scores_is_softmax_fisher() -> None:
     model, groups, images = _case(Plain)
     found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 60), seed=0)
     p = model(images).detach().softmax(1).double()
@@ -177,7 +177,7 @@ def test_probabilities_count_as_the_scores_that_they_come_from() -> None:
         np.testing.assert_allclose(ablations, other.ablations[number], rtol=1e-3)
 
 
-def test_consumers_that_see_other_rows_than_the_inputs_are_not_taken_for_silent() -> None:
+def test_consumers_of_other_rows_are_not_silent() -> None:
     class Halves(Plain):
         def forward(self, x: Tensor) -> Tensor:
             x = torch.relu(self.conv3(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))))

@@ -144,7 +144,7 @@ def test_a_groups_only_channel_has_its_damage() -> None:
     assert ranked.channels[0].damage == 0.25
 
 
-def test_a_redundant_channel_that_costs_consumers_or_output_too_much_is_kept_after_all() -> None:
+def test_costly_redundant_channel_is_kept() -> None:
     samples = _relu_samples(0, 4000, 8)
     samples[:, 6] = samples[:, 0]
     samples[:, 7] = samples[:, 1] + 0.02 * _relu_samples(1, 4000, 1)[:, 0]

@@ -64,9 +64,7 @@ def half(run: RunDirectory, count: int = 80) -> tuple[np.ndarray, np.ndarray, li
 
 
 @pytest.mark.slow
-def test_pointing_at_any_filter_of_the_network_shows_it_and_a_click_opens_it(
-    run: RunDirectory, watched: Watched
-) -> None:
+def test_pointing_previews_and_click_opens_a_filter(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     network = page.locator(".network")
     network.scroll_into_view_if_needed()
@@ -97,9 +95,7 @@ def test_pointing_at_any_filter_of_the_network_shows_it_and_a_click_opens_it(
 
 
 @pytest.mark.slow
-def test_a_lasso_on_the_network_selects_for_list_table_pages_and_decisions(
-    run: RunDirectory, watched: Watched
-) -> None:
+def test_lasso_on_the_network_map_selects(run: RunDirectory, watched: Watched) -> None:
     low, high, inside = half(run)
     page = watched.open(run.report_page)
     page.set_viewport_size({"width": 1280, "height": 1400})

@@ -29,6 +29,6 @@ def test_who_responds_alike_is_told_whatever_its_strength() -> None:
             assert share == pytest.approx(cosine[number, other], abs=6e-4)
 
 
-def test_what_is_not_finite_fires_nowhere_and_one_filter_has_no_neighbours() -> None:
+def test_not_finite_filter_has_no_neighbours() -> None:
     assert firing(np.array([[np.nan, 1.0], [np.inf, 2.0]])) == [[(1, 0.5)], []]
     assert similar(np.ones((1, 1))) == firing(np.ones((1, 1))) == [[]]

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from report_fixture import HOSTILE, SMALL, Plan, write_run
 from prune_viz.feature_visualization import rendering
 from prune_viz.report import layout, map_drawing, render, sprites, wording, write_report
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
-from prune_viz.report.pages import Counts, certainty, depth_rows, finding, layer_rows
+from prune_viz.report.pages import Counts, certainty, depth_rows, finding, layer_rows, usage
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.report_files import NEW_REPORT, OLD_REPORT, remove_report
 from prune_viz.runs.run_directory import LayerTensors, RunDirectory
@@ -466,7 +467,7 @@ def test_stimuli_on_the_map_of_the_network_show_their_filters(tmp_path: Path) ->
         assert np.abs(pixel / 127.5 - 1 - wanted[int(number)]).max() < 0.15
 
 
-def test_stimuli_on_the_map_of_the_network_neither_touch_nor_hide_what_is_flagged() -> None:
+def test_map_stimuli_hide_no_flagged_filter() -> None:
     random = np.random.default_rng(0)
     centres = random.uniform(size=(4000, 2)) * np.array([1, map_drawing.HEIGHT])
     kept = random.uniform(size=4000) > 0.005
@@ -560,6 +561,16 @@ def test_stimuli_by_depth_are_spread_over_the_network_and_kept() -> None:
     assert sum(bool(depth.band) for depth in depths) == 3
     tiles = [tile.tile for depth in depths for tile in depth.tiles]
     assert tiles == list(range(64))
+
+
+def test_usage_of_a_model_without_a_file_names_none(run: RunDirectory) -> None:
+    model = run.read_provenance().model
+    with_file = usage("model.pt", run.path, model)
+    without = usage(None, run.path, replace(model, path=None))
+    commands = [line for _, lines in without for line in lines]
+    assert len(without) == len(with_file) - 1  # `apply` needs a file
+    assert any("pv.load_masks" in line for line in commands)
+    assert not any("None" in line or "load_model" in line for line in commands)
 
 
 def test_certainty_tells_the_worst_rebuilt_and_the_whole_damage() -> None:

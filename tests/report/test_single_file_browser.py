@@ -184,7 +184,7 @@ def test_a_report_too_large_for_a_mail_is_refused(whole: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
-def test_the_panel_shows_weights_consumers_and_what_excites_a_filter_in_real_images(
+def test_panel_shows_weights_consumers_and_top_patches(
     with_images: RunDirectory, watched: Watched, together: bool
 ) -> None:
     page_file = with_images.report_page
