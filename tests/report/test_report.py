@@ -144,6 +144,9 @@ def test_overview_states_the_summary(run: RunDirectory) -> None:
     filters = run.read_filters()
     flagged = (filters["verdict"] != "keep").sum()
     assert f"{flagged} of 80 filters can go" in text
+    assert re.search(rf"80\s*→\s*(to )?\s*{80 - flagged}\b", text)
+    for verdict in Verdict:
+        assert re.search(rf"{verdict}\s*{(filters['verdict'] == verdict).sum()}\b", text)
     assert "4.65\u202fM" in text
     assert "4.03\u202fM" in text
     assert "its probes were not calibrated" in text
@@ -616,6 +619,14 @@ def test_finding(counts: tuple[int, ...], sentence: str) -> None:
 def test_printable(text: str, shown: str) -> None:
     assert wording.printable(text) == shown
     assert shown.encode("utf-8")
+
+
+def test_long_names_lose_their_middle() -> None:
+    assert wording.label("layer3.0.conv1") == "layer3.0.conv1"
+    assert wording.label("ab" * 40, 80) == "ab" * 40
+    shown = wording.label("begin" + "x" * 1000 + "end", 80)
+    assert len(shown) == 81
+    assert (shown[:5], shown[-3:], shown.count("\u2026")) == ("begin", "end", 1)
 
 
 @pytest.mark.parametrize(
