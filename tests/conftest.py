@@ -34,7 +34,7 @@ def _seeded() -> None:
     torch.manual_seed(0)  # so that no test depends on which ran before it
 
 
-SHORT = {"PROBES": 32, "MOST_PROBES": 32, "_PATIENCE": 2}  # of `synthetic_images`
+SHORT = {"IMAGES": 32, "MOST_IMAGES": 32, "_PATIENCE": 2}  # of `synthetic_images`
 WHOLE = {name: getattr(synthetic_images, name) for name in SHORT}
 
 

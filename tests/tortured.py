@@ -64,7 +64,7 @@ def cut_small() -> None:
     """Have tasks of four filters, and few probes."""
     torch.set_num_threads(1)
     stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
-    synthetic_images.PROBES = synthetic_images.MOST_PROBES = 32
+    synthetic_images.IMAGES = synthetic_images.MOST_IMAGES = 32
 
 
 def run(out: str | Path, workers: int = 1, seed: int = 0, steps: int = 40) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.images import Calibrated, load_probes, save_probes
+from prune_viz.calibration.images import SyntheticImages, load_synthetic_images, save_synthetic_images
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.embedding.network_map import embed_network
 from prune_viz.execution.run_context import RunContext
@@ -26,14 +26,14 @@ from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
 from prune_viz.redundancy import importance
 from prune_viz.redundancy.gram_matrices import Moments, rounds
 from prune_viz.redundancy.importance import (
-    NearInputs,
-    calibrated_probes,
+    CalibrationImages,
     measure_groups,
     rank_groups,
     sense_output,
+    synthesise_images,
 )
 from prune_viz.redundancy.judge import GroupVerdicts
-from prune_viz.redundancy.verdicts import judge_groups, probe_groups, probing_copy
+from prune_viz.redundancy.verdicts import calibration_copy, gather_on_stimuli, judge_groups
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerFiles, RunDirectory
 from prune_viz.runs.verdicts import Verdict
@@ -129,7 +129,7 @@ class _Judged:
     unit : Unit
         Of damage.
     probes : Tensor or None
-        Calibrated ones.
+        SyntheticImages ones.
     basis : str or None
         What the removal order rests on, for people; None where nothing was judged.
     calibration : dict or None
@@ -149,14 +149,14 @@ def _judge(
 ) -> _Judged:
     """Calibrate, and judge and rank the groups, as many at a time as memory holds."""
     judged, examples = prepared.judged, prepared.examples
-    twin = probing_copy(prepared.model, prepared.network)
+    twin = calibration_copy(prepared.model, prepared.network)
     calibrated = None
     if judged:
         with context.stage("calibration"):
             calibrated = _calibrate(twin, prepared, run, found, key, context)
     if calibrated is None:
         run.probes_file.unlink(missing_ok=True)  # an earlier run's
-    near = NearInputs(None if calibrated is None else calibrated.images, examples, context.seed)
+    near = CalibrationImages(None if calibrated is None else calibrated.images, examples, context.seed)
     with context.stage("sensitivity"):
         sensitivities = sense_output(twin, judged, near, context)
     verdicts, moments = judge_groups(prepared.groups, {}, context.quietly()), _squares(judged, context)
@@ -173,7 +173,7 @@ def _judge(
     predicted = importance.predictions_on(twin, calibrated)
     count = 0 if examples is None else len(examples)
     basis = importance.describe(calibrated, predicted, count, unit) if judged else None
-    return _Judged(verdicts, moments, unit, near.calibrated, basis, importance.summary(calibrated, predicted))
+    return _Judged(verdicts, moments, unit, near.synthetic, basis, importance.summary(calibrated, predicted))
 
 
 def _judge_on_probes(
@@ -181,12 +181,12 @@ def _judge_on_probes(
     prepared: Prepared,
     groups: Sequence[CouplingGroup],
     found: LayerFiles,
-    near: NearInputs,
+    near: CalibrationImages,
     context: RunContext,
 ) -> tuple[dict[int, GroupVerdicts], dict[int, list[Moments]]]:
     """Verdicts of some groups on noise and stimuli, and their moments there where nothing nearer is known."""
     with context.stage("probes"):
-        moments = probe_groups(twin, prepared.network, groups, found, prepared.examples, context)
+        moments = gather_on_stimuli(twin, prepared.network, groups, found, prepared.examples, context)
     with context.stage("verdicts"):
         verdicts = judge_groups(groups, moments, context)
     return verdicts, {} if near.any() else moments
@@ -199,15 +199,15 @@ def _calibrate(
     found: LayerFiles,
     key: str,
     context: RunContext,
-) -> Calibrated | None:
-    """Calibrated probes, those of an earlier run where they are of the same model, options and layers."""
+) -> SyntheticImages | None:
+    """Synthetic images, those of an earlier run where they are of the same model, options and layers."""
     parts = [key, list(found), synthetic_images.settings()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    calibrated = load_probes(run.probes_file, key)
+    calibrated = load_synthetic_images(run.probes_file, key)
     if calibrated is None:
-        calibrated = calibrated_probes(twin, found, prepared.network.input_shape, context)
+        calibrated = synthesise_images(twin, found, prepared.network.input_shape, context)
         if calibrated is not None:
-            save_probes(calibrated, run.probes_file, key)
+            save_synthetic_images(calibrated, run.probes_file, key)
     return calibrated
 
 

@@ -21,7 +21,7 @@ import torch
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.analysis.stage_costs import estimate_conclusions
-from prune_viz.calibration.synthetic_images import probes_for
+from prune_viz.calibration.synthetic_images import synthetic_count
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.executors import GLANCE, LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
@@ -30,7 +30,7 @@ from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, task_f
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.redundancy import importance
-from prune_viz.redundancy.verdicts import probing_copy
+from prune_viz.redundancy.verdicts import calibration_copy
 from prune_viz.runs.stages import peak_mib
 from prune_viz.utils.devices import WHOLE, one_thread_each
 from prune_viz.utils.errors import LayerError
@@ -129,7 +129,7 @@ def estimate_run(prepared: Prepared, options: AnalysisOptions, progress: Progres
     judged, settings = prepared.judged, options.stimulus_settings(prepared.statistics)
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
-    twin = probing_copy(prepared.model, network)
+    twin = calibration_copy(prepared.model, network)
     context = RunContext(options.seed, prepared.statistics, plan.budget)
     seconds.update(estimate_conclusions(twin, prepared, context))
     disk = disk_bytes(layers, network.input_shape, judged, seconds.get("calibration", 0) > 0)
@@ -256,7 +256,7 @@ def disk_bytes(
     """What a run directory holds in the end; probes only where they can be calibrated."""
     channels, *extents = input_shape
     size = [min(extent, importance.WIDEST[len(extents)]) for extent in extents]
-    probed = 4 * probes_for(size) * channels * int(np.prod(size)) if calibrated else 0
+    probed = 4 * synthetic_count(size) * channels * int(np.prod(size)) if calibrated else 0
     stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
     responses = sum(4 * layer.filters**2 for layer in layers)
     moments = sum(4 * (group.channels + 1) ** 2 for group in groups)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.images import BATCH, Start, natural_noise, probe_size
-from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, probes_for
+from prune_viz.calibration.images import BATCH, Start, calibration_size, natural_noise
+from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, synthetic_count
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
@@ -35,7 +35,7 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     Parameters
     ----------
     twin : nn.Module
-        The network to run probes through (`verdicts.probing_copy`).
+        The network to run probes through (`verdicts.calibration_copy`).
     prepared : Prepared
         What would be analysed.
     context : RunContext
@@ -49,7 +49,7 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         return found
     channels, *extents = network.input_shape
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
-    size = probe_size(twin, network.input_shape, largest)
+    size = calibration_size(twin, network.input_shape, largest)
     noise = natural_noise((channels, *size), BATCH, context.seed, None)
     judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
 
@@ -62,10 +62,10 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         parts = rounds(judged, context.host_memory() // 2)
         return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
 
-    found["probes"] = probe(noise, filters + calibration_images.noise_count(context.statistics) + examples)
+    found["probes"] = probe(noise, filters + calibration_images.noise_images(context.statistics) + examples)
     widest = importance.WIDEST[len(extents)]
-    size = probe_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
-    count, images = probes_for(size), tile(noise, size)
+    size = calibration_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
+    count, images = synthetic_count(size), tile(noise, size)
     near = count * VARIANTS
     found["calibration"] = _calibration_seconds(twin, images, count, context)
     if found["calibration"]:

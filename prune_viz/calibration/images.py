@@ -1,4 +1,4 @@
-"""The inputs on which filters are compared: natural noise, stimuli, calibrated probes and their starts."""
+"""The inputs on which filters are compared: natural noise, stimuli, synthetic images and their starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_viz.utils.array_files import batches_of, read_arrays, write_arrays
 
 BATCH = 32
 _CHUNK = 4 * BATCH  # images of which a batch may be made
-NOISE_PROBES = 256
+NOISE_IMAGES = 256
 HELD_OUT = 1 / 4  # share of the probes that no fit sees
 
 
@@ -43,12 +43,12 @@ def natural_noise(
     return prior.colour(torch.randn(count, *shape, generator=generator))
 
 
-def noise_count(statistics: InputStatistics | None) -> int:
-    """How many pictures of noise `make_probes` makes."""
-    return NOISE_PROBES * (2 if statistics is not None and statistics.covariance is not None else 1)
+def noise_images(statistics: InputStatistics | None) -> int:
+    """How many pictures of noise `noise_and_stimuli` makes."""
+    return NOISE_IMAGES * (2 if statistics is not None and statistics.covariance is not None else 1)
 
 
-def probe_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
+def calibration_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
     """Spatial size of probes: what is wished for if the model runs on it, else its own input size."""
     return tuple(wished) if runs_on(model, input_shape[0], wished) else tuple(input_shape[1:])
 
@@ -63,7 +63,7 @@ def runs_on(model: nn.Module, channels: int, size: Sequence[int]) -> bool:
     return True
 
 
-def make_probes(
+def noise_and_stimuli(
     layers: Iterable[np.ndarray],
     input_channels: int,
     size: Sequence[int],
@@ -93,19 +93,19 @@ def make_probes(
     held_out : bool
         Every fourth probe is held out.
     """
-    noise = natural_noise((input_channels, *size), NOISE_PROBES, seed, statistics)
+    noise = natural_noise((input_channels, *size), NOISE_IMAGES, seed, statistics)
     yield from split(noise, size)
     if statistics is not None and statistics.covariance is not None:
         # What never varied in the example inputs may yet: no filter is dead for want of it.
         usual = replace(statistics, covariance=None, exponent=None)
-        yield from split(natural_noise((input_channels, *size), NOISE_PROBES, seed + 1, usual), size)
+        yield from split(natural_noise((input_channels, *size), NOISE_IMAGES, seed + 1, usual), size)
     for images in layers:
         for chunk in batches_of(images, _CHUNK):
             yield from split(torch.from_numpy(chunk.astype(np.float32)), size)
 
 
 def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
-    """Give images batch by batch, filling `size`, every fourth held out, as `make_probes` does."""
+    """Give images batch by batch, filling `size`, every fourth held out, as `noise_and_stimuli` does."""
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK]
         places = torch.arange(len(chunk)) % 4
@@ -135,7 +135,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class SyntheticImages:
     """Probes that feed the batch norms as training did, and how nearly.
 
     Attributes
@@ -167,7 +167,7 @@ def calibration_starts(
     seed: int,
     statistics: InputStatistics | None = None,
 ) -> tuple[Start, Start]:
-    """Where calibrated probes start: dead leaves, and as many stimuli of the deeper half of the layers.
+    """Where synthetic images start: dead leaves, and as many stimuli of the deeper half of the layers.
 
     Parameters
     ----------
@@ -205,8 +205,8 @@ def calibration_starts(
     return Start(leaves), Start(stimuli, tuple(owners))
 
 
-def save_probes(calibrated: Calibrated, path: Path, key: str) -> None:
-    """Write calibrated probes, and a digest of what they depend on."""
+def save_synthetic_images(calibrated: SyntheticImages, path: Path, key: str) -> None:
+    """Write synthetic images, and a digest of what they depend on."""
     numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
     write_images(calibrated.images, path, {"key": key, **numbers})
 
@@ -216,8 +216,8 @@ def write_images(images: Tensor, path: Path, metadata: Mapping[str, str] | None 
     write_arrays(path, {"images": images.cpu().numpy()}, metadata)
 
 
-def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
-    """Read calibrated probes; None where there are none, or they depend on something else than `key`."""
+def load_synthetic_images(path: Path, key: str | None = None) -> SyntheticImages | None:
+    """Read synthetic images; None where there are none, or they depend on something else than `key`."""
     read = _read(path, strict=key is not None)
     if read is None or key not in (None, read[1].get("key")):
         return None
@@ -225,7 +225,7 @@ def load_probes(path: Path, key: str | None = None) -> Calibrated | None:
     try:
         numbers = float(metadata["before"]), float(metadata["distance"]), int(metadata["passes"])
         held = metadata.get("held", "None")  # not there in earlier versions
-        return Calibrated(images, *numbers, None if held == "None" else float(held))
+        return SyntheticImages(images, *numbers, None if held == "None" else float(held))
     except (KeyError, ValueError):
         return None
 

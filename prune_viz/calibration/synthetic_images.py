@@ -1,4 +1,4 @@
-"""Calibrated probes: inputs moved until every batch norm sees the mean and variance it saw in training.
+"""Synthetic images: inputs moved until every batch norm sees the mean and variance it saw in training.
 
 Drawn pictures and stimuli alone drive a network where its training never led it, and what is fitted on them
 does not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_viz.calibration import dead_leaves, losses
-from prune_viz.calibration.images import Calibrated, Owner, Start
+from prune_viz.calibration.images import Owner, Start, SyntheticImages
 from prune_viz.calibration.losses import (
     Means,
     Seen,
@@ -39,9 +39,9 @@ from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
 
 ALGORITHM = 1  # raised with every change after which calibration images come out differently
-PROBES = 96  # of `POSITIONS` pixels; of smaller ones more
+IMAGES = 96  # of `POSITIONS` pixels; of smaller ones more
 POSITIONS = 160 * 160
-MOST_PROBES = 384
+MOST_IMAGES = 384
 PASSES = 76  # over all probes, at most
 BATCH = 32
 RATE = 0.1  # of the first steps, in deviations of a white coordinate
@@ -56,7 +56,7 @@ _FALL = 0.01
 
 def settings() -> list[object]:
     """What calibration images depend on beside their arguments, for the key under which they are kept."""
-    own = [ALGORITHM, PROBES, POSITIONS, MOST_PROBES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS]
+    own = [ALGORITHM, IMAGES, POSITIONS, MOST_IMAGES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS]
     return [own, _PATIENCE, _FALL, losses.settings(), dead_leaves.settings(), priors.settings()]
 
 
@@ -65,7 +65,7 @@ def calibrate(
     starts: Sequence[Start],
     context: RunContext | None = None,
     passes: int = PASSES,
-) -> Calibrated | None:
+) -> SyntheticImages | None:
     """Move inputs until the batch norms of a network see their running statistics.
 
     Meanwhile the network stays half sure of each and takes them for many classes, and those that start
@@ -87,7 +87,7 @@ def calibrate(
 
     Returns
     -------
-    Calibrated or None
+    SyntheticImages or None
         None where the network has no batch norm with running statistics, lets no gradient through or
         meets values that are not finite.
     """
@@ -107,7 +107,7 @@ def _calibrate(
     passes: int,
     classes: bool,
     most: int,
-) -> Calibrated | None:
+) -> SyntheticImages | None:
     device = next(model.parameters()).device
     kinds = [kind for kind in starts if len(kind.images)]
     count, shape = sum(len(kind.images) for kind in kinds), kinds[0].images.shape[1:]
@@ -158,7 +158,7 @@ def _calibrate(
         ends = [images(part.white, part.contrast) for part in parts]
         held = _held(watched, parts, ends, rows)
     ended = torch.cat([end.cpu() for end in ends])
-    return Calibrated(ended, distances[0], distances[-1], len(distances) - 1, held)
+    return SyntheticImages(ended, distances[0], distances[-1], len(distances) - 1, held)
 
 
 @dataclass
@@ -360,6 +360,6 @@ def enlarged(size: Sequence[int]) -> list[int]:
     return [round(ENLARGED * extent) for extent in size]
 
 
-def probes_for(size: Sequence[int]) -> int:
+def synthetic_count(size: Sequence[int]) -> int:
     """How many probes of a spatial size are calibrated: small ones cost less and have fewer samples."""
-    return int(min(max(PROBES * POSITIONS / math.prod(size), PROBES), MOST_PROBES))
+    return int(min(max(IMAGES * POSITIONS / math.prod(size), IMAGES), MOST_IMAGES))

@@ -2,7 +2,7 @@
 
 Merging rebuilds what is removed only in part. What is missing adds up from layer to layer: maps grow weaker
 and drift, and a batch norm goes on dividing by what its inputs were before. Setting the statistics of a
-pruned network anew is common where there is data (Li et al. 2020, EagleEye); here calibrated probes stand in
+pruned network anew is common where there is data (Li et al. 2020, EagleEye); here synthetic images stand in
 for it, and the aim is what the whole network computes on the same probes, not what training fed it.
 """
 

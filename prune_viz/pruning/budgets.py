@@ -91,7 +91,7 @@ def write_masks(
         A run directory.
     out : Path, optional
         Where to write; the run's own ``masks.pt`` by default. What makes up for the filters is written
-        beside it: the merges, and outside the run its calibrated probes.
+        beside it: the merges, and outside the run its synthetic images.
     ratio, macs, tolerance : float, optional
         At most one of them: share of the filters, share of the multiply-accumulates, predicted damage.
     round_to : int

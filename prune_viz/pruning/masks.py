@@ -42,7 +42,7 @@ class Masks(dict[str, Tensor]):
     origin : Origin, optional
         The model that they were made for.
     probes : Tensor, optional, shape (N, C, *size)
-        Calibrated probes, on which batch norms are set anew after merging.
+        Synthetic images, on which batch norms are set anew after merging.
     predicted : Damage, optional
         What they are predicted to cost.
     norm_channels : sequence of NormChannel, optional
@@ -209,7 +209,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     """Write masks, and beside them what `Masks` hold to make up for what they remove.
 
     The file itself is a plain dict that ``torch.load(path, weights_only=True)`` reads. Merges go to
-    ``NAME.merges.json``, calibrated probes to ``NAME.probes.safetensors``.
+    ``NAME.merges.json``, synthetic images to ``NAME.probes.safetensors``.
 
     Raises
     ------
@@ -253,7 +253,7 @@ def beside_masks(masks: Masks) -> BesideMasks:
 def load_masks(path: str | Path) -> Masks:
     """Read masks, and what stands beside them to make up for what they remove.
 
-    That is the merges, of a budget's masks or of a run's `decisions.json`, and calibrated probes.
+    That is the merges, of a budget's masks or of a run's `decisions.json`, and synthetic images.
 
     Raises
     ------

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.images import BATCH, Calibrated, calibration_starts, probe_size, runs_on, split
-from prune_viz.calibration.synthetic_images import calibrate, enlarged, probes_for, variants
+from prune_viz.calibration.images import (
+    BATCH,
+    SyntheticImages,
+    calibration_size,
+    calibration_starts,
+    runs_on,
+    split,
+)
+from prune_viz.calibration.synthetic_images import calibrate, enlarged, synthetic_count, variants
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.network.outputs import class_probabilities
@@ -36,36 +43,36 @@ from prune_viz.utils.nested_tensors import tensors_of
 from prune_viz.utils.progress import counted
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
-WIDEST = {1: 4096, 2: 160, 3: 32}  # calibrated probes, by spatial axes
+WIDEST = {1: 4096, 2: 160, 3: 32}  # synthetic images, by spatial axes
 SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
 
 
 @dataclass(frozen=True)
-class NearInputs:
+class CalibrationImages:
     """Inputs near the training data.
 
     Attributes
     ----------
-    calibrated : Tensor or None, shape (N, C, *size)
-        Calibrated probes, where there can be any.
+    synthetic : Tensor or None, shape (N, C, *size)
+        Synthetic images, where there can be any.
     examples : Tensor or None, shape (N, C, *size)
         The user's images, in the model's own input units, where there are some.
     seed : int
         Seed of all that is random when they are used.
     """
 
-    calibrated: Tensor | None
+    synthetic: Tensor | None
     examples: Tensor | None
     seed: int
 
     def any(self) -> bool:
         """Whether there are inputs at all."""
-        return self.calibrated is not None or self.examples is not None
+        return self.synthetic is not None or self.examples is not None
 
     def varied(self, model: nn.Module) -> Iterator[Tensor]:
-        """Calibrated probes in their variants, a set each."""
-        if self.calibrated is not None:
-            images = self.calibrated
+        """Synthetic images in their variants, a set each."""
+        if self.synthetic is not None:
+            images = self.synthetic
             larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
             yield from variants(images, larger, self.seed)
 
@@ -115,12 +122,12 @@ class Ranked:
     moments: dict[int, np.ndarray]
 
 
-def calibrated_probes(
+def synthesise_images(
     model: nn.Module,
     layers: Mapping[str, LayerTensors],
     input_shape: Sequence[int],
     context: RunContext,
-) -> Calibrated | None:
+) -> SyntheticImages | None:
     """Calibrate probes that start from dead leaves and from the stimuli of the deep layers.
 
     Parameters
@@ -136,13 +143,13 @@ def calibrated_probes(
 
     Returns
     -------
-    Calibrated or None
+    SyntheticImages or None
         None where nothing can be calibrated (`prune_viz.calibration.synthetic_images.calibrate`).
     """
     channels, *size = input_shape
     widest = WIDEST[len(size)]
-    size = list(probe_size(model, input_shape, [min(extent, widest) for extent in size]))
-    count = probes_for(size)
+    size = list(calibration_size(model, input_shape, [min(extent, widest) for extent in size]))
+    count = synthetic_count(size)
     starts = calibration_starts(layers, channels, size, count, context.seed, context.statistics)
     context.progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
     found = calibrate(model, starts, context)
@@ -153,7 +160,7 @@ def calibrated_probes(
 def sense_output(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    near: NearInputs,
+    near: CalibrationImages,
     context: RunContext,
 ) -> Sensitivities | None:
     """How the network's output depends on the outputs of groups' consumers, near the training data.
@@ -167,7 +174,7 @@ def sense_output(
 
     def batches() -> Iterator[Tensor]:
         examples = [] if near.examples is None else [near.examples]
-        count = 0 if near.calibrated is None else SENSED * len(near.calibrated)
+        count = 0 if near.synthetic is None else SENSED * len(near.synthetic)
         progress.start("sensitivity", count + sum(map(len, examples)))
         for images in chain(islice(near.varied(model), SENSED), examples):
             for batch in torch.split(images, BATCH):
@@ -182,7 +189,7 @@ def measure_groups(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     known: Mapping[int, Sequence[Moments]],
-    near: NearInputs,
+    near: CalibrationImages,
     sensitivities: Sensitivities | None,
     context: RunContext,
 ) -> Measured:
@@ -196,7 +203,7 @@ def measure_groups(
         Those to measure.
     known : mapping of int to sequence of Moments
         Their moments on noise and stimuli, which count where there is nothing nearer.
-    near : NearInputs
+    near : CalibrationImages
         What is near the training data.
     sensitivities : Sensitivities or None
         From `sense_output`.
@@ -246,12 +253,12 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
 def _gather(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    near: NearInputs,
+    near: CalibrationImages,
     context: RunContext,
 ) -> tuple[dict[int, list[Moments]], dict[int, np.ndarray]]:
-    """The groups' moments over calibrated probes and examples, and what channels examples leave silent."""
+    """The groups' moments over synthetic images and examples, and what channels examples leave silent."""
     parts, counts, silent = [], [], {}
-    if (calibrated := near.calibrated) is not None:
+    if (calibrated := near.synthetic) is not None:
         count = synthetic_images.VARIANTS * len(calibrated)
 
         def moved() -> Iterator[tuple[Tensor, bool]]:
@@ -296,8 +303,8 @@ class Predictions:
     classes: int
 
 
-def predictions_on(model: nn.Module, calibrated: Calibrated | None) -> Predictions | None:
-    """What the network takes calibrated probes for; None without any, or where it returns no class scores."""
+def predictions_on(model: nn.Module, calibrated: SyntheticImages | None) -> Predictions | None:
+    """What the network takes synthetic images for; None without any, or where it returns no class scores."""
     if calibrated is None:
         return None
     device = next(model.parameters()).device
@@ -321,7 +328,9 @@ def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
     return torch.cat(found)
 
 
-def describe(calibrated: Calibrated | None, predicted: Predictions | None, examples: int, unit: Unit) -> str:
+def describe(
+    calibrated: SyntheticImages | None, predicted: Predictions | None, examples: int, unit: Unit
+) -> str:
     """Say what the removal order rests on, and what damage is where it is not what one expects."""
     units = {
         Unit.CONSUMERS: " How the network's output depends on its filters could not be measured there; "
@@ -358,7 +367,7 @@ def describe(calibrated: Calibrated | None, predicted: Predictions | None, examp
     )
 
 
-def summary(calibrated: Calibrated | None, predicted: Predictions | None) -> dict[str, Any] | None:
+def summary(calibrated: SyntheticImages | None, predicted: Predictions | None) -> dict[str, Any] | None:
     """What `run.json` holds of the calibration."""
     if calibrated is None:
         return None

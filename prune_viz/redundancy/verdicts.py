@@ -19,7 +19,7 @@ from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.progress import counted
 
 
-def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
+def calibration_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
     """A copy of the model to run probes through, its batch norms unfolded; it remembers nothing of a call."""
     twin = plain_copy(model, share=network.shares).float().to(network.device)
     run = twin.forward
@@ -35,7 +35,7 @@ def probing_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
     return twin
 
 
-def probe_groups(
+def gather_on_stimuli(
     model: nn.Module,
     network: FilterNetwork,
     groups: Sequence[CouplingGroup],
@@ -48,7 +48,7 @@ def probe_groups(
     Parameters
     ----------
     model : nn.Module
-        From `probing_copy`.
+        From `calibration_copy`.
     network : FilterNetwork
         The network as stimuli saw it, for its canvases.
     groups : sequence of CouplingGroup
@@ -69,13 +69,15 @@ def probe_groups(
         return {}
     axes = range(len(network.input_shape) - 1)
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in axes)
-    size = images.probe_size(model, network.input_shape, largest)
+    size = images.calibration_size(model, network.input_shape, largest)
     count = sum(layer.filters for layer in network.layers if layer.name in layers)
 
     def made() -> Iterator[tuple[Tensor, bool]]:
         stimuli = (layers[name].images for name in layers)
-        batches = images.make_probes(stimuli, network.input_shape[0], size, context.seed, context.statistics)
-        return counted(context.progress, "probes", batches, count + images.noise_count(context.statistics))
+        batches = images.noise_and_stimuli(
+            stimuli, network.input_shape[0], size, context.seed, context.statistics
+        )
+        return counted(context.progress, "probes", batches, count + images.noise_images(context.statistics))
 
     moments = gather_moments(model, groups, made, context.budget)
     if examples is not None:

@@ -76,7 +76,7 @@ def merges_beside(masks_file: Path) -> Path:
 
 
 def probes_beside(masks_file: Path) -> Path:
-    """Where the calibrated probes stand of masks that lie outside their run."""
+    """Where the synthetic images stand of masks that lie outside their run."""
     return masks_file.with_suffix(".probes.safetensors")
 
 

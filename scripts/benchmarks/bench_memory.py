@@ -87,7 +87,7 @@ def apart(work: Callable[[Any], dict[str, Any]], given: object) -> dict[str, Any
 @contextmanager
 def shortened(heaviest: str, widest: int) -> Iterator[None]:
     """Steps for two tasks of the heaviest layer, noise for all others, and less of what repeats itself."""
-    make, find = probes.make_probes, executors.run_task
+    make, find = probes.noise_and_stimuli, executors.run_task
 
     def stimuli(network: FilterNetwork, task: Task, settings: StimulusSettings, *given: Any) -> TaskResult:
         if task.layer == heaviest and task.start < 2 * task.filters:
@@ -109,9 +109,9 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
 
     with (
         mock.patch.object(executors, "do_task", stimuli),
-        mock.patch.object(probes, "make_probes", few),
+        mock.patch.object(probes, "noise_and_stimuli", few),
         mock.patch.object(verdicts.redundancy, "judge", judged),
-        mock.patch.object(synthetic_images, "PROBES", 2 * synthetic_images.BATCH),
+        mock.patch.object(synthetic_images, "IMAGES", 2 * synthetic_images.BATCH),
         mock.patch.object(synthetic_images, "VARIANTS", 2),
         mock.patch.object(importance, "SENSED", 2),
         mock.patch.dict(synthetic_images.calibrate.__kwdefaults__, passes=1),

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from trained import Trained
 
 import prune_viz as pv
-from prune_viz.calibration.images import load_probes
+from prune_viz.calibration.images import load_synthetic_images
 from prune_viz.channels import coupling
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
@@ -46,7 +46,7 @@ from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.remove import compensate_filters
 from prune_viz.redundancy.elimination import rebuild_all
-from prune_viz.redundancy.importance import NearInputs, measure_groups, sense_output
+from prune_viz.redundancy.importance import CalibrationImages, measure_groups, sense_output
 from prune_viz.redundancy.judge import combine, order_channels
 from prune_viz.runs.run_directory import RunDirectory
 
@@ -59,7 +59,7 @@ MERGE, WITH_NORMS = "merge", "merge and norms"  # prune-viz's compensators; the 
 
 @dataclass(frozen=True)
 class Ranked:
-    """prune-viz's removal order and moments of each group, by number, and its calibrated probes."""
+    """prune-viz's removal order and moments of each group, by number, and its synthetic images."""
 
     order: Mapping[int, Sequence[int]]
     moments: Mapping[int, np.ndarray]
@@ -100,10 +100,10 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
             # Only where calibration starts rests on the stimuli: their last percents do not matter here.
             pv.analyze(network.model, input_shape=network.input_shape, out=directory.path, steps=STEPS)
         order = {entry.group: list(entry.channels) for entry in directory.read_decisions().removal_order}
-        calibrated = load_probes(directory.probes_file)
+        calibrated = load_synthetic_images(directory.probes_file)
         probes = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_moments(), probes)
-    near = NearInputs(probes, network.unlabelled, 0)
+    near = CalibrationImages(probes, network.unlabelled, 0)
     sensed = sense_output(network.model, groups, near, RunContext())
     measured = measure_groups(network.model, groups, {}, near, sensed, RunContext())
     found = {

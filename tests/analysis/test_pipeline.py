@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import Analysis, analyze
-from prune_viz.calibration.images import load_probes
+from prune_viz.calibration.images import load_synthetic_images
 from prune_viz.channels.coupling import find_groups
 from prune_viz.demo.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.execution import tasks
 from prune_viz.execution.run_context import RunContext
 from prune_viz.pruning.masks import load_masks
 from prune_viz.pruning.remove import remove_filters
-from prune_viz.redundancy.importance import NearInputs, measure_groups
+from prune_viz.redundancy.importance import CalibrationImages, measure_groups
 from prune_viz.runs.filters_csv import FILTER_COLUMNS
 from prune_viz.runs.fingerprint import hash_model
 from prune_viz.runs.run_directory import RunDirectory
@@ -128,7 +128,7 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     }
     assert all(stage.seconds >= 0 and stage.peak_mib > 0 for stage in provenance.stages)
     calibration = provenance.calibration
-    probes = load_probes(files.probes_file).images
+    probes = load_synthetic_images(files.probes_file).images
     with torch.no_grad():
         shares = planted[0](probes).softmax(dim=1)
     assert calibration["confidence"] == pytest.approx(float(shares.amax(dim=1).mean()), rel=1e-4)
@@ -326,7 +326,9 @@ def test_the_users_images_join_the_probes() -> None:
     groups = find_groups(model, torch.zeros(1, 3, 16, 16))
     probes, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
     alone, both, seen = (
-        measure_groups(model, groups, {}, NearInputs(calibrated, examples, 0), None, RunContext()).moments
+        measure_groups(
+            model, groups, {}, CalibrationImages(calibrated, examples, 0), None, RunContext()
+        ).moments
         for calibrated, examples in ((probes, None), (probes, images), (None, images))
     )
     for number, consumers in both.items():
@@ -334,7 +336,9 @@ def test_the_users_images_join_the_probes() -> None:
             np.testing.assert_allclose(mixed.fit, (one.fit + other.fit) / 2, rtol=1e-6)
             np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
     # Two images leave none to hold out; those that there are count whole.
-    few = measure_groups(model, groups, {}, NearInputs(probes, images[:2], 0), None, RunContext()).moments
+    few = measure_groups(
+        model, groups, {}, CalibrationImages(probes, images[:2], 0), None, RunContext()
+    ).moments
     for number, consumers in few.items():
         for one, mixed in zip(alone[number], consumers, strict=True):
             np.testing.assert_allclose(mixed.held_out, one.held_out, rtol=1e-9)
@@ -353,7 +357,7 @@ def test_calibrated_probes_are_used_again(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("calibrated again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("prune_viz.analysis.conclude.calibrated_probes", never)
+        patched.setattr("prune_viz.analysis.conclude.synthesise_images", never)
         analyze(model, **options)
         assert (out / "filters.csv").read_bytes() == first
         with pytest.raises(AssertionError, match="calibrated again"):

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from prune_viz.calibration import synthetic_images as calibration
 from prune_viz.calibration.images import (
-    Calibrated,
     Start,
+    SyntheticImages,
     calibration_starts,
-    load_probes,
+    load_synthetic_images,
     natural_noise,
-    save_probes,
+    save_synthetic_images,
 )
 from prune_viz.calibration.losses import Watched
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, variants
@@ -219,15 +219,15 @@ def test_networks_fed_with_noise_are_near_from_the_start() -> None:
 def test_probes_are_read_back_and_those_of_earlier_versions_too(tmp_path: Path) -> None:
     images = torch.randn(3, 3, 8, 8)
     for held in (None, 0.5):
-        save_probes(Calibrated(images, 0.5, 0.125, 7, held), tmp_path / "probes", "key")
-        found = load_probes(tmp_path / "probes", "key")
+        save_synthetic_images(SyntheticImages(images, 0.5, 0.125, 7, held), tmp_path / "probes", "key")
+        found = load_synthetic_images(tmp_path / "probes", "key")
         assert found is not None
         assert (found.before, found.distance, found.passes, found.held) == (0.5, 0.125, 7, held)
         assert torch.equal(found.images, images)
-        assert load_probes(tmp_path / "probes", "other key") is None
+        assert load_synthetic_images(tmp_path / "probes", "other key") is None
     told = {"key": "key", "before": "0.5", "distance": "0.125", "passes": "7"}
     save_file({"images": images}, tmp_path / "earlier", told)
-    earlier = load_probes(tmp_path / "earlier")
+    earlier = load_synthetic_images(tmp_path / "earlier")
     assert earlier is not None
     assert earlier.held is None
 

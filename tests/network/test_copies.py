@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.redundancy.verdicts import probing_copy
+from prune_viz.redundancy.verdicts import calibration_copy
 
 LAID_OVER = {
     "nothing": lambda conv: None,
@@ -86,7 +86,7 @@ def test_what_a_call_writes_does_not_reach_the_model(make: Callable[[], nn.Modul
     network = FilterNetwork(model, (3, 8, 8))
     assert not network.shares
     network.maps(network.layers[0].name)(torch.randn(2, 3, 8, 8))
-    probing_copy(model, network)(torch.randn(2, 3, 8, 8))
+    calibration_copy(model, network)(torch.randn(2, 3, 8, 8))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

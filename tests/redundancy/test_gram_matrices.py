@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from torch import nn
 
-from prune_viz.calibration.images import NOISE_PROBES, make_probes, natural_noise, probe_size
+from prune_viz.calibration.images import NOISE_IMAGES, calibration_size, natural_noise, noise_and_stimuli
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.feature_visualization.priors import tile
@@ -151,17 +151,17 @@ def test_tiles_repeat_the_stimulus() -> None:
 
 def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> None:
     layers = [torch.randn(10, 3, 4, 4).half().numpy(), torch.randn(7, 3, 8, 8).half().numpy()]
-    batches = list(make_probes(layers, 3, (8, 8), seed=0))
-    assert sum(len(batch) for batch, _ in batches) == NOISE_PROBES + 17
+    batches = list(noise_and_stimuli(layers, 3, (8, 8), seed=0))
+    assert sum(len(batch) for batch, _ in batches) == NOISE_IMAGES + 17
     assert all(batch.shape[1:] == (3, 8, 8) for batch, _ in batches)
     held_out = sum(len(batch) for batch, flag in batches if flag)
-    assert held_out == NOISE_PROBES // 4 + 2 + 1
+    assert held_out == NOISE_IMAGES // 4 + 2 + 1
     assert torch.equal(natural_noise((3, 8, 8), 4, 0), natural_noise((3, 8, 8), 4, 0))
 
 
 def test_probe_size_is_the_models_own_where_a_flatten_ties_it() -> None:
-    assert probe_size(Flattening(), (1, 8, 8), (4, 4)) == (8, 8)
-    assert probe_size(Plain().eval(), (3, 64, 64), (32, 32)) == (32, 32)
+    assert calibration_size(Flattening(), (1, 8, 8), (4, 4)) == (8, 8)
+    assert calibration_size(Plain().eval(), (3, 64, 64), (32, 32)) == (32, 32)
 
 
 def test_batches_that_run_in_parts_give_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
