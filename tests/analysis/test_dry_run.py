@@ -41,6 +41,7 @@ def test_disk_is_about_what_a_run_takes(tmp_path: Path) -> None:
     assert 1 / 1.5 < said / real < 1.5
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: dict[str, str | None] = {}
     whole = module._try

@@ -171,6 +171,7 @@ def test_warnings_of_a_crafted_file_stay_silent(here: Path) -> None:
         assert result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.slow
 def test_pickled_code_is_refused_from_the_shell_and_does_not_run(here: Path) -> None:
     class Hostile:
         def __reduce__(self):

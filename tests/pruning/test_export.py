@@ -5,6 +5,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from marks import slow
 from networks import Concatenating, Flattening, Residual, randomise_norms
 from torch import nn
 
@@ -27,7 +28,7 @@ def _run(path: Path, inputs: torch.Tensor) -> list[torch.Tensor]:
     return [torch.from_numpy(out) for out in given]
 
 
-@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+@pytest.mark.parametrize("ending", [".pt2", slow(".onnx")])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_exported_network_gives_the_same_for_any_batch(tmp_path: Path, name: str, ending: str) -> None:
     make, shape = NETWORKS[name]

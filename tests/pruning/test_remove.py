@@ -62,8 +62,8 @@ def test_removed_equals_masked(name: str) -> None:
     _check_removed_equals_masked(randomise_norms(make()), channels, size, 1e-4)
 
 
-FAST = ["resnet18", "squeezenet1_1"]
-SLOW = ["mobilenet_v2", "mnasnet0_5",
+FAST = ["squeezenet1_1"]
+SLOW = ["resnet18", "mobilenet_v2", "mnasnet0_5",
         "vgg11_bn", "resnext50_32x4d", "densenet121", "mobilenet_v3_small", "efficientnet_b0",
         "regnet_y_400mf", "googlenet"]  # fmt: skip
 

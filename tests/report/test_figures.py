@@ -22,6 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return write_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_a_layers_figure_has_every_stimulus_and_marks_flagged_ones(run: RunDirectory, tmp_path: Path) -> None:
     record = run.layers()[2]
     assert write_figure(run.path, record.name, tmp_path / "a.svg").startswith(f"{record.filters} stimuli of")

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import pytest
 from browser import Watched
-from marks import slow
 from report_fixture import Plan, write_run
 from serving import serving
 from typer.testing import CliRunner
@@ -23,7 +22,7 @@ from prune_viz.report.single_file import write_single_file
 from prune_viz.report.wording import label, printable
 from prune_viz.runs.run_directory import RunDirectory
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 NAMES = [
     "__proto__", "constructor", "toString", "</script><script>window.hit=1</script>",
@@ -100,7 +99,6 @@ def drawn_around(page: Any, what: Any) -> None:
     page.mouse.up()
 
 
-@pytest.mark.slow
 def test_every_layer_is_reached_and_its_filters_open(visitor: Watched, served: ReviewServer) -> None:
     page = visitor.page
     check_page(page)
@@ -116,7 +114,6 @@ def test_every_layer_is_reached_and_its_filters_open(visitor: Watched, served: R
         check_page(page)
 
 
-@pytest.mark.slow
 def test_links_open_filters_of_every_layer(visitor: Watched, served: ReviewServer) -> None:
     page = visitor.page
     for name in NAMES:
@@ -126,7 +123,6 @@ def test_links_open_filters_of_every_layer(visitor: Watched, served: ReviewServe
         check_page(page)
 
 
-@pytest.mark.slow
 def test_pages_on_disk_complain_of_nothing(run: RunDirectory, watched: Watched) -> None:
     for path in (run.report_page, *sorted((run.report_page.parent / "layers").glob("*.html"))):
         check_page(watched.open(path))
@@ -134,7 +130,6 @@ def test_pages_on_disk_complain_of_nothing(run: RunDirectory, watched: Watched) 
         check_panel(watched.open(run.report_page, fragment(name, 2)), name, 2)
 
 
-@pytest.mark.slow
 def test_one_file_holds_every_layer(run: RunDirectory, watched: Watched, tmp_path: Path) -> None:
     write_single_file(run, tmp_path / "report.html")
     page = watched.open(tmp_path / "report.html")
@@ -160,7 +155,6 @@ def test_marks_that_move_text_are_shown_escaped(visitor: Watched) -> None:
     assert "\u2028" not in text
 
 
-@pytest.mark.slow
 def test_a_very_long_name_leaves_room_for_the_rest(visitor: Watched) -> None:
     page, place = visitor.page, NAMES.index("n" * 10_000)
     row = page.locator(".layers tbody tr").nth(place)
@@ -178,9 +172,7 @@ def test_a_very_long_name_leaves_room_for_the_rest(visitor: Watched) -> None:
     assert page.locator(".coupling").bounding_box()["height"] < 150
 
 
-@pytest.mark.parametrize(
-    "name", ["__proto__", *(slow(n) for n in ("constructor", NAMES[3], "\u202egpj.exe"))]
-)
+@pytest.mark.parametrize("name", ["__proto__", "constructor", NAMES[3], "\u202egpj.exe"])
 def test_decisions_are_saved_under_the_right_name(
     visitor: Watched, served: ReviewServer, run: RunDirectory, name: str
 ) -> None:
@@ -205,7 +197,6 @@ def test_decisions_are_saved_under_the_right_name(
     check_page(page)
 
 
-@pytest.mark.slow
 def test_a_lasso_on_the_overview_selects_in_all_layers(
     visitor: Watched, served: ReviewServer, run: RunDirectory
 ) -> None:
@@ -222,7 +213,6 @@ def test_a_lasso_on_the_overview_selects_in_all_layers(
     check_page(page)
 
 
-@pytest.mark.slow
 def test_the_last_of_many_quick_decisions_is_saved(
     visitor: Watched, served: ReviewServer, run: RunDirectory
 ) -> None:
@@ -245,7 +235,6 @@ def test_the_last_of_many_quick_decisions_is_saved(
     assert page.evaluate("pruneViz.decisions.file().decisions.length") == 2
 
 
-@pytest.mark.slow
 def test_why_a_review_was_not_saved_is_shown(visitor: Watched, served: ReviewServer) -> None:
     page = visitor.page
     served.review_file.mkdir()

@@ -15,7 +15,7 @@ from report_fixture import HOSTILE, Plan, write_run
 from prune_viz.report import write_report
 from prune_viz.runs.run_directory import RunDirectory
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 LAYERS = [Plan("stem", 16, (32, 32)), Plan(HOSTILE, 24, (32, 32)), Plan("deep", 40, (32, 32))]
 
 
@@ -63,7 +63,6 @@ def half(run: RunDirectory, count: int = 80) -> tuple[np.ndarray, np.ndarray, li
     return np.array([0.001, 0.001]), np.array([cut, 0.615]), inside
 
 
-@pytest.mark.slow
 def test_pointing_previews_and_click_opens_a_filter(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     network = page.locator(".network")
@@ -94,7 +93,6 @@ def test_pointing_previews_and_click_opens_a_filter(run: RunDirectory, watched: 
     assert page.locator("#filter h2").inner_text() == f"Filter {number}"
 
 
-@pytest.mark.slow
 def test_lasso_on_the_network_map_selects(run: RunDirectory, watched: Watched) -> None:
     low, high, inside = half(run)
     page = watched.open(run.report_page)
@@ -126,7 +124,6 @@ def test_lasso_on_the_network_map_selects(run: RunDirectory, watched: Watched) -
     assert page.locator("[data-total=chosen]").inner_text() == f"{counts[0]} selected"
 
 
-@pytest.mark.slow
 def test_one_verdict_on_the_map_of_the_network_is_all_that_a_lasso_takes(
     run: RunDirectory, watched: Watched
 ) -> None:
@@ -143,7 +140,6 @@ def test_one_verdict_on_the_map_of_the_network_is_all_that_a_lasso_takes(
     assert page.locator("[data-total=chosen]").inner_text() == f"{redundant[inside].sum()} selected"
 
 
-@pytest.mark.slow
 def test_a_lasso_on_a_layer_selects_its_cards_and_shift_adds(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_page(run, 2))
     page.set_viewport_size({"width": 1280, "height": 1400})
@@ -172,7 +168,6 @@ def test_a_lasso_on_a_layer_selects_its_cards_and_shift_adds(run: RunDirectory, 
     assert page.locator(chosen).count() == page.locator(".map a.chosen").count() == 0
 
 
-@pytest.mark.slow
 def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     page.locator(".network").scroll_into_view_if_needed()
@@ -192,7 +187,6 @@ def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Wat
     page.mouse.up()
 
 
-@pytest.mark.slow
 def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_page(run, 2))
     page.locator(".card .t").first.click()
@@ -207,7 +201,6 @@ def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, 
     assert page.locator("[data-total=chosen]").inner_text() == "1 selected"
 
 
-@pytest.mark.slow
 def test_a_control_click_on_the_network_opens_a_window_of_its_own(
     run: RunDirectory, watched: Watched
 ) -> None:
