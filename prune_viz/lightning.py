@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prune_viz.network.adapters import convolutions_of
+from prune_viz.network.layer_kinds import convolutions_of
 from prune_viz.pruning.apply import FilterMask, apply_masks, make_permanent
 from prune_viz.pruning.masks import load_masks
 from prune_viz.utils.errors import UserError

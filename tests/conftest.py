@@ -1,7 +1,7 @@
 """What all tests share: slow ones only on demand, one thread, and the demo's trained network."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +10,7 @@ from browser import chromium, watched  # noqa: F401 (fixtures)
 
 from prune_viz.calibration import synthetic_images
 from prune_viz.demo.digits import Digits, DigitsNet, load_digits, train_digits_net
+from prune_viz.loading import architecture_inference
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +52,24 @@ def calibrating(settings: dict[str, int]) -> Iterator[None]:
 def _short_calibration() -> Iterator[None]:
     """Most tests are of what comes before or after calibration, which takes most of a short run."""
     with calibrating(SHORT):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _architectures_built_once() -> Iterator[None]:
+    """Libraries' own architectures have the same shapes in every test; users' may change."""
+    build, known = architecture_inference.shapes_of, {}
+
+    def shapes_of(spec: str, kwargs: Mapping[str, object]) -> dict[str, torch.Tensor]:
+        if not spec.startswith("torchvision:"):
+            return build(spec, kwargs)
+        key = (spec, repr(sorted(kwargs.items())))
+        if key not in known:
+            known[key] = build(spec, kwargs)
+        return dict(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architecture_inference, "shapes_of", shapes_of)
         yield
 
 

@@ -24,6 +24,7 @@ from prune_viz.network.calls import blank_input
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
 from prune_viz.redundancy import importance
+from prune_viz.redundancy.fisher import Sensitivities
 from prune_viz.redundancy.gram_matrices import Moments, rounds
 from prune_viz.redundancy.importance import (
     CalibrationImages,
@@ -75,8 +76,8 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     key : str
         From `tasks.stimuli_key`.
     context : RunContext
-        What the stages share. Groups whose Gram matrices do not fit the memory together are judged in turns;
-        of one that does not fit alone they are kept in the run directory meanwhile.
+        What the stages share. Groups are judged in parts whose Gram matrices fit in memory; those of a group
+        that does not fit alone are kept in the run directory meanwhile.
 
     Returns
     -------
@@ -129,7 +130,7 @@ class _Judged:
     unit : Unit
         Of damage.
     probes : Tensor or None
-        SyntheticImages ones.
+        The synthetic calibration images, where there are any.
     basis : str or None
         What the removal order rests on, for people; None where nothing was judged.
     calibration : dict or None
@@ -159,21 +160,39 @@ def _judge(
     near = CalibrationImages(None if calibrated is None else calibrated.images, examples, context.seed)
     with context.stage("sensitivity"):
         sensitivities = sense_output(twin, judged, near, context)
-    verdicts, moments = judge_groups(prepared.groups, {}, context.quietly()), _squares(judged, context)
+    verdicts = judge_groups(prepared.groups, {}, context.quietly())
+    moments = _allocate_moments(judged, context)
     for part in rounds(judged, context.host_memory() // 2):
-        some, probed = _judge_on_probes(twin, prepared, part, found, near, context)
-        verdicts.update(some)
-        with context.stage("ranking"):
-            measured = measure_groups(twin, part, probed, near, sensitivities, context)
-            ranked = rank_groups(verdicts, measured)
-            verdicts = ranked.verdicts
-            for number, matrix in ranked.moments.items():
-                moments[number][:] = matrix
+        verdicts = _judge_part(twin, prepared, part, found, near, sensitivities, verdicts, moments, context)
     unit = sensitivities.unit if sensitivities else Unit.CONSUMERS
     predicted = importance.predictions_on(twin, calibrated)
     count = 0 if examples is None else len(examples)
     basis = importance.describe(calibrated, predicted, count, unit) if judged else None
     return _Judged(verdicts, moments, unit, near.synthetic, basis, importance.summary(calibrated, predicted))
+
+
+def _judge_part(
+    twin: nn.Module,
+    prepared: Prepared,
+    groups: Sequence[CouplingGroup],
+    found: LayerFiles,
+    near: CalibrationImages,
+    sensitivities: Sensitivities | None,
+    verdicts: dict[int, GroupVerdicts],
+    moments: dict[int, np.ndarray],
+    context: RunContext,
+) -> dict[int, GroupVerdicts]:
+    """Verdicts with those of some groups; fills their `moments`.
+
+    A function, so that no Gram matrix of these groups outlives it.
+    """
+    some, probed = _judge_on_probes(twin, prepared, groups, found, near, context)
+    with context.stage("ranking"):
+        measured = measure_groups(twin, groups, probed, near, sensitivities, context)
+        ranked = rank_groups({**verdicts, **some}, measured)
+        for number, matrix in ranked.moments.items():
+            moments[number][:] = matrix
+    return ranked.verdicts
 
 
 def _judge_on_probes(
@@ -211,11 +230,11 @@ def _calibrate(
     return calibrated
 
 
-def _squares(groups: Sequence[CouplingGroup], context: RunContext) -> dict[int, np.ndarray]:
+def _allocate_moments(groups: Sequence[CouplingGroup], context: RunContext) -> dict[int, np.ndarray]:
     """Room for each group's pooled moments, (channels + 1, channels + 1), all in one array."""
     sides = {group.number: group.channels + 1 for group in groups}
     whole = ScratchArrays(context.budget).zeros([sum(side**2 for side in sides.values())], np.float32)
-    whole[:] = 0  # taken now, so that what is left is known
+    whole[:] = 0  # its pages are taken now, so that later estimates of memory are right
     ends = np.cumsum([side**2 for side in sides.values()])
     return {
         number: whole[end - side**2 : end].reshape(side, side)

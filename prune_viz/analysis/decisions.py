@@ -11,7 +11,7 @@ import torch
 
 from prune_viz.channels.groups import CouplingGroup, Places, norm_channels
 from prune_viz.embedding.layer_map import Embedding
-from prune_viz.network.adapters import count_inputs
+from prune_viz.network.layer_kinds import count_inputs
 from prune_viz.network.layers import Layer
 from prune_viz.pruning.masks import Masks, beside_masks
 from prune_viz.redundancy.judge import TOLERANCE, ChannelVerdict, GroupVerdicts

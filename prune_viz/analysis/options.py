@@ -55,18 +55,18 @@ class AnalysisOptions:
     prior : {"natural", "none"}
         What bounds stimuli (`prune_viz.maximize`).
     steps : int
-        Most steps of the optimiser for a stimulus.
+        Most steps of the optimiser for each stimulus.
     canvas : int or None
         Spatial size of the stimuli; by default that of each layer's receptive field.
     seed : int
-        Of all that is random.
+        Of all random numbers.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     mean, std : float or sequence of float, optional
         The model's normalisation, of pixels in 0..1.
     data : path, optional
-        A folder of example inputs, read by `prune_viz.network.inputs.read_images`. What is natural is
-        measured on them, and so are mean and std unless given, and filters are compared on them too.
+        A folder of example inputs, read by `prune_viz.network.inputs.read_images`. The statistics of
+        the natural prior are measured on them, mean and std too unless given, and filters compared on them.
     engine : {"local", "ray"}
         Where stimuli are sought: on this machine, or on a Ray cluster (`prune_viz.execution.ray_executor`).
     workers : int, optional
@@ -113,7 +113,7 @@ class AnalysisOptions:
         check_sizes(self.input_shape, self.canvas, self.memory)
 
     def recorded(self, device: str) -> dict[str, Any]:
-        """What `run.json` holds of them; the rest, as of inputs, stands there by itself.
+        """The options as `run.json` holds them, with the tolerance; seed and inputs stand by themselves.
 
         Parameters
         ----------

@@ -87,7 +87,7 @@ def analyze(
     progress : Progress, optional
         Shows how the work goes.
     source : mapping, optional
-        Where the model came from, for `run.json`: ``path, sha256, arch, arch_kwargs, trust_pickle``.
+        Where the model came from, for `run.json` (`prune_viz.loading.checkpoints.Checkpoint.source`).
     **options
         The fields of `prune_viz.analysis.options.AnalysisOptions`: ``input_shape``, which must be given,
         and ``layers, prior, steps, canvas, seed, device, mean, std, data, engine, workers, gpus_per_task,
@@ -104,7 +104,7 @@ def analyze(
         matches no layer, `data` holds no input, `memory` does not suffice for one filter, or `out` cannot be
         written, is in use or holds something else.
     IncompleteError
-        If some tasks failed. What is done is kept, and the same call goes on.
+        If some tasks failed. What is done is kept, and the same call resumes the run.
     """
     asked = AnalysisOptions(**options)
     progress = progress or Progress()
@@ -160,9 +160,10 @@ def estimate(
 
 
 def _engine_maker(prepared: Prepared, options: AnalysisOptions, progress: Progress) -> Callable[[], Engine]:
-    """What makes the engine once there are tasks; the memory of this machine is planned at once.
+    """Return a factory of the engine.
 
-    So an unfitting memory is reported before anything of an earlier run is cleared away.
+    This machine's memory is planned at once, so that too little is reported before anything of an earlier run
+    is cleared away.
     """
     settings = options.stimulus_settings(prepared.statistics)
     network = prepared.network
@@ -194,7 +195,11 @@ def _run(
     key = stimuli_key(provenance, AnalysisOptions.of_stimuli(provenance["options"]))
     tasks = plan_tasks(prepared.network, prepared.records, key)
     provenance = {**provenance, "key": key, "tasks": len(tasks)}
-    with claimed(run, str(prepared.origin.file), fresh), _states(run, provenance, log), context.progress:
+    with (
+        claimed(run, str(prepared.origin.file), fresh),
+        _recording_state(run, provenance, log),
+        context.progress,
+    ):
         with stages.timed("stimuli"):
             provenance["notes"] += _find_stimuli(prepared, run, tasks, key, make_engine, context)
         concluded = conclude(prepared, run, key, context)
@@ -211,10 +216,10 @@ def _run(
 
 
 @contextmanager
-def _states(run: RunDirectory, provenance: dict[str, Any], log: Log) -> Iterator[None]:
+def _recording_state(run: RunDirectory, provenance: dict[str, Any], log: Log) -> Iterator[None]:
     """Keep in `run.json` and the log how a run stands: running, then complete or stopped by what.
 
-    A process that is killed leaves it running; whether it is shows in who holds the directory.
+    A process that is killed leaves it at running; the directory's lock shows whether it still is.
     """
     provenance["state"] = "running"
     run.write_provenance(provenance)

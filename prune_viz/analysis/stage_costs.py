@@ -62,7 +62,9 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         parts = rounds(judged, context.host_memory() // 2)
         return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
 
-    found["probes"] = probe(noise, filters + calibration_images.noise_images(context.statistics) + examples)
+    found["probes"] = probe(
+        noise, filters + calibration_images.count_noise_images(context.statistics) + examples
+    )
     widest = importance.WIDEST[len(extents)]
     size = calibration_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
     count, images = synthetic_count(size), tile(noise, size)

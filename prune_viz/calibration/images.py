@@ -43,7 +43,7 @@ def natural_noise(
     return prior.colour(torch.randn(count, *shape, generator=generator))
 
 
-def noise_images(statistics: InputStatistics | None) -> int:
+def count_noise_images(statistics: InputStatistics | None) -> int:
     """How many pictures of noise `noise_and_stimuli` makes."""
     return NOISE_IMAGES * (2 if statistics is not None and statistics.covariance is not None else 1)
 
@@ -72,7 +72,7 @@ def noise_and_stimuli(
 ) -> Iterator[tuple[Tensor, bool]]:
     """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
 
-    Where natural inputs were measured on examples, as much noise again is of the usual kind.
+    Where natural inputs were measured on examples, as much noise of the usual statistics is added.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def noise_and_stimuli(
     noise = natural_noise((input_channels, *size), NOISE_IMAGES, seed, statistics)
     yield from split(noise, size)
     if statistics is not None and statistics.covariance is not None:
-        # What never varied in the example inputs may yet: no filter is dead for want of it.
+        # So that no filter is called dead only because the example inputs vary too little.
         usual = replace(statistics, covariance=None, exponent=None)
         yield from split(natural_noise((input_channels, *size), NOISE_IMAGES, seed + 1, usual), size)
     for images in layers:
@@ -148,8 +148,8 @@ class SyntheticImages:
     passes : int
         How often each probe was moved.
     held : float or None
-        What the filters whose stimuli probes started from answer to them, as a share of their answer at
-        the start, the median; None where no probe started from a stimulus.
+        Median activation of the filters whose stimuli the images started from, as a share of that at the
+        start; None where none started from a stimulus.
     """
 
     images: Tensor

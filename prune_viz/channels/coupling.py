@@ -18,8 +18,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from prune_viz.channels.dependency_graph import UntraceableError, build_graph, tied_to
 from prune_viz.channels.groups import CouplingGroup, Places
 from prune_viz.channels.verification import confirmed
-from prune_viz.network.adapters import count_inputs, is_convolution, is_depthwise, is_grouped, reads_channels
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.layer_kinds import (
+    count_inputs,
+    count_outputs,
+    is_convolution,
+    is_depthwise,
+    is_grouped,
+    reads_channels,
+)
 from prune_viz.network.tracing import norms_behind
 
 
@@ -55,8 +62,8 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
         if is_convolution(module) and module in graph.module2node and module not in seen:
             try:
                 group, producers = _tied_group(graph, module, len(groups), names)
-                widest = max(producers, key=lambda producer: producer.out_channels, default=module)
-                if widest.out_channels > module.out_channels:  # this one writes a part of what is tied
+                widest = max(producers, key=count_outputs, default=module)
+                if count_outputs(widest) > count_outputs(module):  # this one writes a part of what is tied
                     group, producers = _tied_group(graph, widest, len(groups), names)
             except UntraceableError as error:
                 lost[module] = f"the way of its maps cannot be traced ({error})"
@@ -65,7 +72,7 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
             groups.append(group)
     for module, note in lost.items():
         if module not in seen:
-            groups.append(_group_alone(len(groups), names[module], module.out_channels, note))
+            groups.append(_group_alone(len(groups), names[module], count_outputs(module), note))
     norms = norms_behind(twin)
     return [confirmed(twin, group, norms, example) for group in groups]
 
@@ -74,8 +81,8 @@ def _tied_group(
     graph: Any, module: Any, number: int, names: dict[nn.Module, str]
 ) -> tuple[CouplingGroup, list[Any]]:
     """The group of all that goes with a convolution's filters, and its producers."""
-    items = tied_to(graph, module, range(module.out_channels))
-    return _read_group(number, module.out_channels, items, names)
+    items = tied_to(graph, module, range(count_outputs(module)))
+    return _read_group(number, count_outputs(module), items, names)
 
 
 def _group_alone(number: int, name: str, channels: int, note: str) -> CouplingGroup:
@@ -120,7 +127,7 @@ def _read_group(
             notes.append(f"{names[module]} keeps running statistics, which the library does not cut")
         elif isinstance(module, (_BatchNorm, _InstanceNorm)):
             norms.append(places)
-        elif not isinstance(module, (nn.PReLU, nn.Linear)):
+        elif not (isinstance(module, nn.PReLU) or reads_channels(module)):
             notes.append(f"{names[module]} ({type(module).__name__}) mixes or fixes the channels")
     if not consumers:
         notes.append("nothing in the network that can be adjusted reads it")

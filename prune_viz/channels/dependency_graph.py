@@ -1,4 +1,4 @@
-"""Torch-Pruning's dependency graph, with its traps fenced off."""
+"""Torch-Pruning's dependency graph, guarded against endless loops and growth of memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
-_MOST_PLACES = 1 << 21  # of a group's channels in one module, the features behind a flatten included
-_MOST_STEPS = 1 << 13  # from operation to operation of a group; DenseNet-121's widest takes 502
+_MOST_PLACES = 1 << 21  # indices that a group may have in one module, features behind a flatten included
+_MOST_STEPS = 1 << 12  # from operation to operation of a group; DenseNet-121's widest takes 502
 
 
 class UntraceableError(Exception):
@@ -23,7 +23,7 @@ class UntraceableError(Exception):
 
 
 class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
-    """A dependency graph that gives up where the library would multiply places, or go round, without end.
+    """A dependency graph that gives up where the library would multiply indices, or go round, without end.
 
     Where maps are reshaped on a way that comes back to itself, as in Swin v2, the library spreads every
     channel over more features each time round, until memory is gone; where parts of a map are written in
@@ -86,7 +86,7 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> BoundedGraph:
                 example_inputs,
                 forward_fn=lambda network, inputs: network(
                     inputs
-                ),  # the library would take rows for arguments
+                ),  # the library would unpack a batch into arguments
                 output_transform=_outputs,
                 verbose=False,
             )

@@ -17,7 +17,8 @@ class Places:
     module : str
         The module's dotted name.
     indices : ndarray of int, shape (K,)
-        Filters of a producer; input channels (or, behind a flatten, input features) of a consumer.
+        Filters of a producer, channels of a norm, or input channels (behind a flatten, features) of a
+        consumer.
     channels : ndarray of int, shape (K,)
         Channel of the group that lies there; a channel may lie at several indices.
     """
@@ -29,7 +30,7 @@ class Places:
 
 @dataclass(frozen=True)
 class NormChannel:
-    """A channel of a norm between filters and what reads them: silent once all these filters go.
+    """A channel of a norm, which is zero once all filters that feed it are removed.
 
     Attributes
     ----------
@@ -38,7 +39,7 @@ class NormChannel:
     channel : int
         Its channel.
     filters : tuple of (str, int)
-        Layer and filter of all that writes it.
+        Layer and filter of all that feed it.
     """
 
     norm: str
@@ -67,6 +68,8 @@ class CouplingGroup:
     norms : list of Places
         Norms that the channels pass on their way to the consumers, those behind a concatenation included.
         A silent channel stays silent only where their scales and shifts are zero too.
+    layers : list of str
+        Names of the producers.
     """
 
     number: int

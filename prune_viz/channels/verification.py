@@ -15,14 +15,10 @@ import torch
 from torch import nn
 
 from prune_viz.channels.groups import CouplingGroup, Places
-from prune_viz.network.adapters import channel_axis, copy_without_inputs
 from prune_viz.network.copies import as_it_was, attached
+from prune_viz.network.layer_kinds import channel_axis, copy_without_inputs, is_plain
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
-
-_PLAIN_CONSUMERS: tuple[Any, ...] = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 Reads = dict[str, list[torch.Tensor]]
@@ -139,7 +135,7 @@ def _reads_apart(consumer: Any, inputs: torch.Tensor, own: torch.Tensor, axis: i
 
     Convolutions that standardise their weights do not: mean and deviation change with the channels.
     """
-    if any(type(consumer).forward is kind.forward for kind in _PLAIN_CONSUMERS):
+    if is_plain(consumer):
         return True
     rest = torch.ones(inputs.shape[axis], dtype=torch.bool)
     rest[own] = False

@@ -145,6 +145,8 @@ def analyze(
     normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
     check_device(device)
     budget = parse_memory(memory)
+    if dry_run and engine is not EngineName.local:
+        raise UserError("--dry-run estimates a run on this machine: leave out --engine")
     out = out or Path("reports") / model.stem
     check_writable(out)
 

@@ -1,4 +1,4 @@
-"""Tasks: the search for stimuli cut into pieces, run on this machine or a Ray cluster, kept in files."""
+"""Tasks: stimuli of some filters each, run on this machine or a Ray cluster, kept in files."""
 
 from prune_viz.execution.executors import LocalEngine, run_tasks
 from prune_viz.execution.tasks import Task, plan_tasks

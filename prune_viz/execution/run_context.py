@@ -18,12 +18,12 @@ from prune_viz.utils.progress import Progress
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the stages of a run are handed beside their data.
+    """What every stage of a run receives besides its data.
 
     Attributes
     ----------
     seed : int
-        Of all that is random.
+        Of all random numbers.
     statistics : InputStatistics or None
         What is known of the model's inputs.
     budget : Budget or None
@@ -31,7 +31,7 @@ class RunContext:
     progress : Progress
         Shows how the work goes.
     stages : Stages
-        Measures how long what takes, and writes it to the log.
+        Times each stage and writes it to the log.
     """
 
     seed: int = 0

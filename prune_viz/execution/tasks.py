@@ -1,4 +1,4 @@
-"""The work of a run in pieces: some filters of one layer each, by itself, whoever does it and when.
+"""The tasks of a run: some filters of one layer each, by itself, whoever does it and when.
 
 A task's key is the digest of all that its result depends on, and the result is a file of that name: what is
 there need not be done again, and what another model, option or version left behind is never taken for it.

@@ -1,4 +1,4 @@
-"""Climbing: conjugate gradients from given starts, one filter an input, many at once.
+"""The optimiser: conjugate gradients from given starts, one filter an input, many at once.
 
 A stimulus is sought in the ball ``|z| <= r`` of a prior's white coordinates. Inside a ball is on a sphere
 with one coordinate more, which takes up whatever length ``z`` leaves over; so every step is on a unit sphere,
@@ -46,7 +46,7 @@ def optimise(
     shifts: Tensor,
     angle: float,
 ) -> tuple[Tensor, Tensor]:
-    """Climb from points of the sphere towards stronger feature maps.
+    """Move points of the sphere towards stronger feature maps.
 
     Parameters
     ----------

@@ -298,7 +298,7 @@ class _Search:
         self.sound = torch.ones(len(filters), dtype=torch.bool)
 
     def run(self, steps: int, fed: Tensor | None, progress: Progress) -> Stimuli:
-        """Climb in rounds until every filter has left."""
+        """Optimise in rounds until every filter has left."""
         first, *others = rounds(steps, self.activation)
         self._start(first, fed)
         staying = self._unfinished()

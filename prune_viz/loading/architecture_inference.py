@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -146,18 +145,6 @@ def _held_against(named: Sequence[StateDict], spec: str, kwargs: dict[str, Any])
 
 def shapes_of(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
     """Names and shapes of an architecture's weights; none where it cannot be built so."""
-    plain = all(isinstance(value, int | str) for value in kwargs.values())
-    if plain and spec.startswith(("torchvision:", "timm:")):  # which build the same every time
-        return dict(_known_shapes(spec, tuple(sorted(kwargs.items()))))
-    return _built_shapes(spec, kwargs)
-
-
-@lru_cache(maxsize=1024)
-def _known_shapes(spec: str, kwargs: tuple[tuple[str, Any], ...]) -> StateDict:
-    return _built_shapes(spec, dict(kwargs))
-
-
-def _built_shapes(spec: str, kwargs: Mapping[str, Any]) -> StateDict:
     try:
         with warnings.catch_warnings(), _Weightless():
             warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from prune_viz.network.adapters import is_convolution
+from prune_viz.network.layer_kinds import is_convolution
 from prune_viz.utils.errors import UserError
 
 LARGEST_INPUT = 2**26  # numbers that a file may say an input has

@@ -1,7 +1,7 @@
 """From a file to a model: state dicts, training checkpoints, safetensors and, if trusted, pickled modules.
 
-`archives` reads the file, `weights` finds the weights in it, and here they are put into the architecture they
-belong to, which `recognition` finds where nobody names it.
+`formats` reads the file, `state_dicts` finds the weights in it, and here they are put into the architecture
+they belong to, which `architecture_inference` finds where nobody names it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Checkpoint:
         (C, *spatial), where the file itself says it.
     pruning : list of dict
         The masks that `prune-viz apply --mode remove` has already applied to it, as one step.
-    held : HeldInputs or None
+    held : FixedInputs or None
         Where it takes several inputs, what all but one of them are held at (`hold`).
     inputs_said : tuple of str
         How the command line said what it takes, as words; empty where it did not.

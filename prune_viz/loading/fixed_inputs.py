@@ -167,7 +167,7 @@ def fix_inputs(model: nn.Module, inputs: FixedInputs) -> nn.Module:
     ----------
     model : nn.Module
         The network; changed in place.
-    inputs : HeldInputs
+    inputs : FixedInputs
         All that it is called with.
 
     Returns

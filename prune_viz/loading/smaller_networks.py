@@ -18,7 +18,7 @@ from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
-from prune_viz.network.adapters import filters_in, reads_channels, resize
+from prune_viz.network.layer_kinds import filters_in, reads_channels, resize
 from prune_viz.utils.errors import UserError, brief
 
 _MOST_STEPS = 1_000  # in which a file may say that filters were removed
@@ -132,7 +132,7 @@ def build_smaller(
         What was removed (`removed_before`).
     input_shape : tuple of int
         (C, *spatial).
-    held : HeldInputs or None
+    held : FixedInputs or None
         Where it takes several inputs, what all but one of them are held at.
     state : dict of str to Tensor
         The weights that are left.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune_viz.network.adapters import convolutions_of
 from prune_viz.network.copies import as_it_was, attached, have_same_parameters, plain_copy
+from prune_viz.network.layer_kinds import convolutions_of
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.memory import Budget, in_words
 from prune_viz.utils.nested_tensors import tensors_of

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from prune_viz.network import tracing
-from prune_viz.network.adapters import convolutions_of, is_depthwise
 from prune_viz.network.calls import blank_input, called_copy, ordinary_input
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
 from prune_viz.network.copies import as_it_was
 from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
+from prune_viz.network.layer_kinds import convolutions_of, count_outputs, is_depthwise
 from prune_viz.network.layers import Layer, choose_canvas, describe, no_layer_message
 from prune_viz.network.receptive_field import receptive_field
 from prune_viz.runs.fingerprint import hash_structure
@@ -118,7 +118,7 @@ class FilterNetwork:
         pair = ordinary_input((self.input_shape[0], *size), 2).to(self.device)
         if not takes_batches(self._maps(name), self._laid_out(pair)):
             self._row_by_row.add(name)
-        return Layer(name, describe(module), module.out_channels, depth, field, size)
+        return Layer(name, describe(module), count_outputs(module), depth, field, size)
 
     def _runs_on(self, name: str, canvas: tuple[int, ...]) -> bool:
         """Whether the network up to a layer works on a canvas; without padding a small one may not do."""
@@ -261,9 +261,9 @@ class FilterNetwork:
         untapped = [name for name in names if name not in tapped]
         with torch.no_grad():
             if self._graph is not None and tapped:
-                consumer = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
+                reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
                 for batch in self._batches(inputs, limit, most):
-                    for name, found in consumer.read(self._laid_out(batch)).items():
+                    for name, found in reader.read(self._laid_out(batch)).items():
                         rows[name].append(found.cpu())
             for name in untapped:
                 maps = self.maps(name)

@@ -76,9 +76,9 @@ class HookedMaps:
 
         with torch.no_grad(), _Watch() as watch:
             self._run_hooked(inputs, {name: note(name) for name in (self._conv, *norms)})
-        consumer = next((name for name in norms if read.get(name) is given[self._conv]), None)
-        if consumer is not None and watch.takers(given[self._conv]) == ["batch_norm"]:
-            self._before = consumer
+        norm = next((name for name in norms if read.get(name) is given[self._conv]), None)
+        if norm is not None and watch.takers(given[self._conv]) == ["batch_norm"]:
+            self._before = norm
         takers = watch.takers(given[self._before])
         self.has_activation = len(takers) == 1 and takers[0] in ACTIVATION_NAMES
 

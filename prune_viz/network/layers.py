@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prune_viz.network.adapters import is_depthwise, is_transposed
+from prune_viz.network.layer_kinds import is_depthwise, is_transposed
 from prune_viz.utils.errors import UserError
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from prune_viz.network.adapters import is_convolution, is_transposed
+from prune_viz.network.layer_kinds import is_convolution, is_transposed, reads_channels
 from prune_viz.network.tracing import ancestors, module_name
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -71,7 +71,12 @@ def _window(node: fx.Node, modules: dict[str, nn.Module], axes: int) -> list[tup
             dilations = _per_axis(getattr(module, "dilation", 1), axes)
             strides = _per_axis(module.stride, axes)
             return [(d * (k - 1) + 1, s) for k, d, s in zip(sizes, dilations, strides, strict=True)]
-        if "Adaptive" in name or "Upsample" in name or isinstance(module, (nn.Linear, nn.Flatten)):
+        if (
+            "Adaptive" in name
+            or "Upsample" in name
+            or reads_channels(module)
+            or isinstance(module, nn.Flatten)
+        ):
             return None
         return unit
     name = getattr(node.target, "__name__", str(node.target))

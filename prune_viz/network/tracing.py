@@ -20,8 +20,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from prune_viz.network.adapters import is_convolution, is_transposed
 from prune_viz.network.copies import as_it_was, free_copy
+from prune_viz.network.layer_kinds import is_convolution, is_transposed, plain_kind
 from prune_viz.utils.nested_tensors import tensors_of
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -38,7 +38,6 @@ _ACTIVATION_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"}
 ACTIVATION_NAMES = {function.__name__ for function in _ACTIVATION_FUNCTIONS} | _ACTIVATION_METHODS
 ACTIVATION_NAMES |= {"prelu", "rrelu", "softsign"}
 _SAFE_NAME = re.compile(r"[\w .+/:,=@()<>-]*")
-_PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _ConvolutionTracer(fx.Tracer):
@@ -208,7 +207,7 @@ def _plain_convolutions(folded: fx.GraphModule) -> None:
     Padding within the convolution saves a copy of its input, a tenth of an optimisation's time.
     """
     for name, module in list(folded.named_modules()):
-        kind = next((kind for kind in _PLAIN if isinstance(module, kind)), None)
+        kind = plain_kind(module)
         if kind is None or type(module) is kind:
             continue
         convolution: Any = module

@@ -12,8 +12,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from prune_viz.network import tracing
-from prune_viz.network.adapters import spread_over_weight
 from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch
+from prune_viz.network.layer_kinds import spread_over_weight
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
 

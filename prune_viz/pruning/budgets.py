@@ -138,7 +138,7 @@ def write_masks(
         worst = max(rankings, key=lambda ranking: ranking.damage_of(counts), default=None)
         if worst is not None:
             most = Damage(worst.damage_of(counts), decisions.damage_unit)
-            lines.append(f"predicted damage: at most {most} a group, at {next(iter(worst.filters))}")
+            lines.append(f"predicted damage of a group: at most {most}, at {next(iter(worst.filters))}")
     return [*lines, f"written to {out}"]
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import CouplingGroup, norm_channels
-from prune_viz.network.adapters import convolutions_of
 from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.layer_kinds import convolutions_of, count_outputs
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
 
@@ -73,7 +73,7 @@ def reconcile_with_groups(
     if isinstance(masks, Masks):
         reconciled.merges, reconciled.origin, reconciled.probes = masks.merges, masks.origin, masks.probes
     for name, module in convolutions_of(model).items():
-        reconciled[name] = torch.ones(module.out_channels, dtype=torch.bool)
+        reconciled[name] = torch.ones(count_outputs(module), dtype=torch.bool)
     for group in groups:
         gone = channels_gone(group, masks)
         if len(gone) == group.channels:

@@ -17,7 +17,7 @@ from prune_viz.calibration.images import read_images, write_images
 from prune_viz.channels.groups import NormChannel
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
-from prune_viz.network.adapters import is_convolution
+from prune_viz.network.layer_kinds import count_outputs, is_convolution
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.decisions_json import BesideMasks, Merge, prediction_record
 from prune_viz.runs.fingerprint import Origin
@@ -324,9 +324,9 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             )
         if mask.dtype != torch.bool:
             raise UserError(f"the mask of {name} is {mask.dtype}; masks are bool tensors, True = keep")
-        if mask.shape != (module.out_channels,):
+        if mask.shape != (count_outputs(module),):
             raise UserError(
-                f"these masks are for another model: {name} has {module.out_channels} filters, its mask "
+                f"these masks are for another model: {name} has {count_outputs(module)} filters, its mask "
                 f"{mask.numel()}"
             )
         if not bool(mask.any()):

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prune_viz.channels.dependency_graph import build_graph, tied_to
 from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
-from prune_viz.network.adapters import by_inputs
 from prune_viz.network.calls import blank_input
 from prune_viz.network.copies import as_it_was, plain_copy
+from prune_viz.network.layer_kinds import by_inputs
 from prune_viz.network.tracing import norms_behind
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.consistency import channels_gone, groups_for_removal, reconcile_with_groups

@@ -194,13 +194,12 @@ def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -
     """Lines on how far the output moves: as was predicted, where filters are merged, and on the probes."""
     lines = []
     if merged and masks.predicted is not None and masks.predicted.unit is not Unit.CONSUMERS:
-        lines.append(f"predicted: the output changes by {masks.predicted.text()}")
+        lines.append(f"predicted change of the output: {masks.predicted}")
     if masks.probes is not None:
         change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
         if change is not None and math.isfinite(change.value):
-            lines.append(
-                f"on the run's {len(masks.probes)} calibration images the output changes by {change.text()}"
-            )
+            images = f"the run's {len(masks.probes)} calibration images"
+            lines.append(f"change of the output on {images}: {change}")
     return lines
 
 

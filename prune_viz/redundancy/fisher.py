@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.network.adapters import channel_axis, count_outputs
+from prune_viz.network.layer_kinds import channel_axis, count_outputs
 from prune_viz.network.outputs import are_probabilities, class_probabilities
 from prune_viz.runs.damage import Unit
 from prune_viz.utils.devices import is_out_of_memory, with_fewer

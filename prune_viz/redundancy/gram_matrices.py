@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup, Places
-from prune_viz.network.adapters import (
+from prune_viz.network.copies import attached
+from prune_viz.network.layer_kinds import (
     by_inputs,
     channel_axis,
     count_phases,
@@ -28,7 +29,6 @@ from prune_viz.network.adapters import (
     is_strided_back,
     is_transposed,
 )
-from prune_viz.network.copies import attached
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.scratch_arrays import ScratchArrays
@@ -189,7 +189,7 @@ def weigh_outputs(
         One a consumer.
     sensitivities : mapping of str to ndarray
         From `prune_viz.redundancy.fisher.gather_sensitivities`, for every consumer.
-    store : Store
+    store : ScratchArrays
         Where what is new is kept.
     """
     modules = dict(model.named_modules())

@@ -86,7 +86,7 @@ class Measured:
     moments : dict of int to list of Moments
         By the group's number, one a consumer.
     weighed : dict of int to list of Moments
-        The same, outputs counting by what the network's own output makes of them, where that is known.
+        The same, weighted by the network output's sensitivity to them, where that is known.
     silent : dict of int to ndarray of bool, each shape (channels,)
         Which channels stay zero on all of the user's own images; empty where there are none.
     ablations : dict of int to ndarray, each shape (channels,), or None
@@ -269,7 +269,7 @@ def _gather(
     if (examples := near.examples) is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
-            return counted(context.progress, "ranking on images of --data", _split([examples]), len(examples))
+            return counted(context.progress, "ranking data", _split([examples]), len(examples))
 
         seen = gather_moments(model, groups, shown, context.budget)
         silent = {number: are_silent(consumers) for number, consumers in seen.items()}
@@ -289,7 +289,7 @@ def _split(sets: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier takes probes for.
+    """Which classes a classifier sees in calibration images.
 
     Attributes
     ----------
@@ -348,13 +348,12 @@ def describe(
                 f"{predicted.confidence:.2f}."
             )
         if calibrated.held is not None:
-            looks += (
-                f" Stimuli among them excite their own filters to {calibrated.held:.2f} (median) of before."
-            )
+            share = f"{calibrated.held:.2f}"
+            looks += f" Stimuli among them still activate their filters at {share} (median) of before."
         return (
             f"The removal order rests on {len(calibrated.images)} synthetic calibration images{also}. They "
-            "were optimised until the batch norms saw what they saw in training: the distance fell from "
-            f"{calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{units.get(unit, '')}"
+            "were optimised until the batch norms' statistics came near those of training: the distance "
+            f"fell from {calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{units.get(unit, '')}"
         )
     rests = (
         f"{images} alone."

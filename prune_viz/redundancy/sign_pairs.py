@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.network.adapters import by_filters
+from prune_viz.network.layer_kinds import by_filters
 
 _COLLINEAR = 0.99  # cosine of weights from which they are one direction
 

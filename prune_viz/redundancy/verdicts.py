@@ -77,14 +77,16 @@ def gather_on_stimuli(
         batches = images.noise_and_stimuli(
             stimuli, network.input_shape[0], size, context.seed, context.statistics
         )
-        return counted(context.progress, "probes", batches, count + images.noise_images(context.statistics))
+        return counted(
+            context.progress, "probes", batches, count + images.count_noise_images(context.statistics)
+        )
 
     moments = gather_moments(model, groups, made, context.budget)
     if examples is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
             batches = images.split(examples, examples.shape[2:])
-            return counted(context.progress, "images of --data", batches, len(examples))
+            return counted(context.progress, "data", batches, len(examples))
 
         given = gather_moments(model, groups, shown, context.budget)
         moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}

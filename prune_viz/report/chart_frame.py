@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ChartFrame:
-    """A drawing in its own units, with its axes inside.
+    """The area of an SVG chart, in its own units.
 
     Attributes
     ----------
     width, height : float
         Of the drawing.
     left, right, top, bottom : float
-        Where its axes lie.
+        Bounds of the plot inside it.
     """
 
     width: float = 720

@@ -139,11 +139,11 @@ def draw_map(rows: Sequence[LayerRow], filters: pd.DataFrame) -> NetworkMap | No
 
 def _path(verdict: Verdict, points: np.ndarray, dot: float) -> str:
     r = round(max(0.85 * dot, 5.2))
-    if verdict.look.shape == "diamond":
-        return _marks(points, f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z")
-    if verdict.look.shape == "cross":
-        return _marks(points, f"m-{r}-{r}l{2 * r} {2 * r}m0-{2 * r}l-{2 * r} {2 * r}")
-    return _dots(points)
+    shapes = {
+        "diamond": f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z",
+        "cross": f"m-{r}-{r}l{2 * r} {2 * r}m0-{2 * r}l-{2 * r} {2 * r}",
+    }
+    return _dots(points) if verdict.look.shape == "ring" else _marks(points, shapes[verdict.look.shape])
 
 
 def _marks(points: np.ndarray, mark: str) -> str:

@@ -1,4 +1,4 @@
-"""The style sheet of verdicts: their colours, and what is hidden where only one of them is shown."""
+"""The style sheet of verdicts: their colours, and what is hidden where one of them is shown alone."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def saving(before: float, after: float) -> str:
         return f"0{NARROW}%"
     sign = _MINUS if after < before else "+"
     share = abs(before - after) / before
-    return sign + (damage(share, Unit.OUTPUT) if share < 0.001 else percent(share))
+    return sign + (Damage(share, Unit.OUTPUT).figure(NARROW) if share < 0.001 else percent(share))
 
 
 def plural(number: int, noun: str) -> str:

@@ -14,35 +14,46 @@ class Unit(StrEnum):
     """What damage is measured in; the value is what files hold."""
 
     NATS = "nats"
-    """Divergence of the predicted classes' probabilities."""
+    """KL divergence of the predicted classes' probabilities."""
     OUTPUT = "output"
     """Squared change of the network's output as a share of its square."""
     CONSUMERS = "readers"
-    """Share of the variance of what the consumers compute."""
+    """Share of the variance of the consumers' output that is lost."""
 
     @property
     def symbol(self) -> str:
         """What follows a figure."""
-        return "nats" if self is Unit.NATS else "%"
+        return _WRITTEN[self].symbol
 
     @property
     def scale(self) -> float:
-        """What damage is multiplied by to be written before `symbol`."""
-        return 1.0 if self is Unit.NATS else 100.0
+        """Factor from the value to the figure that is written."""
+        return _WRITTEN[self].scale
 
     @property
     def least(self) -> float:
-        """The smallest figure that is written; what is less is as good as nothing."""
-        return 1e-9 if self is Unit.NATS else 1e-4
+        """Smallest figure that is written; a smaller one is "under" that."""
+        return _WRITTEN[self].least
 
     @property
     def of(self) -> str:
         """What the damage is a share of; empty where it is no share."""
-        return {
-            Unit.NATS: "",
-            Unit.OUTPUT: "of the output",
-            Unit.CONSUMERS: "of the output of the layers that read it",
-        }[self]
+        return _WRITTEN[self].of
+
+
+@dataclass(frozen=True)
+class _Written:
+    symbol: str
+    scale: float
+    least: float
+    of: str
+
+
+_WRITTEN = {
+    Unit.NATS: _Written("nats", 1.0, 1e-9, ""),
+    Unit.OUTPUT: _Written("%", 100.0, 1e-4, "of the output's square"),
+    Unit.CONSUMERS: _Written("%", 100.0, 1e-4, "of the output of the layers that read it"),
+}
 
 
 @dataclass(frozen=True)

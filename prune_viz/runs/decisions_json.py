@@ -210,7 +210,7 @@ class Decisions(BesideMasks):
     tolerance : float
         What a verdict of redundant may cost.
     damage_unit : Unit
-        Of every damage here but the groups' `consumers_damage`.
+        Of every damage here but the groups' `readers_damage`.
     """
 
     format: int = FORMAT

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prune_viz.runs.verdicts import Verdict
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.files import written_aside
 from prune_viz.utils.json_files import read_text
@@ -65,4 +66,9 @@ def read_filters(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is damaged ({brief(error)}); run analyze again") from None
     if not table["representative"].str.fullmatch(r"([0-9]{1,7}(;[0-9]{1,7})*)?").all():
         raise UserError(f"{path} is damaged: representatives are numbers; run analyze again")
+    unknown = sorted(set(table["verdict"]) - set(Verdict))
+    if unknown:
+        raise UserError(
+            f"{path} holds a verdict other than {', '.join(Verdict)}: {unknown[0][:40]!r}; run analyze again"
+        )
     return table

@@ -19,7 +19,7 @@ class Look:
     colour, dark : str
         Of the mark, ``#rrggbb``, on light and on dark ground.
     legend : str
-        What it means, in a sentence without its subject, a filter.
+        What it means, in a sentence.
     """
 
     letter: str
@@ -44,7 +44,7 @@ class Verdict(StrEnum):
     @property
     def flagged(self) -> bool:
         """Whether masks of the run remove filters with this verdict."""
-        return self is not Verdict.KEEP
+        return self in _REMOVED
 
     @property
     def classes(self) -> str:
@@ -52,11 +52,16 @@ class Verdict(StrEnum):
         return f"{self.value} {self.look.shape}"
 
 
+_REMOVED = frozenset({Verdict.REDUNDANT, Verdict.DEAD})
 _LOOKS = {
-    Verdict.KEEP: Look("k", "ring", "#23776f", "#58b3a8", "Does what no other filter of its layer does."),
+    Verdict.KEEP: Look("k", "ring", "#23776f", "#58b3a8", "Not found to be redundant or dead."),
     Verdict.REDUNDANT: Look(
-        "r", "diamond", "#a85a06", "#eaa54c", "Filters that stay compute the same, or a mix of them does."
+        "r",
+        "diamond",
+        "#a85a06",
+        "#eaa54c",
+        "A copy of a filter that stays, or a weighted sum of several.",
     ),
-    Verdict.DEAD: Look("d", "cross", "#8a2f55", "#e084ab", "Never changes what the network returns."),
+    Verdict.DEAD: Look("d", "cross", "#8a2f55", "#e084ab", "Never changes the network's output."),
 }
 FLAGGED = tuple(verdict for verdict in Verdict if verdict.flagged)

@@ -1,4 +1,4 @@
-"""Arrays that stay in a file: what an operation reads or writes of them leaves memory again after it."""
+"""Memory-mapped arrays whose pages leave memory after every operation on them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 class FileArray(np.memmap[Any, np.dtype[Any]]):
     """A `numpy.memmap` whose pages leave memory after every operation on it.
 
-    Arithmetic, numpy's functions and indexing by arrays or lists release what they brought into memory.
-    Their results are ordinary arrays; views, as of a slice, are arrays of the same file.
+    Arithmetic, reductions, numpy's functions and indexing by arrays or lists release what they brought into
+    memory; views, as of a slice, are arrays of the same file. Methods that copy, such as ``copy`` and
+    ``astype``, and other libraries that read the array release nothing.
     """
 
     def __array_ufunc__(
@@ -21,11 +22,13 @@ class FileArray(np.memmap[Any, np.dtype[Any]]):
     ) -> Any:
         if out:
             options["out"] = tuple(_plain(array) for array in out)
+        options = {name: value if name == "out" else _plain(value) for name, value in options.items()}
         result = getattr(ufunc, method)(*(_plain(value) for value in inputs), **options)
         _release([*inputs, *out])
-        if not out:
-            return result
-        return out[0] if len(out) == 1 else out
+        if len(out) == 1:
+            return out[0]
+        found = result if isinstance(result, tuple) else (result,)
+        return result if not out else tuple(a if b is None else b for a, b in zip(found, out, strict=True))
 
     def __array_function__(
         self,
@@ -40,9 +43,10 @@ class FileArray(np.memmap[Any, np.dtype[Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
-        if not isinstance(found, FileArray):
-            release(self)
-        return found
+        if getattr(found, "_mmap", None) is not None:
+            return found  # a view
+        release(self)
+        return _plain(found)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         super().__setitem__(index, value)
@@ -50,7 +54,7 @@ class FileArray(np.memmap[Any, np.dtype[Any]]):
 
 
 def release(array: np.ndarray) -> None:
-    """Take out of memory what an array keeps in a file, with all else that is mapped with it."""
+    """Drop an array's pages from memory, and those of all arrays of the same mapping."""
     mapping = getattr(array, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)

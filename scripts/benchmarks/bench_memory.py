@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,13 +109,13 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
         return judge(group, *settings) if group.number == widest else judge_unjudged(group)
 
     with (
-        mock.patch.object(executors, "do_task", stimuli),
+        mock.patch.object(executors, "run_task", stimuli),
         mock.patch.object(probes, "noise_and_stimuli", few),
-        mock.patch.object(verdicts.redundancy, "judge", judged),
+        mock.patch.object(verdicts, "judge", judged),
         mock.patch.object(synthetic_images, "IMAGES", 2 * synthetic_images.BATCH),
         mock.patch.object(synthetic_images, "VARIANTS", 2),
         mock.patch.object(importance, "SENSED", 2),
-        mock.patch.dict(synthetic_images.calibrate.__kwdefaults__, passes=1),
+        mock.patch.object(importance, "calibrate", partial(synthetic_images.calibrate, passes=1)),
     ):
         yield
 

@@ -162,9 +162,9 @@ def whole_run(name: str, model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def producer_rate(piece: TaskResult) -> float:
+def writing_rate(result: TaskResult) -> float:
     """Bytes a second that one process takes in: pieces written, read again and joined to a layer."""
-    arrays = {"images": piece.images, "activations": piece.activations, "responses": piece.responses}
+    arrays = {"images": result.images, "activations": result.activations, "responses": result.responses}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         for number in range(8):
@@ -183,7 +183,7 @@ def plan_zoo(rows: Sequence[dict[str, Any]], piece: TaskResult) -> dict[str, flo
     )
     makespan = ZOO * search / WORKERS
     shipped = ZOO * model * NODES
-    rate = producer_rate(piece)
+    rate = writing_rate(piece)
     return {
         "search, core hours a network": search,
         "what follows, hours of a process": conclusions,
@@ -196,7 +196,7 @@ def plan_zoo(rows: Sequence[dict[str, Any]], piece: TaskResult) -> dict[str, flo
         "networks through the object store, TiB": shipped / 2**40,
         "object store, MiB a second": (shipped + ZOO * stored) / (makespan * 3600) / 2**20,
         "of which results": ZOO * stored / (makespan * 3600) / 2**20,
-        "one producer takes, MiB a second": rate / 2**20,
+        "the writing process takes, MiB a second": rate / 2**20,
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.network.adapters import is_depthwise
+from prune_viz.network.layer_kinds import is_depthwise
 from prune_viz.network.tracing import norms_behind
 from prune_viz.pruning.masks import Masks
 from prune_viz.runs.decisions_json import Merge

@@ -136,7 +136,7 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     (told,) = [note for note in provenance.notes if note.startswith("The removal order")]
     assert f"for {calibration['classes']} classes" in told
     assert 0.3 < calibration["held"] < 2
-    assert f"excite their own filters to {calibration['held']:.2f} (median) of before" in told
+    assert f"still activate their filters at {calibration['held']:.2f} (median) of before" in told
     decisions = files.read_decisions()
     assert len(decisions.verdicts) == (table["verdict"] != "keep").sum()
     for order in decisions.removal_order:

@@ -63,6 +63,6 @@ def test_damage_is_written_to_two_figures(value: float, unit: Unit, plain: str, 
 
 def test_damage_says_what_it_is_a_share_of() -> None:
     assert str(Damage(0.02, Unit.NATS)) == "0.02 nats"
-    assert str(Damage(0.02, Unit.OUTPUT)) == "2% of the output"
+    assert str(Damage(0.02, Unit.OUTPUT)) == "2% of the output's square"
     assert str(Damage(0.02, Unit.CONSUMERS)) == "2% of the output of the layers that read it"
     assert [str(unit) for unit in Unit] == ["nats", "output", "readers"]  # as files hold them

@@ -43,7 +43,11 @@
   const percent = function (share) { return (100 * share).toFixed(1) + "\u202f%"; };
   const sized = function (damage) {
     const unit = run.unit, figure = damage * unit.scale;  // written as `prune_viz.runs.damage` does
-    const size = figure && figure < unit.least ? "under " + unit.least : String(Number(figure.toPrecision(2)));
+    const two = function (value) {
+      if (value >= 99.5) return value.toFixed(0);
+      return value && value < 1e-4 ? value.toExponential(1).replace(".0e", "e") : String(Number(value.toPrecision(2)));
+    };
+    const size = figure && figure < unit.least ? "under " + two(unit.least) : two(figure);
     return size + "\u202f" + unit.symbol + (unit.of && " " + unit.of);
   };
   const show = function () {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_viz.network import adapters
+from prune_viz.network import layer_kinds
 
 KINDS = {
     "plain": nn.Conv2d(6, 8, 3),
@@ -33,33 +33,35 @@ def _input(layer: nn.Module) -> torch.Tensor:
 def test_counts_and_axes(kind: str) -> None:
     layer = KINDS[kind]
     inputs = _input(layer)
-    axis = adapters.channel_axis(layer)
-    assert inputs.shape[axis] == adapters.count_inputs(layer)
+    axis = layer_kinds.channel_axis(layer)
+    assert inputs.shape[axis] == layer_kinds.count_inputs(layer)
     assert (
-        layer(inputs).shape[axis] == adapters.count_outputs(layer) == adapters.filters_in(layer, layer.weight)
+        layer(inputs).shape[axis]
+        == layer_kinds.count_outputs(layer)
+        == layer_kinds.filters_in(layer, layer.weight)
     )
-    assert adapters.is_convolution(layer) == (kind != "linear")
-    assert adapters.is_depthwise(layer) == (kind == "depthwise")
-    assert adapters.is_grouped(layer) == (kind in ("grouped", "transposed and grouped", "multiplied"))
+    assert layer_kinds.is_convolution(layer) == (kind != "linear")
+    assert layer_kinds.is_depthwise(layer) == (kind == "depthwise")
+    assert layer_kinds.is_grouped(layer) == (kind in ("grouped", "transposed and grouped", "multiplied"))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "linear"])
 def test_a_filters_weights_alone_make_its_map(kind: str) -> None:
     layer = copy.deepcopy(KINDS[kind])
     inputs, number = _input(layer), 3
-    rows = adapters.by_filters(layer, layer.weight.detach())
+    rows = layer_kinds.by_filters(layer, layer.weight.detach())
     assert rows.shape[0] == layer.out_channels
     mask = torch.zeros(layer.out_channels)
     mask[number] = 1
     before = layer(inputs)
     with torch.no_grad():
-        layer.weight.mul_(adapters.spread_over_weight(layer, mask))
+        layer.weight.mul_(layer_kinds.spread_over_weight(layer, mask))
     after = layer(inputs)
     torch.testing.assert_close(after[:, number], before[:, number])
     others = [other for other in range(layer.out_channels) if other != number]
     bias = layer.bias[others].view(1, -1, *[1] * (after.ndim - 2)).expand_as(after[:, others])
     torch.testing.assert_close(after[:, others], bias)
-    alone = adapters.by_filters(layer, layer.weight.detach())
+    alone = layer_kinds.by_filters(layer, layer.weight.detach())
     assert alone[number].equal(rows[number])
     assert not alone[others].any()
 
@@ -67,11 +69,11 @@ def test_a_filters_weights_alone_make_its_map(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["plain", "signal", "volume", "transposed", "linear"])
 def test_a_layer_without_inputs_gives_what_it_gives_for_silent_ones(kind: str) -> None:
     layer, kept = KINDS[kind], torch.tensor([0, 2, 5])
-    inputs, axis = _input(layer), adapters.channel_axis(layer)
+    inputs, axis = _input(layer), layer_kinds.channel_axis(layer)
     silent = inputs.index_fill(axis, torch.tensor([1, 3, 4]), 0.0)
-    smaller = adapters.copy_without_inputs(layer, kept)
+    smaller = layer_kinds.copy_without_inputs(layer, kept)
     torch.testing.assert_close(smaller(inputs.index_select(axis, kept)), layer(silent))
-    assert adapters.by_inputs(smaller, smaller.weight).shape[:2] == (3, 8)
+    assert layer_kinds.by_inputs(smaller, smaller.weight).shape[:2] == (3, 8)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_a_layer_without_inputs_gives_what_it_gives_for_silent_ones(kind: str) -
 )  # fmt: skip
 def test_sizes_follow_a_weight(kind: str, shape: tuple[int, ...], states: tuple[int, int, int]) -> None:
     layer = copy.deepcopy(KINDS[kind])
-    adapters.resize(layer, torch.zeros(shape))
+    layer_kinds.resize(layer, torch.zeros(shape))
     assert (layer.in_channels, layer.out_channels, layer.groups) == states
     layer.weight, layer.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(states[1]))
     assert layer(torch.randn(1, states[0], 5, 5)).shape[1] == states[1]

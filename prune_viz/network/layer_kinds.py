@@ -1,6 +1,6 @@
 """What a convolution of any kind and a linear layer are: where channels lie, and how weights are cut.
 
-Nothing else in the package asks which of them a layer is, so that a new kind of layer is added here.
+Where filters are analysed, nothing else asks which of them a layer is, so that a new kind is added here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+_PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_convolution(module: object) -> TypeGuard[_ConvNd]:
@@ -36,6 +38,17 @@ def is_grouped(module: object) -> bool:
 def reads_channels(module: object) -> bool:
     """Whether a layer's weights can be cut along the channels that it reads."""
     return isinstance(module, (_ConvNd, nn.Linear))
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a layer computes as torch's own class of its kind does: its forward pass is not overridden."""
+    kinds: tuple[Any, ...] = (*_PLAIN, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+    return any(type(module).forward is kind.forward for kind in kinds)
+
+
+def plain_kind(module: object) -> Any | None:
+    """Torch's own class of which a convolution is a subclass; None for transposed ones and other layers."""
+    return next((kind for kind in _PLAIN if isinstance(module, kind)), None)
 
 
 def convolutions_of(model: nn.Module) -> dict[str, _ConvNd]:
