@@ -59,7 +59,7 @@ class Seen:
     own: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """All that is told."""
+        """Every tensor held, in a fixed order."""
         return [*self.norms, *(one for one in (self.classes, self.own) if one is not None)]
 
     def leaves(self) -> Seen:

@@ -86,7 +86,7 @@ def _tied_group(
 
 
 def _group_alone(number: int, name: str, channels: int, note: str) -> CouplingGroup:
-    """The group of a convolution of which it is not known what goes with it."""
+    """A group of one convolution, where its ties to others are unknown."""
     every = np.arange(channels)
     return CouplingGroup(number, channels, [Places(name, every, every)], [], removable=False, note=note)
 

@@ -205,7 +205,7 @@ def free_inputs(model: nn.Module) -> nn.Module:
 
 
 def _repeated(held: Tensor, rows: Tensor) -> Tensor:
-    """A held input for every row of a batch; written so that it can be traced."""
+    """Repeat a fixed input for every row of a batch, by operations that can be traced."""
     if not held.ndim or len(held) != 1:
         return held
     return held + rows.to(held.dtype).view(-1, *(1,) * (held.ndim - 1))

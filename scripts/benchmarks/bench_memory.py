@@ -1,4 +1,4 @@
-"""What a run holds in memory from end to end, by network, where it is told how much it may.
+"""What a run holds in memory from end to end, by network, under a memory budget.
 
     scripts/test.sh --collect-only -q   # sets up .venv
     .venv/bin/python scripts/benchmarks/bench_memory.py           # ResNets 18, 50, 152, RegNet-X-32GF

@@ -15,7 +15,7 @@ follows) filters are planted of which the truth is known (`planting.py`). The an
   than `TOLERANCE` of their variance.
 - Other ways to find redundant filters stand beside: cosine of weights, FPGM (distances of weights), k-means
   of the stimuli's raw pixels, correlation of maps on real images (data that the analysis does without). Each
-  is told how many were planted and flags as many. Their pairs are ranked too: average precision over all
+  gets the number of planted filters and flags as many. Their pairs are ranked too: average precision over all
   pairs of a layer, copies and noisy copies being the true ones.
 - Ablation: single channels at random, none of them planted or copied, are removed, and the divergence of
   the network's output (KL) on real images is ranked beside the predicted damage: with nothing in their place

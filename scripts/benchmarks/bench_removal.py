@@ -80,7 +80,7 @@ def row(name: str) -> dict[str, Any]:
         for places in group.producers:
             masks[places.module][places.indices[np.isin(places.channels, gone)]] = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is kept after all is told below
+        warnings.simplefilter("ignore")  # what is kept after all is reported below
         smaller = pv.remove_filters(model, masks, images)
     masked = pv.apply_masks(copy.deepcopy(model), reconcile_with_groups(model, masks, groups))
     with torch.no_grad():

@@ -70,7 +70,7 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """The convolution that the channels are told by."""
+        """The convolution that names the channels."""
         return self.producers[0][0]
 
     @property

@@ -202,7 +202,7 @@ def _fuzz(made: Path, folder: Path, change: Change) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(change=CHANGES)
 def test_commands_survive_changed_files(
     made: Path, tmp_path_factory: pytest.TempPathFactory, change: Change

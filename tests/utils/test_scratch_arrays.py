@@ -49,6 +49,7 @@ def _held() -> int:
 def test_released_pages_leave_memory_and_come_back(tmp_path: Path) -> None:
     array = ScratchArrays(Budget(CPU, 0, tmp_path)).zeros((4, 2000, 1000))
     plain = array.view(np.ndarray)
+    assert not plain.any()
     plain += np.arange(4.0)[:, None, None]
     full = _held()
     release(array[1])  # any part stands for all

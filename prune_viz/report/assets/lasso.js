@@ -12,7 +12,7 @@
     return inside;
   };
 
-  // `finished` is told how to tell what is inside, in pixels of the map, and whether that is to be added.
+  // `finished` gets a test of what is inside, in pixels of the map, and whether that is to be added.
   pruneViz.lasso = function (map, finished) {
     map.insertAdjacentHTML("beforeend", '<svg class="lasso" aria-hidden="true"><polygon></polygon></svg>');
     const shape = map.querySelector(".lasso polygon");
