@@ -85,9 +85,9 @@ def _layer(
     for j, kin in representatives.items():
         traits[j] = traits[kin[0]] + 0.02 * rng.normal(size=6)
         families[j] = families[kin[0]]
-    near = ((traits[:, None] - traits[None]) ** 2).sum(-1)
+    calibration = ((traits[:, None] - traits[None]) ** 2).sum(-1)
     gains = rng.uniform(4, 60, size=count)
-    responses = np.exp(-near / 6) * gains
+    responses = np.exp(-calibration / 6) * gains
     responses[:, dead] = 1e-4 * rng.random((count, len(dead)))
     clusters = families.copy()
     clusters[dead], clusters[kept[0]] = -1, -1
@@ -99,7 +99,7 @@ def _layer(
     score[dead], damage[dead] = np.nan, 0
     reason = ["rebuilding it from the other filters would cost too much"] * count
     for j in redundant:
-        reason[j] = "99.9 % of its feature map on held-out probes is rebuilt from its representatives"
+        reason[j] = "99.9 % of its feature map on held-out images is rebuilt from its representatives"
     for j in dead:
         reason[j] = "silent: its own stimulus cannot move it"
     table = pd.DataFrame(
@@ -220,7 +220,7 @@ def write_run(
                 "parameters": 4_652_008, "parameters_after": 4_031_554,
                 "macs": 385_811_000, "macs_after": 322_190_000,
             },
-            "notes": ["the model has no batch-norm layers; its probes were not calibrated"],
+            "notes": ["the model has no batch-norm layers; no calibration images were synthesised"],
         }
     )  # fmt: skip
     return run

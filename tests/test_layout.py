@@ -35,7 +35,7 @@ def test_imports_lead_downwards() -> None:
     assert not upwards
 
 
-def test_every_package_has_its_floor_and_says_what_it_is_for() -> None:
+def test_every_package_has_a_floor_and_docstring() -> None:
     packages = {folder.name for folder in HOME.iterdir() if (folder / "__init__.py").exists()}
     assert packages == set(ORDER)
     assert {file.stem for file in HOME.glob("*.py")} == {"__init__", "__main__", "lightning"}

@@ -28,9 +28,7 @@ def _fine_tune(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
-def test_the_readmes_python_runs_and_its_loop_ends_with_zeros_still_zero(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readme_python_runs_and_zeros_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     network = torchvision.models.resnet18(weights=None)
     torch.save(network.state_dict(), "model.pt")

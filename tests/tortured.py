@@ -61,7 +61,7 @@ def network() -> Mobile:
 
 
 def cut_small() -> None:
-    """Have tasks of four filters, and few probes."""
+    """Have tasks of four filters, and few calibration images."""
     torch.set_num_threads(1)
     stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
     synthetic_images.IMAGES = synthetic_images.MOST_IMAGES = 32

@@ -24,17 +24,17 @@ from prune_viz.network.calls import blank_input
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
 from prune_viz.redundancy import importance
-from prune_viz.redundancy.fisher import Sensitivities
-from prune_viz.redundancy.gram_matrices import Moments, rounds
+from prune_viz.redundancy.fisher import FisherMatrices
+from prune_viz.redundancy.gram_matrices import GramMatrices, rounds
+from prune_viz.redundancy.group_verdicts import calibration_copy, gather_on_stimuli, judge_groups
 from prune_viz.redundancy.importance import (
     CalibrationImages,
+    measure_fisher,
     measure_groups,
     rank_groups,
-    sense_output,
     synthesise_images,
 )
 from prune_viz.redundancy.judge import GroupVerdicts
-from prune_viz.redundancy.verdicts import calibration_copy, gather_on_stimuli, judge_groups
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerFiles, RunDirectory
 from prune_viz.runs.verdicts import Verdict
@@ -104,12 +104,12 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     table = filter_table(prepared.layers, found, embeddings, places, group_of_layer(groups), judged.verdicts)
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
     masks = masks_of(table, groups, judged.verdicts, counts_of_layers, prepared.origin, judged.unit)
-    masks.probes = judged.probes
+    masks.calibration_images = judged.calibration_images
     run.write_filters(table)
     macs = count_macs(model, network.input_shape)
     modules = dict(model.named_modules())
     run.write_decisions(decisions_of(table, groups, judged.verdicts, masks, modules, macs, judged.unit))
-    run.write_moments(judged.moments)
+    run.write_gram_matrices(judged.gram_matrices)
     write_plain_masks(masks, run.masks_file)
     with context.stage("removal"):
         summary = _summary(prepared, table, masks, notes)
@@ -125,11 +125,11 @@ class _Judged:
     ----------
     verdicts : dict of int to GroupVerdicts
         By the group's number.
-    moments : dict of int to ndarray
+    gram_matrices : dict of int to ndarray
         Second moments of the groups that were judged.
     unit : Unit
         Of damage.
-    probes : Tensor or None
+    calibration_images : Tensor or None
         The synthetic calibration images, where there are any.
     basis : str or None
         What the removal order rests on, for people; None where nothing was judged.
@@ -138,9 +138,9 @@ class _Judged:
     """
 
     verdicts: dict[int, GroupVerdicts]
-    moments: dict[int, np.ndarray]
+    gram_matrices: dict[int, np.ndarray]
     unit: Unit
-    probes: Tensor | None
+    calibration_images: Tensor | None
     basis: str | None
     calibration: dict[str, Any] | None
 
@@ -156,19 +156,23 @@ def _judge(
         with context.stage("calibration"):
             calibrated = _calibrate(twin, prepared, run, found, key, context)
     if calibrated is None:
-        run.probes_file.unlink(missing_ok=True)  # an earlier run's
-    near = CalibrationImages(None if calibrated is None else calibrated.images, examples, context.seed)
-    with context.stage("sensitivity"):
-        sensitivities = sense_output(twin, judged, near, context)
+        run.calibration_images_file.unlink(missing_ok=True)  # an earlier run's
+    calibration = CalibrationImages(None if calibrated is None else calibrated.images, examples, context.seed)
+    with context.stage("fisher"):
+        fisher = measure_fisher(twin, judged, calibration, context)
     verdicts = judge_groups(prepared.groups, {}, context.quietly())
-    moments = _allocate_moments(judged, context)
+    gram_matrices = _allocate_gram_matrices(judged, context)
     for part in rounds(judged, context.host_memory() // 2):
-        verdicts = _judge_part(twin, prepared, part, found, near, sensitivities, verdicts, moments, context)
-    unit = sensitivities.unit if sensitivities else Unit.CONSUMERS
+        verdicts = _judge_part(
+            twin, prepared, part, found, calibration, fisher, verdicts, gram_matrices, context
+        )
+    unit = fisher.unit if fisher else Unit.CONSUMERS
     predicted = importance.predictions_on(twin, calibrated)
     count = 0 if examples is None else len(examples)
     basis = importance.describe(calibrated, predicted, count, unit) if judged else None
-    return _Judged(verdicts, moments, unit, near.synthetic, basis, importance.summary(calibrated, predicted))
+    return _Judged(
+        verdicts, gram_matrices, unit, calibration.synthetic, basis, importance.summary(calibrated, predicted)
+    )
 
 
 def _judge_part(
@@ -176,39 +180,39 @@ def _judge_part(
     prepared: Prepared,
     groups: Sequence[CouplingGroup],
     found: LayerFiles,
-    near: CalibrationImages,
-    sensitivities: Sensitivities | None,
+    calibration: CalibrationImages,
+    fisher: FisherMatrices | None,
     verdicts: dict[int, GroupVerdicts],
-    moments: dict[int, np.ndarray],
+    gram_matrices: dict[int, np.ndarray],
     context: RunContext,
 ) -> dict[int, GroupVerdicts]:
-    """Verdicts with those of some groups; fills their `moments`.
+    """Verdicts with those of some groups; fills their `gram_matrices`.
 
     A function, so that no Gram matrix of these groups outlives it.
     """
-    some, probed = _judge_on_probes(twin, prepared, groups, found, near, context)
+    some, on_stimuli = _judge_on_stimuli(twin, prepared, groups, found, calibration, context)
     with context.stage("ranking"):
-        measured = measure_groups(twin, groups, probed, near, sensitivities, context)
+        measured = measure_groups(twin, groups, on_stimuli, calibration, fisher, context)
         ranked = rank_groups({**verdicts, **some}, measured)
-        for number, matrix in ranked.moments.items():
-            moments[number][:] = matrix
+        for number, matrix in ranked.gram_matrices.items():
+            gram_matrices[number][:] = matrix
     return ranked.verdicts
 
 
-def _judge_on_probes(
+def _judge_on_stimuli(
     twin: nn.Module,
     prepared: Prepared,
     groups: Sequence[CouplingGroup],
     found: LayerFiles,
-    near: CalibrationImages,
+    calibration: CalibrationImages,
     context: RunContext,
-) -> tuple[dict[int, GroupVerdicts], dict[int, list[Moments]]]:
-    """Verdicts of some groups on noise and stimuli, and their moments there where nothing nearer is known."""
-    with context.stage("probes"):
-        moments = gather_on_stimuli(twin, prepared.network, groups, found, prepared.examples, context)
+) -> tuple[dict[int, GroupVerdicts], dict[int, list[GramMatrices]]]:
+    """Verdicts of some groups on noise and stimuli; their Gram matrices where there are no better images."""
+    with context.stage("gram matrices"):
+        gram_matrices = gather_on_stimuli(twin, prepared.network, groups, found, prepared.examples, context)
     with context.stage("verdicts"):
-        verdicts = judge_groups(groups, moments, context)
-    return verdicts, {} if near.any() else moments
+        verdicts = judge_groups(groups, gram_matrices, context)
+    return verdicts, {} if calibration.any() else gram_matrices
 
 
 def _calibrate(
@@ -222,16 +226,16 @@ def _calibrate(
     """Synthetic images, those of an earlier run where they are of the same model, options and layers."""
     parts = [key, list(found), synthetic_images.settings()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    calibrated = load_synthetic_images(run.probes_file, key)
+    calibrated = load_synthetic_images(run.calibration_images_file, key)
     if calibrated is None:
         calibrated = synthesise_images(twin, found, prepared.network.input_shape, context)
         if calibrated is not None:
-            save_synthetic_images(calibrated, run.probes_file, key)
+            save_synthetic_images(calibrated, run.calibration_images_file, key)
     return calibrated
 
 
-def _allocate_moments(groups: Sequence[CouplingGroup], context: RunContext) -> dict[int, np.ndarray]:
-    """Room for each group's pooled moments, (channels + 1, channels + 1), all in one array."""
+def _allocate_gram_matrices(groups: Sequence[CouplingGroup], context: RunContext) -> dict[int, np.ndarray]:
+    """Room for each group's pooled Gram matrices, (channels + 1, channels + 1), all in one array."""
     sides = {group.number: group.channels + 1 for group in groups}
     whole = ScratchArrays(context.budget).zeros([sum(side**2 for side in sides.values())], np.float32)
     whole[:] = 0  # its pages are taken now, so that later estimates of memory are right

@@ -30,7 +30,7 @@ from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, task_f
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.redundancy import importance
-from prune_viz.redundancy.verdicts import calibration_copy
+from prune_viz.redundancy.group_verdicts import calibration_copy
 from prune_viz.runs.stages import peak_mib
 from prune_viz.utils.devices import WHOLE, one_thread_each
 from prune_viz.utils.errors import LayerError
@@ -253,15 +253,15 @@ def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
 def disk_bytes(
     layers: Sequence[Layer], input_shape: Sequence[int], groups: Sequence[CouplingGroup], calibrated: bool
 ) -> int:
-    """What a run directory holds in the end; probes only where they can be calibrated."""
+    """What a run directory holds in the end; calibration images only where they can be calibrated."""
     channels, *extents = input_shape
     size = [min(extent, importance.WIDEST[len(extents)]) for extent in extents]
-    probed = 4 * synthetic_count(size) * channels * int(np.prod(size)) if calibrated else 0
+    images = 4 * synthetic_count(size) * channels * int(np.prod(size)) if calibrated else 0
     stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
     responses = sum(4 * layer.filters**2 for layer in layers)
-    moments = sum(4 * (group.channels + 1) ** 2 for group in groups)
+    grams = sum(4 * (group.channels + 1) ** 2 for group in groups)
     once, a_filter = REPORT_BYTES
-    return stimuli + responses + moments + probed + once + a_filter * sum(layer.filters for layer in layers)
+    return stimuli + responses + grams + images + once + a_filter * sum(layer.filters for layer in layers)
 
 
 def most_memory(plan: MemoryPlan, costs: Sequence[LayerCost]) -> int:

@@ -18,12 +18,12 @@ from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
 from prune_viz.redundancy import importance
-from prune_viz.redundancy.fisher import gather_sensitivities
-from prune_viz.redundancy.gram_matrices import gather_moments, rounds
+from prune_viz.redundancy.fisher import gather_fisher
+from prune_viz.redundancy.gram_matrices import gather_gram_matrices, rounds
 from prune_viz.redundancy.judge import judge
 from prune_viz.utils.memory import Budget
 
-REPEATED_SECONDS, MOST_REPEATS = 1.0, 8  # of a pass of probes: what it takes more each time counts
+REPEATED_SECONDS, MOST_REPEATS = 1.0, 8  # of a pass of images: what it takes more each time counts
 TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
 # What maps and report take, in seconds, once and a filter.
 FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
@@ -35,7 +35,7 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     Parameters
     ----------
     twin : nn.Module
-        The network to run probes through (`verdicts.calibration_copy`).
+        The network to run calibration images through (`group_verdicts.calibration_copy`).
     prepared : Prepared
         What would be analysed.
     context : RunContext
@@ -53,22 +53,22 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     noise = natural_noise((channels, *size), BATCH, context.seed, None)
     judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
 
-    def probe(images: Tensor, count: float) -> float:
+    def gather_seconds(images: Tensor, count: float) -> float:
         """Of so many inputs, in as many turns as there are."""
 
         def turn(part: Sequence[CouplingGroup], times: int) -> None:
-            gather_moments(twin, part, lambda: [(images, False)] * times, budget)
+            gather_gram_matrices(twin, part, lambda: [(images, False)] * times, budget)
 
         parts = rounds(judged, context.host_memory() // 2)
         return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
 
-    found["probes"] = probe(
+    found["gram matrices"] = gather_seconds(
         noise, filters + calibration_images.count_noise_images(context.statistics) + examples
     )
     widest = importance.WIDEST[len(extents)]
     size = calibration_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
     count, images = synthetic_count(size), tile(noise, size)
-    near = count * VARIANTS
+    varied = count * VARIANTS
     found["calibration"] = _calibration_seconds(twin, images, count, context)
     if found["calibration"]:
         large = (
@@ -77,16 +77,16 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
             else images
         )
         seed, batches = context.seed, [images, large]
-        sensed = _seconds(lambda: gather_sensitivities(twin, judged, lambda: batches, seed, budget))
-        found["sensitivity"] = sensed / 2 / BATCH * (importance.SENSED * count + examples)
-        found["ranking"] = probe(images, near / 2 + examples) + probe(large, near / 2)
+        seconds = _seconds(lambda: gather_fisher(twin, judged, lambda: batches, seed, budget))
+        found["fisher"] = seconds / 2 / BATCH * (importance.FISHER_VARIANTS * count + examples)
+        found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found
 
 
 def _calibration_seconds(twin: nn.Module, images: Tensor, count: int, context: RunContext) -> float:
-    """Seconds of calibrating so many probes; 0 where none can be."""
+    """Seconds of synthesising so many calibration images; 0 where none can be."""
 
     def passes(number: int) -> None:
         calibrate(twin, [Start(images)], context, passes=number)
@@ -104,11 +104,11 @@ def _judging_seconds(
         {min(judged, key=lambda group: abs(group.channels - size)).number for size in TIMED_CHANNELS}
     )
     groups = [group for group in judged if group.number in sizes]
-    moments = gather_moments(twin, groups, lambda: [(noise, False), (noise, True)], budget)
+    gram_matrices = gather_gram_matrices(twin, groups, lambda: [(noise, False), (noise, True)], budget)
     points = []
     for group in sorted(groups, key=lambda group: group.channels):
         start = time.perf_counter()
-        judge(group, moments[group.number])
+        judge(group, gram_matrices[group.number])
         points.append((group.channels, time.perf_counter() - start))
     (small, least), (large, most) = points[0], points[-1]
     power = np.log(most / least) / np.log(large / small) if large > small else 3.0

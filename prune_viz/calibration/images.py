@@ -19,7 +19,7 @@ from prune_viz.utils.array_files import batches_of, read_arrays, write_arrays
 BATCH = 32
 _CHUNK = 4 * BATCH  # images of which a batch may be made
 NOISE_IMAGES = 256
-HELD_OUT = 1 / 4  # share of the probes that no fit sees
+HELD_OUT = 1 / 4  # share of the calibration images that no fit sees
 
 
 def natural_noise(
@@ -49,7 +49,7 @@ def count_noise_images(statistics: InputStatistics | None) -> int:
 
 
 def calibration_size(model: nn.Module, input_shape: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
-    """Spatial size of probes: what is wished for if the model runs on it, else its own input size."""
+    """Spatial size of calibration images: the one wished for if the model runs on it, else its own."""
     return tuple(wished) if runs_on(model, input_shape[0], wished) else tuple(input_shape[1:])
 
 
@@ -70,7 +70,7 @@ def noise_and_stimuli(
     seed: int,
     statistics: InputStatistics | None = None,
 ) -> Iterator[tuple[Tensor, bool]]:
-    """Give the probes batch by batch: natural noise, then every layer's stimuli filling the probe size.
+    """Calibration images, batch by batch: natural noise, then every layer's stimuli, tiled to the size.
 
     Where natural inputs were measured on examples, as much noise of the usual statistics is added.
 
@@ -81,7 +81,7 @@ def noise_and_stimuli(
     input_channels : int
         C.
     size : sequence of int
-        Spatial size of the probes.
+        Spatial size of the calibration images.
     seed : int
         Seed of the noise.
     statistics : InputStatistics, optional
@@ -91,7 +91,7 @@ def noise_and_stimuli(
     ------
     batch : Tensor, shape (B, C, *size)
     held_out : bool
-        Every fourth probe is held out.
+        Every fourth calibration image is held out.
     """
     noise = natural_noise((input_channels, *size), NOISE_IMAGES, seed, statistics)
     yield from split(noise, size)
@@ -136,18 +136,18 @@ class Start:
 
 @dataclass(frozen=True)
 class SyntheticImages:
-    """Probes that feed the batch norms as training did, and how nearly.
+    """Calibration images on which batch norms see what they saw in training, and how nearly.
 
     Attributes
     ----------
     images : Tensor, shape (N, C, *size)
-        The probes, in the model's own input units, on the CPU.
+        The calibration images, in the model's own input units, on the CPU.
     before, distance : float
         How far the batch norms' inputs were and are from their running statistics, over all channels and
         layers: mean squared error of the mean plus that of the deviation, in running deviations.
     passes : int
-        How often each probe was moved.
-    held : float or None
+        How often each calibration image was moved.
+    activation_kept : float or None
         Median activation of the filters whose stimuli the images started from, as a share of that at the
         start; None where none started from a stimulus.
     """
@@ -156,7 +156,7 @@ class SyntheticImages:
     before: float
     distance: float
     passes: int
-    held: float | None = None
+    activation_kept: float | None = None
 
 
 def calibration_starts(
@@ -176,9 +176,9 @@ def calibration_starts(
     input_channels : int
         C.
     size : sequence of int
-        Spatial size of the probes.
+        Spatial size of the calibration images.
     count : int
-        How many probes.
+        How many calibration images.
     seed : int
         Seed of the leaves.
     statistics : InputStatistics, optional
@@ -207,12 +207,13 @@ def calibration_starts(
 
 def save_synthetic_images(calibrated: SyntheticImages, path: Path, key: str) -> None:
     """Write synthetic images, and a digest of what they depend on."""
-    numbers = {name: repr(getattr(calibrated, name)) for name in ("before", "distance", "passes", "held")}
-    write_images(calibrated.images, path, {"key": key, **numbers})
+    names = ("before", "distance", "passes", "activation_kept")
+    numbers = {name: repr(getattr(calibrated, name)) for name in names}
+    write_calibration_images(calibrated.images, path, {"key": key, **numbers})
 
 
-def write_images(images: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write probes alone, shape (N, C, *size), and what is said of them."""
+def write_calibration_images(images: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write calibration images alone, shape (N, C, *size), and what is said of them."""
     write_arrays(path, {"images": images.cpu().numpy()}, metadata)
 
 
@@ -224,14 +225,14 @@ def load_synthetic_images(path: Path, key: str | None = None) -> SyntheticImages
     images, metadata = read
     try:
         numbers = float(metadata["before"]), float(metadata["distance"]), int(metadata["passes"])
-        held = metadata.get("held", "None")  # not there in earlier versions
-        return SyntheticImages(images, *numbers, None if held == "None" else float(held))
+        kept = metadata.get("activation_kept", "None")  # not there in earlier versions
+        return SyntheticImages(images, *numbers, None if kept == "None" else float(kept))
     except (KeyError, ValueError):
         return None
 
 
-def read_images(path: Path) -> Tensor | None:
-    """Read probes alone, shape (N, C, *size); None where there are none."""
+def read_calibration_images(path: Path) -> Tensor | None:
+    """Read calibration images alone, shape (N, C, *size); None where there are none."""
     read = _read(path, strict=False)
     return None if read is None else read[0]
 

@@ -1,10 +1,10 @@
-"""What calibration asks of probes: what batch norms see, what classes come out, what stimuli still excite.
+"""What calibration asks of images: what batch norms see, what classes come out, what stimuli still excite.
 
-Batch norms should see their running statistics over all the probes together (Yin et al. 2020,
-DeepInversion). A classifier should be at least half sure of each probe and take the probes for all its
+Batch norms should see their running statistics over all the calibration images together (Yin et al. 2020,
+DeepInversion). A classifier should be at least half sure of each image and take the images for all its
 classes: features that speak for single classes are silent otherwise. It is not asked to be surer, since the
 outputs of a network that is sure of everything depend on nothing any more, and no removal order can be
-measured on them. A probe that started as the stimulus of a filter should still excite it.
+measured on them. A calibration image that started as the stimulus of a filter should still excite it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
 from prune_viz.utils.nested_tensors import tensors_of
 
-SURE = 0.5  # probability of its likeliest class at which a probe is let be
-HELD = 0.5  # of what a stimulus's own filter gave at the start, at which it is let be
+SURE = 0.5  # probability of its likeliest class at which a calibration image is let be
+ACTIVATION_KEPT = 0.5  # of what a stimulus's own filter gave at the start, at which it is let be
 CLASSES = 0.002  # weight of the classes' terms, in nats, beside the norms'
 OWN = 0.02  # weight of what stimuli are short of, as a share
 _SILENT = 1e-6  # norm of a map
@@ -35,12 +35,12 @@ _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as
 
 def settings() -> list[object]:
     """What the losses depend on beside their arguments, for the key of calibration images."""
-    return [SURE, HELD, CLASSES, OWN, _SILENT, _FLOOR]
+    return [SURE, ACTIVATION_KEPT, CLASSES, OWN, _SILENT, _FLOOR]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What some probes gave, each for itself.
+    """What some calibration images gave, each for itself.
 
     Attributes
     ----------
@@ -50,8 +50,8 @@ class Seen:
         Probability of each class, and how far the logarithm of the largest one is below that of `SURE`; None
         where the network returns no class scores.
     own : Tensor or None, shape (B, 2)
-        Norm of what each probe's own filter gave behind its batch norm: of what is above zero, and of what
-        is below. None where the probes are no stimuli, or cannot be separated at their layers.
+        Norm of what each image's own filter gave behind its batch norm: of what is above zero, and of what
+        is below. None where the calibration images are no stimuli, or cannot be separated at their layers.
     """
 
     norms: list[Tensor]
@@ -69,13 +69,13 @@ class Seen:
         return Seen([moments.detach().requires_grad_() for moments in self.norms], classes, own)
 
     def means(self) -> Means:
-        """Means over the probes."""
+        """Means over the calibration images."""
         classes = None if self.classes is None else self.classes.mean(dim=0)
         return Means([moments.mean(dim=0) for moments in self.norms], classes)
 
 
 def join(parts: Sequence[Seen]) -> Seen:
-    """What all probes gave, from what some gave after others."""
+    """What all calibration images gave, from what some gave after others."""
     classes = [part.classes for part in parts if part.classes is not None]
     own = [part.own for part in parts if part.own is not None]
     return Seen(
@@ -87,7 +87,7 @@ def join(parts: Sequence[Seen]) -> Seen:
 
 @dataclass(frozen=True)
 class Means:
-    """What some probes gave, a mean over them.
+    """What some calibration images gave, a mean over them.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Means:
 
 
 class Watched:
-    """A network whose batch norms and outputs are watched while probes run through it.
+    """A network whose batch norms and outputs are watched while calibration images run through it.
 
     Parameters
     ----------
@@ -147,14 +147,14 @@ class Watched:
         self._seen.append(torch.stack([rows.mean(dim=2), rows.square().mean(dim=2)], dim=1))
 
     def see(self, images: Tensor, owners: Sequence[Owner] = ()) -> Seen:
-        """Run probes through the network.
+        """Run calibration images through the network.
 
         Parameters
         ----------
         images : Tensor, shape (B, C, *size)
-            Probes.
+            Calibration images.
         owners : sequence of (str, int), optional
-            Whose stimulus each probe was.
+            Whose stimulus each calibration image was.
         """
         self._seen = []
         maps: dict[int, Tensor] = {}
@@ -183,7 +183,7 @@ class Watched:
 
 
 def _classes(shares: Tensor) -> Tensor:
-    """`Seen.classes` from the probabilities, shape (B, classes), that each probe is given."""
+    """`Seen.classes` from the probabilities, shape (B, classes), that each calibration image is given."""
     surest = shares.amax(dim=1, keepdim=True).clamp_min(1e-12).log()
     return torch.cat([shares, (math.log(SURE) - surest).clamp_min(0)], dim=1)
 
@@ -195,7 +195,7 @@ def _sides(own: Tensor) -> Tensor:
 
 
 def pool(known: Sequence[Means], shares: Sequence[float]) -> Means:
-    """What all probes gave together, from what parts of them gave; shares add to 1."""
+    """What all calibration images gave together, from what parts of them gave; shares add to 1."""
 
     def mean(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(dim=0)
@@ -215,7 +215,7 @@ def norms_error(pooled: Means) -> Tensor:
 
 
 def classes_error(pooled: Means) -> Tensor:
-    """How unsure the network is of probes, and how few its classes, in nats; zero without class scores."""
+    """How unsure the network is of images, and how few its classes, in nats; zero without class scores."""
     if pooled.classes is None:
         return pooled.norms[0].new_zeros(())
     shares, short = pooled.classes[:-1], pooled.classes[-1]
@@ -237,8 +237,8 @@ def own_shares(own: Tensor, asked: Tensor) -> Tensor:
 
 
 def total_error(pooled: Means, own: Tensor | None, asked: Tensor | None) -> Tensor:
-    """What is made small, the parts weighed; `own` and `asked` are those of the probes that move."""
+    """What is made small, the parts weighed; `own` and `asked` are those of the images that move."""
     error = norms_error(pooled) + CLASSES * classes_error(pooled)
     if own is not None and asked is not None:
-        error = error + OWN * (1 - own_shares(own, asked) / HELD).clamp_min(0).mean()
+        error = error + OWN * (1 - own_shares(own, asked) / ACTIVATION_KEPT).clamp_min(0).mean()
     return error

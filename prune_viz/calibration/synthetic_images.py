@@ -3,8 +3,8 @@
 Drawn pictures and stimuli alone drive a network where its training never led it, and what is fitted on them
 does not hold on real inputs. A batch norm remembers what it was fed; inputs that feed all of them alike are
 near the training data as far as the network shows (Yin et al. 2020, DeepInversion). The statistics are
-those of all the probes together, which no batch could match: each batch is moved given what the others
-last gave. What else is asked of probes stands in `prune_viz.calibration.losses`. Steps are taken in the white
+those of all the images together, which no batch could match: each batch is moved given what the others
+last gave. What else is asked of images stands in `prune_viz.calibration.losses`. Steps are taken in the white
 coordinates of the natural prior, so that broad patterns move as easily as fine ones.
 """
 
@@ -42,13 +42,13 @@ ALGORITHM = 1  # raised with every change after which calibration images come ou
 IMAGES = 96  # of `POSITIONS` pixels; of smaller ones more
 POSITIONS = 160 * 160
 MOST_IMAGES = 384
-PASSES = 76  # over all probes, at most
+PASSES = 76  # over all calibration images, at most
 BATCH = 32
 RATE = 0.1  # of the first steps, in deviations of a white coordinate
 BETAS = 0.9, 0.99  # of the running means of gradients and of their squares
 JITTER = 1 / 16  # of the size, each way
 CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
-VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each probe
+VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each calibration image
 ENLARGED = 1.25
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
@@ -76,14 +76,14 @@ def calibrate(
     model : nn.Module
         The network in eval mode, not folded; left unchanged.
     starts : sequence of Start
-        Where the probes start, kind by kind. Every kind is brought to that of `CONTRASTS` at which the batch
+        Where the images start, kind by kind. Every kind is brought to that of `CONTRASTS` at which the batch
         norms see what is nearest to their statistics.
     context : RunContext, optional
         What the stages of a run share: its seed, of the jitter; its memory: where a batch does not fit, it
-        runs through the network in parts, twice; its progress, advanced by every probe that is moved, and at
+        runs through the network in parts, twice; its progress, advanced by every image that is moved, and at
         the end by those that need not be.
     passes : int
-        How often each probe is moved, at most.
+        How often each calibration image is moved, at most.
 
     Returns
     -------
@@ -156,14 +156,14 @@ def _calibrate(
                 context.progress.advance(count * (passes - number - 1))
                 break
         ends = [images(part.white, part.contrast) for part in parts]
-        held = _held(watched, parts, ends, rows)
+        kept = _activation_kept(watched, parts, ends, rows)
     ended = torch.cat([end.cpu() for end in ends])
-    return SyntheticImages(ended, distances[0], distances[-1], len(distances) - 1, held)
+    return SyntheticImages(ended, distances[0], distances[-1], len(distances) - 1, kept)
 
 
 @dataclass
 class _Part:
-    """A batch of probes of one kind that moves together.
+    """A batch of calibration images of one kind that moves together.
 
     Attributes
     ----------
@@ -196,7 +196,7 @@ def _nearest(
     images: Callable[[Tensor, float], Tensor],
     rows: int,
 ) -> list[_Part]:
-    """A kind's probes in batches, at the contrast at which batch norms see what is nearest to training."""
+    """A kind's images in batches, at the contrast at which batch norms see what is nearest to training."""
     chunks = torch.split(white, BATCH)
     whose = [owners[start : start + BATCH] for start in range(0, len(white), BATCH)]
     shares = [len(chunk) / len(white) for chunk in chunks]
@@ -255,7 +255,9 @@ def _differentiate(
     return seen, torch.cat(gradients)
 
 
-def _held(watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor], rows: int) -> float | None:
+def _activation_kept(
+    watched: Watched, parts: Sequence[_Part], ends: Sequence[Tensor], rows: int
+) -> float | None:
     """Median over stimuli of the response of their own filters, as a share of that at the start."""
     shares = []
     for part, end in zip(parts, ends, strict=True):
@@ -328,15 +330,15 @@ def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> tuple[Tenso
 
 
 def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
-    """Give `VARIANTS` copies of probes, each shifted at random; of photographs, mirrored and enlarged too.
+    """Give `VARIANTS` copies of images, each shifted at random; of photographs, mirrored and enlarged too.
 
-    Calibration shifts and mirrors alike as it goes, so that these feed the batch norms as well as the probes
+    Calibration shifts and mirrors alike as it goes, so that these feed the batch norms as well as the images
     themselves, and a deep layer, which sees few positions of each, gets samples enough for a regression.
 
     Parameters
     ----------
     images : Tensor, shape (N, C, *size)
-        Probes.
+        Calibration images.
     enlarge : bool
         Whether the network takes inputs `ENLARGED` times as large.
     seed : int
@@ -356,10 +358,10 @@ def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
 
 
 def enlarged(size: Sequence[int]) -> list[int]:
-    """The size of enlarged probes."""
+    """The size of enlarged calibration images."""
     return [round(ENLARGED * extent) for extent in size]
 
 
 def synthetic_count(size: Sequence[int]) -> int:
-    """How many probes of a spatial size are calibrated: small ones cost less and have fewer samples."""
+    """How many images of a spatial size are calibrated: small ones cost less and have fewer samples."""
     return int(min(max(IMAGES * POSITIONS / math.prod(size), IMAGES), MOST_IMAGES))

@@ -292,9 +292,9 @@ def apply(
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")
-    from prune_viz.runs.run_directory import merges_beside, probes_beside
+    from prune_viz.runs.run_directory import calibration_images_beside, merges_beside
 
-    inputs = (model, masks, merges_beside(masks), probes_beside(masks))
+    inputs = (model, masks, merges_beside(masks), calibration_images_beside(masks))
     check_destination("--out", out, inputs, force)
     if export is not None:
         check_destination("--export", export, inputs, force)

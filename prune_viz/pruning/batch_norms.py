@@ -3,7 +3,7 @@
 Merging rebuilds what is removed only in part. What is missing adds up from layer to layer: maps grow weaker
 and drift, and a batch norm goes on dividing by what its inputs were before. Setting the statistics of a
 pruned network anew is common where there is data (Li et al. 2020, EagleEye); here synthetic images stand in
-for it, and the aim is what the whole network computes on the same probes, not what training fed it.
+for it, and the aim is what the whole network computes on the same images, not what training fed it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from prune_viz.utils.devices import is_out_of_memory
 from prune_viz.utils.nested_tensors import tensors_of
 
 BATCH = 32
-WORTH = 0.9  # of the output's change, on probes kept out; more than that left, and it is not worth it
+WORTH = 0.9  # of the output's change, on images kept out; more than that left, and it is not worth it
 _ADDED = 1e-3  # of a layer's mean variance, to a channel's own, so that silence is not amplified
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, each shape (channels,)
 
 
-def recalibrate_norms(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> bool:
-    """Set batch norms so that each has the mean and deviation on probes that the whole network's has.
+def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor) -> bool:
+    """Set batch norms so that each has the mean and deviation on images that the whole network's has.
 
-    Only where it helps on probes that it was not fitted to: each half of them is tried on the other first.
+    Only where it helps on images that it was not fitted to: each half of them is tried on the other first.
     A norm that runs more than once, or has no running statistics, is left as it is. Where memory runs out,
-    every other probe has to do.
+    every other calibration image has to do.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def recalibrate_norms(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> bo
         are changed in place.
     whole : nn.Module
         The same network before anything was merged, in eval mode.
-    probes : Tensor, shape (N, C, *size)
+    images : Tensor, shape (N, C, *size)
         Inputs near the training data, in the model's own units; halves of different kinds are best.
 
     Returns
@@ -59,17 +59,17 @@ def recalibrate_norms(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> bo
             norms[name].running_mean.copy_(mean)
             norms[name].running_var.copy_(variance)
 
-    while norms and len(probes) >= 2:
+    while norms and len(images) >= 2:
         try:
-            helps = _helps(pruned, whole, probes, restore)
+            helps = _helps(pruned, whole, images, restore)
             if helps:
-                _fit(pruned, whole, probes)
+                _fit(pruned, whole, images)
             return helps
-        except Exception as error:  # whatever an untrusted forward pass raises on probes
+        except Exception as error:  # whatever an untrusted forward pass raises on calibration images
             restore()
             if not is_out_of_memory(error):
                 return False
-            probes = probes[::2]
+            images = images[::2]
     return False
 
 
@@ -81,36 +81,36 @@ def copy_statistics(of: nn.Module, to: nn.Module) -> None:
         norm.running_var.copy_(norms[name].running_var)
 
 
-def change_on(probes: Tensor, before: nn.Module, after: nn.Module) -> Damage | None:
-    """How far a network's outputs are from another's on probes.
+def change_on(images: Tensor, before: nn.Module, after: nn.Module) -> Damage | None:
+    """How far a network's outputs are from another's on calibration images.
 
     Returns
     -------
     Damage or None
-        The mean of `prune_viz.network.outputs.output_change` over probes; None where the networks do not
+        The mean of `prune_viz.network.outputs.output_change` over images; None where the networks do not
         run on them.
     """
     try:
-        return _change(probes, before, after)
-    except Exception:  # whatever an untrusted forward pass raises on probes
+        return _change(images, before, after)
+    except Exception:  # whatever an untrusted forward pass raises on calibration images
         return None
 
 
-def _change(probes: Tensor, before: nn.Module, after: nn.Module) -> Damage:
+def _change(images: Tensor, before: nn.Module, after: nn.Module) -> Damage:
     total, unit = 0.0, Unit.OUTPUT
     device = next(before.parameters()).device
     with torch.no_grad():
-        for batch in torch.split(probes, BATCH):
+        for batch in torch.split(images, BATCH):
             images = batch.to(device)
             change = output_change(tensors_of(before(images)), tensors_of(after(images)))
-            total += change.value * len(batch) / len(probes)
+            total += change.value * len(batch) / len(images)
             unit = change.unit
     return Damage(total, unit)
 
 
-def _helps(pruned: nn.Module, whole: nn.Module, probes: Tensor, restore: Callable[[], None]) -> bool:
-    """Whether norms that are set on one half of the probes serve the other half too, both ways."""
-    halves = probes.tensor_split(2)
+def _helps(pruned: nn.Module, whole: nn.Module, images: Tensor, restore: Callable[[], None]) -> bool:
+    """Whether norms that are set on one half of the images serve the other half too, both ways."""
+    halves = images.tensor_split(2)
     before = after = 0.0
     for fitted, checked in (halves, halves[::-1]):
         before += _change(checked, whole, pruned).value
@@ -120,8 +120,8 @@ def _helps(pruned: nn.Module, whole: nn.Module, probes: Tensor, restore: Callabl
     return after < WORTH * before
 
 
-def _fit(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> None:
-    """Set every norm from the first to the last, in one forward pass of all probes at once."""
+def _fit(pruned: nn.Module, whole: nn.Module, images: Tensor) -> None:
+    """Set every norm from the first to the last, in one forward pass of all calibration images at once."""
     origin, norms = _norms(whole), _norms(pruned)
     aims: dict[str, list[Statistics]] = {name: [] for name in origin}
 
@@ -132,8 +132,8 @@ def _fit(pruned: nn.Module, whole: nn.Module, probes: Tensor) -> None:
         if len(aims[name]) == 1:
             _adjust(norms[name], origin[name], aims[name][0], _statistics(inputs))
 
-    _run(whole, origin, probes, note)
-    _run(pruned, norms, probes, adjust)
+    _run(whole, origin, images, note)
+    _run(pruned, norms, images, adjust)
 
 
 def _adjust(norm: Any, origin: Any, aim: Statistics, seen: Statistics) -> None:
@@ -165,9 +165,9 @@ def _statistics(inputs: Tensor) -> Statistics:
 
 
 def _run(
-    model: nn.Module, norms: Mapping[str, Any], probes: Tensor, see: Callable[[str, Tensor], None]
+    model: nn.Module, norms: Mapping[str, Any], images: Tensor, see: Callable[[str, Tensor], None]
 ) -> None:
-    """Run probes through a network; `see` is called with each norm's name and input."""
+    """Run calibration images through a network; `see` is called with each norm's name and input."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, arguments: see(name, arguments[0])
@@ -175,4 +175,4 @@ def _run(
     device = next(model.parameters()).device
     hooks = (norm.register_forward_pre_hook(hook(name)) for name, norm in norms.items())
     with attached(hooks), torch.no_grad():
-        model(probes.to(device))
+        model(images.to(device))

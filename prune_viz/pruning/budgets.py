@@ -4,7 +4,7 @@ Every group has its removal order, the least missed channel first. A share of fi
 multiply-accumulates is spread evenly: each group loses the same share of its channels, and what rounding
 took too much is kept where it is missed most. A tolerance is spread as damage: each group goes as far
 down its order as the predicted damage allows. What is removed is rebuilt from all that its group keeps, by
-least squares on the second moments over the probes.
+least squares on the second moments over the calibration images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prune_viz.calibration.images import read_images
+from prune_viz.calibration.images import read_calibration_images
 from prune_viz.channels.groups import NormChannel, Places, norm_channels
 from prune_viz.pruning.masks import Masks, read_beside, save_masks
 from prune_viz.redundancy.elimination import rebuild_all
@@ -125,9 +125,11 @@ def write_masks(
         masks.update(_masks_of_verdicts(decisions))
     else:
         unit = decisions.damage_unit
-        masks = masks_for_counts(rankings, counts, directory.read_moments(), filters, masks.origin, unit)
+        masks = masks_for_counts(
+            rankings, counts, directory.read_gram_matrices(), filters, masks.origin, unit
+        )
     if not inside:
-        masks.probes = read_images(directory.probes_file)
+        masks.calibration_images = read_calibration_images(directory.calibration_images_file)
     save_masks(masks, out)
     if inside and counts is None:
         merges_beside(out).unlink(missing_ok=True)  # decisions.json says the same
@@ -297,7 +299,7 @@ def _give_back(
 def masks_for_counts(
     rankings: Sequence[Ranking],
     counts: Mapping[int, int],
-    moments: Mapping[int, np.ndarray],
+    gram_matrices: Mapping[int, np.ndarray],
     filters: Mapping[str, int],
     origin: Origin,
     unit: Unit,
@@ -310,7 +312,7 @@ def masks_for_counts(
         The groups.
     counts : mapping of int to int
         Channels to remove, by the group's number.
-    moments : mapping of int to ndarray, each shape (channels + 1, channels + 1)
+    gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
         Second moments of each group's channels and a constant.
     filters : mapping of str to int
         How many filters each layer of the network has.
@@ -321,13 +323,13 @@ def masks_for_counts(
     """
     channels = {ranking.number: ranking.order[: counts[ranking.number]] for ranking in rankings}
     predicted = Damage(sum(ranking.damage_of(counts) for ranking in rankings), unit)
-    return masks_for_channels(rankings, channels, moments, filters, origin, predicted)
+    return masks_for_channels(rankings, channels, gram_matrices, filters, origin, predicted)
 
 
 def masks_for_channels(
     rankings: Sequence[Ranking],
     channels: Mapping[int, Sequence[int]],
-    moments: Mapping[int, np.ndarray],
+    gram_matrices: Mapping[int, np.ndarray],
     filters: Mapping[str, int],
     origin: Origin,
     predicted: Damage,
@@ -357,20 +359,20 @@ def masks_for_channels(
         passed += norm_channels(producers, ranking.norms, set(gone))
         for layer, placed in ranking.filters.items():
             masks[layer][placed[list(gone)][placed[list(gone)] >= 0]] = False
-        matrix = moments.get(ranking.number)
+        matrix = gram_matrices.get(ranking.number)
         if matrix is None or matrix.shape != (ranking.channels + 1, ranking.channels + 1):
             raise UserError("moments.safetensors does not fit decisions.json; run analyze again")
         merges += _merges(ranking, gone, matrix)
     return Masks(masks, tuple(merges), origin, predicted=predicted, norm_channels=passed)
 
 
-def _merges(ranking: Ranking, gone: Sequence[int], moments: np.ndarray) -> list[Merge]:
+def _merges(ranking: Ranking, gone: Sequence[int], gram: np.ndarray) -> list[Merge]:
     """How a group's removed channels are rebuilt from filters of a layer that has them all."""
     whole = next((layer for layer, placed in ranking.filters.items() if (placed >= 0).all()), None)
     if whole is None:
         return []
     kept = sorted(set(range(ranking.channels)) - set(gone))
-    weights = rebuild_all(gone, kept, moments)
+    weights = rebuild_all(gone, kept, gram)
     placed = ranking.filters[whole]
     representatives = tuple(placed[kept].tolist())
     return [

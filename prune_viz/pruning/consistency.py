@@ -71,7 +71,8 @@ def reconcile_with_groups(
     """Make masks consistent over groups that are known already; see `reconcile_masks`."""
     reconciled = Masks()
     if isinstance(masks, Masks):
-        reconciled.merges, reconciled.origin, reconciled.probes = masks.merges, masks.origin, masks.probes
+        reconciled.merges, reconciled.origin = masks.merges, masks.origin
+        reconciled.calibration_images = masks.calibration_images
     for name, module in convolutions_of(model).items():
         reconciled[name] = torch.ones(count_outputs(module), dtype=torch.bool)
     for group in groups:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prune_viz.calibration.images import read_images, write_images
+from prune_viz.calibration.images import read_calibration_images, write_calibration_images
 from prune_viz.channels.groups import NormChannel
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
@@ -21,7 +21,7 @@ from prune_viz.network.layer_kinds import count_outputs, is_convolution
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.decisions_json import BesideMasks, Merge, prediction_record
 from prune_viz.runs.fingerprint import Origin
-from prune_viz.runs.run_directory import merges_beside, probes_beside
+from prune_viz.runs.run_directory import calibration_images_beside, merges_beside
 from prune_viz.runs.run_json import FORMAT
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import MARK, check_readable, check_replaceable, write_json, write_torch
@@ -41,7 +41,7 @@ class Masks(dict[str, Tensor]):
         How the removed filters can be rebuilt; empty where nothing is known.
     origin : Origin, optional
         The model that they were made for.
-    probes : Tensor, optional, shape (N, C, *size)
+    calibration_images : Tensor, optional, shape (N, C, *size)
         Synthetic images, on which batch norms are set anew after merging.
     predicted : Damage, optional
         What they are predicted to cost.
@@ -52,7 +52,7 @@ class Masks(dict[str, Tensor]):
     ----------
     merges : tuple of Merge
     origin : Origin
-    probes : Tensor or None
+    calibration_images : Tensor or None
     predicted : Damage or None
     norm_channels : list of NormChannel
     notes : list of str
@@ -64,14 +64,14 @@ class Masks(dict[str, Tensor]):
         masks: Mapping[str, Tensor] | None = None,
         merges: tuple[Merge, ...] = (),
         origin: Origin | None = None,
-        probes: Tensor | None = None,
+        calibration_images: Tensor | None = None,
         predicted: Damage | None = None,
         norm_channels: Sequence[NormChannel] = (),
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
         self.origin = origin or Origin()
-        self.probes = probes
+        self.calibration_images = calibration_images
         self.predicted = predicted
         self.norm_channels = list(norm_channels)
         self.notes: list[str] = []
@@ -84,6 +84,15 @@ class Masks(dict[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """`save_masks`."""
         save_masks(self, path)
+
+    @property
+    def probes(self) -> Tensor | None:
+        """`calibration_images`, by the name of version 0.1."""
+        return self.calibration_images
+
+    @probes.setter
+    def probes(self, images: Tensor | None) -> None:
+        self.calibration_images = images
 
     @property
     def removed(self) -> int:
@@ -178,7 +187,9 @@ class Masks(dict[str, Tensor]):
 
         Where both do, the first one's is taken.
         """
-        self.probes = second.probes if first.probes is None else first.probes
+        self.calibration_images = (
+            second.calibration_images if first.calibration_images is None else first.calibration_images
+        )
         passed = dict.fromkeys((*first.norm_channels, *second.norm_channels))
         self.norm_channels = [norm_channel for norm_channel in passed if self.silences(norm_channel)]
         merges = {(merge.layer, merge.filter): merge for merge in (*second.merges, *first.merges)}
@@ -218,8 +229,8 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     """
     path = Path(path)
     held = masks if isinstance(masks, Masks) else Masks(masks)
-    merges, probes = merges_beside(path), probes_beside(path)
-    for file in (path, merges, probes):
+    merges, images = merges_beside(path), calibration_images_beside(path)
+    for file in (path, merges, images):
         check_replaceable(file)
     path.resolve().unlink(missing_ok=True)  # never beside what belongs to other masks
     if held.merges or held.norm_channels or held.origin != Origin() or held.predicted is not None:
@@ -227,10 +238,10 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
         write_json(merges, {"format": FORMAT, "written_by": MARK, **beside})
     else:
         merges.unlink(missing_ok=True)
-    if held.probes is not None:
-        write_images(held.probes, probes)
+    if held.calibration_images is not None:
+        write_calibration_images(held.calibration_images, images)
     else:
-        probes.unlink(missing_ok=True)
+        images.unlink(missing_ok=True)
     write_plain_masks(masks, path)
 
 
@@ -280,9 +291,10 @@ def load_masks(path: str | Path) -> Masks:
         return Masks(loaded)
     masks = read_beside(beside)
     masks.update(loaded)
-    masks.probes = read_images(probes_beside(path))
-    if masks.probes is None and run.exists() and (beside == run or read_beside(run).origin == masks.origin):
-        masks.probes = read_images(path.with_name("probes.safetensors"))
+    masks.calibration_images = read_calibration_images(calibration_images_beside(path))
+    own_run = run.exists() and (beside == run or read_beside(run).origin == masks.origin)
+    if masks.calibration_images is None and own_run:
+        masks.calibration_images = read_calibration_images(path.with_name("probes.safetensors"))
     return masks
 
 

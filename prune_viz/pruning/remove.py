@@ -101,7 +101,7 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
     model : nn.Module
         The whole network in eval mode; changed in place.
     masks : Masks
-        Consistent masks, with merges and, for the batch norms, probes (`Masks.probes`).
+        Consistent masks, with merges and, for the batch norms, `Masks.calibration_images`.
     groups : sequence of CouplingGroup
         The model's groups.
 
@@ -110,12 +110,12 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
     bool
         Whether batch norms were set anew (`prune_viz.pruning.batch_norms.recalibrate_norms`).
     """
-    if masks.probes is None or not masks.removed:
+    if masks.calibration_images is None or not masks.removed:
         merge_filters(model, masks, groups)
         return False
     whole = plain_copy(model).float()
     merged = plain_copy(merge_filters(model, masks, groups)).float()
-    if not recalibrate_norms(merged, whole, masks.probes):
+    if not recalibrate_norms(merged, whole, masks.calibration_images):
         return False
     copy_statistics(merged, model)
     return True

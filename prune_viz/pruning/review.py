@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prune_viz.calibration.images import read_images
+from prune_viz.calibration.images import read_calibration_images
 from prune_viz.pruning.budgets import masks_for_channels, read_rankings
 from prune_viz.pruning.masks import Masks, read_beside, save_masks
 from prune_viz.runs.damage import Damage
@@ -163,8 +163,8 @@ def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
     costs = [damage.get(filters[0], np.nan) for filters in _first_filters(channels, decisions)]
     predicted = Damage(float(np.nansum(costs)), decisions.damage_unit)
     rankings = read_rankings(decisions)
-    moments = run.read_moments() if channels else {}
-    masks = masks_for_channels(rankings, channels, moments, decisions.filters, origin, predicted)
+    gram_matrices = run.read_gram_matrices() if channels else {}
+    masks = masks_for_channels(rankings, channels, gram_matrices, decisions.filters, origin, predicted)
     for layer, number in loose:
         masks[layer][number] = False
     emptied = next((layer for layer, mask in masks.items() if not mask.any()), None)
@@ -249,7 +249,7 @@ def write_reviewed_masks(run: Path, review: Path, out: Path | None = None) -> li
     masks = reviewed_masks(directory, read)
     out = out or directory.masks_file
     if out.resolve().parent != directory.path.resolve():
-        masks.probes = read_images(directory.probes_file)
+        masks.calibration_images = read_calibration_images(directory.calibration_images_file)
     save_masks(masks, out)
     flagged = {(entry.layer, entry.filter) for entry in directory.read_decisions().verdicts}
     accepted = sum(read.decisions.get(one) == REMOVE for one in flagged)

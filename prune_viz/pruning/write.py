@@ -92,7 +92,7 @@ def write_removed(
     checkpoint : Checkpoint
         The model, left unchanged.
     masks_file : Path
-        A run's ``masks.pt``, or one made for a budget; merges and probes are read from beside it.
+        A run's ``masks.pt``, or one made for a budget; merges and calibration images are read from beside it.
     input_shape : sequence of int
         Shape of one input, (C, *spatial).
     out : Path
@@ -191,14 +191,16 @@ def check_plain(model: nn.Module) -> None:
 
 
 def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -> list[str]:
-    """Lines on how far the output moves: as was predicted, where filters are merged, and on the probes."""
+    """Lines on how far the output moves: as was predicted, where filters are merged, and on the images."""
     lines = []
     if merged and masks.predicted is not None and masks.predicted.unit is not Unit.CONSUMERS:
         lines.append(f"predicted change of the output: {masks.predicted}")
-    if masks.probes is not None:
-        change = change_on(masks.probes, *(plain_copy(network).float() for network in (model, smaller)))
+    if masks.calibration_images is not None:
+        change = change_on(
+            masks.calibration_images, *(plain_copy(network).float() for network in (model, smaller))
+        )
         if change is not None and math.isfinite(change.value):
-            images = f"the run's {len(masks.probes)} calibration images"
+            images = f"the run's {len(masks.calibration_images)} calibration images"
             lines.append(f"change of the output on {images}: {change}")
     return lines
 

@@ -18,17 +18,19 @@ MERGE_RIDGE = 1e-4  # of a kept channel's own mean square, where all of them reb
 RIDGE = 1e-9  # of a channel's own mean square
 
 
-def eliminate(moments: np.ndarray, energy: np.ndarray, ridge: float = RIDGE) -> tuple[list[int], list[float]]:
+def eliminate(
+    gram: np.ndarray, weight_gram: np.ndarray, ridge: float = RIDGE
+) -> tuple[list[int], list[float]]:
     """Backward elimination of channels by damage, merging as it goes.
 
     Parameters
     ----------
-    moments : ndarray, shape (n + 1, n + 1)
+    gram : ndarray, shape (n + 1, n + 1)
         Second moments of n channels and a constant, the constant last; it is never removed.
-    energy : ndarray, shape (n, n)
+    weight_gram : ndarray, shape (n, n)
         What the consumers make of the channels, in units of damage.
     ridge : float
-        What is added to the moments, as a share of each channel's own mean square.
+        What is added to the Gram matrix, as a share of each channel's own mean square.
 
     Returns
     -------
@@ -37,16 +39,16 @@ def eliminate(moments: np.ndarray, energy: np.ndarray, ridge: float = RIDGE) -> 
     damage : list of float
         Total damage once that channel and all before it are gone, not decreasing.
     """
-    count = len(energy)
-    inverse = invert(moments, ridge)
-    energy = np.pad(energy, (0, 1)).astype(np.float64)
+    count = len(weight_gram)
+    inverse = invert(gram, ridge)
+    weight_gram = np.pad(weight_gram, (0, 1)).astype(np.float64)
     alive = np.ones(count + 1, dtype=bool)
     alive[-1] = False
     order: list[int] = []
     total, damages = 0.0, []
     for _ in range(count - 1):
         residual = 1.0 / np.maximum(np.diag(inverse), 1e-300)
-        loss = np.where(alive, np.diag(energy).clip(min=0) * residual, np.inf)
+        loss = np.where(alive, np.diag(weight_gram).clip(min=0) * residual, np.inf)
         gone = int(loss.argmin())
         total += float(loss[gone])
         order.append(gone)
@@ -59,25 +61,25 @@ def eliminate(moments: np.ndarray, energy: np.ndarray, ridge: float = RIDGE) -> 
         inverse -= np.outer(column, column) / column[gone]
         inverse[gone, :] = inverse[:, gone] = 0.0
         inverse[gone, gone] = 1e-300
-        shared = energy[:, gone].copy()
+        shared = weight_gram[:, gone].copy()
         shared[gone] = 0.0
-        energy += np.outer(weights, shared) + np.outer(shared, weights)
-        energy += energy[gone, gone] * np.outer(weights, weights)
-        energy[gone, :] = energy[:, gone] = 0.0
+        weight_gram += np.outer(weights, shared) + np.outer(shared, weights)
+        weight_gram += weight_gram[gone, gone] * np.outer(weights, weights)
+        weight_gram[gone, :] = weight_gram[:, gone] = 0.0
     return order, damages
 
 
-def invert(moments: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
+def invert(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
     """Inverse of second moments, scaled to unit diagonal and steadied by a small ridge."""
-    diagonal = np.diag(moments).copy()
+    diagonal = np.diag(gram).copy()
     floor = 1e-12 * max(float(np.median(diagonal)), 1e-30)
     scale = np.sqrt(np.maximum(diagonal, floor))
-    scaled = moments / np.outer(scale, scale)
+    scaled = gram / np.outer(scale, scale)
     scaled[np.diag_indices_from(scaled)] += ridge
     return np.asarray(np.linalg.inv(scaled) / np.outer(scale, scale))
 
 
-def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
+def rebuild(channel: int, kept: np.ndarray, gram: np.ndarray) -> np.ndarray:
     """Rebuild a channel from a few kept ones: orthogonal matching pursuit on second moments.
 
     Parameters
@@ -86,7 +88,7 @@ def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
         The channel to rebuild.
     kept : ndarray of int
         Channels that may be used.
-    moments : ndarray, shape (n + 1, n + 1)
+    gram : ndarray, shape (n + 1, n + 1)
         Second moments of the channels and a constant, the constant last.
 
     Returns
@@ -94,11 +96,11 @@ def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
     ndarray, shape (n + 1,)
         Least-squares weights, zero but for at most `MAX_REPRESENTATIVES` channels and the constant.
     """
-    constant = len(moments) - 1
-    mean = moments[:, constant]
-    covariance = moments - np.outer(mean, mean)
+    constant = len(gram) - 1
+    mean = gram[:, constant]
+    covariance = gram - np.outer(mean, mean)
     target = covariance[channel, channel]
-    weights = np.zeros(len(moments))
+    weights = np.zeros(len(gram))
     deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
     usable = kept[deviation[kept] > 1e-6 * max(float(deviation.max()), 1e-30)]
     chosen: list[int] = []
@@ -122,14 +124,14 @@ def rebuild(channel: int, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
     return weights
 
 
-def rebuild_all(removed: Sequence[int], kept: Sequence[int], moments: np.ndarray) -> np.ndarray:
+def rebuild_all(removed: Sequence[int], kept: Sequence[int], gram: np.ndarray) -> np.ndarray:
     """Rebuild removed channels from all kept ones and a constant: least squares on second moments.
 
     Parameters
     ----------
     removed, kept : sequence of int
         Channels.
-    moments : ndarray, shape (n + 1, n + 1)
+    gram : ndarray, shape (n + 1, n + 1)
         Second moments of the channels and a constant, the constant last.
 
     Returns
@@ -137,8 +139,8 @@ def rebuild_all(removed: Sequence[int], kept: Sequence[int], moments: np.ndarray
     ndarray, shape (len(removed), len(kept) + 1)
         Weights of the kept channels and the constant.
     """
-    basis = [*kept, len(moments) - 1]
-    block = moments[np.ix_(basis, basis)].astype(np.float64)
+    basis = [*kept, len(gram) - 1]
+    block = gram[np.ix_(basis, basis)].astype(np.float64)
     floor = 1e-12 * max(float(np.median(np.diag(block))), 1e-30)
     block[np.diag_indices_from(block)] += MERGE_RIDGE * np.diag(block) + floor
-    return np.asarray(np.linalg.solve(block, moments[np.ix_(basis, list(removed))]).T)
+    return np.asarray(np.linalg.solve(block, gram[np.ix_(basis, list(removed))]).T)

@@ -27,7 +27,7 @@ from prune_viz.utils.scratch_arrays import ScratchArrays
 
 
 @dataclass(frozen=True)
-class Sensitivities:
+class FisherMatrices:
     """What changes of a network's maps do to its output.
 
     Attributes
@@ -49,13 +49,13 @@ class Sensitivities:
     unit: Unit
 
 
-def gather_sensitivities(
+def gather_fisher(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     inputs: Callable[[], Iterable[Tensor]],
     seed: int,
     budget: Budget | None = None,
-) -> Sensitivities | None:
+) -> FisherMatrices | None:
     """Sum the gradients of a network's output over inputs, at the inputs and outputs of groups' consumers.
 
     Parameters
@@ -74,7 +74,7 @@ def gather_sensitivities(
 
     Returns
     -------
-    Sensitivities or None
+    FisherMatrices or None
         None where gradients do not reach every consumer, are not finite or vanish, or cannot be separated
         by input.
     """
@@ -89,7 +89,7 @@ def _gather(
     seed: int,
     budget: Budget | None,
     most: int,
-) -> Sensitivities | None:
+) -> FisherMatrices | None:
     modules = dict(model.named_modules())
     names = sorted({places.module for group in groups for places in group.consumers})
     store = ScratchArrays(budget)
@@ -129,7 +129,7 @@ def _gather(
     finite = bool(whole.isfinite().all()) and all(watch.finish(count) for watch in watches.values())
     if not finite or not bool(whole.any()):
         return None
-    return Sensitivities(
+    return FisherMatrices(
         squares, {number: (total / count).numpy() for number, total in ablations.items()}, unit
     )
 

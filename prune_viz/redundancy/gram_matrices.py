@@ -1,7 +1,7 @@
-"""Second moments of filters' signed maps over probes, as the layers that read them see them.
+"""Second moments of filters' signed maps over calibration images, as the layers that read them see them.
 
 Filters are compared where they are read. For every coupling group the inputs of its consumers are watched
-while probes run through the whole network, and the second moments of the group's channels are summed,
+while images run through the whole network, and the second moments of the group's channels are summed,
 with a constant row so that means are carried too. A consumer's zero padding belongs to what it reads, so
 padded positions count as samples.
 """
@@ -33,13 +33,13 @@ from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
-POSITIONS = 64  # of a map that are sampled, a probe
-# Of doubles, a square of its channels each, that a group's moments take for each consumer, and judging it.
+POSITIONS = 64  # of a map that are sampled, a calibration image
+# Squares of doubles, channels by channels, that one consumer's Gram matrices take, and that judging takes.
 _MATRICES, _JUDGING = 8, 10
 
 
 @dataclass
-class Moments:
+class GramMatrices:
     """Second moments of a group's channels as one consumer sees them, apart for fitting and for checking.
 
     Attributes
@@ -47,29 +47,29 @@ class Moments:
     consumer : str
         Name of the reading module.
     fit, held_out : ndarray of float64, shape (n + 1, n + 1)
-        Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the probes to fit and to check
+        Mean of ``v v'`` over samples, ``v`` the n channels and a 1, from the images to fit and to check
         (a 0 instead of the 1 where no bias can carry a constant).
-    energy : ndarray of float64, shape (n, n)
+    weight_gram : ndarray of float64, shape (n, n)
         ``sum over outputs and taps of W[:, i] W[:, j]``: what the consumer makes of a unit of channel
         i together with one of channel j, if what neighbouring taps see is independent.
-    smooth_energy : ndarray of float64, shape (n, n)
+    smooth_weight_gram : ndarray of float64, shape (n, n)
         The same if all taps (positions, behind a flatten) see the same: taps summed before squaring.
     output_variance : float
         Variance of the consumer's output over samples, summed over its outputs.
     unit : float
-        What energies times squared errors are divided by to be a damage: the output's variance, or 2
+        By what ``weight_gram`` times squared errors are divided to be a damage: the output's variance, or 2
         where outputs count by how much the network's own output depends on them (`weigh_outputs`).
     peak : ndarray of float64, shape (n,)
-        Largest absolute value of each channel over all probes.
+        Largest absolute value of each channel over all calibration images.
     mean, variance : ndarray of float64, shape (n,)
-        Of each channel over probes and positions, padding left out.
+        Of each channel over calibration images and positions, padding left out.
     """
 
     consumer: str
     fit: np.ndarray
     held_out: np.ndarray
-    energy: np.ndarray
-    smooth_energy: np.ndarray
+    weight_gram: np.ndarray
+    smooth_weight_gram: np.ndarray
     output_variance: float
     unit: float
     peak: np.ndarray
@@ -78,7 +78,7 @@ class Moments:
 
 
 class _Watch:
-    """Sums one consumer's moments for one group while batches run, into four squares of zeros."""
+    """Sums one consumer's Gram matrices for one group while batches run, into four squares of zeros."""
 
     def __init__(
         self, places: Places, channels: int, module: Any, constant: float, squares: np.ndarray
@@ -88,7 +88,7 @@ class _Watch:
         self.channels = channels
         self.module = module
         self.columns = _columns(places, channels)
-        self.sums, self.energies = squares[:2], squares[2:, :channels, :channels]
+        self.sums, self.weight_grams = squares[:2], squares[2:, :channels, :channels]
         self.counts = np.zeros(2)
         self.output = np.zeros((2, 0))
         self.output_count = 0
@@ -110,8 +110,8 @@ class _Watch:
         self.counts[half] += len(rows)
         axis = channel_axis(module)
         values = output.detach().movedim(axis, -1).flatten(0, -2).double()
-        moments = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
-        self.output = moments if self.output_count == 0 else self.output + moments
+        sums = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
+        self.output = sums if self.output_count == 0 else self.output + sums
         self.output_count += len(values)
 
     def _samples(self, inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,18 +132,18 @@ class _Watch:
         largest = inputs.abs().movedim(axis, 0).flatten(1).amax(dim=1)
         return np.asarray(largest[self.columns].amax(dim=1).double().cpu().numpy())
 
-    def moments(self) -> Moments:
+    def gram_matrices(self) -> GramMatrices:
         means = self.output / max(self.output_count, 1)
         mean = self.first / max(self.inner_count, 1)
         output_variance = float((means[1] - means[0] ** 2).clip(min=0).sum())
         self.sums /= self.counts.clip(min=1)[:, None, None]
-        self.energies[0], self.energies[1] = _energies(self.module, self.columns)
-        return Moments(
+        self.weight_grams[0], self.weight_grams[1] = _weight_grams(self.module, self.columns)
+        return GramMatrices(
             self.places.module,
             self.sums[0],
             self.sums[1],
-            self.energies[0],
-            self.energies[1],
+            self.weight_grams[0],
+            self.weight_grams[1],
             output_variance,
             output_variance,
             self.peak,
@@ -158,7 +158,7 @@ def _columns(places: Places, channels: int) -> Tensor:
     return torch.from_numpy(places.indices[order].reshape(channels, -1))
 
 
-def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _weight_grams(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What a consumer makes of each pair of channels, taps apart and together, seen through `root`."""
     weight = by_inputs(module, module.weight.detach().double().cpu())
     weight = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
@@ -173,10 +173,10 @@ def _energies(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple
 def weigh_outputs(
     model: nn.Module,
     group: CouplingGroup,
-    moments: Sequence[Moments],
-    sensitivities: Mapping[str, np.ndarray],
+    gram_matrices: Sequence[GramMatrices],
+    fisher: Mapping[str, np.ndarray],
     store: ScratchArrays,
-) -> list[Moments]:
+) -> list[GramMatrices]:
     """Let the outputs of a group's consumers count by how much the network's output depends on them.
 
     Parameters
@@ -185,31 +185,35 @@ def weigh_outputs(
         The network.
     group : CouplingGroup
         The group.
-    moments : sequence of Moments
+    gram_matrices : sequence of GramMatrices
         One a consumer.
-    sensitivities : mapping of str to ndarray
-        From `prune_viz.redundancy.fisher.gather_sensitivities`, for every consumer.
+    fisher : mapping of str to ndarray
+        From `prune_viz.redundancy.fisher.gather_fisher`, for every consumer.
     store : ScratchArrays
         Where what is new is kept.
     """
     modules = dict(model.named_modules())
     weighed = []
-    squares = store.zeros((len(moments), 2, group.channels, group.channels))
-    for places, found, energies in zip(group.consumers, moments, squares, strict=True):
-        values, vectors = np.linalg.eigh(sensitivities[places.module])
+    squares = store.zeros((len(gram_matrices), 2, group.channels, group.channels))
+    for places, found, weight_grams in zip(group.consumers, gram_matrices, squares, strict=True):
+        values, vectors = np.linalg.eigh(fisher[places.module])
         root = torch.from_numpy(np.sqrt(values.clip(min=0))[:, None] * vectors.T)
         columns = _columns(places, group.channels)
-        energies[0], energies[1] = _energies(modules[places.module], columns, root)
-        weighed.append(replace(found, energy=energies[0], smooth_energy=energies[1], unit=2.0))
+        weight_grams[0], weight_grams[1] = _weight_grams(modules[places.module], columns, root)
+        weighed.append(
+            replace(found, weight_gram=weight_grams[0], smooth_weight_gram=weight_grams[1], unit=2.0)
+        )
     return weighed
 
 
-def pool_moments(parts: Sequence[Sequence[Moments]], shares: Sequence[float]) -> list[Moments]:
-    """Moments over several sets of probes together, of one group.
+def pool_gram_matrices(
+    parts: Sequence[Sequence[GramMatrices]], shares: Sequence[float]
+) -> list[GramMatrices]:
+    """Gram matrices over several sets of calibration images together, of one group.
 
     Parameters
     ----------
-    parts : sequence of sequence of Moments
+    parts : sequence of sequence of GramMatrices
         For each set, one a consumer. Second moments of the first set are overwritten.
     shares : sequence of float
         What each set counts for; they add to 1.
@@ -272,14 +276,14 @@ def _padding(module: Any, inputs: Tensor, output: Tensor) -> list[int]:
 
 
 def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[CouplingGroup]]:
-    """Give groups in order, so many at a time that their moments take `most` bytes; one alone may more.
+    """Give groups in order, so many at a time that their Gram matrices take `most` bytes; one alone may more.
 
-    With `most` half of what is left of main memory, `ScratchArrays` keeps the moments of several in memory,
-    and of one that takes more in a file.
+    With `most` half of what is left of main memory, `ScratchArrays` keeps the Gram matrices of several groups
+    in memory, and those of a group that takes more in a file.
     """
     chosen: list[CouplingGroup] = []
     for group in groups:
-        if chosen and _bytes_of_moments([*chosen, group]) > most:
+        if chosen and _bytes_of_gram_matrices([*chosen, group]) > most:
             yield chosen
             chosen = []
         chosen.append(group)
@@ -287,27 +291,27 @@ def rounds(groups: Sequence[CouplingGroup], most: int) -> Iterator[list[Coupling
         yield chosen
 
 
-def _bytes_of_moments(groups: Sequence[CouplingGroup]) -> int:
-    """What the moments of groups take, and judging the widest."""
+def _bytes_of_gram_matrices(groups: Sequence[CouplingGroup]) -> int:
+    """What the Gram matrices of groups take, and judging the widest."""
     squares = [8 * (group.channels + 1) ** 2 for group in groups]
     held = sum(_MATRICES * len(group.consumers) * size for group, size in zip(groups, squares, strict=True))
     return held + _JUDGING * max(squares)
 
 
 def _bytes_at_a_time(group: CouplingGroup, store: ScratchArrays) -> int:
-    """What the moments of a group take of memory while they are gathered: all, or of a file a few squares."""
+    """What a group's Gram matrices take of memory while they are summed: all, or of a file a few squares."""
     square = 8 * (group.channels + 1) ** 2
     gathered = 4 * len(group.consumers) * square
     return 3 * square + (gathered if gathered <= store.most else 0)
 
 
-def gather_moments(
+def gather_gram_matrices(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    probes: Callable[[], Iterable[tuple[Tensor, bool]]],
+    batches: Callable[[], Iterable[tuple[Tensor, bool]]],
     budget: Budget | None = None,
-) -> dict[int, list[Moments]]:
-    """Run probes through the whole network and sum every group's moments at its consumers.
+) -> dict[int, list[GramMatrices]]:
+    """Run calibration images through the whole network and sum every group's Gram matrices at its consumers.
 
     Parameters
     ----------
@@ -315,37 +319,37 @@ def gather_moments(
         The network in eval mode.
     groups : sequence of CouplingGroup
         Which groups to watch.
-    probes : callable
+    batches : callable
         Gives batches, shape (B, C, *size), and whether they are held out for checking; called again where
         memory ran out and all is begun anew with smaller ones.
     budget : Budget, optional
-        Memory that may be taken; moments that do not fit are kept in a file.
+        Memory that may be taken; Gram matrices that do not fit are kept in a file.
 
     Returns
     -------
     dict
-        Group number -> one `Moments` a consumer.
+        Group number -> one `GramMatrices` a consumer.
 
     Raises
     ------
     UserError
-        If moments do not fit in memory, nor on the disk.
+        If Gram matrices do not fit in memory, nor on the disk.
     """
     store = ScratchArrays(budget)
     device = next(model.parameters()).device
     aside = sum(_bytes_at_a_time(group, store) for group in groups) if device.type == "cpu" else 0
     limit = RowLimit(budget, model, backward=False, aside=aside)
-    return with_fewer(partial(_gather, model, groups, probes, limit, store), BATCH, device)
+    return with_fewer(partial(_gather, model, groups, batches, limit, store), BATCH, device)
 
 
 def _gather(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    probes: Callable[[], Iterable[tuple[Tensor, bool]]],
+    batches: Callable[[], Iterable[tuple[Tensor, bool]]],
     limit: RowLimit,
     store: ScratchArrays,
     most: int,
-) -> dict[int, list[Moments]]:
+) -> dict[int, list[GramMatrices]]:
     modules = dict(model.named_modules())
     watches: dict[int, list[_Watch]] = {}
     for group in groups:
@@ -355,7 +359,7 @@ def _gather(
             _Watch(places, group.channels, modules[places.module], constant, own)
             for places, own in zip(group.consumers, squares, strict=True)
         ]
-    half: bool | None = None  # which one the probes are of, held out or not
+    half: bool | None = None  # which one the calibration images are of, held out or not
 
     def attach(watch: _Watch) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -366,12 +370,12 @@ def _gather(
 
     device = next(model.parameters()).device
     with attached(attach(watch) for found in watches.values() for watch in found), torch.no_grad():
-        for batch, held_out in probes():
+        for batch, held_out in batches():
             for part in limit.split(batch, most):
                 half = held_out
                 model(part.to(device))
                 half = None
-    return {number: [watch.moments() for watch in found] for number, found in watches.items()}
+    return {number: [watch.gram_matrices() for watch in found] for number, found in watches.items()}
 
 
 def _constant(group: CouplingGroup, modules: dict[str, nn.Module]) -> float:

@@ -1,7 +1,7 @@
 """The removal order of every coupling group, by what removal does to the network's output.
 
-It is measured on probes near the training data: calibrated ones where there can be any, and the user's
-own images where there are some. How much the output depends on what each consumer gives
+It is measured on calibration images: synthetic ones where there can be any, and the user's own images
+where there are some. How much the output depends on what each consumer gives
 (`prune_viz.redundancy.fisher`) weighs what the consumers would lose.
 """
 
@@ -32,8 +32,13 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
 from prune_viz.redundancy.dead import are_silent
-from prune_viz.redundancy.fisher import Sensitivities, gather_sensitivities
-from prune_viz.redundancy.gram_matrices import Moments, gather_moments, pool_moments, weigh_outputs
+from prune_viz.redundancy.fisher import FisherMatrices, gather_fisher
+from prune_viz.redundancy.gram_matrices import (
+    GramMatrices,
+    gather_gram_matrices,
+    pool_gram_matrices,
+    weigh_outputs,
+)
 from prune_viz.redundancy.judge import GroupVerdicts, note_silent, rank
 from prune_viz.redundancy.sign_pairs import weight_signs
 from prune_viz.runs.damage import Unit
@@ -44,7 +49,7 @@ from prune_viz.utils.progress import counted
 from prune_viz.utils.scratch_arrays import ScratchArrays
 
 WIDEST = {1: 4096, 2: 160, 3: 32}  # synthetic images, by spatial axes
-SENSED = 4  # variants of each calibrated probe on which the output's sensitivity is measured
+FISHER_VARIANTS = 4  # variants of each synthetic image on which the Fisher matrices are measured
 
 
 @dataclass(frozen=True)
@@ -79,27 +84,27 @@ class CalibrationImages:
 
 @dataclass(frozen=True)
 class Measured:
-    """Moments of groups on probes near the training data.
+    """Gram matrices of groups on calibration images.
 
     Attributes
     ----------
-    moments : dict of int to list of Moments
+    gram_matrices : dict of int to list of GramMatrices
         By the group's number, one a consumer.
-    weighed : dict of int to list of Moments
+    weighed : dict of int to list of GramMatrices
         The same, weighted by the network output's sensitivity to them, where that is known.
     silent : dict of int to ndarray of bool, each shape (channels,)
         Which channels stay zero on all of the user's own images; empty where there are none.
     ablations : dict of int to ndarray, each shape (channels,), or None
-        What silencing each channel costs the network's output (`Sensitivities.ablations`); None where
+        What silencing each channel costs the network's output (`FisherMatrices.ablations`); None where
         nothing is near the training data or that cannot be measured.
     unit : Unit
-        Of damage by the weighed moments: that of `Sensitivities`, or a share of the consumers' output.
+        Of damage by the weighed Gram matrices: that of `FisherMatrices`, or a share of the consumers' output.
     signs : dict of int to ndarray of int, each shape (channels, channels)
         Which channels have the same weights, and which opposite ones (`prune_viz.redundancy.sign_pairs`).
     """
 
-    moments: dict[int, list[Moments]]
-    weighed: dict[int, list[Moments]]
+    gram_matrices: dict[int, list[GramMatrices]]
+    weighed: dict[int, list[GramMatrices]]
     silent: dict[int, np.ndarray]
     ablations: dict[int, np.ndarray] | None
     unit: Unit
@@ -114,12 +119,12 @@ class Ranked:
     ----------
     verdicts : dict of int to GroupVerdicts
         By the group's number, with the new orders and damages.
-    moments : dict of int to ndarray, each shape (channels + 1, channels + 1)
+    gram_matrices : dict of int to ndarray, each shape (channels + 1, channels + 1)
         Second moments of the channels of each group that was measured, and a constant.
     """
 
     verdicts: dict[int, GroupVerdicts]
-    moments: dict[int, np.ndarray]
+    gram_matrices: dict[int, np.ndarray]
 
 
 def synthesise_images(
@@ -128,7 +133,7 @@ def synthesise_images(
     input_shape: Sequence[int],
     context: RunContext,
 ) -> SyntheticImages | None:
-    """Calibrate probes that start from dead leaves and from the stimuli of the deep layers.
+    """Synthesise calibration images that start from dead leaves and from the stimuli of the deep layers.
 
     Parameters
     ----------
@@ -157,43 +162,43 @@ def synthesise_images(
     return found
 
 
-def sense_output(
+def measure_fisher(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    near: CalibrationImages,
+    calibration: CalibrationImages,
     context: RunContext,
-) -> Sensitivities | None:
+) -> FisherMatrices | None:
     """How the network's output depends on the outputs of groups' consumers, near the training data.
 
     Parameters are those of `measure_groups`. None where nothing is near the training data, or where it cannot
-    be measured (`prune_viz.redundancy.fisher.gather_sensitivities`).
+    be measured (`prune_viz.redundancy.fisher.gather_fisher`).
     """
-    if not groups or not near.any():
+    if not groups or not calibration.any():
         return None
     progress = context.progress
 
     def batches() -> Iterator[Tensor]:
-        examples = [] if near.examples is None else [near.examples]
-        count = 0 if near.synthetic is None else SENSED * len(near.synthetic)
-        progress.start("sensitivity", count + sum(map(len, examples)))
-        for images in chain(islice(near.varied(model), SENSED), examples):
+        examples = [] if calibration.examples is None else [calibration.examples]
+        count = 0 if calibration.synthetic is None else FISHER_VARIANTS * len(calibration.synthetic)
+        progress.start("fisher", count + sum(map(len, examples)))
+        for images in chain(islice(calibration.varied(model), FISHER_VARIANTS), examples):
             for batch in torch.split(images, BATCH):
                 yield batch
                 progress.advance(len(batch))
         progress.finish()
 
-    return gather_sensitivities(model, groups, batches, near.seed, context.budget)
+    return gather_fisher(model, groups, batches, calibration.seed, context.budget)
 
 
 def measure_groups(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    known: Mapping[int, Sequence[Moments]],
-    near: CalibrationImages,
-    sensitivities: Sensitivities | None,
+    known: Mapping[int, Sequence[GramMatrices]],
+    calibration: CalibrationImages,
+    fisher: FisherMatrices | None,
     context: RunContext,
 ) -> Measured:
-    """Measure groups on probes near the training data.
+    """Measure groups on calibration images.
 
     Parameters
     ----------
@@ -201,27 +206,27 @@ def measure_groups(
         The network in eval mode, batch norms unfolded; left unchanged.
     groups : sequence of CouplingGroup
         Those to measure.
-    known : mapping of int to sequence of Moments
-        Their moments on noise and stimuli, which count where there is nothing nearer.
-    near : CalibrationImages
+    known : mapping of int to sequence of GramMatrices
+        Their Gram matrices on noise and stimuli, which count where there is nothing nearer.
+    calibration : CalibrationImages
         What is near the training data.
-    sensitivities : Sensitivities or None
-        From `sense_output`.
+    fisher : FisherMatrices or None
+        From `measure_fisher`.
     context : RunContext
         What the stages of a run share.
     """
     norms = norms_behind(model)
     signs = {group.number: weight_signs(model, group, norms) for group in groups}
-    moments, silent = _gather(model, groups, near, context)
-    moments = moments or {number: list(consumers) for number, consumers in known.items()}
-    if sensitivities is None:
-        return Measured(moments, moments, silent, None, Unit.CONSUMERS, signs)
+    gram_matrices, silent = _gather(model, groups, calibration, context)
+    gram_matrices = gram_matrices or {number: list(consumers) for number, consumers in known.items()}
+    if fisher is None:
+        return Measured(gram_matrices, gram_matrices, silent, None, Unit.CONSUMERS, signs)
     store = ScratchArrays(context.budget)
     weighed = {
-        group.number: weigh_outputs(model, group, moments[group.number], sensitivities.consumers, store)
+        group.number: weigh_outputs(model, group, gram_matrices[group.number], fisher.consumers, store)
         for group in groups
     }
-    return Measured(moments, weighed, silent, sensitivities.ablations, sensitivities.unit, signs)
+    return Measured(gram_matrices, weighed, silent, fisher.ablations, fisher.unit, signs)
 
 
 def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ranked:
@@ -232,14 +237,14 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
     verdicts : mapping of int to GroupVerdicts
         Of all groups, by number.
     measured : Measured
-        Their moments.
+        Their Gram matrices.
     """
     ranked, pooled = dict(verdicts), {}
-    for number, moments in measured.moments.items():
+    for number, gram_matrices in measured.gram_matrices.items():
         ablations = None if measured.ablations is None else measured.ablations[number]
         ranked[number], pooled[number] = rank(
             verdicts[number],
-            moments,
+            gram_matrices,
             measured.weighed[number],
             ablations,
             measured.unit,
@@ -253,32 +258,34 @@ def rank_groups(verdicts: Mapping[int, GroupVerdicts], measured: Measured) -> Ra
 def _gather(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
-    near: CalibrationImages,
+    calibration: CalibrationImages,
     context: RunContext,
-) -> tuple[dict[int, list[Moments]], dict[int, np.ndarray]]:
-    """The groups' moments over synthetic images and examples, and what channels examples leave silent."""
+) -> tuple[dict[int, list[GramMatrices]], dict[int, np.ndarray]]:
+    """The groups' Gram matrices on all calibration images, and which channels examples leave silent."""
     parts, counts, silent = [], [], {}
-    if (calibrated := near.synthetic) is not None:
+    if (calibrated := calibration.synthetic) is not None:
         count = synthetic_images.VARIANTS * len(calibrated)
 
         def moved() -> Iterator[tuple[Tensor, bool]]:
-            return counted(context.progress, "ranking", _split(near.varied(model)), count)
+            return counted(context.progress, "ranking", _split(calibration.varied(model)), count)
 
-        parts.append(gather_moments(model, groups, moved, context.budget))
+        parts.append(gather_gram_matrices(model, groups, moved, context.budget))
         counts.append(len(calibrated))
-    if (examples := near.examples) is not None:
+    if (examples := calibration.examples) is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
             return counted(context.progress, "ranking data", _split([examples]), len(examples))
 
-        seen = gather_moments(model, groups, shown, context.budget)
+        seen = gather_gram_matrices(model, groups, shown, context.budget)
         silent = {number: are_silent(consumers) for number, consumers in seen.items()}
         parts.append(seen)
         counts.append(len(examples))
     if not parts:
         return {}, {}
     shares = [count / sum(counts) for count in counts]
-    pooled = {group.number: pool_moments([part[group.number] for part in parts], shares) for group in groups}
+    pooled = {
+        group.number: pool_gram_matrices([part[group.number] for part in parts], shares) for group in groups
+    }
     return pooled, silent
 
 
@@ -296,7 +303,7 @@ class Predictions:
     confidence : float
         Mean largest probability.
     classes : int
-        How many classes are the likeliest of some probe.
+        How many classes are the likeliest of some calibration image.
     """
 
     confidence: float
@@ -347,8 +354,8 @@ def describe(
                 f" The network takes them for {predicted.classes} class{plural}, at a mean probability of "
                 f"{predicted.confidence:.2f}."
             )
-        if calibrated.held is not None:
-            share = f"{calibrated.held:.2f}"
+        if calibrated.activation_kept is not None:
+            share = f"{calibrated.activation_kept:.2f}"
             looks += f" Stimuli among them still activate their filters at {share} (median) of before."
         return (
             f"The removal order rests on {len(calibrated.images)} synthetic calibration images{also}. They "
@@ -371,11 +378,11 @@ def summary(calibrated: SyntheticImages | None, predicted: Predictions | None) -
     if calibrated is None:
         return None
     return {
-        "probes": len(calibrated.images),
+        "images": len(calibrated.images),
         "size": list(calibrated.images.shape[2:]),
         "passes": calibrated.passes,
         "before": calibrated.before,
         "distance": calibrated.distance,
-        "held": calibrated.held,
+        "activation_kept": calibrated.activation_kept,
         **({} if predicted is None else asdict(predicted)),
     }

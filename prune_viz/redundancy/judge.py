@@ -1,10 +1,10 @@
 """Verdicts: which filters repeat others or do nothing, with the numbers that show it.
 
 A channel is redundant when a few kept channels rebuild it. What backward elimination (`elimination`)
-proposes is confirmed sparsely and on probes that the fit did not see: each proposed channel must be rebuilt
+proposes is confirmed sparsely and on images that the fit did not see: each proposed channel must be rebuilt
 from at most `MAX_REPRESENTATIVES` kept ones, and all of them together must cost the consumers less than the
 tolerance, a share of their output's variance. What removal does to the network's own output is measured by
-`rank`, where its sensitivity is known, on probes near the training data. There a redundant channel must,
+`rank`, where its sensitivity is known, on calibration images. There a redundant channel must,
 taken alone, cost the consumers and the output at most half of the tolerance too.
 """
 
@@ -19,13 +19,13 @@ from prune_viz.calibration.images import HELD_OUT
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.redundancy.dead import dead_kinds
 from prune_viz.redundancy.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
-from prune_viz.redundancy.gram_matrices import Moments
+from prune_viz.redundancy.gram_matrices import GramMatrices
 from prune_viz.redundancy.sign_pairs import last_of_their_sign
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.verdicts import Verdict
 
 TOLERANCE = 1e-3
-_MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on probes
+_MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on calibration images
 MIN_SCORE = 0.97  # share of a channel's variance, held out, that others rebuild where it is redundant
 
 
@@ -98,21 +98,23 @@ class GroupVerdicts:
     unit: Unit = Unit.CONSUMERS
 
 
-def judge_unjudged(group: CouplingGroup) -> GroupVerdicts:
+def keep_whole_group(group: CouplingGroup) -> GroupVerdicts:
     """Verdicts for a group that cannot be judged: everything is kept."""
     nan = float("nan")
     kept = [_kept(index, nan, nan) for index in range(group.channels)]
     return GroupVerdicts(group.number, kept, [], [], 0.0)
 
 
-def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = TOLERANCE) -> GroupVerdicts:
+def judge(
+    group: CouplingGroup, gram_matrices: Sequence[GramMatrices], tolerance: float = TOLERANCE
+) -> GroupVerdicts:
     """Judge every channel of a group.
 
     Parameters
     ----------
     group : CouplingGroup
         The group; one that is not removable is kept whole.
-    moments : sequence of Moments
+    gram_matrices : sequence of GramMatrices
         One a consumer.
     tolerance : float
         Damage allowed to all flagged channels of the group together, 0 to 1.
@@ -121,17 +123,17 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     -------
     GroupVerdicts
     """
-    consumers = [consumer for consumer in moments if consumer.output_variance > 0]
+    consumers = [consumer for consumer in gram_matrices if consumer.output_variance > 0]
     if not group.removable or not consumers:
-        return judge_unjudged(group)
-    fit, held_out, energy = combine(consumers)
-    order, order_damage = eliminate(fit, energy)
+        return keep_whole_group(group)
+    fit, held_out, weight_gram = combine(consumers)
+    order, order_damage = eliminate(fit, weight_gram)
     proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
     dead = dead_kinds(consumers)
     rebuilt = _confirm(proposed, dead, fit, held_out, consumers, tolerance)
     kept = [channel for channel in range(group.channels) if channel not in rebuilt]
     score = _score_kept(kept, fit, held_out, RIDGE)
-    damage = np.diag(energy) * np.diag(fit)[:-1]
+    damage = np.diag(weight_gram) * np.diag(fit)[:-1]
     channels = []
     for channel in range(group.channels):
         if channel in rebuilt:
@@ -157,37 +159,37 @@ def judge(group: CouplingGroup, moments: Sequence[Moments], tolerance: float = T
     return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, consumers))
 
 
-def combine(consumers: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make one set of moments for all consumers, weighted by what each makes of the channels.
+def combine(consumers: Sequence[GramMatrices]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make one set of Gram matrices for all consumers, weighted by what each makes of the channels.
 
     Returns
     -------
     fit, held_out : ndarray, shape (n + 1, n + 1)
         Second moments of the n channels and a constant.
-    energy : ndarray, shape (n, n)
+    weight_gram : ndarray, shape (n, n)
         What the consumers make of the channels, in units of damage.
     """
-    energy = np.zeros(consumers[0].energy.shape)
+    weight_gram = np.zeros(consumers[0].weight_gram.shape)
     weights = np.zeros(len(consumers))
     for index, consumer in enumerate(consumers):
-        energy += consumer.energy / consumer.unit
-        weights[index] = np.trace(consumer.energy) / consumer.unit
+        weight_gram += consumer.weight_gram / consumer.unit
+        weights[index] = np.trace(consumer.weight_gram) / consumer.unit
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(consumers), 1 / len(consumers))
     fit, held_out = np.zeros(consumers[0].fit.shape), np.zeros(consumers[0].fit.shape)
     for weight, consumer in zip(weights, consumers, strict=True):
         fit += weight * consumer.fit
         held_out += weight * consumer.held_out
-    return fit, held_out, energy
+    return fit, held_out, weight_gram
 
 
 def order_channels(
-    fit: np.ndarray, held_out: np.ndarray, energy: np.ndarray
+    fit: np.ndarray, held_out: np.ndarray, weight_gram: np.ndarray
 ) -> tuple[list[int], list[float], np.ndarray]:
     """Order a group's channels by what removing them costs.
 
     Parameters
     ----------
-    fit, held_out, energy : ndarray
+    fit, held_out, weight_gram : ndarray
         From `combine`.
 
     Returns
@@ -197,29 +199,29 @@ def order_channels(
     damage : list of float
         Predicted damage of having removed that channel and all before it.
     pooled : ndarray, shape (channels + 1, channels + 1)
-        Second moments of the channels and a constant, over all probes and consumers.
+        Second moments of the channels and a constant, over all calibration images and consumers.
     """
     pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
-    return *eliminate(pooled, energy, MERGE_RIDGE), pooled
+    return *eliminate(pooled, weight_gram, MERGE_RIDGE), pooled
 
 
 def rank(
     verdicts: GroupVerdicts,
-    moments: Sequence[Moments],
-    weighed: Sequence[Moments],
+    gram_matrices: Sequence[GramMatrices],
+    weighed: Sequence[GramMatrices],
     ablations: np.ndarray | None,
     unit: Unit,
     signs: np.ndarray | None = None,
 ) -> tuple[GroupVerdicts, np.ndarray]:
-    """Order a judged group's channels, and measure each one's damage, on probes near the training data.
+    """Order a judged group's channels, and measure each one's damage, on calibration images.
 
     Parameters
     ----------
     verdicts : GroupVerdicts
         What was found in the group.
-    moments : sequence of Moments
+    gram_matrices : sequence of GramMatrices
         One a consumer.
-    weighed : sequence of Moments
+    weighed : sequence of GramMatrices
         The same, outputs counting by what the network's own output makes of them, where that is known
         (`prune_viz.redundancy.gram_matrices.weigh_outputs`).
     ablations : ndarray or None, shape (channels,)
@@ -236,19 +238,19 @@ def rank(
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
         A redundant channel that costs the consumers or the network's output more than half of `TOLERANCE`
         is kept after all, and so is the last of a sign where both occur.
-        Where nothing that reads the group varies, on these probes or those of the verdicts, the order is
+        Where nothing that reads the group varies, on these images or those of the verdicts, the order is
         empty and the damage unknown.
     ndarray, shape (channels + 1, channels + 1)
         From `order_channels`.
     """
-    plain = [consumer for consumer in moments if consumer.output_variance > 0]
+    plain = [consumer for consumer in gram_matrices if consumer.output_variance > 0]
     consumers = [consumer for consumer in weighed if consumer.output_variance > 0]
     if not consumers or np.isnan(verdicts.channels[0].damage):
         unknown = [replace(one, score=np.nan, damage=np.nan) for one in verdicts.channels]
         unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
-        return unranked, np.array(moments[0].fit)
-    fit, held_out, energy = combine(consumers)
-    order, order_damage, pooled = order_channels(fit, held_out, energy)
+        return unranked, np.array(gram_matrices[0].fit)
+    fit, held_out, weight_gram = combine(consumers)
+    order, order_damage, pooled = order_channels(fit, held_out, weight_gram)
     costs, flagged = {}, []
     for one in verdicts.channels:
         if not one.verdict.flagged:
@@ -265,7 +267,7 @@ def rank(
         flagged = [channel for channel in flagged if channel not in staying]
     kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
-    damage = np.diag(energy) * np.diag(pooled)[:-1] if ablations is None else ablations
+    damage = np.diag(weight_gram) * np.diag(pooled)[:-1] if ablations is None else ablations
     channels = [
         replace(one, damage=costs[one.channel])
         if one.channel in flagged
@@ -301,7 +303,7 @@ def _confirm(
     dead: Sequence[str],
     fit: np.ndarray,
     held_out: np.ndarray,
-    consumers: Sequence[Moments],
+    consumers: Sequence[GramMatrices],
     tolerance: float,
 ) -> dict[int, np.ndarray]:
     """Which proposed channels hold up: channel -> weights over channels and constant that rebuild it.
@@ -355,11 +357,11 @@ def _residuals(rebuilt: dict[int, np.ndarray], size: int) -> np.ndarray:
     return rows
 
 
-def _damage(rebuilt: dict[int, np.ndarray], consumers: Sequence[Moments]) -> float:
+def _damage(rebuilt: dict[int, np.ndarray], consumers: Sequence[GramMatrices]) -> float:
     """What removing and merging channels costs the consumers, in units of their damage.
 
-    Each consumer is weighed alone. The worse of fit and held-out moments counts, and of what is lost being
-    independent from tap to tap or the same at all of them.
+    Each consumer is weighed alone. The worse of the fit and held-out Gram matrices counts, and the worse of
+    what is lost being independent from tap to tap or the same at all of them.
     """
     if not rebuilt:
         return 0.0
@@ -370,17 +372,19 @@ def _damage(rebuilt: dict[int, np.ndarray], consumers: Sequence[Moments]) -> flo
     total = 0.0
     for consumer in consumers:
         losses = [rows @ half[np.ix_(named, named)] @ rows.T for half in (consumer.fit, consumer.held_out)]
-        energies = [matrix[np.ix_(removed, removed)] for matrix in (consumer.energy, consumer.smooth_energy)]
-        worst = max(float((energy * lost).sum()) for energy in energies for lost in losses)
+        weight_grams = [
+            matrix[np.ix_(removed, removed)] for matrix in (consumer.weight_gram, consumer.smooth_weight_gram)
+        ]
+        worst = max(float((weight_gram * lost).sum()) for weight_gram in weight_grams for lost in losses)
         total += max(0.0, worst) / consumer.unit
     return total
 
 
-def _score(channel: int, weights: np.ndarray, moments: np.ndarray) -> float:
-    """Share of a channel's variance that the weights rebuild, by the moments given, 0 to 1."""
-    variance = moments[channel, channel] - moments[channel, -1] ** 2
-    row = _residuals({channel: weights}, len(moments))[0]
-    lost = float(row @ moments @ row)
+def _score(channel: int, weights: np.ndarray, gram: np.ndarray) -> float:
+    """Share of a channel's variance that the weights rebuild, by the Gram matrices given, 0 to 1."""
+    variance = gram[channel, channel] - gram[channel, -1] ** 2
+    row = _residuals({channel: weights}, len(gram))[0]
+    lost = float(row @ gram @ row)
     return 1.0 if variance <= 1e-30 else float(np.clip(1 - lost / variance, 0, 1))
 
 

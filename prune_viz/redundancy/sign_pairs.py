@@ -1,7 +1,7 @@
 """Filters of opposite signs, f and -f: behind a rectifier they are the two sides of what one weight sees.
 
-Few of either side may fire on probes, and others may then seem to make up for it. So of weights that occur in
-both signs the last filter of a sign is never called redundant.
+Few of either side may fire on calibration images, and others may then seem to make up for it. So of weights
+that occur in both signs the last filter of a sign is never called redundant.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def _clear(run: RunDirectory, fresh: bool) -> None:
     if fresh:
         for folder in (run.layers_folder, run.tasks_folder):
             remove_tensors(folder)
-        run.probes_file.unlink(missing_ok=True)
+        run.calibration_images_file.unlink(missing_ok=True)
         run.log_file.unlink(missing_ok=True)
     # While a run is under way, no verdicts of an earlier one stand beside its provenance.
     remove_report(run.path)

@@ -75,7 +75,7 @@ def merges_beside(masks_file: Path) -> Path:
     return masks_file.with_suffix(".merges.json")
 
 
-def probes_beside(masks_file: Path) -> Path:
+def calibration_images_beside(masks_file: Path) -> Path:
     """Where the synthetic images stand of masks that lie outside their run."""
     return masks_file.with_suffix(".probes.safetensors")
 
@@ -119,12 +119,12 @@ class RunDirectory:
         return self.path / "decisions.schema.json"
 
     @property
-    def moments_file(self) -> Path:
+    def gram_matrices_file(self) -> Path:
         """Second moments of the coupling groups' channels."""
         return self.path / "moments.safetensors"
 
     @property
-    def probes_file(self) -> Path:
+    def calibration_images_file(self) -> Path:
         """Synthetic calibration images."""
         return self.path / "probes.safetensors"
 
@@ -155,22 +155,22 @@ class RunDirectory:
 
     @property
     def conclusions(self) -> list[Path]:
-        """Files that follow from stimuli and probes, and are written anew by every run."""
+        """Files that follow from stimuli and calibration images, and are written anew by every run."""
         return [
             self.masks_file,
             merges_beside(self.masks_file),
-            probes_beside(self.masks_file),
+            calibration_images_beside(self.masks_file),
             self.decisions_file,
             self.schema_file,
             self.filters_file,
-            self.moments_file,
+            self.gram_matrices_file,
             self.examples_file,
         ]
 
     @property
     def files(self) -> list[Path]:
         """Every file of fixed name that a run writes."""
-        return [*self.conclusions, self.provenance_file, self.probes_file, self.log_file]
+        return [*self.conclusions, self.provenance_file, self.calibration_images_file, self.log_file]
 
     @property
     def provenance_file(self) -> Path:
@@ -196,11 +196,15 @@ class RunDirectory:
         """
         masks = self.masks_file if out is None else out
         own = os.path.realpath(masks) == os.path.realpath(self.masks_file)
-        replaced = [self.masks_file, merges_beside(self.masks_file), probes_beside(self.masks_file)]
+        replaced = [
+            self.masks_file,
+            merges_beside(self.masks_file),
+            calibration_images_beside(self.masks_file),
+        ]
         given = [*self.files, *([] if review is None else [review])]
         inputs = [file for file in given if not (own and file in replaced)]
         check_destination("--out", masks, inputs, force or own)
-        for file in (merges_beside(masks), probes_beside(masks)):
+        for file in (merges_beside(masks), calibration_images_beside(masks)):
             check_destination("--out", file, inputs, force or own)
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
@@ -283,12 +287,14 @@ class RunDirectory:
         read = read_arrays(self.path / file, mapped=("images",))
         return {} if read is None else read[1]
 
-    def write_moments(self, moments: Mapping[int, np.ndarray]) -> None:
+    def write_gram_matrices(self, gram_matrices: Mapping[int, np.ndarray]) -> None:
         """Write each group's second moments, (channels + 1, channels + 1), at single precision."""
-        arrays = {str(number): matrix.astype(np.float32, copy=False) for number, matrix in moments.items()}
-        write_arrays(self.moments_file, arrays)
+        arrays = {
+            str(number): matrix.astype(np.float32, copy=False) for number, matrix in gram_matrices.items()
+        }
+        write_arrays(self.gram_matrices_file, arrays)
 
-    def read_moments(self) -> dict[int, np.ndarray]:
+    def read_gram_matrices(self) -> dict[int, np.ndarray]:
         """Read each group's second moments.
 
         Raises
@@ -296,13 +302,15 @@ class RunDirectory:
         UserError
             If the file is missing or damaged.
         """
-        read = read_arrays(self.moments_file)
+        read = read_arrays(self.gram_matrices_file)
         sound = read is not None and all(
             re.fullmatch(r"[0-9]{1,9}", number) and matrix.ndim == 2 and len(set(matrix.shape)) == 1
             for number, matrix in read[0].items()
         )
         if read is None or not sound:
-            raise UserError(f"{self.moments_file} cannot be read: missing or damaged; run analyze again")
+            raise UserError(
+                f"{self.gram_matrices_file} cannot be read: missing or damaged; run analyze again"
+            )
         return {int(number): matrix for number, matrix in read[0].items()}
 
     def write_filters(self, table: pd.DataFrame) -> None:

@@ -57,7 +57,7 @@ def ablate(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     table: pd.DataFrame,
-    moments: Mapping[int, np.ndarray],
+    gram_matrices: Mapping[int, np.ndarray],
     truths: Sequence[Truth],
     images: Tensor,
     scores: Tensor,
@@ -76,8 +76,8 @@ def ablate(
         Its groups.
     table : DataFrame
         Its filters, by layer and filter.
-    moments : mapping of int to ndarray
-        The groups' moments.
+    gram_matrices : mapping of int to ndarray
+        The groups' Gram matrices.
     truths : sequence of Truth
         What was planted, and is left out.
     images, scores : Tensor
@@ -91,7 +91,7 @@ def ablate(
     """
     planted = {truth.site.layer: set().union(*(p.set for p in truth.plants)) for truth in truths}
     norms = norms_behind(model)
-    judged = [group for group in groups if group.number in moments]
+    judged = [group for group in groups if group.number in gram_matrices]
     chosen = [
         (group, channel)
         for group in judged
@@ -103,7 +103,7 @@ def ablate(
     rows = []
     for group, channel in (chosen[index] for index in order):
         layer, rest = group.layers[0], [k for k in range(group.channels) if k != channel]
-        weights = rebuild_all([channel], rest, moments[group.number])[0].tolist()
+        weights = rebuild_all([channel], rest, gram_matrices[group.number])[0].tolist()
         taken_over = Merge(layer, channel, tuple(rest), tuple(weights[:-1]), weights[-1])
         losses = [
             change(scores, scores_of(without(model, groups, merge), images))[1]

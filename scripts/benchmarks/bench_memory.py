@@ -6,7 +6,7 @@
 
 Networks have seeded random weights. Every one runs in a process of its own through all stages of a run, of
 which only what does not change the peak is cut short. Stimuli take one step in two tasks of the layer whose
-optimisation holds most; all others are noise. Eight a layer run through the network as probes; probes are
+optimisation holds most; all others are noise. Eight a layer run through the network; images are
 calibrated in one pass and compared in two variants; of the verdicts only the widest group's is reached.
 Peaks are those of the whole process up to the end of a stage, in MiB. The last line is one JSON object.
 """
@@ -35,21 +35,20 @@ from torchvision import models
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.analysis.prepare import prepare
-from prune_viz.calibration import images as probes
-from prune_viz.calibration import synthetic_images
+from prune_viz.calibration import images, synthetic_images
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution import executors
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.redundancy import importance, verdicts
-from prune_viz.redundancy.judge import GroupVerdicts, judge, judge_unjudged
+from prune_viz.redundancy import group_verdicts, importance
+from prune_viz.redundancy.judge import GroupVerdicts, judge, keep_whole_group
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.stages import peak_mib
 
 NETWORKS = ("resnet18", "resnet50", "resnet152", "regnet_x_32gf")
 BUDGET = 4 * 2**30  # bytes
-SHOWN = 8  # of a layer's that are probes
+SHOWN = 8  # of a layer's that are calibration images
 
 
 def survey(name: str) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def apart(work: Callable[[Any], dict[str, Any]], given: object) -> dict[str, Any
 @contextmanager
 def shortened(heaviest: str, widest: int) -> Iterator[None]:
     """Steps for two tasks of the heaviest layer, noise for all others, and less of what repeats itself."""
-    make, find = probes.noise_and_stimuli, executors.run_task
+    make, find = images.noise_and_stimuli, executors.run_task
 
     def stimuli(network: FilterNetwork, task: Task, settings: StimulusSettings, *given: Any) -> TaskResult:
         if task.layer == heaviest and task.start < 2 * task.filters:
@@ -106,12 +105,12 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
         return make((images[:SHOWN] for images in layers), *settings)
 
     def judged(group: CouplingGroup, *settings: Any) -> GroupVerdicts:
-        return judge(group, *settings) if group.number == widest else judge_unjudged(group)
+        return judge(group, *settings) if group.number == widest else keep_whole_group(group)
 
     with (
         mock.patch.object(executors, "run_task", stimuli),
-        mock.patch.object(probes, "noise_and_stimuli", few),
-        mock.patch.object(verdicts, "judge", judged),
+        mock.patch.object(images, "noise_and_stimuli", few),
+        mock.patch.object(group_verdicts, "judge", judged),
         mock.patch.object(synthetic_images, "IMAGES", 2 * synthetic_images.BATCH),
         mock.patch.object(synthetic_images, "VARIANTS", 2),
         mock.patch.object(importance, "SENSED", 2),

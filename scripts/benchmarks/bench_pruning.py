@@ -46,7 +46,7 @@ from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.remove import compensate_filters
 from prune_viz.redundancy.elimination import rebuild_all
-from prune_viz.redundancy.importance import CalibrationImages, measure_groups, sense_output
+from prune_viz.redundancy.importance import CalibrationImages, measure_fisher, measure_groups
 from prune_viz.redundancy.judge import combine, order_channels
 from prune_viz.runs.run_directory import RunDirectory
 
@@ -59,11 +59,11 @@ MERGE, WITH_NORMS = "merge", "merge and norms"  # prune-viz's compensators; the 
 
 @dataclass(frozen=True)
 class Ranked:
-    """prune-viz's removal order and moments of each group, by number, and its synthetic images."""
+    """prune-viz's removal order and Gram matrices of each group, by number, and its synthetic images."""
 
     order: Mapping[int, Sequence[int]]
-    moments: Mapping[int, np.ndarray]
-    probes: Tensor | None
+    gram_matrices: Mapping[int, np.ndarray]
+    images: Tensor | None
 
 
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
@@ -100,18 +100,18 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
             # Only where calibration starts rests on the stimuli: their last percents do not matter here.
             pv.analyze(network.model, input_shape=network.input_shape, out=directory.path, steps=STEPS)
         order = {entry.group: list(entry.channels) for entry in directory.read_decisions().removal_order}
-        calibrated = load_synthetic_images(directory.probes_file)
-        probes = None if calibrated is None else calibrated.images
-        free = Ranked(order, directory.read_moments(), probes)
-    near = CalibrationImages(probes, network.unlabelled, 0)
-    sensed = sense_output(network.model, groups, near, RunContext())
-    measured = measure_groups(network.model, groups, {}, near, sensed, RunContext())
+        calibrated = load_synthetic_images(directory.calibration_images_file)
+        images = None if calibrated is None else calibrated.images
+        free = Ranked(order, directory.read_gram_matrices(), images)
+    calibration = CalibrationImages(images, network.unlabelled, 0)
+    fisher = measure_fisher(network.model, groups, calibration, RunContext())
+    measured = measure_groups(network.model, groups, {}, calibration, fisher, RunContext())
     found = {
         number: order_channels(*combine([consumer for consumer in consumers if consumer.output_variance > 0]))
-        for number, consumers in measured.moments.items()
+        for number, consumers in measured.gram_matrices.items()
     }
-    orders, moments = ({number: one[part] for number, one in found.items()} for part in (0, 2))
-    return free, Ranked(orders, moments, probes)
+    orders, gram_matrices = ({number: one[part] for number, one in found.items()} for part in (0, 2))
+    return free, Ranked(orders, gram_matrices, images)
 
 
 def find_groups(network: Trained) -> list[CouplingGroup]:
@@ -157,11 +157,11 @@ def rows_of(
         counts = {group.number: round(ratio * group.channels) for group in groups}
         for selector in (*pruners.SELECTORS, OURS):
             for compensator in (*pruners.COMPENSATORS, MERGE, WITH_NORMS):
-                for probes in ("data-free", "images"):
+                for source in ("data-free", "images"):
                     mine = selector == OURS or compensator in (MERGE, WITH_NORMS)
-                    if (probes == "images" and not mine) or (compensator == WITH_NORMS and selector != OURS):
+                    if (source == "images" and not mine) or (compensator == WITH_NORMS and selector != OURS):
                         continue
-                    ranked = free if probes == "data-free" else seen
+                    ranked = free if source == "data-free" else seen
                     gone, weights = {}, {}
                     for group in groups:
                         count = counts[group.number]
@@ -172,27 +172,27 @@ def rows_of(
                             removed = pruners.removed_first(score, count)
                         gone[group.number] = removed
                         if compensator in (MERGE, WITH_NORMS):
-                            weights[group.number] = _dense(removed, ranked.moments[group.number])
+                            weights[group.number] = _dense(removed, ranked.gram_matrices[group.number])
                         else:
                             weights[group.number] = pruners.rebuilt(
                                 network.model, group, removed, compensator
                             )
                     masks = pruners.masks_from(groups, gone, weights, filters)
-                    masks.probes = ranked.probes if compensator == WITH_NORMS else None
+                    masks.calibration_images = ranked.images if compensator == WITH_NORMS else None
                     top1, kl = judge.measure(masks)
                     yield {
                         **common, "ratio": ratio, "selector": selector, "compensator": compensator,
-                        "probes": probes, "top1": round(top1, 4), "kl": round(kl, 4),
+                        "probes": source, "top1": round(top1, 4), "kl": round(kl, 4),
                     }  # fmt: skip
 
 
-def _dense(gone: Sequence[int], moments: np.ndarray) -> np.ndarray:
+def _dense(gone: Sequence[int], gram: np.ndarray) -> np.ndarray:
     """prune-viz's merge: removed channels from all kept ones."""
-    channels = len(moments) - 1
+    channels = len(gram) - 1
     kept = sorted(set(range(channels)) - set(gone))
     weights = np.zeros((len(gone), channels + 1))
     if gone:
-        weights[:, [*kept, channels]] = rebuild_all(gone, kept, moments)
+        weights[:, [*kept, channels]] = rebuild_all(gone, kept, gram)
     return weights
 
 

@@ -233,7 +233,7 @@ def run(case: Case) -> Outcome:
         analysis = pv.analyze(
             model, input_shape=network.input_shape, layers=case.layers, steps=case.steps, seed=seed, out=out
         )
-        moments = RunDirectory(out).read_moments()
+        gram_matrices = RunDirectory(out).read_gram_matrices()
         stimuli = {truth.site.layer: analysis.layers[truth.site.layer].images for truth in truths}
     seconds = time.perf_counter() - start
     groups = find_groups(model, images[:1])
@@ -263,8 +263,8 @@ def run(case: Case) -> Outcome:
     return Outcome(
         planted_rows(case, truths, table, flagged),
         flagged.assign(family=case.family),
-        peer_rows(case.family, model, truths, table, groups, moments, stimuli, network.unlabelled),
-        ablate(case.family, seed, case.ablated, model, groups, table, moments, truths, images, scores),
+        peer_rows(case.family, model, truths, table, groups, gram_matrices, stimuli, network.unlabelled),
+        ablate(case.family, seed, case.ablated, model, groups, table, gram_matrices, truths, images, scores),
         facts,
     )
 

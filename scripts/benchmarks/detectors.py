@@ -25,7 +25,7 @@ def peer_rows(
     truths: Sequence[Truth],
     table: pd.DataFrame,
     groups: Sequence[CouplingGroup],
-    moments: Mapping[int, np.ndarray],
+    gram_matrices: Mapping[int, np.ndarray],
     stimuli: Mapping[str, np.ndarray],
     images: Tensor,
 ) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def peer_rows(
         pixels = pixels / np.linalg.norm(pixels, axis=1, keepdims=True).clip(1e-12)
         clusters = KMeans(len(kernels) - len(sets), n_init=3, random_state=0).fit(pixels)
         similarity = {
-            "prune-viz": correlation(moments[number]),
+            "prune-viz": correlation(gram_matrices[number]),
             "weight cosine": cosine(kernels),
             "FPGM": -distances(kernels),
             "pixel k-means": np.where(
@@ -75,10 +75,10 @@ def distances(rows: np.ndarray) -> np.ndarray:
     return torch.cdist(*[torch.from_numpy(rows).double()] * 2).numpy()
 
 
-def correlation(moments: np.ndarray) -> np.ndarray:
+def correlation(gram: np.ndarray) -> np.ndarray:
     """Correlation of channels from second moments of them and a constant; 0 where one never varies."""
-    mean = moments[:-1, -1]
-    covariance = moments[:-1, :-1] - np.outer(mean, mean)
+    mean = gram[:-1, -1]
+    covariance = gram[:-1, :-1] - np.outer(mean, mean)
     deviation = np.sqrt(np.diag(covariance).clip(min=0))
     floor = 1e-6 * max(float(deviation.max()), 1e-30)
     live = deviation > floor

@@ -262,7 +262,7 @@ def test_networks_that_quantise_in_training_are_looked_at() -> None:
     assert (found.filters["activation"] > 0).all()
 
 
-def test_what_a_layer_cannot_give_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_failing_layer_is_reported_others_go_on(tmp_path: Path) -> None:
     class Stepped(Recurrent):
         def maps(self, x: Tensor) -> Tensor:
             return F.relu(self.two((self.one(x) > 0).float()))
@@ -304,7 +304,7 @@ class OneAtATime(Two):
         return super().forward(x).view(1, -1)
 
 
-def test_networks_of_single_inputs_are_looked_at_and_not_judged(tmp_path: Path) -> None:
+def test_single_input_networks_are_not_judged(tmp_path: Path) -> None:
     torch.manual_seed(0)
     found = analyze(OneAtATime(), input_shape=PICTURE, steps=3, out=tmp_path / "run")
     assert (found.filters["activation"] > 0).all()
@@ -460,7 +460,7 @@ class Remembering(Two):
         return F.relu(self.two(x))
 
 
-def test_networks_that_keep_state_are_looked_at_as_they_were() -> None:
+def test_stateful_networks_are_left_as_they_were() -> None:
     model = Remembering().eval()
     model(torch.rand(1, *PICTURE))
     kept = model.last
@@ -523,9 +523,7 @@ class Padding(nn.Conv2d):
 
 
 @pytest.mark.parametrize(("kind", "removable"), [(Standardised, False), (Padding, True)])
-def test_what_computes_with_all_its_weights_together_keeps_what_it_reads(
-    kind: type[nn.Conv2d], removable: bool
-) -> None:
+def test_whole_weight_use_keeps_its_inputs(kind: type[nn.Conv2d], removable: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), kind(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     groups = group_of_layer(find_groups(model, torch.zeros(1, *PICTURE)))
     assert groups["0"].removable is removable
@@ -574,7 +572,7 @@ class Mel(nn.Module):
         return self.head(F.relu(self.two(F.relu(self.one(power[:, None])))).mean(dim=(2, 3)))
 
 
-def test_filters_of_one_layer_are_removed_whatever_holds_another() -> None:
+def test_one_layer_is_removed_despite_another_kept() -> None:
     smaller = remove_filters(Mel(), {"one": mask_without(6, 2)}, torch.zeros(1, 1, 64))
     assert smaller.one.out_channels == 5
     assert smaller.spectrum.out_channels == 6
@@ -639,7 +637,7 @@ def test_layers_without_values_yet_get_one_line() -> None:
         FilterNetwork(nn.Sequential(nn.LazyConv2d(4, 3)), PICTURE)
 
 
-def test_inputs_of_other_axes_than_the_first_convolutions_are_tried() -> None:
+def test_input_axes_beyond_first_convolution_are_tried() -> None:
     with pytest.raises(UserError, match="its first convolution works on 2 spatial axes"):
         FilterNetwork(Two(), (3, 64))
     with pytest.raises(UserError, match="the channels and one to three sizes"):
@@ -663,7 +661,7 @@ class Conversing(nn.Module):
         return self.head(self.consumer(maps.permute(0, 3, 1, 2).flatten(2))[0])
 
 
-def test_a_layer_whose_ties_cannot_be_followed_does_not_keep_others() -> None:
+def test_untraceable_layer_does_not_keep_others() -> None:
     groups = group_of_layer(find_groups(Conversing(), torch.zeros(1, 1, 32, 40)))
     assert groups["one"].removable
     assert not groups["two"].removable

@@ -28,21 +28,21 @@ def test_a_parts_matrices_are_gone_before_the_next(monkeypatch: pytest.MonkeyPat
         alive.add(matrices)
         return matrices
 
-    judge_on_probes = conclude._judge_on_probes
+    judge_on_stimuli = conclude._judge_on_stimuli
 
-    def on_probes(*given: Any) -> Any:
+    def on_stimuli(*given: Any) -> Any:
         at_gathering.append(len(alive))
-        return judge_on_probes(*given)[0], {0: made()}
+        return judge_on_stimuli(*given)[0], {0: made()}
 
     def measured(*given: Any) -> Matrices:
         at_measuring.append(len(alive))
         return made()
 
     monkeypatch.setattr(conclude, "rounds", lambda groups, most: [[group] for group in groups])
-    monkeypatch.setattr(conclude, "_judge_on_probes", on_probes)
+    monkeypatch.setattr(conclude, "_judge_on_stimuli", on_stimuli)
     monkeypatch.setattr(conclude, "measure_groups", measured)
     monkeypatch.setattr(
-        conclude, "rank_groups", lambda verdicts, measured: made(verdicts=verdicts, moments={})
+        conclude, "rank_groups", lambda verdicts, measured: made(verdicts=verdicts, gram_matrices={})
     )
     analyze(randomise_norms(Plain()), input_shape=(3, 16, 16), steps=2)
     assert len(at_gathering) > 1

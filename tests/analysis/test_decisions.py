@@ -27,7 +27,7 @@ def test_reason_of_a_redundant_filter_is_a_sum_with_signs() -> None:
     )
 
 
-def test_what_is_silent_where_it_is_read_is_named_within_the_sentence() -> None:
+def test_silent_consumer_input_is_named_in_the_reason() -> None:
     silent = ChannelVerdict(3, Verdict.DEAD, "silent", [], [], 0.0, 1.0, 0.0)
     alone = explain(silent, [], _group("conv"), "conv", 1.0, {"conv"}, Unit.NATS)
     tied = explain(silent, [], _group("conv", "other"), "conv", 1.0, {"conv", "other"}, Unit.NATS)

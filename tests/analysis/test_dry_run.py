@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import tortured
 from typer.testing import CliRunner
 
 from prune_viz import cli
 from prune_viz.analysis import dry_run as module
+from prune_viz.analysis import stage_costs
 from prune_viz.analysis.dry_run import REPORT_BYTES, LayerCost, disk_bytes, makespan
+from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.pipeline import analyze, estimate
+from prune_viz.analysis.prepare import prepare
+from prune_viz.calibration.images import NOISE_IMAGES
 from prune_viz.demo.digits import DigitsNet
 from prune_viz.demo.run import save_demo_model
+from prune_viz.execution.run_context import RunContext
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
+from prune_viz.redundancy.group_verdicts import calibration_copy
 
 
 def cost(filters: int, seconds: float) -> LayerCost:
@@ -82,7 +90,7 @@ def test_every_layer_and_stage_is_told_and_nothing_written(tmp_path: Path) -> No
     found = json.loads(result.stdout)
     assert [layer["name"] for layer in found["layers"]] == ["conv1", "conv2", "conv3", "conv4"]
     assert found["workers"] == 2
-    assert {"preparation", "stimuli", "probes", "calibration", "ranking", "verdicts"} <= found[
+    assert {"preparation", "stimuli", "gram matrices", "calibration", "ranking", "verdicts"} <= found[
         "stages"
     ].keys()
     assert all(seconds >= 0 for seconds in found["stages"].values())
@@ -97,3 +105,16 @@ def test_every_layer_and_stage_is_told_and_nothing_written(tmp_path: Path) -> No
     refused = CliRunner().invoke(cli.app, [*options, "--engine", "ray"])
     assert refused.exit_code == 2
     assert "leave out --engine" in refused.stderr
+
+
+def test_gram_matrices_are_estimated_for_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are set to the number of batches; then images are those of stimuli, noise and examples."""
+    monkeypatch.setattr(stage_costs, "_seconds_of_many", lambda work, count: count)
+    monkeypatch.setattr(stage_costs, "_calibration_seconds", lambda *_: 0.0)
+    examples = torch.rand(24, 1, 16, 16)
+    prepared = prepare(DigitsNet(), AnalysisOptions(input_shape=(1, 16, 16)), None, "")
+    prepared = replace(prepared, examples=examples)
+    twin = calibration_copy(prepared.model, prepared.network)
+    found = stage_costs.estimate_conclusions(twin, prepared, RunContext())
+    filters = sum(layer.filters for layer in prepared.layers)
+    assert found["gram matrices"] * stage_costs.BATCH == filters + NOISE_IMAGES + len(examples)

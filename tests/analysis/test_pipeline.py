@@ -122,21 +122,21 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
     assert provenance.model.sha256 == hash_model(planted[0])
     assert {stage.name for stage in provenance.stages} >= {
         "stimuli",
-        "probes",
+        "gram matrices",
         "verdicts",
         "report",
     }
     assert all(stage.seconds >= 0 and stage.peak_mib > 0 for stage in provenance.stages)
     calibration = provenance.calibration
-    probes = load_synthetic_images(files.probes_file).images
+    images = load_synthetic_images(files.calibration_images_file).images
     with torch.no_grad():
-        shares = planted[0](probes).softmax(dim=1)
+        shares = planted[0](images).softmax(dim=1)
     assert calibration["confidence"] == pytest.approx(float(shares.amax(dim=1).mean()), rel=1e-4)
     assert calibration["classes"] == len(shares.argmax(dim=1).unique())
     (told,) = [note for note in provenance.notes if note.startswith("The removal order")]
     assert f"for {calibration['classes']} classes" in told
-    assert 0.3 < calibration["held"] < 2
-    assert f"still activate their filters at {calibration['held']:.2f} (median) of before" in told
+    assert 0.3 < calibration["activation_kept"] < 2
+    assert f"still activate their filters at {calibration['activation_kept']:.2f} (median) of before" in told
     decisions = files.read_decisions()
     assert len(decisions.verdicts) == (table["verdict"] != "keep").sum()
     for order in decisions.removal_order:
@@ -321,15 +321,15 @@ def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
     )
 
 
-def test_the_users_images_join_the_probes() -> None:
+def test_user_images_join_calibration_images() -> None:
     model = randomise_norms(Plain()).requires_grad_(False)
     groups = find_groups(model, torch.zeros(1, 3, 16, 16))
-    probes, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
+    images, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
     alone, both, seen = (
         measure_groups(
             model, groups, {}, CalibrationImages(calibrated, examples, 0), None, RunContext()
-        ).moments
-        for calibrated, examples in ((probes, None), (probes, images), (None, images))
+        ).gram_matrices
+        for calibrated, examples in ((images, None), (images, images), (None, images))
     )
     for number, consumers in both.items():
         for one, mixed, other in zip(alone[number], consumers, seen[number], strict=True):
@@ -337,15 +337,15 @@ def test_the_users_images_join_the_probes() -> None:
             np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
     # Two images leave none to hold out; those that there are count whole.
     few = measure_groups(
-        model, groups, {}, CalibrationImages(probes, images[:2], 0), None, RunContext()
-    ).moments
+        model, groups, {}, CalibrationImages(images, images[:2], 0), None, RunContext()
+    ).gram_matrices
     for number, consumers in few.items():
         for one, mixed in zip(alone[number], consumers, strict=True):
             np.testing.assert_allclose(mixed.held_out, one.held_out, rtol=1e-9)
             assert mixed.held_out[-1, -1] == pytest.approx(1)
 
 
-def test_calibrated_probes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_images_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = randomise_norms(Plain()), tmp_path / "run"
     options = {"input_shape": (3, 16, 16), "steps": 3, "out": out}
     analyze(model, **options)
@@ -400,7 +400,7 @@ def test_weights_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_directories_that_hold_something_else_are_left_alone(tmp_path: Path, run: Analysis) -> None:
+def test_foreign_directories_are_left_alone(tmp_path: Path, run: Analysis) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not a prune-viz run"):
         analyze(Plain(), input_shape=(3, 16, 16), out=tmp_path)

@@ -86,7 +86,7 @@ def test_every_kind_of_layer_has_stimuli_that_excite_it(run: RunDirectory) -> No
         assert np.median(share) > 0.8
 
 
-def test_what_is_flagged_costs_next_to_nothing_on_photographs(run: RunDirectory, weights: Path) -> None:
+def test_flagged_filters_cost_photographs_nothing(run: RunDirectory, weights: Path) -> None:
     model = pv.load_model(weights, arch=ARCH, arch_kwargs=KWARGS)
     masks = pv.load_masks(run.masks_file)
     assert masks.removed > 0
@@ -130,9 +130,7 @@ def _divergence(model: torch.nn.Module, smaller: torch.nn.Module, photographs: t
     return float(F.kl_div(after, before, log_target=True, reduction="batchmean"))
 
 
-def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
-    run: RunDirectory, weights: Path
-) -> None:
+def test_budget_beats_smallest_weights_on_photographs(run: RunDirectory, weights: Path) -> None:
     model = pv.load_model(weights, arch=ARCH, arch_kwargs=KWARGS)
     decisions, photographs = run.read_decisions(), _photographs(24)
     rankings = [
@@ -140,7 +138,7 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     ]
     assert len(rankings) == 3  # blocks 1, 8 and 9
     counts = {ranking.number: ranking.count(0.3, 1) for ranking in rankings}
-    given = run.read_moments(), decisions.filters, Origin(decisions.model_sha256), "nats"
+    given = run.read_gram_matrices(), decisions.filters, Origin(decisions.model_sha256), "nats"
     masks = masks_for_counts(rankings, counts, *given)
     smallest = []
     for ranking in rankings:
@@ -158,12 +156,12 @@ def test_a_budget_costs_photographs_far_less_than_the_smallest_weights(
     assert calibration["distance"] < 0.25 * calibration["before"]
     assert calibration["distance"] < 0.06
     # Many classes, none of them a certainty; and stimuli excite their own filters still.
-    assert calibration["classes"] > 0.8 * calibration["probes"]
+    assert calibration["classes"] > 0.8 * calibration["images"]
     assert 0.3 < calibration["confidence"] < 0.8
-    assert calibration["held"] > 0.45
+    assert calibration["activation_kept"] > 0.45
 
 
-def test_default_stimuli_are_near_the_best_that_plain_long_ascents_reach(weights: Path) -> None:
+def test_default_stimuli_near_long_optimisation(weights: Path) -> None:
     model = pv.load_model(weights, arch=ARCH, arch_kwargs=KWARGS)
     network = FilterNetwork(model, (3, 224, 224))
     shares = []

@@ -10,7 +10,7 @@ from prune_viz.network.inputs import InputStatistics
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (3, 24, 32), (2, 6, 8, 10)])
-def test_leaves_are_drawn_on_any_number_of_axes_and_again_alike(shape: tuple[int, ...]) -> None:
+def test_dead_leaves_on_any_axes_reproducible(shape: tuple[int, ...]) -> None:
     pictures = dead_leaves(shape, 5, seed=3)
     assert pictures.shape == (5, *shape)
     assert pictures.isfinite().all()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("whole_calibration")
 
 
 def _means(shares: Tensor) -> Means:
-    """What probes with these probabilities give a network that hands its input on."""
+    """What calibration images with these probabilities give a network that hands its input on."""
     with Watched(nn.Sequential(nn.Flatten()).eval()) as watched:
         classes = watched.see(shares.view(len(shares), -1, 1, 1)).means().classes
     return Means([torch.zeros(2, 1)], classes)
@@ -42,9 +42,9 @@ def _means(shares: Tensor) -> Means:
         (0.5 * torch.eye(4) + 0.5 * torch.eye(4).roll(1, 0), 0.0),  # half sure is enough
     ],
 )
-def test_probes_should_be_taken_for_all_classes_at_least_half_surely(shares: Tensor, expected: float) -> None:
+def test_classes_error_asks_for_all_classes_half_sure(shares: Tensor, expected: float) -> None:
     assert float(classes_error(_means(shares))) == pytest.approx(expected, abs=1e-6)
-    # Unsureness is counted probe by probe, evenness over all probes.
+    # Unsureness is counted calibration image by calibration image, evenness over all calibration images.
     parts = [_means(row[None]) for row in shares]
     assert float(classes_error(pool(parts, [1 / len(parts)] * len(parts)))) == pytest.approx(
         expected, abs=1e-6
@@ -52,7 +52,7 @@ def test_probes_should_be_taken_for_all_classes_at_least_half_surely(shares: Ten
 
 
 @pytest.mark.parametrize("make", [Plain, Residual])
-def test_what_is_seen_is_what_norms_are_fed_and_what_own_filters_give(make: type[nn.Module]) -> None:
+def test_watched_sees_norm_inputs_and_own_filters(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = randomise_norms(make()).eval()
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
@@ -74,12 +74,12 @@ def test_what_is_seen_is_what_norms_are_fed_and_what_own_filters_give(make: type
         seen = watched.see(images, owners)
     with torch.no_grad():
         shares = model(images).softmax(dim=1)
-    for (name, inputs), moments in zip(fed.items(), seen.means().norms, strict=True):
+    for (name, inputs), gram_matrices in zip(fed.items(), seen.means().norms, strict=True):
         module = model.get_submodule(name)
         values = inputs.transpose(0, 1).flatten(1) - module.running_mean[:, None]
         values = values / module.running_var.sqrt()[:, None]
-        torch.testing.assert_close(moments[0], values.mean(dim=1), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(moments[1], values.square().mean(dim=1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gram_matrices[0], values.mean(dim=1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gram_matrices[1], values.square().mean(dim=1), rtol=1e-3, atol=1e-3)
     for row, (conv, channel) in enumerate(owners):
         own = given[norm.get(conv, conv)][row, channel]
         sides = torch.stack([own.clamp_min(0).norm(), own.clamp_max(0).norm()])
@@ -95,7 +95,7 @@ def test_the_side_that_gave_more_at_the_start_counts() -> None:
     own = torch.tensor([[1.0, 9.0], [9.0, 10.0], [7.0, 7.0]])
     assert own_shares(own, asked).tolist() == [0.25, 2.0, 1.0]
     seen = Means([torch.stack([torch.zeros(1), torch.ones(1)])], None)
-    # Of the first alone something is missing: half of what is asked, a third of the probes.
+    # Of the first alone something is missing: half of what is asked, a third of the calibration images.
     assert float(total_error(seen, own, asked)) == pytest.approx(objectives.OWN * 0.5 / 3)
     assert float(total_error(seen, None, None)) == float(norms_error(seen)) == 0
 
@@ -127,24 +127,29 @@ def test_stimuli_are_not_held_where_rows_mix() -> None:
 
 
 @pytest.mark.slow
-def test_calibrated_probes_are_sure_and_diverse_and_hold_their_filters(
+def test_synthetic_images_are_sure_diverse_and_activating(
     trained: DigitsNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = analyze(trained, input_shape=(1, 8, 8), steps=16)
     starts = calibration_starts(found.layers, 1, (8, 8), 96, seed=0)
 
     def moved() -> tuple[float, float, float, float]:
-        probes = calibrate(trained.eval(), starts)
+        images = calibrate(trained.eval(), starts)
         with torch.no_grad():
-            shares = trained(probes.images).softmax(dim=1)
+            shares = trained(images.images).softmax(dim=1)
         mean = shares.mean(dim=0)
         evenness = float(-(mean * mean.log()).sum())
-        return float(shares.amax(dim=1).clamp_max(0.5).mean()), evenness, probes.held, probes.distance
+        return (
+            float(shares.amax(dim=1).clamp_max(0.5).mean()),
+            evenness,
+            images.activation_kept,
+            images.distance,
+        )
 
-    sure, even, held, distance = moved()
+    sure, even, kept, distance = moved()
     assert sure > 0.45
     assert even > 0.95 * math.log(10)
-    assert held > 0.45
+    assert kept > 0.45
     # Each term on its own: it does what it is there for.
     with monkeypatch.context() as patched:
         patched.setattr(objectives, "CLASSES", 0.0)
@@ -154,7 +159,7 @@ def test_calibrated_probes_are_sure_and_diverse_and_hold_their_filters(
     with monkeypatch.context() as patched:
         patched.setattr(objectives, "OWN", 0.0)
         let_go = moved()
-    assert held > 1.2 * let_go[2]
+    assert kept > 1.2 * let_go[2]
     assert distance < 1.5 * min(unasked[3], let_go[3]) + 0.01
 
 
@@ -167,7 +172,7 @@ class _Closed(Plain):
         return scores
 
 
-def test_where_the_head_lets_no_gradient_through_the_norms_alone_count() -> None:
+def test_head_without_gradient_calibrates_by_norms() -> None:
     torch.manual_seed(0)
     model = randomise_norms(_Closed()).eval()
     found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=0))], passes=20)

@@ -100,7 +100,7 @@ def test_calibration_repeats_and_leaves_the_model_alone() -> None:
 
 
 @pytest.mark.parametrize("model", [Concatenating(), Flattening()])
-def test_without_batch_norm_there_is_nothing_to_calibrate_by(model: nn.Module) -> None:
+def test_no_batch_norm_no_calibration(model: nn.Module) -> None:
     channels = next(model.parameters()).shape[1]
     assert calibrate(model.eval(), [Start(torch.randn(8, channels, 8, 8))]) is None
 
@@ -162,7 +162,7 @@ def test_variants_are_shifted_mirrored_and_enlarged() -> None:
     assert {moved.shape[2] for moved in variants(pictures, enlarge=False)} == {16}
 
 
-def test_half_of_the_starts_are_live_stimuli_of_the_deeper_layers() -> None:
+def test_half_of_starts_are_deep_live_stimuli() -> None:
     layers = {}
     for depth in range(4):
         images = torch.full((6, 3, 8, 8), float(depth + 1)).numpy()
@@ -217,20 +217,20 @@ def test_networks_fed_with_noise_are_near_from_the_start() -> None:
     assert found.before < 0.05
 
 
-def test_probes_are_read_back_and_those_of_earlier_versions_too(tmp_path: Path) -> None:
+def test_calibration_images_read_back_older_too(tmp_path: Path) -> None:
     images = torch.randn(3, 3, 8, 8)
-    for held in (None, 0.5):
-        save_synthetic_images(SyntheticImages(images, 0.5, 0.125, 7, held), tmp_path / "probes", "key")
-        found = load_synthetic_images(tmp_path / "probes", "key")
+    for kept in (None, 0.5):
+        save_synthetic_images(SyntheticImages(images, 0.5, 0.125, 7, kept), tmp_path / "images", "key")
+        found = load_synthetic_images(tmp_path / "images", "key")
         assert found is not None
-        assert (found.before, found.distance, found.passes, found.held) == (0.5, 0.125, 7, held)
+        assert (found.before, found.distance, found.passes, found.activation_kept) == (0.5, 0.125, 7, kept)
         assert torch.equal(found.images, images)
-        assert load_synthetic_images(tmp_path / "probes", "other key") is None
+        assert load_synthetic_images(tmp_path / "images", "other key") is None
     told = {"key": "key", "before": "0.5", "distance": "0.125", "passes": "7"}
     save_file({"images": images}, tmp_path / "earlier", told)
     earlier = load_synthetic_images(tmp_path / "earlier")
     assert earlier is not None
-    assert earlier.held is None
+    assert earlier.activation_kept is None
 
 
 @pytest.mark.parametrize("rows", [4, 12, 16])
@@ -253,10 +253,10 @@ def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pyte
     assert max(most) == rows
     assert parts.passes == whole.passes
     torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)
-    assert parts.held == pytest.approx(whole.held, rel=1e-4)
+    assert parts.activation_kept == pytest.approx(whole.activation_kept, rel=1e-4)
 
 
-def test_where_memory_runs_out_it_begins_anew_with_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_restarts_with_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _truth()
     starts = [Start(natural_noise((3, 16, 16), 40, seed=1))]
     whole = calibrate(model, starts, passes=3)

@@ -22,7 +22,7 @@ def test_a_plain_chain_has_a_group_a_layer() -> None:
     assert all(group.removable for group in groups)
 
 
-def test_a_residual_sum_and_a_depthwise_convolution_tie_filters() -> None:
+def test_residual_and_depthwise_tie_filters() -> None:
     groups = group_of_layer(find_groups(Residual(), IMAGE))
     assert groups["stem"].layers == ["stem", "outer", "project"]
     assert {consumer.module for consumer in groups["stem"].consumers} == {"inner", "expand", "head"}
@@ -56,7 +56,7 @@ def test_what_cannot_be_removed_is_said() -> None:
     assert groups["2"].removable
 
 
-def test_frozen_models_are_traced_and_stay_frozen_and_in_training() -> None:
+def test_frozen_training_models_are_traced_unchanged() -> None:
     model = Plain().requires_grad_(False).train()
     assert len(find_groups(model, IMAGE)) == 3
     assert model.training
@@ -162,7 +162,7 @@ class _SumOfConcatenation(nn.Module):
         return self.consumer((joined + self.both(images)).relu()).mean(dim=(2, 3))
 
 
-def test_a_sum_with_a_concatenation_is_one_group_of_all_its_channels() -> None:
+def test_sum_with_concatenation_is_one_group() -> None:
     groups = group_of_layer(find_groups(_SumOfConcatenation(), IMAGE))
     group = groups["left"]
     assert group is groups["right"] is groups["both"]

@@ -172,7 +172,7 @@ def test_warnings_of_a_crafted_file_stay_silent(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pickled_code_is_refused_from_the_shell_and_does_not_run(here: Path) -> None:
+def test_pickled_code_is_refused_and_never_runs(here: Path) -> None:
     class Hostile:
         def __reduce__(self):
             return os.system, ("touch ran",)

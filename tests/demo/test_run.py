@@ -118,7 +118,7 @@ def test_another_model_is_not_taken_for_the_demos(tmp_path) -> None:
         read_planted(path)
 
 
-def test_found_counts_either_filter_of_a_pair_and_only_dead_as_dead() -> None:
+def test_recall_counts_either_copy_and_true_dead() -> None:
     planted = [Planted("a", [(0, 1), (2, 3), (4, 5)], [(6, "silent"), (7, "unread")])]
     verdicts = ["redundant", "keep", "keep", "redundant", "keep", "keep", "dead", "redundant"]
     table = pd.DataFrame({"layer": "a", "filter": range(8), "verdict": verdicts})

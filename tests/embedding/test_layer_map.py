@@ -56,9 +56,7 @@ def _with_copies(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=20, deadline=None)
 @given(down=st.integers(-30, 30), right=st.integers(-30, 30), contrast=st.floats(0.1, 10))
-def test_descriptors_do_not_see_a_shift_or_a_change_of_contrast(
-    down: int, right: int, contrast: float
-) -> None:
+def test_descriptors_ignore_shift_and_contrast(down: int, right: int, contrast: float) -> None:
     images = _textures(0, 10)
     moved = contrast * np.roll(images, (down, right), axis=(2, 3))
     np.testing.assert_allclose(describe_stimuli(images), describe_stimuli(moved), atol=1e-3)
@@ -160,7 +158,7 @@ def test_silent_and_constant_filters_are_in_no_cluster() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_the_order_of_the_filters_does_not_matter_to_clusters(seed: int) -> None:
+def test_clusters_ignore_filter_order(seed: int) -> None:
     images, responses = _with_copies()
     order = np.random.default_rng(seed).permutation(40)
     described = describe_stimuli(images)
@@ -190,7 +188,7 @@ def test_clusters_are_numbered_by_size() -> None:
 # --- the map -----------------------------------------------------------------------------------------
 
 
-def test_the_map_is_the_same_every_time_and_keeps_near_ones_near() -> None:
+def test_map_is_deterministic_and_keeps_neighbours() -> None:
     random = np.random.default_rng(0)
     features = np.repeat(random.normal(size=(6, 5)) * 10, 8, axis=0) + random.normal(size=(48, 5)) * 0.1
     positions = draw_map(features, seed=0)

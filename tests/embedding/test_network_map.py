@@ -67,9 +67,7 @@ def test_a_network_is_asked_which_sizes_it_takes() -> None:
         (nn.Sequential(nn.Conv2d(1, 1, 3)), (1, 8, 8)),
     ],
 )
-def test_every_filter_of_any_network_has_a_place_the_same_each_time(
-    model: nn.Module, shape: Sequence[int]
-) -> None:
+def test_every_filter_has_the_same_place_each_time(model: nn.Module, shape: Sequence[int]) -> None:
     network = FilterNetwork(randomise_norms(model), shape)
     found = _found(network)
     embeddings, places = embed_network(network, network.layers, found, RunContext())
@@ -148,7 +146,7 @@ def test_filters_that_respond_to_nothing_lie_apart() -> None:
     assert np.linalg.norm((others[:, None] - silent) / size, axis=2).min() > 0.02
 
 
-def test_the_map_is_of_the_principal_components_of_all_layers_together() -> None:
+def test_network_map_uses_components_of_all_layers() -> None:
     random = np.random.default_rng(0)
     parts = [random.normal(3, 1, size=(count, 6)) * np.arange(1, 7) for count in (5, 1, 30)]
     scores, variance = principal([part.astype(np.float32) for part in parts], 2)

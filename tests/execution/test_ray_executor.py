@@ -52,7 +52,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_nodes_come_and_go_and_the_run_is_that_of_one_machine(local: Path, tmp_path: Path) -> None:
+def test_changing_nodes_equal_one_machine(local: Path, tmp_path: Path) -> None:
     code, _, complaints = play("nodes", tmp_path / "nodes")
     assert code == 0, complaints
     assert_equal(local, tmp_path / "nodes")
@@ -81,7 +81,7 @@ def test_a_new_cluster_is_of_this_machine_alone(tmp_path: Path) -> None:
     assert "token 64 0" in lines
 
 
-def test_a_task_that_kills_its_workers_does_not_cost_the_others(tmp_path: Path) -> None:
+def test_task_killing_workers_spares_others(tmp_path: Path) -> None:
     code, _, complaints = play("poisoned", tmp_path / "run")
     assert code == 1
     assert complaints.startswith("incomplete: 1 of 34 tasks failed (blocks.2.0, filters 0 to 3: ")

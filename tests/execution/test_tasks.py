@@ -70,7 +70,7 @@ def records(network: FilterNetwork) -> list[LayerRecord]:
     ]
 
 
-def test_tasks_are_every_filter_once_and_know_what_feeds_them(
+def test_tasks_cover_each_filter_once_with_inputs(
     network: FilterNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(tasks.BATCH, "cpu", 2)  # eight filters a task
@@ -297,9 +297,7 @@ def test_status_tells_done_and_left(tmp_path: Path) -> None:
         read_status(RunDirectory(tmp_path))
 
 
-def test_where_failures_come_first_the_rest_is_done_all_the_same(
-    network: FilterNetwork, tmp_path: Path
-) -> None:
+def test_failures_first_do_not_stop_the_rest(network: FilterNetwork, tmp_path: Path) -> None:
     run, cut = RunDirectory(tmp_path), records(network)
     planned = plan_tasks(network, cut, "key")
     results = TaskResults(run, cut, planned, "key", lambda name: None)
@@ -399,7 +397,7 @@ def test_a_convolution_that_remembers_does_not_mix_tasks(
     assert np.array_equal(one["images"], three["images"])
 
 
-def test_what_is_wrong_with_a_call_costs_an_earlier_run_nothing(tmp_path: Path) -> None:
+def test_wrong_call_leaves_an_earlier_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     analyze(tortured.network(), input_shape=(3, 16, 16), out=out, steps=1, layers=["stem"])
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -448,8 +446,8 @@ def test_results_of_an_older_algorithm_are_not_reused(
     def written() -> tuple[int, int]:
         """Which files hold a layer's stimuli and the calibration images now."""
         analyze(model, input_shape=(3, 16, 16), out=out, steps=1)
-        layer, probes = out / "layers" / "000-conv1.safetensors", out / "probes.safetensors"
-        return layer.stat().st_ino, probes.stat().st_ino
+        layer, images = out / "layers" / "000-conv1.safetensors", out / "probes.safetensors"
+        return layer.stat().st_ino, images.stat().st_ino
 
     first = written()
     assert written() == first

@@ -100,7 +100,7 @@ def assert_sound(out: Path) -> None:
         assert run.filters_file.exists()
 
 
-def test_a_run_that_is_killed_over_and_over_ends_as_one_that_is_not(tmp_path: Path) -> None:
+def test_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     chance = random.Random(8)
     out, kills, most_lost, found = tmp_path / "run", 0, 0, set()
     warm = FORKS.Process(target=tortured.network)

@@ -56,7 +56,7 @@ def test_the_best_input_on_the_bound_is_reached_exactly() -> None:
     assert (images.flatten(1).norm(dim=1) <= 3.0001).all()
 
 
-def test_one_side_counts_one_sign_and_pulls_up_what_is_silent_there() -> None:
+def test_one_sided_objective_raises_silent_side() -> None:
     found = torch.tensor([[3.0, -2.0, 0.5]]).view(1, 1, 1, 3)
     before, after = one_side(lambda inputs: (inputs, inputs), -1)(found)
     assert torch.equal(before, -found)

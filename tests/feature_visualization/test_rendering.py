@@ -50,7 +50,7 @@ def test_a_grey_pattern_stays_grey() -> None:
     assert np.ptp(plain, axis=-1).max() > 50
 
 
-def test_the_ground_of_flat_and_broken_stimuli_is_tinted_as_the_mean() -> None:
+def test_flat_stimuli_have_the_mean_background() -> None:
     values = np.zeros((2, 3, 4, 4))
     values[1, 0] = np.nan
     shown = stretch(values, THERMAL)
@@ -74,7 +74,7 @@ def test_the_middle_slice_has_its_colours() -> None:
 
 @pytest.mark.parametrize("canvas", [(10, 12), (3, 10, 12)])
 @pytest.mark.parametrize("channels", [2, 5])
-def test_many_channels_are_weighed_by_what_they_are_in_pixels(channels: int, canvas: tuple[int, ...]) -> None:
+def test_many_channels_are_weighed_in_pixels(channels: int, canvas: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).normal(size=(4, channels, *canvas)).astype(np.float32)
     std = tuple(float(number) for number in np.linspace(0.1, 2, channels))
     known = InputStatistics((0.7,) * channels, std)

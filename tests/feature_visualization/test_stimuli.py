@@ -44,7 +44,7 @@ def _matrix(conv: nn.Module, shape: tuple[int, ...], filter: int, colour) -> Ten
 @pytest.mark.parametrize("prior", ["none", "natural"])
 @pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("seed", range(3))
-def test_best_input_of_a_linear_convolution_is_a_singular_vector(kind: str, prior: str, seed: int) -> None:
+def test_best_linear_input_is_a_singular_vector(kind: str, prior: str, seed: int) -> None:
     conv, shape = LINEAR[kind]
     torch.manual_seed(seed)
     for parameter in conv.parameters():
@@ -136,7 +136,7 @@ def test_maps_without_an_activation_are_raised_to_one_sign(weight: float) -> Non
         assert float(values.sum().abs()) > 0.99 * float(values.abs().sum())
 
 
-def test_an_easy_filter_leaves_early_and_a_bounded_one_at_its_bound() -> None:
+def test_easy_filters_stop_early_bounded_at_bound() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 3), nn.ReLU6())
     model[0].weight.data.mul_(50)
@@ -267,7 +267,7 @@ def test_a_saturated_map_is_pulled_further_up() -> None:
     assert (before[1] > 1.05 * before[0]).all()
 
 
-def test_what_is_not_finite_stays_with_its_filter_and_is_reported() -> None:
+def test_non_finite_values_stay_with_their_filter() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3, groups=3))
     healthy = maximize(model, "0", input_shape=(3, 16, 16), steps=24)
@@ -318,7 +318,7 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("prior", ["natural", "none"])
-def test_inputs_in_other_units_give_the_same_stimuli_in_those_units(prior: str) -> None:
+def test_stimuli_follow_the_units_of_inputs(prior: str) -> None:
     model = randomise_norms(Plain())
     twin = randomise_norms(Plain())
     twin.load_state_dict(model.state_dict())

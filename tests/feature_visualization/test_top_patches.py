@@ -112,7 +112,7 @@ def test_maps_that_are_no_pictures_and_what_nothing_excites() -> None:
     assert find_top_patches(network, network.layers, torch.randn(4, 3, 16, 16), None) is None
 
 
-def test_what_was_written_is_read_and_what_is_damaged_is_not(tmp_path: Path) -> None:
+def test_written_is_read_damaged_is_refused(tmp_path: Path) -> None:
     parts = TopPatches(np.zeros((2, 8, 8, 3), np.uint8), {"a/../<b>": np.ones((4, 6, 4), np.float32)})
     path, files, counts = tmp_path / "examples.safetensors", {"a/../<b>": "000-a-b"}, {"a/../<b>": 4}
     write_top_patches(parts, files, path)
@@ -150,7 +150,7 @@ def test_weights_are_kept_of_what_reads_the_input(tmp_path: Path) -> None:
         (nn.ConvTranspose2d(3, 6, 3), False),
     ],
 )
-def test_weights_are_kept_where_each_filter_reads_all_channels(first: nn.Module, kept: bool) -> None:
+def test_weights_kept_where_filters_read_all_channels(first: nn.Module, kept: bool) -> None:
     network = FilterNetwork(nn.Sequential(first, nn.ReLU(), nn.Conv2d(6, 2, 1)), (3, 12, 12))
     found = network.input_weights("0")
     assert (found is not None) == kept

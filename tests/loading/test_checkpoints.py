@@ -109,7 +109,7 @@ def test_takes_weights_from_beside_whatever_else_is_saved(file: Path, wrap) -> N
         ("densenet121", lambda name: re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", name)),
     ],
 )
-def test_torchvisions_own_files_load_under_their_older_names(file: Path, name: str, rename) -> None:
+def test_torchvision_files_load_under_old_names(file: Path, name: str, rename) -> None:
     net = torchvision.models.get_model(name, weights=None, num_classes=4).eval()
     renamed = {rename(key): tensor for key, tensor in net.state_dict().items()}
     assert (renamed.keys() != net.state_dict().keys()) == (name == "densenet121")
@@ -363,7 +363,7 @@ def test_what_is_no_checkpoint_gets_one_clear_line(file: Path, make, says: str, 
     assert str(file) in str(caught.value)
 
 
-def test_weights_that_fit_nothing_known_ask_for_the_architecture(file: Path) -> None:
+def test_unknown_weights_ask_for_the_architecture(file: Path) -> None:
     torch.save(seeded().state_dict(), file)
     with pytest.raises(UserError, match="fit none that is known: name their architecture with --arch"):
         load_model(file)
@@ -387,7 +387,7 @@ def test_of_a_compiled_network_the_weights_are_taken(file: Path) -> None:
     assert same(load_model(file, NET), model)
 
 
-def test_of_several_weights_the_plain_ones_are_taken_and_others_by_key(file: Path) -> None:
+def test_plain_weights_are_preferred_over_keyed(file: Path) -> None:
     plain, average, other = seeded(), seeded(), seeded()
     nn.init.ones_(average.conv.weight)
     nn.init.zeros_(other.conv.weight)
@@ -456,7 +456,7 @@ def test_timm_missing_or_present(monkeypatch) -> None:
         resolve_architecture("timm:resnet18")
 
 
-def test_factories_may_be_dotted_and_lie_in_the_current_directory(tmp_path: Path, monkeypatch) -> None:
+def test_factories_may_be_dotted_and_local(tmp_path: Path, monkeypatch) -> None:
     assert isinstance(resolve_architecture(f"{__name__}:Home.build", {"width": 2}), Net)
     (tmp_path / "my_nets.py").write_text("import torch\ndef build(n): return torch.nn.Conv2d(1, n, 3)\n")
     monkeypatch.chdir(tmp_path)
@@ -504,7 +504,7 @@ def test_a_transformer_says_what_its_positions_take(kwargs: dict) -> None:
     assert default_input_shape(model, spec) == (3, side, side)
 
 
-def test_default_input_shape_is_not_guessed_where_it_cannot_be() -> None:
+def test_default_input_shape_only_where_known() -> None:
     assert default_input_shape(nn.Conv2d(5, 2, 3)) == (5, 224, 224)
     with pytest.raises(UserError, match="--input-shape"):
         default_input_shape(nn.Conv1d(2, 2, 3))

@@ -134,7 +134,7 @@ class Anything:
         ),
     ],
 )
-def test_examples_that_no_network_is_called_with_are_refused(tmp_path: Path, content, says: str) -> None:
+def test_impossible_examples_are_refused(tmp_path: Path, content, says: str) -> None:
     torch.save(content, tmp_path / "example.pt")
     with pytest.raises(UserError, match=says) as caught:
         read_example(tmp_path / "example.pt")

@@ -291,7 +291,7 @@ def test_networks_are_put_together_from_plain_data_alone(tmp_path: Path, attribu
 
 
 @pytest.mark.parametrize("attribute", [{"input_shape": (3, 60_000, 60_000)}, {"image_size": 60_000}])
-def test_a_pickled_network_does_not_say_how_large_its_inputs_are(attribute: dict[str, Any]) -> None:
+def test_pickled_network_has_no_input_size(attribute: dict[str, Any]) -> None:
     network = nn.Sequential(nn.Conv2d(3, 2, 3))
     vars(network).update(attribute)
     with pytest.raises(UserError, match="too large to be ones"):
@@ -356,7 +356,7 @@ def test_a_file_does_not_say_how_much_memory_is_taken(tmp_path: Path, content: d
 @pytest.mark.parametrize(
     "layer", [nn.Upsample(size=60_000), nn.ZeroPad2d(60_000), nn.Upsample(scale_factor=4_000)]
 )
-def test_a_pickled_layer_does_not_say_how_large_its_maps_are(tmp_path: Path, layer: nn.Module) -> None:
+def test_pickled_layer_has_no_map_size(tmp_path: Path, layer: nn.Module) -> None:
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 4, 3)).eval(), tmp_path / "model.pt")
     model = load_model(tmp_path / "model.pt")
     assert largest_tensor(model, (3, 32, 32)) > 2**35
@@ -366,6 +366,6 @@ def test_a_pickled_layer_does_not_say_how_large_its_maps_are(tmp_path: Path, lay
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
-def test_the_largest_tensor_of_a_call_is_found_without_making_it() -> None:
+def test_largest_tensor_found_without_allocating() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     assert largest_tensor(network, (3, 10, 10)) == 4 * 8 * 10 * 10

@@ -223,7 +223,7 @@ def test_tensors_of_other_kinds_say_why_they_cannot_be_used(tmp_path: Path, zip_
 # Steps of removal
 
 
-def test_steps_of_removal_composed_remove_what_they_remove_one_by_one() -> None:
+def test_composed_removals_equal_removals_in_turn() -> None:
     example = torch.randn(1, 3, 16, 16)
     for network, first, second in (
         (
@@ -615,7 +615,7 @@ def main() -> None:
 
 
 @pytest.mark.slow
-def test_whatever_a_file_holds_it_is_read_or_refused_within_bounds() -> None:
+def test_any_file_is_read_or_refused_within_bounds() -> None:
     run = subprocess.run(
         [sys.executable, "-W", "default", __file__],
         capture_output=True,

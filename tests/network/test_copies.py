@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.redundancy.verdicts import calibration_copy
+from prune_viz.redundancy.group_verdicts import calibration_copy
 
 LAID_OVER = {
     "nothing": lambda conv: None,

@@ -82,7 +82,7 @@ def test_statistics_are_plain_data() -> None:
     assert again["covariance"] == [list(row) for row in measured.covariance or ()]
 
 
-def test_statistics_come_back_from_json_and_damaged_ones_are_refused() -> None:
+def test_statistics_survive_json_damaged_are_refused() -> None:
     assert stored_statistics(None, 3) is None
     known = InputStatistics((0.5, 0.4), (0.2, 0.3), ((1.0, 0.1), (0.1, 1.0)), 0.9)
     stored = json.loads(json.dumps(asdict(known)))

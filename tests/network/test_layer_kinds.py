@@ -67,7 +67,7 @@ def test_a_filters_weights_alone_make_its_map(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "signal", "volume", "transposed", "linear"])
-def test_a_layer_without_inputs_gives_what_it_gives_for_silent_ones(kind: str) -> None:
+def test_layer_without_inputs_equals_silent_inputs(kind: str) -> None:
     layer, kept = KINDS[kind], torch.tensor([0, 2, 5])
     inputs, axis = _input(layer), layer_kinds.channel_axis(layer)
     silent = inputs.index_fill(axis, torch.tensor([1, 3, 4]), 0.0)

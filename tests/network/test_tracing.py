@@ -44,7 +44,7 @@ def test_a_tap_is_what_the_next_layer_reads() -> None:
     assert before is after
 
 
-def test_an_activation_in_place_does_not_overwrite_the_map_before_it() -> None:
+def test_in_place_activation_keeps_the_map_before_it() -> None:
     network = FilterNetwork(randomise_norms(Plain()), (3, 16, 16))
     before, after = network.maps("conv1")(torch.randn(2, 3, 16, 16))
     assert (before < 0).any()
@@ -112,7 +112,7 @@ def test_canvas_follows_the_receptive_field_within_bounds() -> None:
     assert choose_canvas((224, 224), (3, 3), canvas=50) == (50, 50)
 
 
-def test_layers_come_in_order_of_execution_and_unused_ones_are_named() -> None:
+def test_layers_in_execution_order_unused_named() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -210,14 +210,14 @@ def test_upper_bound_of_functions_and_untraceable_networks() -> None:
     assert FilterNetwork(Untraceable(), (3, 16, 16)).upper_bound("conv1") == math.inf
 
 
-def test_first_layers_see_the_input_through_no_other_convolution() -> None:
+def test_first_layers_read_the_input_directly() -> None:
     network = FilterNetwork(Concatenating(), (3, 8, 8))
     assert [layer.name for layer in network.layers if network.is_first(layer.name)] == ["left", "right"]
     hooked = FilterNetwork(Untraceable(), (3, 16, 16))
     assert [layer.name for layer in hooked.layers if hooked.is_first(layer.name)] == ["conv1"]
 
 
-def test_norms_are_found_by_tracing_and_by_order_where_that_fails() -> None:
+def test_norms_found_by_trace_else_by_order() -> None:
     expected = {"conv1": "bn1", "conv2": "bn2"}
     assert tracing.norms_behind(Plain()) == expected
     assert tracing.norms_behind(Untraceable()) == expected

@@ -54,7 +54,7 @@ def test_masked_filters_stay_at_zero_through_training(optimiser, masked_first: b
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
 
 
-def test_the_masked_feature_map_is_zero_and_the_model_copies_and_saves(tmp_path: Path) -> None:
+def test_masked_map_is_zero_after_copy_and_save(tmp_path: Path) -> None:
     model = apply_masks(randomise_norms(Plain()), {"conv1": mask_without(8, 2)})
     twin = copy.deepcopy(model)
     x = torch.randn(2, 3, 16, 16)
@@ -125,7 +125,7 @@ def test_whether_filters_are_at_zero_is_told() -> None:
         assert not are_zero(other, masks)
 
 
-def test_norms_are_silenced_for_what_goes_now_whatever_once_went(tmp_path: Path) -> None:
+def test_norms_are_silenced_for_current_masks_only(tmp_path: Path) -> None:
     model, x = randomise_norms(Dense()), torch.randn(2, 3, 12, 12)
     masks = reconcile_masks(model, {"stem": mask_without(6, 1, 3)}, x)
     masks["stem"][3] = True  # a reviewer's second thought

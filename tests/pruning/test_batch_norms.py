@@ -62,29 +62,29 @@ def _given(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def test_what_was_scaled_and_shifted_before_a_norm_comes_out_as_before() -> None:
+def test_norm_undoes_scale_and_shift() -> None:
     whole = _whole(Plain)
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.conv2.weight *= 0.4
         pruned.bn2.running_mean -= 0.3  # as a merge's constant is carried
-    probes = natural_noise(SHAPE, 24, seed=0)
+    images = natural_noise(SHAPE, 24, seed=0)
     fresh = natural_noise(SHAPE, 24, seed=1)
     off = _off(fresh, whole, pruned)
-    assert recalibrate_norms(pruned, whole, probes)
+    assert recalibrate_norms(pruned, whole, images)
     assert _off(fresh, whole, pruned) < 1e-4 * off
 
 
-def test_every_norm_gives_what_it_gave_with_those_before_it_set_already() -> None:
+def test_each_norm_is_set_after_those_before_it() -> None:
     whole = _whole()
-    probes = natural_noise(SHAPE, 32, seed=0)
+    images = natural_noise(SHAPE, 32, seed=0)
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         for module in pruned.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight[:, : module.weight.shape[1] // 3] = 0.0
-    assert recalibrate_norms(pruned, whole, probes)
-    aims, found = _given(whole, probes), _given(pruned, probes)
+    assert recalibrate_norms(pruned, whole, images)
+    aims, found = _given(whole, images), _given(pruned, images)
     assert len(aims) > 2
     for name, aim in aims.items():
         torch.testing.assert_close(found[name], aim, rtol=0.02, atol=0.02)
@@ -99,17 +99,17 @@ def test_where_nothing_is_to_be_gained_nothing_is_changed() -> None:
         assert torch.equal(value, _statistics(whole)[name])
 
 
-def test_what_does_not_hold_on_other_probes_is_not_kept() -> None:
-    """What goes matters in one half of the probes and not in the other."""
+def test_norms_that_do_not_generalise_are_restored() -> None:
+    """What goes matters in one half of the calibration images and not in the other."""
     whole = _whole(Plain)
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.conv1.weight[:, 0] = 0.0
-    probes = 0.3 * natural_noise(SHAPE, 32, seed=0)
-    probes[:16, 0] = 30 * probes[:16, 0]
-    probes[16:, 0] = 0
+    images = 0.3 * natural_noise(SHAPE, 32, seed=0)
+    images[:16, 0] = 30 * images[:16, 0]
+    images[16:, 0] = 0
     before = _statistics(pruned)
-    assert not recalibrate_norms(pruned, whole, probes)
+    assert not recalibrate_norms(pruned, whole, images)
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, before[name])
 
@@ -121,10 +121,10 @@ def test_a_norm_makes_up_for_no_more_than_its_eps_lets_it() -> None:
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.conv2.weight *= 0.3
-    probes = natural_noise(SHAPE, 32, seed=0)
-    aims = _given(whole, probes)
-    recalibrate_norms(pruned, whole, probes)
-    found = _given(pruned, probes)
+    images = natural_noise(SHAPE, 32, seed=0)
+    aims = _given(whole, images)
+    recalibrate_norms(pruned, whole, images)
+    found = _given(pruned, images)
     torch.testing.assert_close(found["bn2"][0], aims["bn2"][0], rtol=0.01, atol=0.01)
     assert (found["bn2"][1] < aims["bn2"][1]).all()
 
@@ -143,16 +143,16 @@ def test_strange_outputs_are_compared_batch_by_batch(count: int) -> None:
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.conv2.weight *= 0.4
-    probes = natural_noise(SHAPE, count, seed=0)
-    found = change_on(probes, whole, pruned)
+    images = natural_noise(SHAPE, count, seed=0)
+    found = change_on(images, whole, pruned)
     assert found is not None
     assert found.value > 0
     assert found.unit is Unit.OUTPUT
-    assert recalibrate_norms(pruned, whole, probes)
-    assert _off(probes, whole, pruned) < 0.1 * found.value
+    assert recalibrate_norms(pruned, whole, images)
+    assert _off(images, whole, pruned) < 0.1 * found.value
 
 
-def test_probes_that_do_not_fit_change_nothing() -> None:
+def test_images_that_do_not_fit_change_nothing() -> None:
     whole = _whole()
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
@@ -163,18 +163,18 @@ def test_probes_that_do_not_fit_change_nothing() -> None:
         assert torch.equal(value, _statistics(whole)[name])
 
 
-def test_where_memory_runs_out_fewer_probes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_uses_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _whole(Plain)
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.conv2.weight *= 0.4
     run, tried = recalibration._run, []
 
-    def scarce(model: nn.Module, norms: dict, probes: Tensor, see: object) -> None:
-        tried.append(len(probes))
-        if len(probes) > 8:
+    def scarce(model: nn.Module, norms: dict, images: Tensor, see: object) -> None:
+        tried.append(len(images))
+        if len(images) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run(model, norms, probes, see)
+        run(model, norms, images, see)
 
     monkeypatch.setattr(recalibration, "_run", scarce)
     assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 32, seed=0))
@@ -228,9 +228,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_smaller_network_is_the_merged_one_with_its_norms_set_anew(
-    run: Path, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_smaller_network_is_merged_with_norms_set(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     write_masks(run, tmp_path / "masks.pt", ratio=0.4)
     masks = load_masks(tmp_path / "masks.pt")
     whole, example = _whole().to(dtype), torch.zeros(1, *SHAPE)
@@ -239,7 +237,7 @@ def test_a_smaller_network_is_the_merged_one_with_its_norms_set_anew(
     merged = merge_filters(copy.deepcopy(whole), consistent, groups)
     changed = copy.deepcopy(whole)
     assert compensate_filters(changed, consistent, groups)
-    images = masks.probes
+    images = masks.calibration_images
     assert images is not None
     smaller = remove_filters(whole, masks, example.to(dtype), compensate="merge")
     masked = apply_masks(copy.deepcopy(changed), consistent)
@@ -248,30 +246,30 @@ def test_a_smaller_network_is_the_merged_one_with_its_norms_set_anew(
     assert _off(images, _whole(), smaller) < _off(images, _whole(), merged.float())
 
 
-def test_probes_go_with_the_masks(run: Path, tmp_path: Path) -> None:
-    own = load_masks(run / "masks.pt").probes
+def test_calibration_images_go_with_the_masks(run: Path, tmp_path: Path) -> None:
+    own = load_masks(run / "masks.pt").calibration_images
     assert own is not None
     (run / "half.probes.safetensors").write_bytes(b"of earlier masks")
     away = tmp_path / "half.pt"
     for file in (run / "half.pt", away):
         write_masks(run, file, ratio=0.4)
-        probes = load_masks(file).probes
-        assert probes is not None
-        assert torch.equal(probes, own)
+        images = load_masks(file).calibration_images
+        assert images is not None
+        assert torch.equal(images, own)
     assert not (run / "half.probes.safetensors").exists()
-    # Masks of a run without probes take none that lie there, not even in another run.
+    # Masks of a run without calibration images take none that lie there, not even in another run.
     other = tmp_path / "other"
     analyze(randomise_norms(Residual(), seed=3).eval(), input_shape=SHAPE, out=other, steps=4)
-    RunDirectory(run).probes_file.rename(tmp_path / "put aside")
+    RunDirectory(run).calibration_images_file.rename(tmp_path / "put aside")
     write_masks(run, away, ratio=0.4)
     write_masks(run, other / "half.pt", ratio=0.4)
-    assert load_masks(other / "masks.pt").probes is not None
-    assert load_masks(away).probes is None
-    assert load_masks(other / "half.pt").probes is None
-    (tmp_path / "put aside").rename(RunDirectory(run).probes_file)
+    assert load_masks(other / "masks.pt").calibration_images is not None
+    assert load_masks(away).calibration_images is None
+    assert load_masks(other / "half.pt").calibration_images is None
+    (tmp_path / "put aside").rename(RunDirectory(run).calibration_images_file)
 
 
-def test_columns_of_what_goes_are_zero_whether_merged_or_not() -> None:
+def test_removed_columns_are_zero_with_or_without_merge() -> None:
     whole = _whole(Plain)
     mask = torch.ones(8, dtype=torch.bool)
     mask[3] = False

@@ -136,7 +136,7 @@ def _groups(costs: tuple[int, ...], damages: tuple[float, ...]) -> tuple[list[Ra
     return rankings, {f"layer{number}": cost for number, cost in enumerate(costs)}
 
 
-def test_what_rounding_took_too_much_goes_back_where_it_is_missed_most() -> None:
+def test_rounding_gives_back_the_most_missed() -> None:
     rankings, costs = _groups((800, 800, 100), (1.0, 5.0, 3.0))
     # Every group must go down to 4 for 30%, which saves 50%; one dear group can have its 4 back.
     assert counts_for_macs(rankings, 0.3, costs, round_to=4) == {0: 4, 1: 4, 2: 0}
@@ -246,7 +246,7 @@ def test_the_command_says_what_it_did(runs: dict[str, Path], tmp_path: Path) -> 
     assert "is not a prune-viz run" in missing.stderr
 
 
-def test_filters_are_counted_where_a_layer_holds_some_channels_only(runs: dict[str, Path]) -> None:
+def test_partial_layers_count_their_channels(runs: dict[str, Path]) -> None:
     rankings = read_rankings(RunDirectory(runs["concatenating"]).read_decisions())
     for ranking in rankings:
         counts = {other.number: 0 for other in rankings}

@@ -12,7 +12,7 @@ from prune_viz.utils.errors import UserError
 IMAGE = torch.zeros(1, 3, 16, 16)
 
 
-def test_a_coupled_channel_goes_only_where_every_filter_tied_to_it_goes() -> None:
+def test_coupled_channel_goes_only_whole() -> None:
     masks = {
         "stem": mask_without(8, 0, 1), "outer": mask_without(8, 1, 2), "project": mask_without(8, 1),
         "expand": mask_without(16, 3, 4), "depthwise": mask_without(16, 4),
@@ -30,7 +30,7 @@ def test_a_coupled_channel_goes_only_where_every_filter_tied_to_it_goes() -> Non
     assert again.notes == []
 
 
-def test_filters_of_the_output_are_kept_and_the_note_says_why() -> None:
+def test_output_filters_are_kept_with_reason() -> None:
     with pytest.warns(UserWarning, match="output"):
         reconciled = reconcile_masks(Concatenating(), {"out": mask_without(2, 0)}, IMAGE)
     assert reconciled["out"].all()

@@ -77,7 +77,7 @@ def test_masks_of_another_model_are_refused() -> None:
             export(Plain(), {"conv9": mask_without(8, 1)})
 
 
-def test_torch_pruning_removes_the_same_filters_from_indices() -> None:
+def test_torch_pruning_indices_remove_the_same() -> None:
     model = randomise_norms(Residual())
     masks = {"expand": mask_without(16, 4, 9), "depthwise": mask_without(16, 4, 9)}
     assert to_indices({**masks, "inner": mask_without(8)}) == {"expand": [4, 9], "depthwise": [4, 9]}

@@ -49,7 +49,7 @@ def _at_zero(network: Plain) -> bool:
 
 
 @pytest.mark.parametrize("network", [None, "model"])
-def test_masked_filters_are_at_zero_when_lightning_has_trained(tmp_path: Path, network: str | None) -> None:
+def test_masks_hold_through_lightning_training(tmp_path: Path, network: str | None) -> None:
     module = Classifier()
     before = copy.deepcopy(module.model.state_dict())
     save_masks(MASKS, tmp_path / "masks.pt")

@@ -88,7 +88,7 @@ def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
 
 
-def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Path) -> None:
+def test_saved_masks_keep_merges_and_images(tmp_path: Path) -> None:
     masks = Masks(
         {"conv1": mask_without(8, 1), "conv2": mask_without(8)},
         (Merge("conv1", 1, (0, 2), (0.5, -1.25), 0.1),),
@@ -105,7 +105,7 @@ def test_masks_come_back_from_disk_with_all_that_makes_up_for_them(tmp_path: Pat
     assert again == masks
     assert (again.merges, again.origin, again.predicted) == (masks.merges, masks.origin, masks.predicted)
     assert again.norm_channels == masks.norm_channels
-    assert torch.equal(again.probes, masks.probes)
+    assert torch.equal(again.calibration_images, masks.calibration_images)
     Masks({"conv1": mask_without(8, 3)}).save(tmp_path / "mine.pt")  # nothing of the earlier ones stays
     assert [file.name for file in tmp_path.iterdir()] == ["mine.pt"]
 
@@ -193,7 +193,7 @@ def _laden(*gone: int, origin: str = "a") -> Masks:
     merges = tuple(Merge("conv1", number, (0,), (1.0,), 0.0) for number in gone)
     norm_channels = [NormChannel("bn1", number, (("conv1", number),)) for number in gone]
     given = {
-        "probes": torch.ones(1, 3, 4, 4),
+        "calibration_images": torch.ones(1, 3, 4, 4),
         "predicted": Damage(0.5, Unit.NATS),
         "norm_channels": norm_channels,
     }
@@ -204,14 +204,14 @@ def _laden(*gone: int, origin: str = "a") -> Masks:
     "way",
     [Masks.copy, copy.copy, copy.deepcopy, lambda masks: pickle.loads(pickle.dumps(masks))],
 )
-def test_copies_keep_merges_and_probes(way: Callable[[Masks], Masks]) -> None:
+def test_copies_keep_merges_and_images(way: Callable[[Masks], Masks]) -> None:
     masks = _laden(1, 2)
     made = way(masks)
     assert type(made) is Masks
     assert made == masks
     assert (made.merges, made.origin, made.predicted) == (masks.merges, masks.origin, masks.predicted)
     assert made.norm_channels == masks.norm_channels
-    assert torch.equal(made.probes, masks.probes)
+    assert torch.equal(made.calibration_images, masks.calibration_images)
 
 
 def test_union_keeps_what_holds() -> None:
@@ -220,7 +220,7 @@ def test_union_keeps_what_holds() -> None:
         assert united.keys() == {"conv1", "conv2"}
         assert united.merges == first.merges
         assert united.norm_channels == first.norm_channels
-        assert united.probes is first.probes
+        assert united.calibration_images is first.calibration_images
     second = _laden(2)
     united = first | second  # where filter 1 stays
     assert [merge.filter for merge in united.merges] == [2]

@@ -78,7 +78,7 @@ def test_removed_equals_masked_on_torchvision_networks(name: str) -> None:
     _check_removed_equals_masked(randomise_norms(model), 3, size, 1e-4)
 
 
-def test_a_network_whose_channels_a_norm_mixes_keeps_them_and_says_so() -> None:
+def test_channels_mixed_by_a_norm_are_kept_and_noted() -> None:
     torch.manual_seed(0)
     model = torchvision.models.convnext_tiny(weights=None, num_classes=10).eval()
     with pytest.warns(UserWarning, match="LayerNorm"):
@@ -129,7 +129,7 @@ def test_merging_through_a_flatten_is_exact() -> None:
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3"])
-def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_consumer(layer: str) -> None:
+def test_constant_moves_into_bias_or_norm(layer: str) -> None:
     model = randomise_norms(Plain(padding=0))
     with torch.no_grad():
         if layer == "conv3":
@@ -147,7 +147,7 @@ def test_a_constant_moves_into_a_bias_or_the_norm_behind_the_consumer(layer: str
         torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_merging_into_a_depthwise_chain_reaches_its_consumer() -> None:
+def test_merge_reaches_through_a_depthwise_chain() -> None:
     model = randomise_norms(Residual())
     with torch.no_grad():
         for conv, norm in ((model.expand, model.bn3), (model.depthwise, model.bn4)):
@@ -175,7 +175,7 @@ def test_a_merge_of_a_filter_that_stays_is_left_out() -> None:
 
 @pytest.mark.parametrize("compensate", ["none", "merge"])
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_the_model_given_is_not_changed_and_the_smaller_one_trains(compensate: str, share: float) -> None:
+def test_removal_leaves_the_model_and_trains(compensate: str, share: float) -> None:
     model = randomise_norms(Plain()).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = _random_masks(model, share)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.outputs import class_probabilities
-from prune_viz.redundancy.fisher import gather_sensitivities
+from prune_viz.redundancy.fisher import gather_fisher
 
 SHAPES = {Plain: (3, 12, 12), Residual: (3, 12, 12), Flattening: (1, 8, 8)}
 
@@ -41,9 +41,9 @@ def _divergence(before: Tensor, after: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: type[nn.Module]) -> None:
+def test_ablation_is_divergence_of_a_weakened_channel(kind: type[nn.Module]) -> None:
     model, groups, images = _case(kind)
-    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 40), seed=0)
+    found = gather_fisher(model, groups, lambda: _drawn_often(images, 40), seed=0)
     before = model(images).detach()
     modules = dict(model.named_modules())
     share = 0.02
@@ -72,22 +72,22 @@ def test_ablations_are_the_divergence_of_a_channel_turned_down_a_little(kind: ty
         )
 
 
-def test_sensitivity_at_scores_is_softmax_fisher() -> None:
+def test_fisher_at_scores_is_softmax_fisher() -> None:
     model, groups, images = _case(Plain)
-    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 60), seed=0)
+    found = gather_fisher(model, groups, lambda: _drawn_often(images, 60), seed=0)
     p = model(images).detach().softmax(1).double()
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
     torch.testing.assert_close(torch.from_numpy(found.consumers["head"]), fisher, rtol=0.1, atol=0.01)
 
 
-def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
+def test_without_scores_damage_is_squared_change() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Identity()).eval()
     model.add_module("last", nn.Conv2d(3, 2, 1, bias=False))
     images = torch.randn(32, 2, 6, 6)
     groups = find_groups(model, images[:1])
     group = next(group for group in groups if group.layers == ["2"])
-    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 200), seed=0)
+    found = gather_fisher(model, groups, lambda: _drawn_often(images, 200), seed=0)
     with torch.no_grad():
         maps = model[2](model[1](model[0](images)))
         output = model(images)
@@ -103,10 +103,10 @@ def test_without_class_scores_it_is_the_squared_change_of_the_output() -> None:
     )
 
 
-def test_the_same_seed_gives_the_same_and_the_model_is_left_alone() -> None:
+def test_same_seed_same_images_model_unchanged() -> None:
     model, groups, images = _case(Residual)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runs = [gather_sensitivities(model, groups, lambda: images.split(16), seed=3) for _ in range(2)]
+    runs = [gather_fisher(model, groups, lambda: images.split(16), seed=3) for _ in range(2)]
     for name, matrix in runs[0].consumers.items():
         assert np.array_equal(matrix, runs[1].consumers[name])
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_and_the_model_is_left_alone() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_network_that_lets_no_gradient_through_has_no_sensitivities() -> None:
+def test_no_gradient_means_no_fisher_matrices() -> None:
     class Closed(Plain):
         @torch.no_grad()
         def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_a_network_that_lets_no_gradient_through_has_no_sensitivities() -> None:
 
     model = randomise_norms(Closed())
     groups = find_groups(Plain().eval(), torch.zeros(1, 3, 12, 12))
-    assert gather_sensitivities(model, groups, lambda: [torch.randn(4, 3, 12, 12)], seed=0) is None
+    assert gather_fisher(model, groups, lambda: [torch.randn(4, 3, 12, 12)], seed=0) is None
 
 
 class _Odd(Plain):
@@ -159,19 +159,18 @@ def test_any_output_is_told_in_its_unit_or_not_at_all(
     torch.manual_seed(0)
     model = randomise_norms(_Odd(ending))
     groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
-    found = gather_sensitivities(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0)
+    found = gather_fisher(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0)
     assert (None if found is None else found.unit) == unit
 
 
-def test_probabilities_count_as_the_scores_that_they_come_from() -> None:
+def test_probabilities_equal_their_scores() -> None:
     torch.manual_seed(0)
     scores, probabilities = Plain(), _Odd(lambda y: y.softmax(1))
     probabilities.load_state_dict(randomise_norms(scores).state_dict())
     groups = find_groups(scores, torch.zeros(1, 3, 12, 12))
     images = [torch.randn(32, 3, 12, 12)]
     one, other = (
-        gather_sensitivities(model.eval(), groups, lambda: images, seed=0)
-        for model in (scores, probabilities)
+        gather_fisher(model.eval(), groups, lambda: images, seed=0) for model in (scores, probabilities)
     )
     for number, ablations in one.ablations.items():
         np.testing.assert_allclose(ablations, other.ablations[number], rtol=1e-3)
@@ -186,12 +185,12 @@ def test_consumers_of_other_rows_are_not_silent() -> None:
 
     model = randomise_norms(Halves())
     groups = find_groups(model, torch.zeros(1, 3, 12, 12))
-    assert gather_sensitivities(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0) is None
+    assert gather_fisher(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0) is None
 
 
 def test_silencing_is_ranked_as_it_really_goes() -> None:
     model, groups, images = _case(Plain)
-    found = gather_sensitivities(model, groups, lambda: _drawn_often(images, 20), seed=0)
+    found = gather_fisher(model, groups, lambda: _drawn_often(images, 20), seed=0)
     before = model(images).detach()
     group = next(group for group in groups if group.layers == ["conv2"])
     real = []
@@ -203,7 +202,7 @@ def test_silencing_is_ranked_as_it_really_goes() -> None:
     assert spearmanr(real, found.ablations[group.number])[0] > 0.8
 
 
-def test_class_probabilities_are_of_one_row_of_scores_an_input() -> None:
+def test_class_probabilities_need_one_row_an_input() -> None:
     scores = torch.randn(6, 4)
     shares = scores.softmax(dim=1)
     torch.testing.assert_close(class_probabilities([scores]), shares)
@@ -219,7 +218,7 @@ def test_batches_that_run_in_parts_give_the_same(
     model = randomise_norms(_Odd(change)).eval()
     groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
     images = torch.randn(32, 3, 12, 12)
-    whole = gather_sensitivities(model, groups, lambda: [images], seed=0)
+    whole = gather_fisher(model, groups, lambda: [images], seed=0)
     begun, most = [], []
     forward = model.forward
 
@@ -230,7 +229,7 @@ def test_batches_that_run_in_parts_give_the_same(
         return forward(x)
 
     monkeypatch.setattr(model, "forward", short)
-    parts = gather_sensitivities(model, groups, lambda: begun.append(1) or [images], seed=0)
+    parts = gather_fisher(model, groups, lambda: begun.append(1) or [images], seed=0)
     assert len(begun) == 3
     assert max(most[2:]) == 8
     assert parts.unit == whole.unit
@@ -249,7 +248,7 @@ def test_no_map_outlives_the_measuring() -> None:
     gc.collect()
     gc.disable()  # cycles through a graph would wait for it, and a network's maps with them
     try:
-        assert gather_sensitivities(model, groups, lambda: images.split(16), seed=0) is not None
+        assert gather_fisher(model, groups, lambda: images.split(16), seed=0) is not None
         assert maps
         assert not [ref for ref in maps if ref() is not None]
     finally:

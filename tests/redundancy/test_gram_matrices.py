@@ -16,7 +16,7 @@ from prune_viz.feature_visualization.priors import tile
 from prune_viz.feature_visualization.responses import response_matrix
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.redundancy import gram_matrices as module
-from prune_viz.redundancy.gram_matrices import gather_moments
+from prune_viz.redundancy.gram_matrices import gather_gram_matrices
 from prune_viz.redundancy.judge import judge
 from prune_viz.utils.memory import Budget
 
@@ -30,10 +30,12 @@ def test_response_matrix_holds_the_norms_of_feature_maps() -> None:
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
 
 
-def _moments(model: nn.Module, layer: str, images: torch.Tensor, channels: int = 3):
+def _gram_matrices(model: nn.Module, layer: str, images: torch.Tensor, channels: int = 3):
     groups = find_groups(model, images[:1])
     group = group_of_layer(groups)[layer]
-    return gather_moments(model, [group], lambda: [(images[:6], False), (images[6:], True)])[group.number]
+    return gather_gram_matrices(model, [group], lambda: [(images[:6], False), (images[6:], True)])[
+        group.number
+    ]
 
 
 def _slow(rows: np.ndarray) -> np.ndarray:
@@ -41,60 +43,64 @@ def _slow(rows: np.ndarray) -> np.ndarray:
     return sum(np.outer(row, row) for row in with_one) / len(with_one)
 
 
-def test_moments_equal_a_slow_sum_over_padded_positions() -> None:
+def test_gram_matrix_equals_slow_sum_with_padding() -> None:
     model = randomise_norms(Plain()).double()
     images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
-    (moments,) = _moments(model, "conv1", images)
+    (gram_matrices,) = _gram_matrices(model, "conv1", images)
     maps = F.pad(
         torch.relu(model.bn1(model.conv1(images))), (1, 0, 1, 0)
     ).detach()  # stride 2: one side is read
     rows = maps.permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(moments.fit, _slow(rows[:6].reshape(-1, 8)), rtol=1e-9)
-    np.testing.assert_allclose(moments.held_out, _slow(rows[6:].reshape(-1, 8)), rtol=1e-9)
+    np.testing.assert_allclose(gram_matrices.fit, _slow(rows[:6].reshape(-1, 8)), rtol=1e-9)
+    np.testing.assert_allclose(gram_matrices.held_out, _slow(rows[6:].reshape(-1, 8)), rtol=1e-9)
     inner = rows[:, 1:, 1:].reshape(-1, 8)
-    np.testing.assert_allclose(moments.mean, inner.mean(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(moments.variance, inner.var(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(moments.peak, np.abs(inner).max(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(gram_matrices.mean, inner.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(gram_matrices.variance, inner.var(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(gram_matrices.peak, np.abs(inner).max(axis=0), rtol=1e-9)
 
 
-def test_moments_behind_a_flatten_take_a_channel_position_by_position() -> None:
+def test_gram_matrix_behind_a_flatten_takes_positions() -> None:
     model = Flattening().double()
     images = torch.randn(9, 1, 8, 8, dtype=torch.float64)
-    (moments,) = _moments(model, "conv", images)
+    (gram_matrices,) = _gram_matrices(model, "conv", images)
     rows = torch.relu(model.conv(images)).detach().permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(moments.fit, _slow(rows[:6].reshape(-1, 6)), rtol=1e-9)
+    np.testing.assert_allclose(gram_matrices.fit, _slow(rows[:6].reshape(-1, 6)), rtol=1e-9)
     weight = model.head.weight.detach().view(3, 6, 64)
-    np.testing.assert_allclose(moments.energy, torch.einsum("oip,ojp->ij", weight, weight), rtol=1e-6)
-
-
-def test_moments_of_a_concatenated_branch_are_its_own() -> None:
-    model = Concatenating().double()
-    images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
-    (moments,) = _moments(model, "right", images)
-    maps = F.pad(torch.relu(model.right(images)), (1, 1, 1, 1)).detach()
     np.testing.assert_allclose(
-        moments.fit, _slow(maps[:6].permute(0, 2, 3, 1).reshape(-1, 6).numpy()), rtol=1e-9
+        gram_matrices.weight_gram, torch.einsum("oip,ojp->ij", weight, weight), rtol=1e-6
     )
 
 
-def test_a_residual_stream_has_moments_at_every_consumer() -> None:
-    moments = _moments(randomise_norms(Residual()), "stem", torch.randn(9, 3, 8, 8))
-    assert sorted(consumer.consumer for consumer in moments) == ["expand", "head", "inner"]
+def test_gram_matrix_of_a_concatenated_branch_is_its_own() -> None:
+    model = Concatenating().double()
+    images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
+    (gram_matrices,) = _gram_matrices(model, "right", images)
+    maps = F.pad(torch.relu(model.right(images)), (1, 1, 1, 1)).detach()
+    np.testing.assert_allclose(
+        gram_matrices.fit, _slow(maps[:6].permute(0, 2, 3, 1).reshape(-1, 6).numpy()), rtol=1e-9
+    )
 
 
-def test_energy_predicts_exactly_what_a_1x1_consumer_loses() -> None:
+def test_residual_stream_has_gram_matrices_per_consumer() -> None:
+    gram_matrices = _gram_matrices(randomise_norms(Residual()), "stem", torch.randn(9, 3, 8, 8))
+    assert sorted(consumer.consumer for consumer in gram_matrices) == ["expand", "head", "inner"]
+
+
+def test_weight_gram_predicts_loss_of_1x1_consumer() -> None:
     model = randomise_norms(Plain()).double()
     images = torch.randn(9, 3, 6, 6, dtype=torch.float64)
-    (moments,) = _moments(model, "conv2", images)
+    (gram_matrices,) = _gram_matrices(model, "conv2", images)
     maps = torch.relu(model.bn2(model.conv2(torch.relu(model.bn1(model.conv1(images)))))).detach()
     without = maps.clone()
     without[:, [2, 5]] = 0
     lost = (model.conv3(maps) - model.conv3(without))[:6].square().sum(dim=1).mean()
     removed = [2, 5]
-    predicted = (moments.energy[np.ix_(removed, removed)] * moments.fit[np.ix_(removed, removed)]).sum()
+    predicted = (
+        gram_matrices.weight_gram[np.ix_(removed, removed)] * gram_matrices.fit[np.ix_(removed, removed)]
+    ).sum()
     assert float(predicted) == pytest.approx(float(lost), rel=1e-9)
     outputs = model.conv3(maps).detach().transpose(0, 1).flatten(1).numpy()
-    assert moments.output_variance == pytest.approx(outputs.var(axis=1).sum(), rel=1e-9)
+    assert gram_matrices.output_variance == pytest.approx(outputs.var(axis=1).sum(), rel=1e-9)
 
 
 def test_padding_is_read_off_sizes_so_that_subclasses_count() -> None:
@@ -117,7 +123,7 @@ def test_large_maps_are_thinned_over_rows_and_columns(size: int) -> None:
     assert len((picked % size).unique()) > min(size, 64) / 2
 
 
-def test_no_constant_is_carried_into_a_strided_transposed_consumer() -> None:
+def test_strided_transposed_consumer_takes_no_constant() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.ReLU(),
@@ -129,17 +135,21 @@ def test_no_constant_is_carried_into_a_strided_transposed_consumer() -> None:
         model[0].weight[2], model[0].bias[2] = 0, 0.7
     images = torch.randn(8, 3, 8, 8)
     group = group_of_layer(find_groups(model, images[:1]))["0"]
-    moments = gather_moments(model, [group], lambda: [(images, False), (images, True)])[group.number]
-    assert (moments[0].fit[:, -1] == 0).all()
-    assert judge(group, moments).channels[2].verdict == "keep"
+    gram_matrices = gather_gram_matrices(model, [group], lambda: [(images, False), (images, True)])[
+        group.number
+    ]
+    assert (gram_matrices[0].fit[:, -1] == 0).all()
+    assert judge(group, gram_matrices).channels[2].verdict == "keep"
 
 
-def test_smooth_energy_is_what_a_consumer_makes_of_a_flat_loss() -> None:
+def test_smooth_weight_gram_is_response_to_flat_loss() -> None:
     model = randomise_norms(Plain(padding=0)).double()
-    (moments,) = _moments(model, "conv1", torch.randn(9, 3, 12, 12, dtype=torch.float64))
+    (gram_matrices,) = _gram_matrices(model, "conv1", torch.randn(9, 3, 12, 12, dtype=torch.float64))
     flat = torch.zeros(1, 8, 9, 9, dtype=torch.float64)
     flat[:, 3] = 1
-    assert moments.smooth_energy[3, 3] == pytest.approx(float(model.conv2(flat)[0, :, 2, 2].square().sum()))
+    assert gram_matrices.smooth_weight_gram[3, 3] == pytest.approx(
+        float(model.conv2(flat)[0, :, 2, 2].square().sum())
+    )
 
 
 def test_tiles_repeat_the_stimulus() -> None:
@@ -149,7 +159,7 @@ def test_tiles_repeat_the_stimulus() -> None:
     assert torch.equal(tiled[..., 4:8, 5:7], image[..., :4, :2])
 
 
-def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> None:
+def test_images_are_noise_then_stimuli_a_quarter_held_out() -> None:
     layers = [torch.randn(10, 3, 4, 4).half().numpy(), torch.randn(7, 3, 8, 8).half().numpy()]
     batches = list(noise_and_stimuli(layers, 3, (8, 8), seed=0))
     assert sum(len(batch) for batch, _ in batches) == NOISE_IMAGES + 17
@@ -159,16 +169,16 @@ def test_probes_are_noise_then_every_stimulus_and_a_quarter_is_held_out() -> Non
     assert torch.equal(natural_noise((3, 8, 8), 4, 0), natural_noise((3, 8, 8), 4, 0))
 
 
-def test_probe_size_is_the_models_own_where_a_flatten_ties_it() -> None:
+def test_calibration_size_is_fixed_behind_a_flatten() -> None:
     assert calibration_size(Flattening(), (1, 8, 8), (4, 4)) == (8, 8)
     assert calibration_size(Plain().eval(), (3, 64, 64), (32, 32)) == (32, 32)
 
 
-def test_batches_that_run_in_parts_give_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_in_parts_give_the_same_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise_norms(Residual()).eval()
     groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
-    probes = [(torch.randn(32, 3, 16, 16), False), (torch.randn(8, 3, 20, 20), True)]
-    whole = gather_moments(model, groups, lambda: probes)
+    images = [(torch.randn(32, 3, 16, 16), False), (torch.randn(8, 3, 20, 20), True)]
+    whole = gather_gram_matrices(model, groups, lambda: images)
     begun = []
     forward = model.forward
 
@@ -179,11 +189,11 @@ def test_batches_that_run_in_parts_give_the_same_moments(monkeypatch: pytest.Mon
         return found
 
     monkeypatch.setattr(model, "forward", short)
-    parts = gather_moments(model, groups, lambda: begun.append(1) or probes)
+    parts = gather_gram_matrices(model, groups, lambda: begun.append(1) or images)
     assert len(begun) == 2
     monkeypatch.undo()
-    budgeted = gather_moments(
-        model, groups, lambda: probes, Budget(torch.device("cpu"), 0)
+    budgeted = gather_gram_matrices(
+        model, groups, lambda: images, Budget(torch.device("cpu"), 0)
     )  # a row at a time
     for other in (parts, budgeted):
         for number, consumers in whole.items():

@@ -15,13 +15,13 @@ from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.redundancy import judge as redundancy
 from prune_viz.redundancy.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
-from prune_viz.redundancy.gram_matrices import Moments, gather_moments
+from prune_viz.redundancy.gram_matrices import GramMatrices, gather_gram_matrices
 from prune_viz.redundancy.judge import GroupVerdicts, judge, rank
 from prune_viz.redundancy.sign_pairs import weight_signs
 from prune_viz.runs.damage import Unit
 
 
-def _moments_of(samples: np.ndarray) -> np.ndarray:
+def _gram_matrix_of(samples: np.ndarray) -> np.ndarray:
     rows = np.hstack([samples, np.ones((len(samples), 1))])
     return rows.T @ rows / len(rows)
 
@@ -36,13 +36,13 @@ def _damage_by_least_squares(samples: np.ndarray, weights: np.ndarray, gone: lis
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(3, 8))
-def test_damage_of_the_removal_order_is_that_of_least_squares(seed: int, count: int) -> None:
+def test_order_damage_equals_least_squares(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
     samples = random.normal(size=(200, count)) @ random.normal(size=(count, count)) + random.normal(
         size=count
     )
     weights = random.normal(size=(5, count))
-    order, damage = eliminate(_moments_of(samples), weights.T @ weights)
+    order, damage = eliminate(_gram_matrix_of(samples), weights.T @ weights)
     assert sorted(order) == sorted(set(order))
     assert len(order) == count - 1
     assert damage == sorted(damage)
@@ -55,7 +55,7 @@ def test_each_step_removes_the_least_missed() -> None:
     random = np.random.default_rng(3)
     samples = random.normal(size=(300, 6)) @ random.normal(size=(6, 6))
     weights = random.normal(size=(4, 6))
-    order, _ = eliminate(_moments_of(samples), weights.T @ weights)
+    order, _ = eliminate(_gram_matrix_of(samples), weights.T @ weights)
     single = [_damage_by_least_squares(samples, weights, [index]) for index in range(6)]
     assert order[0] == int(np.argmin(single))
 
@@ -64,24 +64,24 @@ def test_rebuild_finds_the_mix() -> None:
     random = np.random.default_rng(0)
     samples = random.normal(size=(500, 6))
     samples[:, 5] = 0.7 * samples[:, 1] - 0.2 * samples[:, 3] + 4
-    weights = rebuild(5, np.arange(5), _moments_of(samples))
+    weights = rebuild(5, np.arange(5), _gram_matrix_of(samples))
     np.testing.assert_allclose(weights, [0, 0.7, 0, -0.2, 0, 0, 4], atol=1e-6)
 
 
 def _group(
     samples: np.ndarray, held_out: np.ndarray, weights: np.ndarray
-) -> tuple[CouplingGroup, list[Moments]]:
+) -> tuple[CouplingGroup, list[GramMatrices]]:
     count = samples.shape[1]
     outputs = samples @ weights.T
     places = Places("conv", np.arange(count), np.arange(count))
     consumer = Places("consumer", np.arange(count), np.arange(count))
     variance = float(outputs.var(axis=0).sum())
-    moments = Moments(
-        "consumer", _moments_of(samples), _moments_of(held_out), weights.T @ weights, weights.T @ weights,
-        variance, variance,
+    gram_matrices = GramMatrices(
+        "consumer", _gram_matrix_of(samples), _gram_matrix_of(held_out),
+        weights.T @ weights, weights.T @ weights, variance, variance,
         np.abs(samples).max(axis=0), samples.mean(axis=0), samples.var(axis=0),
     )  # fmt: skip
-    return CouplingGroup(0, count, [places], [consumer]), [moments]
+    return CouplingGroup(0, count, [places], [consumer]), [gram_matrices]
 
 
 def _relu_samples(seed: int, rows: int, count: int) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_planted_truth_is_found_and_nothing_else() -> None:
     assert verdicts.damage < 1e-6
 
 
-def test_one_of_two_copies_goes_though_all_others_would_rebuild_both() -> None:
+def test_only_one_of_two_copies_goes() -> None:
     # Channel 24 mixes all of the first 24, so that elimination proposes it and its copy; no eight do.
     random = np.random.default_rng(0)
     base = random.normal(size=(20_000, 24))
@@ -137,8 +137,8 @@ def test_one_of_two_copies_goes_though_all_others_would_rebuild_both() -> None:
 
 def test_a_groups_only_channel_has_its_damage() -> None:
     samples = _relu_samples(0, 2000, 1)
-    group, moments = _group(samples, samples, np.ones((3, 1)))
-    ranked, _ = rank(judge(group, moments), moments, moments, np.array([0.25]), Unit.NATS)
+    group, gram_matrices = _group(samples, samples, np.ones((3, 1)))
+    ranked, _ = rank(judge(group, gram_matrices), gram_matrices, gram_matrices, np.array([0.25]), Unit.NATS)
     assert ranked.order == []
     assert ranked.channels[0].verdict == "keep"
     assert ranked.channels[0].damage == 0.25
@@ -149,8 +149,8 @@ def test_costly_redundant_channel_is_kept() -> None:
     samples[:, 6] = samples[:, 0]
     samples[:, 7] = samples[:, 1] + 0.02 * _relu_samples(1, 4000, 1)[:, 0]
     weights = np.random.default_rng(5).normal(size=(7, 8))
-    group, moments = _group(samples, samples, weights)
-    verdicts = judge(group, moments)
+    group, gram_matrices = _group(samples, samples, weights)
+    verdicts = judge(group, gram_matrices)
     pairs = ({0, 6}, {1, 7})
 
     def flagged(found: GroupVerdicts) -> list[int]:
@@ -159,15 +159,15 @@ def test_costly_redundant_channel_is_kept() -> None:
 
     assert flagged(verdicts) == [1, 1]
     ablations = np.full(8, 0.5)
-    costly = [replace(moments[0], unit=moments[0].unit / 1e3)]
-    for near, weighed, unit, bearable in (
-        (moments, moments, Unit.NATS, True),
-        (moments, costly, Unit.NATS, False),  # the output
-        (moments, costly, Unit.OUTPUT, False),
-        (costly, moments, Unit.NATS, False),  # the consumers
+    costly = [replace(gram_matrices[0], unit=gram_matrices[0].unit / 1e3)]
+    for calibration, weighed, unit, bearable in (
+        (gram_matrices, gram_matrices, Unit.NATS, True),
+        (gram_matrices, costly, Unit.NATS, False),  # the output
+        (gram_matrices, costly, Unit.OUTPUT, False),
+        (costly, gram_matrices, Unit.NATS, False),  # the consumers
         (costly, costly, Unit.CONSUMERS, False),
     ):
-        ranked, _ = rank(verdicts, near, weighed, ablations, unit)
+        ranked, _ = rank(verdicts, calibration, weighed, ablations, unit)
         assert flagged(ranked) == ([1, 1] if bearable else [1, 0])
         back = [one for one in ranked.channels if one.channel in pairs[1] and one.verdict == "keep"]
         assert all(one.damage == 0.5 and one.representatives == [] for one in back)
@@ -176,9 +176,9 @@ def test_costly_redundant_channel_is_kept() -> None:
 
 def test_where_no_consumer_varies_the_damage_is_unknown() -> None:
     samples = _relu_samples(0, 2000, 4)
-    group, moments = _group(samples, samples, np.random.default_rng(0).normal(size=(3, 4)))
-    still = [replace(moments[0], output_variance=0.0, unit=0.0)]
-    ranked, _ = rank(judge(group, moments), still, still, None, Unit.CONSUMERS)
+    group, gram_matrices = _group(samples, samples, np.random.default_rng(0).normal(size=(3, 4)))
+    still = [replace(gram_matrices[0], output_variance=0.0, unit=0.0)]
+    ranked, _ = rank(judge(group, gram_matrices), still, still, None, Unit.CONSUMERS)
     assert ranked.order == []
     assert all(np.isnan(one.damage) for one in ranked.channels)
 
@@ -186,11 +186,11 @@ def test_where_no_consumer_varies_the_damage_is_unknown() -> None:
 def test_the_last_of_a_sign_is_kept_after_all() -> None:
     samples = _relu_samples(0, 4000, 8)
     samples[:, 5] = samples[:, 6] = samples[:, 7] = samples[:, 0]
-    group, moments = _group(samples, samples, np.random.default_rng(5).normal(size=(7, 8)))
-    verdicts = judge(group, moments)
+    group, gram_matrices = _group(samples, samples, np.random.default_rng(5).normal(size=(7, 8)))
+    verdicts = judge(group, gram_matrices)
 
     def kept(signs: np.ndarray | None) -> int:
-        found, _ = rank(verdicts, moments, moments, np.full(8, 0.5), Unit.NATS, signs)
+        found, _ = rank(verdicts, gram_matrices, gram_matrices, np.full(8, 0.5), Unit.NATS, signs)
         return sum(found.channels[channel].verdict == "keep" for channel in (0, 5, 6, 7))
 
     signs = np.eye(8, dtype=int)
@@ -228,7 +228,7 @@ def test_opposite_signs_are_not_copies() -> None:
 
 
 def test_what_the_fit_got_by_luck_is_not_flagged() -> None:
-    # Twelve samples and ten channels: the fit rebuilds each channel well, other probes tell.
+    # Twelve samples and ten channels: the fit rebuilds each channel well, other calibration images tell.
     samples, held_out = _relu_samples(0, 12, 10), _relu_samples(1, 4000, 10)
     weights = np.random.default_rng(1).normal(size=(6, 10))
     verdicts = judge(*_group(samples, held_out, weights))
@@ -237,15 +237,15 @@ def test_what_the_fit_got_by_luck_is_not_flagged() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([1e-4, 1e-3, 1e-2, 0.1]))
-def test_flagged_filters_together_cost_less_than_the_tolerance(seed: int, tolerance: float) -> None:
+def test_flagged_filters_cost_under_tolerance(seed: int, tolerance: float) -> None:
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(4, 9))
     draw = [
         np.maximum(random.normal(size=(800, 4)) @ mixing + 0.1 * random.normal(size=(800, 9)), 0)
         for _ in range(2)
     ]
-    group, moments = _group(*draw, random.normal(size=(6, 9)))
-    verdicts = judge(group, moments, tolerance)
+    group, gram_matrices = _group(*draw, random.normal(size=(6, 9)))
+    verdicts = judge(group, gram_matrices, tolerance)
     assert verdicts.damage <= tolerance
     kept = {verdict.channel for verdict in verdicts.channels if verdict.verdict == "keep"}
     assert kept
@@ -257,9 +257,9 @@ def test_flagged_filters_together_cost_less_than_the_tolerance(seed: int, tolera
 
 
 def test_a_group_that_cannot_be_removed_is_kept_whole() -> None:
-    group, moments = _group(_planted(500, 0), _planted(500, 1), np.ones((2, 13)))
+    group, gram_matrices = _group(_planted(500, 0), _planted(500, 1), np.ones((2, 13)))
     fixed = CouplingGroup(0, 13, group.producers, group.consumers, removable=False, note="why")
-    assert all(verdict.verdict == "keep" for verdict in judge(fixed, moments).channels)
+    assert all(verdict.verdict == "keep" for verdict in judge(fixed, gram_matrices).channels)
 
 
 def _copy_filter(model: Plain, source: int, target: int, scale: float) -> None:
@@ -272,7 +272,7 @@ def _copy_filter(model: Plain, source: int, target: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-def test_a_constant_is_weighed_with_the_border_that_padding_shows(padding: int) -> None:
+def test_constant_counts_the_padded_border(padding: int) -> None:
     torch.manual_seed(0)
     model = randomise_norms(Plain(padding=padding))
     with torch.no_grad():
@@ -280,8 +280,8 @@ def test_a_constant_is_weighed_with_the_border_that_padding_shows(padding: int) 
         model.bn1.weight[6], model.bn1.bias[6] = 0, 1e-3
     _copy_filter(model, 1, 5, 2.0)
     group = group_of_layer(find_groups(model, torch.zeros(1, 3, 16, 16)))["conv1"]
-    probes = [(torch.randn(32, 3, 16, 16), held_out) for held_out in (False, True)]
-    verdicts = judge(group, gather_moments(copy.deepcopy(model), [group], lambda: probes)[group.number])
+    images = [(torch.randn(32, 3, 16, 16), held_out) for held_out in (False, True)]
+    verdicts = judge(group, gather_gram_matrices(copy.deepcopy(model), [group], lambda: images)[group.number])
     found = {verdict.channel: verdict.kind or verdict.verdict for verdict in verdicts.channels}
     assert {found[1], found[5]} == {"keep", "redundant"}
     assert found[6] == "constant"
@@ -293,6 +293,6 @@ def test_an_untrained_wide_layer_keeps_what_differs() -> None:
     model = randomise_norms(Plain(width=16))
     group = group_of_layer(find_groups(model, torch.zeros(1, 3, 16, 16)))["conv2"]
     assert isinstance(model.conv3, nn.Conv2d)
-    probes = [(torch.randn(64, 3, 16, 16), held_out) for held_out in (False, True)]
-    verdicts = judge(group, gather_moments(model, [group], lambda: probes)[group.number])
+    images = [(torch.randn(64, 3, 16, 16), held_out) for held_out in (False, True)]
+    verdicts = judge(group, gather_gram_matrices(model, [group], lambda: images)[group.number])
     assert sum(verdict.verdict != "keep" for verdict in verdicts.channels) <= 2

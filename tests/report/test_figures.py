@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 @pytest.mark.slow
-def test_a_layers_figure_has_every_stimulus_and_marks_flagged_ones(run: RunDirectory, tmp_path: Path) -> None:
+def test_layer_figure_shows_stimuli_and_flags(run: RunDirectory, tmp_path: Path) -> None:
     record = run.layers()[2]
     assert write_figure(run.path, record.name, tmp_path / "a.svg").startswith(f"{record.filters} stimuli of")
     text = (tmp_path / "a.svg").read_text()

@@ -124,9 +124,7 @@ def test_lasso_on_the_network_map_selects(run: RunDirectory, watched: Watched) -
     assert page.locator("[data-total=chosen]").inner_text() == f"{counts[0]} selected"
 
 
-def test_one_verdict_on_the_map_of_the_network_is_all_that_a_lasso_takes(
-    run: RunDirectory, watched: Watched
-) -> None:
+def test_lasso_takes_only_the_shown_verdict(run: RunDirectory, watched: Watched) -> None:
     low, high, left = half(run)
     inside = [index for index in range(80) if index not in left]
     low, high = np.array([high[0], 0.001]), np.array([0.999, 0.615])
@@ -140,7 +138,7 @@ def test_one_verdict_on_the_map_of_the_network_is_all_that_a_lasso_takes(
     assert page.locator("[data-total=chosen]").inner_text() == f"{redundant[inside].sum()} selected"
 
 
-def test_a_lasso_on_a_layer_selects_its_cards_and_shift_adds(run: RunDirectory, watched: Watched) -> None:
+def test_lasso_selects_cards_and_shift_adds(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_page(run, 2))
     page.set_viewport_size({"width": 1280, "height": 1400})
     page.locator(".map").scroll_into_view_if_needed()
@@ -187,7 +185,7 @@ def test_a_lasso_ends_where_the_button_is_let_go(run: RunDirectory, watched: Wat
     page.mouse.up()
 
 
-def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, watched: Watched) -> None:
+def test_escape_ends_lasso_and_keeps_selection(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_page(run, 2))
     page.locator(".card .t").first.click()
     page.locator(".map").scroll_into_view_if_needed()
@@ -201,9 +199,7 @@ def test_escape_gives_a_lasso_up_and_keeps_what_was_selected(run: RunDirectory, 
     assert page.locator("[data-total=chosen]").inner_text() == "1 selected"
 
 
-def test_a_control_click_on_the_network_opens_a_window_of_its_own(
-    run: RunDirectory, watched: Watched
-) -> None:
+def test_control_click_opens_a_new_window(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(run.report_page)
     with watched.context.expect_page() as opened:
         page.locator(".network .t").first.click(modifiers=["Control"])

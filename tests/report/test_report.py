@@ -129,7 +129,7 @@ def test_no_inline_style_or_script(run: RunDirectory) -> None:
         assert render.CONTENT_SECURITY_POLICY.replace("'", "&#39;") in text
 
 
-def test_all_filters_in_map_and_gallery_and_flagged_with_evidence(run: RunDirectory) -> None:
+def test_every_filter_in_map_gallery_and_evidence(run: RunDirectory) -> None:
     filters = run.read_filters()
     for place, record in enumerate(run.layers()):
         ids = {a["id"] for _, a in Tags(pages(run)[f"layers/{record.slug}.html"]).tags if a.get("id")}
@@ -149,7 +149,7 @@ def test_overview_states_the_summary(run: RunDirectory) -> None:
         assert re.search(rf"{verdict}\s*{(filters['verdict'] == verdict).sum()}\b", text)
     assert "4.65\u202fM" in text
     assert "4.03\u202fM" in text
-    assert "its probes were not calibrated" in text
+    assert "no calibration images were synthesised" in text
     assert "ab" * 32 in text
     assert "23\u202fmin 22\u202fs" in text
 
@@ -454,7 +454,7 @@ def test_the_map_of_the_network_shows_every_filter_once(run: RunDirectory) -> No
     assert all(f"#n{one.tile}{{left:" in css for one in page.stimuli)
 
 
-def test_stimuli_on_the_map_of_the_network_show_their_filters(tmp_path: Path) -> None:
+def test_network_map_stimuli_show_their_filters(tmp_path: Path) -> None:
     wanted = colours(16)
     images = np.broadcast_to(wanted[:, :, None, None], (16, 3, 32, 32)).copy()
     images[:, :, :2], images[:, :, -2:] = 1.0, -1.0
@@ -485,7 +485,7 @@ def test_map_stimuli_hide_no_flagged_filter() -> None:
     assert map_drawing.spread(centres, np.zeros(4000, dtype=bool)) == []
 
 
-def test_a_run_without_the_map_of_the_network_is_shown_without_it(tmp_path: Path) -> None:
+def test_run_without_network_map_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path, SMALL[:1])
     run.read_filters().drop(columns=["network_x", "network_y"]).to_csv(run.filters_file, index=False)
     text = write_report(run).read_text()
@@ -534,7 +534,7 @@ def test_profiles_follow_the_responses(run: RunDirectory) -> None:
     assert silent.other == ""
 
 
-def test_stimuli_by_depth_are_spread_over_the_network_and_kept() -> None:
+def test_stimuli_by_depth_span_the_network() -> None:
     import pandas as pd
 
     from prune_viz.report.pages import LayerRow
@@ -576,7 +576,7 @@ def test_usage_of_a_model_without_a_file_names_none(run: RunDirectory) -> None:
     assert not any("None" in line or "load_model" in line for line in commands)
 
 
-def test_certainty_tells_the_worst_rebuilt_and_the_whole_damage() -> None:
+def test_certainty_names_worst_score_and_damage() -> None:
     import pandas as pd
 
     table = pd.DataFrame(

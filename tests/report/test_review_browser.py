@@ -140,7 +140,7 @@ def test_many_are_decided_at_once(run: RunDirectory, watched: Watched) -> None:
 
 
 @pytest.mark.slow
-def test_keys_decide_on_what_is_in_focus_not_on_what_is_hidden(run: RunDirectory, watched: Watched) -> None:
+def test_keys_act_on_focus_not_on_hidden(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "inner"))
     page.locator(".card.keep .t").first.click()
     page.locator(".show label", has_text="redundant").click()
@@ -156,9 +156,7 @@ def test_keys_decide_on_what_is_in_focus_not_on_what_is_hidden(run: RunDirectory
 
 
 @pytest.mark.slow
-def test_a_double_click_opens_and_neither_it_nor_the_number_selects(
-    run: RunDirectory, watched: Watched
-) -> None:
+def test_double_click_opens_without_selecting(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(page_of(run, "inner"))
     panel = page.locator("#filter")
     page.locator(".card[data-filter='2'] .t").dblclick()

@@ -573,7 +573,7 @@ def test_a_failure_gets_one_line_without_traceback(
     assert capfd.readouterr() == ("", "failed: ZeroDivisionError: a b\\x1b\n")
 
 
-def test_a_run_without_a_report_and_a_port_in_use_get_one_line(
+def test_missing_report_or_busy_port_is_one_line(
     server: ReviewServer, run: RunDirectory, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"--port {server.server_port}: .*; give another one"):

@@ -135,7 +135,7 @@ def test_going_back_closes_the_panel(whole: Path, watched: Watched) -> None:
 
 
 @pytest.mark.slow
-def test_one_file_reads_without_javascript_and_has_no_two_of_an_id(whole: Path, chromium: Any) -> None:
+def test_single_file_works_without_javascript_unique_ids(whole: Path, chromium: Any) -> None:
     one = Watched(chromium, java_script_enabled=False)
     page = one.open(whole)
     assert page.locator("main").count() == 1 + len(SMALL)

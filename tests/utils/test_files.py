@@ -135,7 +135,7 @@ def test_any_damage_is_noticed(tmp_path: Path, mapped: tuple[str, ...]) -> None:
         assert read_arrays(path, mapped=mapped) is None
 
 
-def test_files_without_a_digest_count_only_where_that_is_allowed(tmp_path: Path) -> None:
+def test_files_without_digest_need_permission(tmp_path: Path) -> None:
     save_file({"a": np.ones(2)}, tmp_path / "file", {"told": "x"})
     assert read_arrays(tmp_path / "file") is None
     assert read_arrays(tmp_path / "file", strict=False)[1] == {"told": "x"}

@@ -104,7 +104,7 @@ def test_a_small_budget_gives_the_same_stimuli(monkeypatch: pytest.MonkeyPatch) 
         assert (tensors.images == little.layers[name].images).all(), name
 
 
-def test_layers_that_cannot_be_measured_do_not_stop_the_plan() -> None:
+def test_unmeasured_layers_do_not_stop_the_plan() -> None:
     class Complex(nn.Module):
         def __init__(self) -> None:
             super().__init__()

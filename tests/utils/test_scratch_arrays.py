@@ -16,8 +16,8 @@ from networks import Residual, randomise_norms
 from prune_viz.analysis import conclude as conclusions
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.channels.coupling import find_groups
-from prune_viz.redundancy.fisher import gather_sensitivities
-from prune_viz.redundancy.gram_matrices import gather_moments, pool_moments, weigh_outputs
+from prune_viz.redundancy.fisher import gather_fisher
+from prune_viz.redundancy.gram_matrices import gather_gram_matrices, pool_gram_matrices, weigh_outputs
 from prune_viz.redundancy.judge import judge, rank
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import RunDirectory
@@ -115,12 +115,12 @@ def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
         ScratchArrays(Budget(CPU, 0, tmp_path / "absent")).zeros((2, 2))
 
 
-def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -> None:
+def test_verdicts_from_files_equal_memory(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomise_norms(Residual()).eval()
     groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
-    near, far = torch.randn(2, 24, 3, 16, 16).unbind()
-    sensitivities = {
+    calibration, far = torch.randn(2, 24, 3, 16, 16).unbind()
+    fisher = {
         places.module: np.eye(dict(model.named_modules())[places.module].weight.shape[0])
         for group in groups
         for places in group.consumers
@@ -131,14 +131,14 @@ def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -
         ranked, pooled = [], []
         for group in groups:
             sets = []
-            for images in (near, far):
-                probes = [(images[:16], False), (images[16:], True)]
-                sets.append(gather_moments(model, [group], partial(iter, probes), budget)[group.number])
-            moments = pool_moments(sets, [0.5, 0.5])
-            assert isinstance(moments[0].fit, np.memmap) == (budget is not None)
-            weighed = weigh_outputs(model, group, moments, sensitivities, ScratchArrays(budget))
-            assert isinstance(weighed[0].energy, np.memmap) == (budget is not None)
-            found, matrix = rank(judge(group, moments), moments, weighed, None, Unit.NATS)
+            for images in (calibration, far):
+                images = [(images[:16], False), (images[16:], True)]
+                sets.append(gather_gram_matrices(model, [group], partial(iter, images), budget)[group.number])
+            gram_matrices = pool_gram_matrices(sets, [0.5, 0.5])
+            assert isinstance(gram_matrices[0].fit, np.memmap) == (budget is not None)
+            weighed = weigh_outputs(model, group, gram_matrices, fisher, ScratchArrays(budget))
+            assert isinstance(weighed[0].weight_gram, np.memmap) == (budget is not None)
+            found, matrix = rank(judge(group, gram_matrices), gram_matrices, weighed, None, Unit.NATS)
             ranked.append(found)
             pooled.append(np.array(matrix))
         return ranked, pooled
@@ -151,13 +151,13 @@ def test_verdicts_and_orders_from_a_file_are_those_from_memory(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
+def test_fisher_in_a_file_equals_memory(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomise_norms(Residual()).eval()
     groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
     images = torch.randn(24, 3, 16, 16)
-    expected = gather_sensitivities(model, groups, lambda: images.split(16), seed=0)
-    found = gather_sensitivities(model, groups, lambda: images.split(16), 0, Tight(CPU, 0, tmp_path))
+    expected = gather_fisher(model, groups, lambda: images.split(16), seed=0)
+    found = gather_fisher(model, groups, lambda: images.split(16), 0, Tight(CPU, 0, tmp_path))
     assert expected is not None
     assert found is not None
     for name, square in expected.consumers.items():
@@ -168,9 +168,7 @@ def test_sensitivities_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_with_matrices_in_files_equals_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made, zeros = randomise_norms(Residual()), [], ScratchArrays.zeros
 
     def noted(store: ScratchArrays, *given: Any) -> np.ndarray:
@@ -182,7 +180,7 @@ def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
 
     def ranking(*given: Any) -> Any:
         ranked = rank_groups(*given)
-        pooled.update({number: square.astype(np.float32) for number, square in ranked.moments.items()})
+        pooled.update({number: square.astype(np.float32) for number, square in ranked.gram_matrices.items()})
         return ranked
 
     monkeypatch.setattr(ScratchArrays, "zeros", noted)
@@ -193,10 +191,10 @@ def test_a_run_whose_squares_are_in_files_ends_as_one_in_memory(
         analyze(model, input_shape=(3, 16, 16), steps=2, out=tmp_path / name)
         assert {array.dtype.name for array in made} == {"float32", "float64"}
         assert all(isinstance(array, np.memmap) == (name == "files") for array in made)
-        moments = RunDirectory(tmp_path / name).read_moments()
-        assert len(moments) > 1
-        assert moments.keys() == pooled.keys()
-        for number, square in moments.items():
+        gram_matrices = RunDirectory(tmp_path / name).read_gram_matrices()
+        assert len(gram_matrices) > 1
+        assert gram_matrices.keys() == pooled.keys()
+        for number, square in gram_matrices.items():
             np.testing.assert_array_equal(square, pooled[number])
     decisions = [(tmp_path / name / "decisions.json").read_text() for name in ("memory", "files")]
     assert decisions[0] == decisions[1]

@@ -1,4 +1,4 @@
-"""From stimuli to verdicts: probes run through the whole network, and every group is judged on them."""
+"""From stimuli to verdicts: images run through the whole network, and every group is judged on them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last
 from prune_viz.network.copies import as_it_was, plain_copy
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.redundancy.gram_matrices import Moments, gather_moments, pool_moments
-from prune_viz.redundancy.judge import GroupVerdicts, judge, judge_unjudged
+from prune_viz.redundancy.gram_matrices import GramMatrices, gather_gram_matrices, pool_gram_matrices
+from prune_viz.redundancy.judge import GroupVerdicts, judge, keep_whole_group
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.progress import counted
 
 
 def calibration_copy(model: nn.Module, network: FilterNetwork) -> nn.Module:
-    """A copy of the model to run probes through, its batch norms unfolded; it remembers nothing of a call."""
+    """A copy of the model to run images through, its batch norms unfolded; it remembers nothing of a call."""
     twin = plain_copy(model, share=network.shares).float().to(network.device)
     run = twin.forward
 
@@ -42,8 +42,8 @@ def gather_on_stimuli(
     layers: Mapping[str, LayerTensors],
     examples: Tensor | None,
     context: RunContext,
-) -> dict[int, list[Moments]]:
-    """Run stimuli, natural noise and the user's images through a network, and sum groups' moments.
+) -> dict[int, list[GramMatrices]]:
+    """Run stimuli, natural noise and the user's images through a network, and sum groups' Gram matrices.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def gather_on_stimuli(
     network : FilterNetwork
         The network as stimuli saw it, for its canvases.
     groups : sequence of CouplingGroup
-        Those to probe.
+        Those to judge.
     layers : mapping of str to LayerTensors
         The layers' stimuli.
     examples : Tensor or None, shape (N, C, *size)
@@ -62,7 +62,7 @@ def gather_on_stimuli(
 
     Returns
     -------
-    dict of int to list of Moments
+    dict of int to list of GramMatrices
         By the group's number, one a consumer.
     """
     if not groups:
@@ -78,32 +78,35 @@ def gather_on_stimuli(
             stimuli, network.input_shape[0], size, context.seed, context.statistics
         )
         return counted(
-            context.progress, "probes", batches, count + images.count_noise_images(context.statistics)
+            context.progress, "gram matrices", batches, count + images.count_noise_images(context.statistics)
         )
 
-    moments = gather_moments(model, groups, made, context.budget)
+    gram_matrices = gather_gram_matrices(model, groups, made, context.budget)
     if examples is not None:
 
         def shown() -> Iterator[tuple[Tensor, bool]]:
             batches = images.split(examples, examples.shape[2:])
             return counted(context.progress, "data", batches, len(examples))
 
-        given = gather_moments(model, groups, shown, context.budget)
-        moments = {number: pool_moments([moments[number], given[number]], [0.5, 0.5]) for number in moments}
-    return moments
+        given = gather_gram_matrices(model, groups, shown, context.budget)
+        gram_matrices = {
+            number: pool_gram_matrices([gram_matrices[number], given[number]], [0.5, 0.5])
+            for number in gram_matrices
+        }
+    return gram_matrices
 
 
 def judge_groups(
-    groups: Sequence[CouplingGroup], moments: Mapping[int, Sequence[Moments]], context: RunContext
+    groups: Sequence[CouplingGroup], gram_matrices: Mapping[int, Sequence[GramMatrices]], context: RunContext
 ) -> dict[int, GroupVerdicts]:
-    """Verdicts of every group, by its number; one that was not probed is kept."""
+    """Verdicts of every group, by its number; one without Gram matrices is kept whole."""
     context.progress.start("verdicts", len(groups))
     verdicts = {}
     for group in groups:
-        if group.number in moments:
-            verdicts[group.number] = judge(group, moments[group.number])
+        if group.number in gram_matrices:
+            verdicts[group.number] = judge(group, gram_matrices[group.number])
         else:
-            verdicts[group.number] = judge_unjudged(group)
+            verdicts[group.number] = keep_whole_group(group)
         context.progress.advance()
     context.progress.finish()
     return verdicts
