@@ -105,7 +105,20 @@ def noise_and_stimuli(
 
 
 def split(images: Tensor, size: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
-    """Give images batch by batch, filling `size`, every fourth held out, as `noise_and_stimuli` does."""
+    """Split images into batches, every fourth image held out.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, C, *canvas)
+        Of any spatial size.
+    size : sequence of int
+        Spatial size that they are tiled to.
+
+    Yields
+    ------
+    batch : Tensor, shape (B, C, *size)
+    held_out : bool
+    """
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK]
         places = torch.arange(len(chunk)) % 4
@@ -206,7 +219,17 @@ def calibration_starts(
 
 
 def save_synthetic_images(calibrated: SyntheticImages, path: Path, key: str) -> None:
-    """Write synthetic images, and a digest of what they depend on."""
+    """Write synthetic images.
+
+    Parameters
+    ----------
+    calibrated : SyntheticImages
+        The images, and how near they came.
+    path : Path
+        The file.
+    key : str
+        Digest of all that they depend on.
+    """
     names = ("before", "distance", "passes", "activation_kept")
     numbers = {name: repr(getattr(calibrated, name)) for name in names}
     write_calibration_images(calibrated.images, path, {"key": key, **numbers})
@@ -218,7 +241,20 @@ def write_calibration_images(images: Tensor, path: Path, metadata: Mapping[str, 
 
 
 def load_synthetic_images(path: Path, key: str | None = None) -> SyntheticImages | None:
-    """Read synthetic images; None where there are none, or they depend on something else than `key`."""
+    """Read synthetic images.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    key : str, optional
+        Digest of all that they must depend on; any will do without it.
+
+    Returns
+    -------
+    SyntheticImages or None
+        None where there is no such file, it is damaged, or it has another key.
+    """
     read = _read(path, strict=key is not None)
     if read is None or key not in (None, read[1].get("key")):
         return None

@@ -99,7 +99,22 @@ def gather_on_stimuli(
 def judge_groups(
     groups: Sequence[CouplingGroup], gram_matrices: Mapping[int, Sequence[GramMatrices]], context: RunContext
 ) -> dict[int, GroupVerdicts]:
-    """Verdicts of every group, by its number; one without Gram matrices is kept whole."""
+    """Judge every group.
+
+    Parameters
+    ----------
+    groups : sequence of CouplingGroup
+        All groups of the network.
+    gram_matrices : mapping of int to sequence of GramMatrices
+        By the group's number, one a consumer; a group that is not there is kept whole.
+    context : RunContext
+        What the stages of a run share.
+
+    Returns
+    -------
+    dict of int to GroupVerdicts
+        By the group's number.
+    """
     context.progress.start("verdicts", len(groups))
     verdicts = {}
     for group in groups:

@@ -168,10 +168,24 @@ def measure_fisher(
     calibration: CalibrationImages,
     context: RunContext,
 ) -> FisherMatrices | None:
-    """How the network's output depends on the outputs of groups' consumers, near the training data.
+    """Measure how the network's output depends on what groups' consumers put out, on calibration images.
 
-    Parameters are those of `measure_groups`. None where nothing is near the training data, or where it cannot
-    be measured (`prune_viz.redundancy.fisher.gather_fisher`).
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, batch norms unfolded; left unchanged.
+    groups : sequence of CouplingGroup
+        Those whose consumers count.
+    calibration : CalibrationImages
+        Synthetic images, of which `FISHER_VARIANTS` variants are used, and the user's.
+    context : RunContext
+        What the stages of a run share.
+
+    Returns
+    -------
+    FisherMatrices or None
+        None without calibration images, or where nothing can be measured
+        (`prune_viz.redundancy.fisher.gather_fisher`).
     """
     if not groups or not calibration.any():
         return None
@@ -338,7 +352,24 @@ def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
 def describe(
     calibrated: SyntheticImages | None, predicted: Predictions | None, examples: int, unit: Unit
 ) -> str:
-    """Say what the removal order rests on, and what damage is where it is not what one expects."""
+    """Say what the removal order rests on, and what damage is where it is not a divergence of classes.
+
+    Parameters
+    ----------
+    calibrated : SyntheticImages or None
+        The synthetic calibration images, where there are any.
+    predicted : Predictions or None
+        What the network takes them for, where it returns class scores.
+    examples : int
+        How many images the user gave.
+    unit : Unit
+        Of damage.
+
+    Returns
+    -------
+    str
+        Sentences for the report and the log.
+    """
     units = {
         Unit.CONSUMERS: " How the network's output depends on its filters could not be measured there; "
         "damage is a share of the output of the layers that read them.",
