@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from planting import Truth
+from planted_truth import Truth
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 

@@ -60,7 +60,22 @@ LITE_LAYERS = {
     "_blocks.7._expand_conv": "_blocks.7._bn0",
 }
 LITE_STEPS = 44
+LITE_SHAPE = (3, 224, 224)
 ALIKE = 0.9
+EPOCHS = 8  # of the digits' networks
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    width: float  # of the MobileNetV2 that is timed
+    wide: int  # filters of the layer that is timed
+    seeds: int  # of the digits' networks
+    lite: bool  # EfficientNet-lite0 too
+
+
+FULL, QUICK = Effort(1.55, 4096, 3, True), Effort(0.25, 1024, 1, False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +140,7 @@ def digits_cases(seeds: int) -> Iterator[Case]:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = DigitsNet(WIDTHS)
-            train(model, digits, 8, seed=seed)
+            train(model, digits, EPOCHS, seed=seed)
             random = torch.Generator().manual_seed(seed)
             families = {}
             for number in range(1, 5):
@@ -151,7 +166,7 @@ def lite_cases() -> Iterator[Case]:
         families = {
             layer: plant(modules[layer], modules[norm], noise, random) for layer, norm in LITE_LAYERS.items()
         }
-        network = FilterNetwork(model, (3, 224, 224))
+        network = FilterNetwork(model, LITE_SHAPE)
         for layer, truth in families.items():
             stimuli = find_stimuli(network, layer, steps=LITE_STEPS)
             responses = response_matrix(network, layer, stimuli.images)
@@ -251,16 +266,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    effort = QUICK if options.quick else FULL
     console = Console()
     # First, so that what UMAP compiles counts.
-    filters, seconds = time_network(0.25 if options.quick else 1.55)
+    filters, seconds = time_network(effort.width)
     console.print(f"{filters:,} filters: {seconds:.0f} s; {peak_mib():.0f} MiB at most so far")
-    wide = 1024 if options.quick else 4096
-    layer_seconds = time_layer(wide)
-    console.print(f"a layer of {wide:,}: {layer_seconds:.0f} s; {peak_mib():.0f} MiB at most so far")
+    layer_seconds = time_layer(effort.wide)
+    console.print(f"a layer of {effort.wide:,}: {layer_seconds:.0f} s; {peak_mib():.0f} MiB at most so far")
 
-    cases = list(digits_cases(1 if options.quick else 3))
-    if not options.quick:
+    cases = list(digits_cases(effort.seeds))
+    if effort.lite:
         cases += lite_cases()
     table = Table("network", "clusters by", "ARI", "together", "alike", "agree")
     figures: dict[str, dict[str, float]] = {}
@@ -275,7 +290,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "quick": options.quick, "filters": filters, "seconds": seconds, "wide_layer": wide,
+                "quick": options.quick, "filters": filters, "seconds": seconds, "wide_layer": effort.wide,
                 "wide_layer_seconds": layer_seconds, "peak_mib": peak_mib(),
                 "redundant": int(sum(len(case.redundant) for case in cases)), "methods": figures,
             }

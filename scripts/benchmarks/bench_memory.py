@@ -47,13 +47,14 @@ from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.stages import peak_mib
 
 NETWORKS = ("resnet18", "resnet50", "resnet152", "regnet_x_32gf")
+SHAPE = (3, 224, 224)
 BUDGET = 4 * 2**30  # bytes
 SHOWN = 8  # of a layer's that are calibration images
 
 
 def survey(name: str) -> dict[str, Any]:
     """In a process of its own: a network's size, its heaviest layer to optimise for, and its widest group."""
-    prepared = prepare(seeded(name), AnalysisOptions(input_shape=(3, 224, 224), device="cpu"))
+    prepared = prepare(seeded(name), AnalysisOptions(input_shape=SHAPE, device="cpu"))
     plan = MemoryPlan(prepared.network, BUDGET, None)
     return {
         "network": name, "layers": len(prepared.layers),
@@ -67,7 +68,7 @@ def run(known: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: a run, and its peaks."""
     model = seeded(known["network"])
     with tempfile.TemporaryDirectory() as folder, shortened(known["heaviest"], known["widest"]):
-        analyze(model, input_shape=(3, 224, 224), memory=BUDGET, device="cpu", out=folder)
+        analyze(model, input_shape=SHAPE, memory=BUDGET, device="cpu", out=folder)
         stages = RunDirectory(Path(folder)).read_provenance().stages
     return {**known, "peaks": {one.name: one.peak_mib for one in stages}, "peak_mib": peak_mib()}
 
@@ -113,7 +114,7 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
         mock.patch.object(group_verdicts, "judge", judged),
         mock.patch.object(synthetic_images, "IMAGES", 2 * synthetic_images.BATCH),
         mock.patch.object(synthetic_images, "VARIANTS", 2),
-        mock.patch.object(importance, "SENSED", 2),
+        mock.patch.object(importance, "FISHER_VARIANTS", 2),
         mock.patch.object(importance, "calibrate", partial(synthetic_images.calibrate, passes=1)),
     ):
         yield

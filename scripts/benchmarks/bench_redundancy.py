@@ -6,7 +6,7 @@
     .venv/bin/python scripts/benchmarks/bench_redundancy.py --quick  # digits and one MNIST network
 
 In trained networks (`trained.py`, the digits' own, and two with a residual stream that no activation
-follows) filters are planted of which the truth is known (`planting.py`). The analysis sees no image.
+follows) filters are planted of which the truth is known (`planted_truth.py`). The analysis sees no image.
 
 - Recall: a copy or mix is found if one of the channels of which one is too many is called redundant; a dead
   one if it is called dead.
@@ -44,10 +44,10 @@ import torch
 import trained
 from ablation import ablate, change, scores_of, without
 from detectors import peer_rows
-from planting import COPIES, DEAD, LinearStream, Site, Truth
+from planted_truth import COPIES, DEAD, Site, Truth
 from redundancy_tables import Outcome, report
 from torch import Tensor, nn
-from trained import Trained
+from trained import LinearStream, Trained
 
 import prune_viz as pv
 from prune_viz.channels.coupling import find_groups

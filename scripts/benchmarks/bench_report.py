@@ -19,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ WAVE = """async ([selector, count]) => {
   }
   return times.sort((a, b) => a - b);
 }"""
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser with WebGL, which the plots of other libraries need."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+            args=["--no-sandbox", "--enable-unsafe-swiftshader"],
+        )
+        yield browser
+        browser.close()
 
 
 def made_up_run(folder: Path) -> RunDirectory:
@@ -200,18 +213,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="a run; without it one is made up")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
-            args=["--no-sandbox", "--enable-unsafe-swiftshader"],
-        )
+    with tempfile.TemporaryDirectory() as name, chromium() as browser:
         run = RunDirectory(options.run) if options.run else made_up_run(Path(name) / "run")
         found = measure(browser, run)
         print_table("The report", list(found), [list(found.values())])
         plots = measure_plots(browser, found["filters"], Path(name))
         if plots:
             print_table("The same number of points", list(plots[0]), [list(row.values()) for row in plots])
-        browser.close()
     print(json.dumps({**found, "plots": plots}))
 
 

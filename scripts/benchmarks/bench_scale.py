@@ -47,6 +47,9 @@ SETTINGS = StimulusSettings("natural", 12, 0, None)  # few steps
 BRIEF = StimulusSettings("natural", 1, 0, None)  # for the size of results
 COUNTS = (16, 32, 64, 128)  # filters
 CANVASES = (32, 48, 64, 96)
+SHAPE = (3, 224, 224)
+EARLY, LATE = "layer2.1.conv2", "layer3.1.conv1"  # layers of ResNet-18: by canvas, and for all else
+PIECE = 192  # filters of a task, for the size of results
 COMMON = 96  # canvas on which layers are compared, and more and more filters of one
 ZOO, WORKERS, NODES = 10_000, 1_000, 16  # networks, cores to search them, nodes that each network goes to
 
@@ -107,9 +110,7 @@ def by_depth(name: str, network: FilterNetwork) -> list[dict[str, Any]]:
 
 def by_canvas(model: nn.Module, layer: str) -> dict[str, Any]:
     """How long a layer's filters take on larger canvases."""
-    seconds = [
-        seconds_of(FilterNetwork(model, (3, 224, 224), canvas), layer, COUNTS[1]) for canvas in CANVASES
-    ]
+    seconds = [seconds_of(FilterNetwork(model, SHAPE, canvas), layer, COUNTS[1]) for canvas in CANVASES]
     return {"layer": layer, "seconds": seconds, "exponent": exponent(CANVASES, seconds)}
 
 
@@ -120,13 +121,13 @@ def _search(layer: str, start: int) -> None:
     """In a process of its own: a task."""
     global _network
     torch.set_num_threads(1)
-    _network = _network or FilterNetwork(resnet(18), (3, 224, 224))
+    _network = _network or FilterNetwork(resnet(18), SHAPE)
     run_task(_network, Task(layer, start, start + COUNTS[1], None, "", ""), SETTINGS, None)
 
 
 def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
     """Seconds that the same tasks take one after the other, side by side in threads, and in processes."""
-    layer, tasks = "layer3.1.conv1", [COUNTS[1] * number for number in range(2 * cores)]
+    layer, tasks = LATE, [COUNTS[1] * number for number in range(2 * cores)]
     torch.set_num_threads(cores)
     start = time.perf_counter()
     for begin in tasks:
@@ -151,7 +152,7 @@ def by_cores(network: FilterNetwork, cores: int) -> dict[str, float]:
 
 def whole_run(name: str, model: nn.Module) -> dict[str, Any]:
     """What a run is estimated to take."""
-    found = estimate(model, input_shape=(3, 224, 224), device="cpu")
+    found = estimate(model, input_shape=SHAPE, device="cpu")
     counts = [cost.layer.filters for cost in found.layers]
     size = BATCHES * BATCH["cpu"]
     return {
@@ -207,13 +208,13 @@ def main() -> None:
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     names = list(NETWORKS)[:1] if quick else list(NETWORKS)
-    small = FilterNetwork(resnet(18), (3, 224, 224))
+    small = FilterNetwork(resnet(18), SHAPE)
     used = by_cores(small, cores)
     print_table(
         f"The same tasks on {cores} cores", ["how", "seconds", "of operations spread over the cores"],
         [[how, seconds, seconds / used["spread"]] for how, seconds in used.items()],
     )  # fmt: skip
-    canvas = by_canvas(resnet(18), "layer2.1.conv2")
+    canvas = by_canvas(resnet(18), EARLY)
     print_table(
         "Seconds by canvas, ResNet-18", ["layer", *map(str, CANVASES), "exponent"],
         [[canvas["layer"], *canvas["seconds"], canvas["exponent"]]],
@@ -221,7 +222,7 @@ def main() -> None:
     filters, depths, runs = [], [], []
     for name in names:
         model = NETWORKS[name]()
-        common = FilterNetwork(model, (3, 224, 224), COMMON)
+        common = FilterNetwork(model, SHAPE, COMMON)
         filters.append(by_filters(name, common))
         depths += by_depth(name, common)
         torch.set_num_threads(cores)
@@ -242,7 +243,7 @@ def main() -> None:
         [[*(row[key] for key in ("network", "filters", "tasks", "hours", "after")), row["disk"] / 2**30]
          for row in runs],
     )  # fmt: skip
-    piece = run_task(small, Task("layer3.1.conv1", 0, 192, None, "", ""), BRIEF, None)
+    piece = run_task(small, Task(LATE, 0, PIECE, None, "", ""), BRIEF, None)
     zoo = plan_zoo(runs, piece)
     print_table(f"{ZOO:,} networks on {WORKERS:,} cores", ["what", ""], [list(item) for item in zoo.items()])
     print(json.dumps({

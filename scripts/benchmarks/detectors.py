@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from ablation import BATCH, scores_of
-from planting import COPIES, Site, Truth
+from planted_truth import COPIES, Site, Truth
 from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn

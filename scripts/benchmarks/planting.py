@@ -1,147 +1,23 @@
-"""Copies, mixes and dead filters planted in trained networks: a truth to hold an analysis against.
-
-A channel is planted wherever its layer is written and read, batch norms included, and shares the reading
-weights of what it repeats, so that the network computes what it did. Which kinds there are, and how true
-each is:
-
-- ``exact``, ``scaled``: the same weights, batch norm's gain and bias scaled by `SCALES`. Exact behind a ReLU
-  and where no activation follows. Behind a ReLU6 only for maps that stay below 6 / scale; their originals
-  are chosen to do so on images and on their own stimuli.
-- ``rewired``: an exact copy that reads a copy in the layer before where its original reads that one's
-  original. Its weights differ from the original's, its map does not.
-- ``noisy``: weights moved by normal noise of 5, 10 or 25% of the original's standard deviation.
-- ``mix``: ``a f1 + b f2`` or ``a f1 + b f2 + c f3``, only where no activation follows (projections, a linear
-  residual stream), since ``relu(a y1 + b y2)`` is no mix of ``relu(y1)`` and ``relu(y2)``. Where a ReLU does
-  follow, such a filter is planted as ``blend``: not linearly redundant, counted neither way.
-- ``negated``: weights of the opposite sign, before an activation; not redundant. It is read with minus half
-  of the original's weights, as one leaky unit would be.
-- ``shifted``: the kernel moved by a column inside a wider one; the same feature elsewhere. Not redundant
-  without moving its consumers' kernels too; counted neither way.
-- ``silent``, ``constant``, ``unread``: dead. Constants only where consumers have no padding, which would make
-  a constant visible at the border, so that it would not be dead.
-
-Noisy, negated, shifted and blended ones change what the network computes by a little. Batch norms of what is
-planted hold what training would have left there: the original's statistics, changed as they change on
-images; and consumers' means are put back where they were on those images.
-"""
+"""Plants what `planted_truth.py` describes in trained networks, and says where it stands."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from planted_truth import COPIES, DEAD, NOISES, SCALES, Plant, Site, Truth
 from torch import Tensor, nn
 
 import prune_viz as pv
 from prune_viz.network.tracing import norms_behind
 
-SCALES = (2.0, 0.5)
-NOISES = (0.05, 0.1, 0.25)
-COPIES, DEAD = ("exact", "scaled", "rewired"), ("silent", "constant", "unread")
 PARTS = ("weight", "bias", "running_mean", "running_var")
 CAP, HEADROOM_STEPS, CANDIDATES = 6.0, 12, 24
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place to plant in: channels written by convolutions, carried on, and read.
-
-    Attributes
-    ----------
-    producers : tuple of (str, str)
-        Convolutions and the batch norms behind them; several write a residual stream.
-    consumers : tuple of str
-        Convolutions and linear layers.
-    inner : tuple of (str, str)
-        Depthwise convolutions on the way, and their batch norms.
-    activation : {"", "relu", "relu6"}
-        What follows the batch norms.
-    """
-
-    producers: tuple[tuple[str, str], ...]
-    consumers: tuple[str, ...]
-    inner: tuple[tuple[str, str], ...] = ()
-    activation: str = "relu"
-
-    @property
-    def layer(self) -> str:
-        """The convolution that names the channels."""
-        return self.producers[0][0]
-
-    @property
-    def chain(self) -> tuple[tuple[str, str], ...]:
-        """All convolutions on the way and their batch norms."""
-        return self.producers + self.inner
-
-
-@dataclass(frozen=True)
-class Plant:
-    """A planted channel: its kind, where it stands, which ones it was made of, and how much of each.
-
-    `amount` is a copy's scale or the share of noise; `weights` are a mix's.
-    """
-
-    kind: str
-    channel: int
-    sources: tuple[int, ...] = ()
-    amount: float = 1.0
-    weights: tuple[float, ...] = ()
-
-    @property
-    def set(self) -> frozenset[int]:
-        """The channels of which one is one too many."""
-        return frozenset((self.channel, *self.sources))
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What was planted at a site that had `channels` before."""
-
-    site: Site
-    channels: int
-    plants: tuple[Plant, ...]
-
-
-class LinearStream(nn.Sequential):
-    """Inverted bottlenecks without depthwise convolutions: a residual stream that no activation follows.
-
-    Parameters
-    ----------
-    width : int
-        Channels of the stream.
-    inner : int
-        Channels between expansion and projection.
-    """
-
-    def __init__(self, width: int, inner: int, classes: int = 10) -> None:
-        stem = [nn.Conv2d(1, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), nn.ReLU()]
-        project = [nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)]
-        head = [nn.Conv2d(width, 2 * inner, 1, bias=False), nn.BatchNorm2d(2 * inner), nn.ReLU()]
-        super().__init__(
-            *stem, *project, nn.AvgPool2d(2), Bottleneck(width, inner), Bottleneck(width, inner), *head,
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * inner, classes),
-        )  # fmt: skip
-
-
-class Bottleneck(nn.Module):
-    """A 3x3 expansion with a ReLU and a 1x1 projection without one, beside a shortcut."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.expand = nn.Conv2d(width, inner, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.project = nn.Conv2d(inner, width, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Shapes (B, width, height, width) to the same."""
-        inner: Tensor = self.project(F.relu(self.bn1(self.expand(maps))))
-        return maps + self.bn2(inner)
 
 
 @torch.no_grad()

