@@ -23,7 +23,8 @@ from prune_viz.feature_visualization.top_patches import find_top_patches, write_
 from prune_viz.network.calls import blank_input
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
-from prune_viz.redundancy import importance
+from prune_viz.redundancy import basis
+from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.redundancy.fisher import FisherMatrices
 from prune_viz.redundancy.gram_matrices import GramMatrices, rounds
 from prune_viz.redundancy.group_verdicts import calibration_copy, gather_on_stimuli, judge_groups
@@ -34,7 +35,6 @@ from prune_viz.redundancy.importance import (
     rank_groups,
     synthesise_images,
 )
-from prune_viz.redundancy.judge import GroupVerdicts
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerFiles, RunDirectory
 from prune_viz.runs.verdicts import Verdict
@@ -167,11 +167,11 @@ def _judge(
             twin, prepared, part, found, calibration, fisher, verdicts, gram_matrices, context
         )
     unit = fisher.unit if fisher else Unit.CONSUMERS
-    predicted = importance.predictions_on(twin, calibrated)
+    predicted = basis.predictions_on(twin, calibrated)
     count = 0 if examples is None else len(examples)
-    basis = importance.describe(calibrated, predicted, count, unit) if judged else None
+    rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
     return _Judged(
-        verdicts, gram_matrices, unit, calibration.synthetic, basis, importance.summary(calibrated, predicted)
+        verdicts, gram_matrices, unit, calibration.synthetic, rests_on, basis.summary(calibrated, predicted)
     )
 
 

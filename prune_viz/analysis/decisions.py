@@ -14,7 +14,8 @@ from prune_viz.embedding.layer_map import Embedding
 from prune_viz.network.layer_kinds import count_inputs
 from prune_viz.network.layers import Layer
 from prune_viz.pruning.masks import Masks, beside_masks
-from prune_viz.redundancy.judge import TOLERANCE, ChannelVerdict, GroupVerdicts
+from prune_viz.redundancy.channel_verdicts import ChannelVerdict, GroupVerdicts
+from prune_viz.redundancy.judge import TOLERANCE
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import (
     ConsumerRecord,
@@ -65,9 +66,9 @@ def filter_rows(
         next((p for p in group.producers if p.module == layer.name), None) if group is not None else None
     )
     channel_of: dict[int, int] = {}
-    if written is not None:
+    if written is not None and group is not None:
         channel_of = dict(zip(written.indices.tolist(), written.channels.tolist(), strict=True))
-    filter_at = {channel: index for index, channel in channel_of.items()}
+        filters_at = written.table(group.channels)
     for index in range(layer.filters):
         activation = float(tensors.activations[index])
         if group is None:
@@ -83,7 +84,9 @@ def filter_rows(
         else:
             found = verdicts[group.number].channels[channel_of[index]]
             verdict, score, damage = found.verdict, found.score, found.damage
-            representatives = [filter_at[channel] for channel in found.representatives]
+            place = filters_at[channel_of[index]].tolist().index(index)  # of several filters of a channel
+            others = filters_at[found.representatives, place]
+            representatives = others[others >= 0].tolist()
             unit = verdicts[group.number].unit
             reason = explain(found, representatives, group, layer.name, activation, judged, unit)
         rows.append(
@@ -205,23 +208,22 @@ def masks_of(
             if found.verdict.flagged:
                 gone.setdefault(group.number, set()).add(found.channel)
                 damage += 0.0 if np.isnan(found.damage) else found.damage
-                root = group.producers[0]
-                filter_at = dict(zip(root.channels.tolist(), root.indices.tolist(), strict=True))
-                merges.append(
-                    Merge(
-                        root.module,
-                        filter_at[found.channel],
-                        tuple(filter_at[channel] for channel in found.representatives),
-                        tuple(found.coefficients),
-                        found.constant,
-                    )
-                )
+                merges += _merge(group, found)
     passed = [
         norm_channel
         for group in groups
         for norm_channel in norm_channels(group.producers, group.norms, gone.get(group.number, set()))
     ]
     return Masks(masks, tuple(merges), origin, predicted=Damage(damage, unit), norm_channels=passed)
+
+
+def _merge(group: CouplingGroup, found: ChannelVerdict) -> list[Merge]:
+    """How a flagged channel is rebuilt, in filters of a layer that has it and all its representatives."""
+    for places in group.producers:
+        own, *others = places.table(group.channels)[[found.channel, *found.representatives], 0].tolist()
+        if min(own, *others, own) >= 0:
+            return [Merge(places.module, own, tuple(others), tuple(found.coefficients), found.constant)]
+    return []
 
 
 def decisions_of(

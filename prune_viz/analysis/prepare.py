@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.channels import coupling
-from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
+from prune_viz.channels.labelling import UntraceableError
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.calls import blank_input
 from prune_viz.network.filter_network import FilterNetwork

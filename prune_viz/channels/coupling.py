@@ -1,36 +1,40 @@
 """Coupling groups: which filters can only be removed together, and who reads them.
 
-The groups come from Torch-Pruning's dependency graph. A group's *channels* are the things that are
-removed or kept as one: a channel of a residual stream is written by several convolutions and read by
-several; a channel between an expansion and a projection passes a depthwise convolution on the way.
+A group's *channels* are the things that are removed or kept as one: a channel of a residual stream is
+written by several convolutions and read by several; a channel between an expansion and a projection passes a
+depthwise convolution on the way; one behind a split belongs to several filters of one layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor, nn
 
-from prune_viz.channels.dependency_graph import UntraceableError, build_graph, tied_to
-from prune_viz.channels.groups import CouplingGroup, Places
-from prune_viz.channels.verification import confirmed
-from prune_viz.network.copies import plain_copy
+from prune_viz.channels.groups import AxisPlaces, CouplingGroup, Places
+from prune_viz.channels.labelling import Labelled, UntraceableError, label, steadied
+from prune_viz.channels.parameter_axes import PASSED, READ
+from prune_viz.channels.verification import verified
+from prune_viz.network.copies import attached, plain_copy
 from prune_viz.network.layer_kinds import (
     count_inputs,
     count_outputs,
+    input_axis,
     is_convolution,
-    is_depthwise,
     is_grouped,
+    norms_channels,
     reads_channels,
 )
-from prune_viz.network.tracing import norms_behind
+from prune_viz.utils.errors import brief
+
+# Spatial sizes, by number of axes, at which channels are followed where a network runs on one of them.
+SIZES = {1: (1024, 4096), 2: (64, 128), 3: (32,)}
 
 
-def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[CouplingGroup]:
+def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]:
     """Find the coupling groups of a model's convolutions.
 
     Parameters
@@ -48,97 +52,221 @@ def find_groups(model: nn.Module, example_inputs: torch.Tensor) -> list[Coupling
     Raises
     ------
     UntraceableError
-        If the dependency graph cannot be built.
+        If the network does not run, or takes too long.
     """
-    twin = plain_copy(model).float()
-    example = example_inputs[:1].float()
-    twin.to(example.device)
-    graph = build_graph(twin, example)
-    names = {module: name for name, module in twin.named_modules()}
-    groups: list[CouplingGroup] = []
-    seen: set[nn.Module] = set()
-    lost: dict[Any, str] = {}
-    for module in names:
-        if is_convolution(module) and module in graph.module2node and module not in seen:
+    twin = plain_copy(model).float().cpu().requires_grad_(False)
+    inputs = smallest_input(twin, example_inputs.float().cpu())
+    found = label(twin, inputs)
+    called = _called(twin, inputs)
+    groups = list(_groups(twin, found, called))
+    # Whole groups of a grouped convolution go, unless something behind it mixes them, as a shuffle does.
+    stuck = {layer for group in groups if not group.removable for layer in group.layers}
+    by_position = frozenset(_number(found, called[name]) for name in stuck if is_grouped(called[name]))
+    if by_position:
+        again = label(twin, inputs, by_position)
+        groups = _better(groups, list(_groups(twin, again, called)))
+    return verified(twin, groups, inputs, trains=found.differs_in_training)
+
+
+def _better(first: list[CouplingGroup], second: list[CouplingGroup]) -> list[CouplingGroup]:
+    """Of two ways to group the same filters, the one in which more of them can be removed."""
+
+    def removable(groups: list[CouplingGroup]) -> int:
+        return sum(len(places.indices) for one in groups if one.removable for places in one.producers)
+
+    return second if removable(second) > removable(first) else first
+
+
+def smallest_input(model: nn.Module, example: Tensor) -> Tensor:
+    """Noise of the smallest size on which a model runs, of two rows where it takes several.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, on the CPU.
+    example : Tensor, shape (B, C, *size)
+        What it runs on.
+
+    Raises
+    ------
+    UntraceableError
+        If it does not run on one like the example either.
+    """
+    shape = tuple(example.shape[1:])
+    small = [tuple(min(extent, size) for extent in shape[1:]) for size in SIZES.get(len(shape) - 1, ())]
+    sizes = list(dict.fromkeys([*small, shape[1:]]))
+    error: Exception | None = None
+    for size in sizes:
+        for rows in (2, 1):
+            generator = torch.Generator().manual_seed(0)
+            inputs = torch.randn(rows, shape[0], *size, generator=generator)
             try:
-                group, producers = _tied_group(graph, module, len(groups), names)
-                widest = max(producers, key=count_outputs, default=module)
-                if count_outputs(widest) > count_outputs(module):  # this one writes a part of what is tied
-                    group, producers = _tied_group(graph, widest, len(groups), names)
-            except UntraceableError as error:
-                lost[module] = f"the way of its maps cannot be traced ({error})"
-                continue
-            seen.update(producers)
-            groups.append(group)
-    for module, note in lost.items():
-        if module not in seen:
-            groups.append(_group_alone(len(groups), names[module], count_outputs(module), note))
-    norms = norms_behind(twin)
-    return [confirmed(twin, group, norms, example) for group in groups]
+                with steadied(model):
+                    model(inputs)
+            except Exception as raised:  # whatever an untrusted forward pass raises
+                error = raised
+            else:
+                return inputs
+    raise UntraceableError(brief(error) if error is not None else "it does not run")
 
 
-def _tied_group(
-    graph: Any, module: Any, number: int, names: dict[nn.Module, str]
-) -> tuple[CouplingGroup, list[Any]]:
-    """The group of all that goes with a convolution's filters, and its producers."""
-    items = tied_to(graph, module, range(count_outputs(module)))
-    return _read_group(number, count_outputs(module), items, names)
+def _called(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """The layers with weights, by name, that run when the model is called, in training or not."""
+    called: dict[str, Any] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        called.setdefault(names[id(module)], module)
+
+    layers = [module for module in model.modules() if reads_channels(module)]
+    for training in (False, True):
+        try:
+            with attached(layer.register_forward_hook(hook) for layer in layers), steadied(model, training):
+                model(inputs)
+        except Exception as error:  # many networks need targets in training
+            if not training:
+                raise UntraceableError(brief(error)) from error
+    return called
 
 
-def _group_alone(number: int, name: str, channels: int, note: str) -> CouplingGroup:
-    """A group of one convolution, where its ties to others are unknown."""
-    every = np.arange(channels)
-    return CouplingGroup(number, channels, [Places(name, every, every)], [], removable=False, note=note)
+def _groups(model: nn.Module, found: Labelled, called: Mapping[str, Any]) -> Iterator[CouplingGroup]:
+    """Coupling groups, as the labels have them."""
+    roots = found.sets.roots()
+    axes = {key: roots[labels.numpy()] for key, labels in found.axes.labels.items()}
+    written = {
+        name: axes.get((_number(found, module), 1 - input_axis(module)), np.zeros(count_outputs(module), int))
+        for name, module in called.items()
+        if is_convolution(module)
+    }
+    order = [name for name, _ in model.named_modules() if name in written]
+    reader = _GroupReader(model, found, called, axes)
+    for number, layers in enumerate(_tied(order, written)):
+        yield reader.read(number, {name: written[name] for name in layers})
 
 
-def _read_group(
-    number: int, channels: int, items: Any, names: dict[nn.Module, str]
-) -> tuple[CouplingGroup, list[nn.Module]]:
-    """Turn one of the library's groups into plain data, and list its producers."""
-    producers: dict[nn.Module, Places] = {}
-    norms: list[Places] = []
-    consumers: dict[nn.Module, Places] = {}
-    notes: list[str] = []
-    for item in items.items:
-        node, handler = item.dep.target, item.dep.handler.__name__
-        module = node.module
-        reads = handler == "prune_in_channels" and reads_channels(module)
-        if not reads and not node.outputs:
-            notes.append("its filters are the network's output")
-        if isinstance(module, nn.Parameter) or module not in names:
-            continue
-        places = Places(names[module], np.array(item.idxs), np.array(item.root_idxs))
-        if is_grouped(module):
-            notes.append(f"{names[module]} is a grouped convolution")
-        if is_depthwise(module):
-            producers.setdefault(module, places)
-        elif reads:
-            consumers[module] = places
-            times = set(np.bincount(places.channels, minlength=channels))
-            if len(times) > 1:
-                notes.append(f"{names[module]} reads only a part of it")
-            elif is_convolution(module) and times != {1}:
-                notes.append(f"{names[module]} reads each of its maps more than once")
-            elif places.indices.max() >= count_inputs(module):
-                notes.append(f"something on the way to {names[module]} rearranges its channels")
-        elif is_convolution(module):
-            producers[module] = places
-        elif isinstance(module, _InstanceNorm) and module.running_mean is not None:
-            notes.append(f"{names[module]} keeps running statistics, which the library does not cut")
-        elif isinstance(module, (_BatchNorm, _InstanceNorm)):
-            norms.append(places)
-        elif not (isinstance(module, nn.PReLU) or reads_channels(module)):
-            notes.append(f"{names[module]} ({type(module).__name__}) mixes or fixes the channels")
-    if not consumers:
-        notes.append("nothing in the network that can be adjusted reads it")
-    ordered = sorted(producers, key=lambda module: list(names).index(module))
-    group = CouplingGroup(
-        number,
-        channels,
-        [producers[module] for module in ordered],
-        list(consumers.values()),
-        removable=not notes,
-        note=next(iter(notes), ""),
-        norms=norms,
-    )
-    return group, list(producers)
+def _number(found: Labelled, layer: Any) -> int:
+    """Which parameter the weight of a layer is; -1 where it is none."""
+    number = found.axes.number(layer.weight)
+    return -1 if number is None else number
+
+
+def _tied(order: list[str], written: Mapping[str, np.ndarray]) -> list[list[str]]:
+    """Layers that write channels in common, together, in order."""
+    writers: dict[int, list[str]] = {}
+    for name in order:
+        for root in np.unique(written[name]).tolist():
+            if root:
+                writers.setdefault(root, []).append(name)
+    together = {name: {name} for name in order}
+    for names in writers.values():
+        for name in names[1:]:
+            if together[name] is not together[names[0]]:
+                joined = together[names[0]] | together[name]
+                for member in joined:
+                    together[member] = joined
+    seen: set[str] = set()
+    tied = []
+    for name in order:
+        if name not in seen:
+            tied.append([one for one in order if one in together[name]])
+            seen |= together[name]
+    return tied
+
+
+class _GroupReader:
+    """Turns sets of labels into coupling groups."""
+
+    def __init__(
+        self, model: nn.Module, found: Labelled, called: Mapping[str, Any], axes: Mapping[Any, np.ndarray]
+    ) -> None:
+        self._names, self._roles = found.axes.names, found.axes.roles
+        self._refused = found.sets.refused()
+        self._axes = axes
+        # Modules that hold each parameter or buffer, and under what name; several where it is shared.
+        self._holders: dict[int, list[tuple[str, str, nn.Module]]] = {}
+        for name, module in model.named_modules():
+            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for own, tensor in (item for kind in kinds for item in kind.items()):
+                number = None if tensor is None else found.axes.number(tensor)
+                if number is not None:
+                    self._holders.setdefault(number, []).append((name, own, module))
+        self._called = called
+
+    def read(self, number: int, written: Mapping[str, np.ndarray]) -> CouplingGroup:
+        """The group of some layers, from the sets of the labels that each of them writes."""
+        layers = list(written)
+        widest = max(layers, key=lambda name: len(np.unique(written[name])))
+        roots = dict.fromkeys(np.concatenate([written[name] for name in (widest, *layers)]).tolist())
+        channel_of = {root: place for place, root in enumerate(root for root in roots if root)}
+        if not channel_of:  # a layer of one filter, or one whose weights are computed
+            every = np.arange(len(written[widest]))
+            note = "it has no other filter" if len(every) == 1 else _WEIGHTS
+            alone = [Places(widest, every, every)]
+            return CouplingGroup(number, len(every), alone, [], removable=False, note=note)
+        own = channel_of.keys()
+        keys = sorted(key for key, along in self._axes.items() if not own.isdisjoint(along.tolist()))
+        notes = [self._refused[root] for root in channel_of if root in self._refused]
+        if len(channel_of) == 1:
+            notes.append("all its filters go only together")
+        consumers, norms = self._readers(keys, channel_of, notes)
+        if not consumers:
+            notes.append("nothing in the network that can be adjusted reads it")
+        producers = [Places(name, *_placed(own, channel_of)) for name, own in written.items()]
+        if any(len(places.indices) < len(written[places.module]) for places in producers):
+            notes.append("some of its filters cannot be told apart")
+        return CouplingGroup(
+            number,
+            len(channel_of),
+            producers,
+            consumers,
+            removable=not notes,
+            note=next(iter(notes), ""),
+            norms=norms,
+            axes=[
+                AxisPlaces(self._names[tensor], axis, *_placed(self._axes[tensor, axis], channel_of))
+                for tensor, axis in keys
+            ],
+        )
+
+    def _readers(
+        self, keys: list[tuple[int, int]], channel_of: Mapping[int, int], notes: list[str]
+    ) -> tuple[list[Places], list[Places]]:
+        """Layers that read a group's channels, and norms that these pass; notes what speaks against them."""
+        consumers: dict[str, Places] = {}
+        norms: dict[str, Places] = {}
+        for key in keys:
+            tensor, axis = key
+            holders = self._holders[tensor]
+            places = _placed(self._axes[key], channel_of)
+            reading = [
+                name
+                for name, own, module in holders
+                if own == "weight" and name in self._called and axis == input_axis(module)
+            ]
+            if len({name for name, _, module in holders if reads_channels(module)}) > 1:
+                notes.append(f"{' and '.join(name for name, *_ in holders)} share their weights")
+            elif READ in self._roles[key] and not reading:
+                notes.append(f"{self._names[tensor]} reads it, which is no weight of a layer")
+            elif READ in self._roles[key]:
+                module = self._called[reading[0]]
+                consumers.setdefault(reading[0], Places(reading[0], *_in_all_groups(module, *places)))
+            for name, _, module in holders if PASSED in self._roles[key] else ():
+                if norms_channels(module):
+                    norms.setdefault(name, Places(name, *places))
+        return list(consumers.values()), list(norms.values())
+
+
+def _placed(own: np.ndarray, channel_of: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices along an axis at which channels lie, and those channels."""
+    channels = np.array([channel_of.get(root, -1) for root in own.tolist()])
+    return np.flatnonzero(channels >= 0), channels[channels >= 0]
+
+
+def _in_all_groups(module: Any, indices: np.ndarray, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places along a grouped convolution's weight, as channels that it reads: one in each of its groups."""
+    groups = module.groups if is_convolution(module) else 1
+    size = count_inputs(module) // groups
+    return np.concatenate([group * size + indices for group in range(groups)]), np.tile(channels, groups)
+
+
+_WEIGHTS = "its weights are computed, or belong to no layer"

@@ -27,6 +27,40 @@ class Places:
     indices: np.ndarray
     channels: np.ndarray
 
+    def table(self, count: int) -> np.ndarray:
+        """The indices of each of so many channels in rising order, shape (count, most of one channel).
+
+        Rows of channels that lie at fewer indices end in -1. Where all lie at equally many, as behind a
+        flatten, indices in one column belong together: they are the channels at one position.
+        """
+        order = np.lexsort((self.indices, self.channels))
+        channels, indices = self.channels[order], self.indices[order]
+        first = np.searchsorted(channels, channels)
+        most = int(np.bincount(self.channels, minlength=count).max(initial=0)) if len(channels) else 0
+        table = np.full((count, max(most, 1)), -1)
+        table[channels, np.arange(len(channels)) - first] = indices
+        return table
+
+
+@dataclass(frozen=True)
+class AxisPlaces:
+    """Where a group's channels lie along one axis of a parameter: ``channels[k]`` is at ``indices[k]``.
+
+    Attributes
+    ----------
+    tensor : str
+        Dotted name of the parameter or buffer.
+    axis : int
+        Which axis.
+    indices, channels : ndarray of int, shape (K,)
+        As in `Places`.
+    """
+
+    tensor: str
+    axis: int
+    indices: np.ndarray
+    channels: np.ndarray
+
 
 @dataclass(frozen=True)
 class NormChannel:
@@ -68,6 +102,8 @@ class CouplingGroup:
     norms : list of Places
         Norms that the channels pass on their way to the consumers, those behind a concatenation included.
         A silent channel stays silent only where their scales and shifts are zero too.
+    axes : list of AxisPlaces
+        All that is cut where channels are removed.
     layers : list of str
         Names of the producers.
     """
@@ -79,6 +115,7 @@ class CouplingGroup:
     removable: bool = True
     note: str = ""
     norms: list[Places] = field(default_factory=list)
+    axes: list[AxisPlaces] = field(default_factory=list, repr=False)
     layers: list[str] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,168 +1,273 @@
-"""What the dependency graph cannot see of a coupling group, found by experiment.
+"""Coupling groups verified by experiment: what the labels say of a network is tried on it.
 
-One channel is disturbed where it is written, all are silenced, and consumers that compute in ways of
-their own do without one: what moves then must be what the graph says.
+Three experiments are run, each on all groups at once, and on halves of them where it fails, until those are
+found that are at fault. One channel of each is disturbed where it is written: nothing but the same channel
+at its consumers may move. All channels are silenced: they must arrive silent. And some are removed, at both
+ends and in the middle: every layer must compute what it computes with them silenced, up to rounding.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from prune_viz.channels.cutting import cut_channels
 from prune_viz.channels.groups import CouplingGroup, Places
-from prune_viz.network.copies import as_it_was, attached
-from prune_viz.network.layer_kinds import channel_axis, copy_without_inputs, is_plain
+from prune_viz.channels.labelling import steadied
+from prune_viz.network.calls import run_and_size_norms
+from prune_viz.network.copies import attached, plain_copy
+from prune_viz.network.layer_kinds import channel_axis, input_axis, is_plain, reads_channels
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
-Change = Callable[[torch.Tensor], torch.Tensor]
-Reads = dict[str, list[torch.Tensor]]
+SECONDS = 120.0  # for all experiments on a network
+_CLOSE = 1e-4  # relative; also to a layer's largest value, where single values are near zero
+
+Change = Callable[[Tensor], Tensor]
+Experiment = Callable[[Sequence[CouplingGroup]], str]
 
 
-def confirmed(
-    model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
-) -> CouplingGroup:
-    """Give a group as it is, or as not removable with what an experiment said against it.
+def verified(
+    model: nn.Module, groups: Sequence[CouplingGroup], inputs: Tensor, trains: bool = False
+) -> list[CouplingGroup]:
+    """Give groups as they are, or as not removable with what an experiment said against them.
 
     Parameters
     ----------
     model : nn.Module
         The network in eval mode, plain; left unchanged.
-    group : CouplingGroup
-        As the dependency graph has it.
-    norms : mapping of str to str
-        The batch norm behind each convolution.
-    example : Tensor, shape (1, C, *size)
-        An input the model runs on.
+    groups : sequence of CouplingGroup
+        As the labels have them.
+    inputs : Tensor, shape (B, C, *size)
+        Noise that the model runs on.
+    trains : bool
+        Whether the network does something else in training, which then is tried too.
     """
-    if not group.removable:
-        return group
-    try:
-        note = _experiment(model, group, norms, example)
-    except Exception as error:  # whatever an untrusted forward pass raises
-        note = f"its maps cannot be followed ({brief(error, 80)})"
-    return replace(group, removable=not note, note=note)
+    notes: dict[int, str] = {}
+    deadline = time.monotonic() + SECONDS
+    bench = _Bench(model, inputs)
+    bench.pass_through(groups)
+    experiments = [bench.jolt, bench.silence, bench.remove]
+    passes = [(one, training) for training in ([False, True] if trains else [False]) for one in experiments]
+    if not bench.is_steady():
+        notes = {group.number: "the network draws random numbers when it runs" for group in groups}
+    for experiment, training in passes:
+        rest = [group for group in groups if group.removable and group.number not in notes]
+        notes |= _failing(rest, partial(experiment, training=training), deadline)
+    return [
+        replace(group, removable=False, note=notes[group.number])
+        if group.removable and group.number in notes
+        else group
+        for group in groups
+    ]
 
 
-def _experiment(
-    model: nn.Module, group: CouplingGroup, norms: Mapping[str, str], example: torch.Tensor
-) -> str:
-    """Disturb one channel while the consumers' outputs are held, and say what moves that must not.
+def _failing(groups: Sequence[CouplingGroup], experiment: Experiment, deadline: float) -> dict[int, str]:
+    """Why groups fail an experiment, by their numbers; found by halving those that fail together."""
+    if not groups:
+        return {}
+    if time.monotonic() > deadline:
+        return {group.number: "there was no time left to verify that it can be removed" for group in groups}
+    why = experiment(groups)
+    if not why:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].number: why}
+    half = len(groups) // 2
+    found = _failing(groups[:half], experiment, deadline) | _failing(groups[half:], experiment, deadline)
+    rest = [group for group in groups if group.number not in found]
+    if not found:  # each half is fine, and both together are not
+        return {group.number: why for group in groups[:half]}
+    return found | (_failing(rest, experiment, deadline) if len(rest) < len(groups) else {})
 
-    The library takes any operation without parameters for one that leaves channels apart. Here a channel
-    is jolted where it is written: behind that, nothing but the same channel at the consumers may move, and
-    nothing the network returns. Then all channels are silenced: they must arrive silent.
-    """
-    modules = dict(model.named_modules())
-    jolted_channel = group.channels // 2
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(example.shape, generator=generator).to(example)
-    held: dict[str, list[torch.Tensor]] = {}
 
-    def run(changes: Sequence[tuple[str, list[int]]], change: Change) -> tuple[Reads, Any]:
-        taken: Reads = {places.module: [] for places in group.consumers}
-        holding = bool(held)
+@dataclass
+class _Run:
+    """What a pass read and computed: a tensor a call, by the layer's name; and what the network returned."""
 
-        def read(name: str) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-                taken[name].append(arguments[0].clone())
-                if not holding:
-                    held.setdefault(name, []).append(output.clone())
-                    return output
-                return held[name][len(taken[name]) - 1]
+    inputs: dict[str, list[Tensor]]
+    outputs: dict[str, list[Tensor]]
+    returned: list[Tensor]
 
-            return hook
 
-        def write(indices: list[int]) -> Any:
-            def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-                changed = output.clone()
-                changed[:, indices] = change(output[:, indices])
-                return changed
+class _Bench:
+    """A network on which experiments are run, and what it computes undisturbed."""
 
-            return hook
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self._model, self._inputs = model, inputs
+        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._whole: dict[bool, _Run] = {}
+        self._passed: set[str] = set()  # grouped convolutions that channels pass on their way to consumers
+
+    def pass_through(self, groups: Sequence[CouplingGroup]) -> None:
+        """Let channels pass the grouped convolutions that go with them."""
+        consumers = {places.module for group in groups for places in group.consumers}
+        producers = {places.module for group in groups for places in group.producers}
+        self._passed = {
+            name for name in producers - consumers if getattr(self._modules[name], "groups", 1) > 1
+        }
+
+    def is_steady(self) -> bool:
+        """Whether two passes return the same, though random numbers would differ."""
+        with steadied(self._model, seed=1):
+            other = tensors_of(self._model(self._inputs))
+        pairs = zip(self._undisturbed().returned, other, strict=True)
+        return not any(_differ(one, other) for one, other in pairs)
+
+    def jolt(self, groups: Sequence[CouplingGroup], training: bool) -> str:
+        """Disturb one channel of each group while all layers' outputs are held, and see what moves."""
+        before = self._undisturbed(training)
+        disturbed = {group.number: {group.channels // 2} for group in groups}
+        writes = _written(groups, disturbed, norms=False)
+        after = self._try(writes, _jolted, before, training)
+        if isinstance(after, str):
+            return after
+        for number, (one, other) in enumerate(zip(before.returned, after.returned, strict=True)):
+            if _differ(one, other):
+                return f"its maps are part of what the network returns (tensor {number})"
+        reads = _read(groups, disturbed)
+        for name, layer in self._modules.items():
+            if name not in before.inputs or name in self._passed:
+                continue
+            axis = channel_axis(layer)
+            kept = np.setdiff1d(np.arange(before.inputs[name][0].shape[axis]), reads.get(name, []))
+            chosen = torch.from_numpy(kept)
+            for one, other in zip(before.inputs[name], after.inputs[name], strict=True):
+                if _differ(one.index_select(axis, chosen), other.index_select(axis, chosen)):
+                    return f"something on the way to {name} mixes its channels"
+        return ""
+
+    def silence(self, groups: Sequence[CouplingGroup], training: bool) -> str:
+        """Silence all channels of each group while all layers' outputs are held: they must arrive silent."""
+        before = self._undisturbed(training)
+        every = {group.number: set(range(group.channels)) for group in groups}
+        after = self._try(_written(groups, every, norms=True), torch.zeros_like, before, training)
+        if isinstance(after, str):
+            return after
+        for name, indices in _read(groups, every).items():
+            axis = channel_axis(self._modules[name])
+            chosen = torch.from_numpy(indices)
+            reads = zip(before.inputs.get(name, ()), after.inputs.get(name, ()), strict=True)
+            for one, other in reads:
+                silent = other.index_select(axis, chosen)
+                if silent.numel() and float(silent.abs().max()) > 1e-6 * float(one.abs().max()):
+                    return f"something on the way to {name} turns a silent channel into another value"
+        return ""
+
+    def remove(self, groups: Sequence[CouplingGroup], training: bool) -> str:
+        """Remove some channels of each group: every layer must compute as it does with them silenced."""
+        gone = {group.number: _ends_and_middle(group.channels) for group in groups}
+        masked = self._try(_written(groups, gone, norms=True), torch.zeros_like, training=training)
+        if isinstance(masked, str):
+            return masked
+        smaller = plain_copy(self._model, share=True)
+        kept = cut_channels(smaller, groups, gone)
+        try:
+            removed = self._run(smaller, training=training)
+        except Exception as error:  # a forward pass that counts on the old sizes
+            return f"the network does not run without some of its channels ({brief(error, 80)})"
+        for name, layer in self._modules.items():
+            if name not in masked.outputs:
+                continue
+            axis = channel_axis(layer)
+            own = kept.get((f"{name}.weight", 1 - input_axis(layer)))
+            for one, other in zip(masked.outputs[name], removed.outputs.get(name, []), strict=False):
+                rest = one if own is None else one.index_select(axis, torch.from_numpy(np.flatnonzero(own)))
+                if _differ(rest, other):
+                    kind = "" if is_plain(layer) else f" ({type(layer).__name__})"
+                    return f"{name}{kind} computes something else without some of its channels"
+        pairs = zip(masked.returned, removed.returned, strict=True)
+        if any(_differ(one, other) for one, other in pairs):
+            return "the network returns something else without some of its channels"
+        return ""
+
+    def _undisturbed(self, training: bool = False) -> _Run:
+        if training not in self._whole:
+            self._whole[training] = self._run(self._model, training=training)
+        return self._whole[training]
+
+    def _try(
+        self,
+        writes: Mapping[str, np.ndarray],
+        change: Change,
+        held: _Run | None = None,
+        training: bool = False,
+    ) -> _Run | str:
+        """`_run` on the whole network, or why it fails."""
+        try:
+            return self._run(self._model, writes, change, held, training)
+        except Exception as error:  # whatever an untrusted forward pass raises
+            return f"its maps cannot be followed ({brief(error, 80)})"
+
+    def _run(
+        self,
+        model: nn.Module,
+        writes: Mapping[str, np.ndarray] | None = None,
+        change: Change = torch.zeros_like,
+        held: _Run | None = None,
+        training: bool = False,
+    ) -> _Run:
+        """Run a network, changing some channels where they are written, and holding layers' outputs."""
+        run = _Run({}, {}, [])
+        modules: dict[str, Any] = dict(model.named_modules())
+
+        def hook(name: str) -> Callable[..., Tensor | None]:
+            def read(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
+                if not isinstance(output, Tensor):
+                    return None
+                taken = run.inputs.setdefault(name, [])
+                taken.append(arguments[0].clone())
+                run.outputs.setdefault(name, []).append(output.clone())
+                if held is None or name in self._passed:
+                    return None
+                return held.outputs[name][len(taken) - 1].clone()
+
+            return read
+
+        def write(name: str, indices: np.ndarray) -> Callable[..., Tensor]:
+            def changed(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+                made, places = output.clone(), torch.from_numpy(indices)
+                axis = channel_axis(module) if reads_channels(module) else 1
+                return made.index_copy_(axis, places, change(made.index_select(axis, places)))
+
+            return changed
 
         hooks = [
-            modules[places.module].register_forward_hook(read(places.module)) for places in group.consumers
+            module.register_forward_hook(hook(name))
+            for name, module in modules.items()
+            if reads_channels(module)
         ]
-        hooks += [modules[name].register_forward_hook(write(indices)) for name, indices in changes]
-        with attached(hooks), torch.no_grad(), as_it_was(model):
-            return taken, model(noise)
-
-    before, output = run([], torch.zeros_like)
-    written = [
-        (norms.get(places.module, places.module), places.indices[places.channels == jolted_channel].tolist())
-        for places in group.producers
-        if jolted_channel in places.channels
-    ]
-    # Not by a constant, which a norm over positions would take away again.
-    jolted, jolted_output = run(written, lambda maps: maps + (1 + maps.abs().amax()) * _uneven(maps))
-    pairs = zip(tensors_of(output), tensors_of(jolted_output), strict=True)
-    if any(_moved(one, other) for one, other in pairs):
-        return "its maps are part of what the network returns"
-    scaled = [places for places in group.norms if modules[places.module].weight is not None]
-    passed = [(places.module, places.indices.tolist()) for places in (*group.producers, *scaled)]
-    with _unshifted(modules, [places for places in group.norms if places not in scaled]):
-        silenced, _ = run(passed, torch.zeros_like)
-    for places in group.consumers:
-        axis = channel_axis(modules[places.module])
-        all_own = torch.from_numpy(places.indices)
-        own = torch.from_numpy(places.indices[places.channels == jolted_channel])
-        for one, other, silent in zip(
-            before[places.module], jolted[places.module], silenced[places.module], strict=True
-        ):
-            rest = torch.ones(one.shape[axis], dtype=torch.bool)
-            rest[own] = False
-            kept = rest.nonzero().ravel()
-            if _moved(one.index_select(axis, kept), other.index_select(axis, kept)):
-                return f"something on the way to {places.module} mixes its channels"
-            if one.numel() and bool(
-                silent.index_select(axis, all_own).abs().max() > 1e-6 * float(one.abs().max())
-            ):
-                return f"something on the way to {places.module} turns a silent channel into another value"
-        consumer = modules[places.module]
-        if not all(_reads_apart(consumer, one, own, axis) for one in before[places.module]):
-            return f"{places.module} ({type(consumer).__name__}) computes with all its weights together"
-    return ""
-
-
-def _reads_apart(consumer: Any, inputs: torch.Tensor, own: torch.Tensor, axis: int) -> bool:
-    """Whether a consumer with its own forward pass computes the same without a channel as with it silent.
-
-    Convolutions that standardise their weights do not: mean and deviation change with the channels.
-    """
-    if is_plain(consumer):
-        return True
-    rest = torch.ones(inputs.shape[axis], dtype=torch.bool)
-    rest[own] = False
-    kept = rest.nonzero().ravel()
-    silent = inputs.index_fill(axis, own, 0.0)
-    smaller = copy_without_inputs(consumer, kept)
-    with torch.no_grad():
-        return not _moved(consumer(silent), smaller(inputs.index_select(axis, kept)))
-
-
-def _uneven(maps: torch.Tensor) -> torch.Tensor:
-    """Noise between 0 and 1, the same for maps of one shape."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(maps.shape, generator=generator).to(maps)
+        hooks += [
+            modules[name].register_forward_hook(write(name, where))
+            for name, where in (writes or {}).items()
+            if getattr(modules[name], "weight", None) is not None
+        ]
+        with attached(hooks), steadied(model, training), _unshifted(modules, writes or {}, change):
+            run.returned = tensors_of(run_and_size_norms(model, self._inputs))
+        return run
 
 
 @contextmanager
-def _unshifted(modules: Mapping[str, Any], norms: Sequence[Places]) -> Iterator[None]:
-    """Norms without a scale of their own as masks leave them: with means of zero where channels go."""
-    kept = {
-        places.module: modules[places.module].running_mean.clone()
-        for places in norms
-        if modules[places.module].running_mean is not None
+def _unshifted(
+    modules: Mapping[str, Any], writes: Mapping[str, np.ndarray], change: Change
+) -> Iterator[None]:
+    """Norms without a scale as masks leave them: with means of zero where channels are silent."""
+    means = {
+        name: getattr(modules[name], "running_mean", None)
+        for name in (writes if change is torch.zeros_like else ())
+        if getattr(modules[name], "weight", None) is None
     }
-    for places in norms:
-        if places.module in kept:
-            modules[places.module].running_mean[torch.from_numpy(places.indices)] = 0.0
+    kept = {name: mean.clone() for name, mean in means.items() if mean is not None}
+    for name in kept:
+        modules[name].running_mean[torch.from_numpy(writes[name])] = 0.0
     try:
         yield
     finally:
@@ -170,7 +275,46 @@ def _unshifted(modules: Mapping[str, Any], norms: Sequence[Places]) -> Iterator[
             modules[name].running_mean.copy_(mean)
 
 
-def _moved(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or not one.numel():
-        return one.shape != other.shape
-    return not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+def _written(
+    groups: Sequence[CouplingGroup], channels: Mapping[int, set[int]], norms: bool
+) -> dict[str, np.ndarray]:
+    """Where channels are written: filters of producers, and channels of norms that they pass."""
+    found: dict[str, list[np.ndarray]] = {}
+    for group in groups:
+        for places in (*group.producers, *(group.norms if norms else ())):
+            found.setdefault(places.module, []).append(_indices(places, channels[group.number]))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _read(groups: Sequence[CouplingGroup], channels: Mapping[int, set[int]]) -> dict[str, np.ndarray]:
+    """Where channels are read, by the consumer."""
+    found: dict[str, list[np.ndarray]] = {}
+    for group in groups:
+        for places in group.consumers:
+            found.setdefault(places.module, []).append(_indices(places, channels[group.number]))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _indices(places: Places, channels: set[int]) -> np.ndarray:
+    return places.indices[np.isin(places.channels, list(channels))]
+
+
+def _ends_and_middle(channels: int) -> set[int]:
+    """Channels to remove on trial: the first, the last and the middle one, but never all."""
+    chosen = {0, channels // 2, channels - 1}
+    return chosen if len(chosen) < channels else {channels - 1}
+
+
+def _jolted(maps: Tensor) -> Tensor:
+    """Maps with noise added, uneven, since a norm over positions would take a constant away again."""
+    generator = torch.Generator().manual_seed(1)
+    return maps + (1 + maps.abs().amax()) * torch.rand(maps.shape, generator=generator)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return True
+    if not one.numel() or not one.is_floating_point():
+        return not torch.equal(one, other)
+    largest = float(one.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return not torch.allclose(one, other, rtol=_CLOSE, atol=0.1 * _CLOSE * largest, equal_nan=True)

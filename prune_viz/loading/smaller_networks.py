@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
-from prune_viz.network.layer_kinds import filters_in, reads_channels, resize
+from prune_viz.network.layer_kinds import (
+    filters_in,
+    groups_left,
+    is_convolution,
+    reads_channels,
+    set_sizes,
+)
 from prune_viz.utils.errors import UserError, brief
 
 _MOST_STEPS = 1_000  # in which a file may say that filters were removed
@@ -182,7 +186,10 @@ def resize_to(model: nn.Module, masks: Mapping[str, Tensor], state: StateDict) -
             raise UserError(f"{name} has {count} filters, its mask keeps {int(mask.sum())}")
     for name, module in modules.items():
         prefix = f"{name}." if name else ""
-        _take_sizes(module, state.get(f"{prefix}weight"))
+        weight = state.get(f"{prefix}weight")
+        if weight is not None and weight.ndim:
+            masked = is_convolution(module) and name in masks
+            set_sizes(module, weight, groups_left(module, masks[name]) if masked else None)
         for kind in (module._parameters, module._buffers):
             for own, tensor in kind.items():
                 found = state.get(prefix + own)
@@ -210,21 +217,6 @@ def _resized(name: str, tensor: Tensor | None, found: Tensor, may_have_bias: boo
         raise UserError(f"{name} is {tuple(found.shape)}, which is not what is left of {tuple(tensor.shape)}")
     room = torch.empty(found.shape, dtype=tensor.dtype)
     return nn.Parameter(room, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
-
-
-def _take_sizes(module: nn.Module, weight: Tensor | None) -> None:
-    """Set the sizes that a layer states beside its weights."""
-    if weight is None or not weight.ndim:
-        return
-    resize(module, weight)
-    if isinstance(module, (_BatchNorm, _InstanceNorm)):
-        module.num_features = len(weight)
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = len(weight)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
 
 
 def _runs(model: nn.Module, held: FixedInputs | None, input_shape: tuple[int, ...]) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_viz.network.copies import as_it_was, attached, have_same_parameters, plain_copy
@@ -132,6 +134,17 @@ def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[s
     if not calls:
         raise UserError(f"{type(model).__name__} calls none of its convolutions when it runs")
     return calls, overflowing
+
+
+def run_and_size_norms(model: nn.Module, inputs: Tensor) -> Any:
+    """Run a network made smaller; norms without parameters then state the channels that they are given."""
+
+    def hook(norm: Any, arguments: tuple[Any, ...]) -> None:
+        norm.num_features = arguments[0].shape[1]
+
+    norms = (one for one in model.modules() if isinstance(one, (_BatchNorm, _InstanceNorm)))
+    with attached(one.register_forward_pre_hook(hook) for one in norms if one.weight is None):
+        return model(inputs)
 
 
 def does_not_run(input_shape: Sequence[int], error: Exception, advice: str = "") -> UserError:

@@ -10,7 +10,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 _PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -81,6 +83,29 @@ def by_inputs(module: object, weight: Tensor) -> Tensor:
     return weight if is_transposed(module) else weight.transpose(0, 1)
 
 
+def spread_by_inputs(module: Any, weight: Tensor) -> Tensor:
+    """`by_inputs`, with zeros for what the groups of a convolution do not read."""
+    groups = module.groups if is_convolution(module) else 1
+    if groups == 1:
+        return by_inputs(module, weight)
+    own = weight.reshape(groups, -1, *weight.shape[1:])  # groups, outputs (inputs, transposed) of each, ...
+    own = own if is_transposed(module) else own.transpose(1, 2)
+    spread = own.new_zeros(groups, own.shape[1], groups, *own.shape[2:])
+    spread[torch.arange(groups), :, torch.arange(groups)] = own
+    return spread.flatten(2, 3).flatten(0, 1)
+
+
+def gather_by_inputs(module: Any, spread: Tensor) -> Tensor:
+    """A weight in its own layout, from `spread_by_inputs`."""
+    groups = module.groups if is_convolution(module) else 1
+    if groups == 1:
+        return by_inputs(module, spread)
+    inputs, outputs, *taps = spread.shape
+    own = spread.reshape(groups, inputs // groups, groups, outputs // groups, *taps)
+    own = own[torch.arange(groups), :, torch.arange(groups)]
+    return own.flatten(0, 1) if is_transposed(module) else own.transpose(1, 2).flatten(0, 1)
+
+
 def by_filters(module: Any, weight: Tensor) -> Tensor:
     """A convolution's weight, shape (filters, inputs of its group, *taps)."""
     if not is_transposed(module):
@@ -106,25 +131,57 @@ def copy_without_inputs(module: Any, kept: Tensor) -> Any:
     return smaller
 
 
-def resize(module: nn.Module, weight: Tensor) -> None:
+def set_sizes(module: Any, weight: Tensor, groups: int | None = None) -> None:
     """Set the sizes that a layer states beside its weight to those of another weight, of the same kind.
 
     Parameters
     ----------
     module : nn.Module
-        A convolution or linear layer; of others nothing is set.
+        A layer or norm of torch's own; of others nothing is set.
     weight : Tensor
-        With fewer filters, inputs or whole groups than the layer's own.
+        With fewer filters, inputs or channels than the layer's own.
+    groups : int, optional
+        Of a convolution, with that weight; as many as it has now by default.
     """
     if is_convolution(module) and weight.ndim == module.weight.ndim:
-        read = input_axis(module)
-        whole = (module.in_channels if is_transposed(module) else module.out_channels) // module.groups
-        if module.groups > 1 and weight.shape[1] == module.weight.shape[1] and not weight.shape[0] % whole:
-            module.groups = weight.shape[0] // whole  # whole groups went
+        module.groups = module.groups if groups is None else groups
         sizes = [weight.shape[0], weight.shape[1] * module.groups]
+        read = input_axis(module)
         module.in_channels, module.out_channels = sizes[read], sizes[1 - read]
     elif isinstance(module, nn.Linear) and weight.ndim == 2:
         module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
+        module.num_features = len(weight)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = len(weight) if module.num_groups == module.num_channels else module.num_groups
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+
+
+def groups_left(module: Any, kept: Tensor) -> int:
+    """How many groups of a convolution keep a filter, from a mask of its filters, True = keep."""
+    return int(kept.view(module.groups, -1).any(dim=1).sum())
+
+
+def norms_channels(module: object) -> bool:
+    """Whether a module normalises every channel for itself: a batch norm, with fixed statistics too.
+
+    That is torch's batch norms and instance norms, and any class with a vector each of ``weight``, ``bias``,
+    ``running_mean`` and ``running_var``.
+    """
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return True
+    held = [getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+    shapes = {one.shape if isinstance(one, Tensor) else None for one in held}
+    return len(shapes) == 1 and None not in shapes and len(next(iter(shapes)) or ()) == 1
+
+
+def count_normed(norm: Any) -> int:
+    """How many channels a norm of every channel for itself has (`norms_channels`)."""
+    return int(norm.num_features) if isinstance(norm, (_BatchNorm, _InstanceNorm)) else len(norm.weight)
 
 
 def filters_in(module: Any, weight: Tensor) -> int:

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from prune_viz.network import tracing
 from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch
-from prune_viz.network.layer_kinds import spread_over_weight
+from prune_viz.network.layer_kinds import count_normed, norms_channels, spread_over_weight
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
 
@@ -81,7 +79,7 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
     passed: dict[str, set[int]] = {}
     for norm_channel in filter(known.silences, known.norm_channels):
         norm = modules.get(norm_channel.norm)
-        if not isinstance(norm, (_BatchNorm, _InstanceNorm)) or norm_channel.channel >= norm.num_features:
+        if not norms_channels(norm) or norm_channel.channel >= count_normed(norm):
             raise UserError(f"these masks are for another model: it has no such norm {norm_channel.norm!r}")
         passed.setdefault(norm_channel.norm, set()).add(norm_channel.channel)
     behind = tracing.norms_behind(model)
@@ -95,7 +93,7 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
             passed.setdefault(behind[name], set()).update((~mask).nonzero().ravel().tolist())
     for name, channels in passed.items():
         norm = modules[name]
-        mask = torch.ones(norm.num_features, dtype=torch.bool)
+        mask = torch.ones(count_normed(norm), dtype=torch.bool)
         mask[sorted(channels)] = False
         for tensor in ("running_mean",) if norm.weight is None else ("weight", "bias"):
             if getattr(norm, tensor) is not None:

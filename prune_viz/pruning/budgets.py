@@ -43,8 +43,8 @@ class Ranking:
         Its channels but the last to stay, the least missed first.
     damage : list of float
         Predicted damage of having removed that channel and all before it.
-    filters : dict of str to ndarray, each shape (channels,)
-        For each layer tied to the group, the filter at each channel; -1 where the layer has none.
+    filters : dict of str to ndarray, each shape (channels, K)
+        For each layer tied to the group, the filters at each channel (`Places.table`); -1 where it has none.
     reads : dict of str to float
         For each module that reads the group, the share of its inputs that are the group's.
     norms : list of Places
@@ -158,9 +158,12 @@ def read_rankings(decisions: Decisions) -> list[Ranking]:
     for group in decisions.groups:
         if group.id not in orders:
             continue
-        filters = {producer.layer: np.full(group.channels, -1) for producer in group.producers}
-        for producer in group.producers:
-            filters[producer.layer][list(producer.channels)] = producer.filters
+        filters = {
+            producer.layer: Places(
+                producer.layer, np.array(producer.filters, int), np.array(producer.channels, int)
+            ).table(group.channels)
+            for producer in group.producers
+        }
         entry = orders[group.id]
         reads = {consumer.module: consumer.share for consumer in group.reads}
         norms = [
@@ -353,12 +356,13 @@ def masks_for_channels(
         if not len(gone):
             continue
         producers = [
-            Places(layer, placed[placed >= 0], np.flatnonzero(placed >= 0))
+            Places(layer, placed[placed >= 0], np.nonzero(placed >= 0)[0])
             for layer, placed in ranking.filters.items()
         ]
         passed += norm_channels(producers, ranking.norms, set(gone))
         for layer, placed in ranking.filters.items():
-            masks[layer][placed[list(gone)][placed[list(gone)] >= 0]] = False
+            own = placed[list(gone)]
+            masks[layer][own[own >= 0]] = False
         matrix = gram_matrices.get(ranking.number)
         if matrix is None or matrix.shape != (ranking.channels + 1, ranking.channels + 1):
             raise UserError("moments.safetensors does not fit decisions.json; run analyze again")
@@ -368,12 +372,12 @@ def masks_for_channels(
 
 def _merges(ranking: Ranking, gone: Sequence[int], gram: np.ndarray) -> list[Merge]:
     """How a group's removed channels are rebuilt from filters of a layer that has them all."""
-    whole = next((layer for layer, placed in ranking.filters.items() if (placed >= 0).all()), None)
+    whole = next((layer for layer, placed in ranking.filters.items() if (placed[:, 0] >= 0).all()), None)
     if whole is None:
         return []
     kept = sorted(set(range(ranking.channels)) - set(gone))
     weights = rebuild_all(gone, kept, gram)
-    placed = ranking.filters[whole]
+    placed = ranking.filters[whole][:, 0]
     representatives = tuple(placed[kept].tolist())
     return [
         Merge(whole, int(placed[channel]), representatives, tuple(map(_short, row[:-1])), _short(row[-1]))

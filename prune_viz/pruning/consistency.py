@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.channels.coupling import find_groups
-from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import CouplingGroup, norm_channels
+from prune_viz.channels.labelling import UntraceableError
 from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.layer_kinds import convolutions_of, count_outputs

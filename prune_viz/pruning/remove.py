@@ -6,17 +6,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_viz.channels.dependency_graph import build_graph, tied_to
+from prune_viz.channels.cutting import cut_channels
 from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
-from prune_viz.network.calls import blank_input
+from prune_viz.network.calls import blank_input, run_and_size_norms
 from prune_viz.network.copies import as_it_was, plain_copy
-from prune_viz.network.layer_kinds import by_inputs
+from prune_viz.network.layer_kinds import gather_by_inputs, spread_by_inputs
 from prune_viz.network.tracing import norms_behind
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.consistency import channels_gone, groups_for_removal, reconcile_with_groups
@@ -68,28 +67,14 @@ def remove_filters(
     smaller = plain_copy(model)
     if compensate == "merge":
         compensate_filters(smaller, consistent, groups)
-    frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]
-    example = blank_input(smaller, example_inputs.shape[1:])
-    modules = dict(smaller.named_modules())
+    cut_channels(smaller, groups, {group.number: channels_gone(group, consistent) for group in groups})
     try:
-        graph = build_graph(smaller, example)
-        for group in filter(lambda one: one.removable, groups):
-            root = group.producers[0]
-            keep = consistent[root.module].numpy()
-            gone = [int(index) for index in root.indices if not keep[index]]
-            if gone:
-                # Not group.prune(idxs=...), which would record its history twice.
-                tied_to(graph, modules[root.module], gone).prune()
         with torch.no_grad():
-            smaller(example)
-    except Exception as error:  # the library, or a forward pass that counts on the old sizes
-        text = brief(error)
+            run_and_size_norms(smaller, blank_input(smaller, example_inputs.shape[1:]))
+    except Exception as error:  # a forward pass that counts on the old sizes
         raise UserError(
-            f"this architecture does not work without those filters ({text}); mask them"
+            f"this architecture does not work without those filters ({brief(error)}); mask them"
         ) from None
-    for name, parameter in smaller.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-        parameter.grad = None
     return smaller
 
 
@@ -184,17 +169,19 @@ def _merge_into(
     consumer: Any, places: Places, gone: Sequence[int], weights: Tensor, norm: nn.Module | None
 ) -> None:
     """Fold merges into one consumer's weight, and their constants into its bias or the norm behind it."""
-    order = np.argsort(places.channels, kind="stable")
     # A row a channel; behind a flatten a channel lies at several columns.
-    columns = torch.from_numpy(places.indices[order].reshape(weights.shape[1] - 1, -1))
+    columns = torch.from_numpy(places.table(weights.shape[1] - 1))
     with torch.no_grad():
         weight: Tensor = consumer.weight.data
-        inputs_first = by_inputs(consumer, weight)
-        lost = inputs_first[columns[list(gone)]].double()  # removed, columns, outputs, *taps
+        inputs_first = spread_by_inputs(consumer, weight)
+        nowhere = inputs_first.new_zeros(1, *inputs_first.shape[1:])
+        room = torch.cat([inputs_first, nowhere])  # what is at column -1 is read by nothing
+        lost = room[columns[list(gone)]].double()  # removed, columns, outputs, *taps
         share = weights.to(lost.device)
         taken = torch.einsum("rk,r...->k...", share[:, :-1], lost)
-        inputs_first[columns] += taken.to(weight)
-        inputs_first[columns[list(gone)]] = 0.0
+        room[columns] += taken.to(weight)
+        room[columns[list(gone)]] = 0.0
+        weight.copy_(gather_by_inputs(consumer, room[:-1]))
         sums = lost.movedim(2, 1).flatten(2).sum(dim=2)  # removed, outputs
         shift = share[:, -1] @ sums
         if bool(shift.abs().max() > 0):

@@ -22,12 +22,12 @@ from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup, Places
 from prune_viz.network.copies import attached
 from prune_viz.network.layer_kinds import (
-    by_inputs,
     channel_axis,
     count_phases,
     is_convolution,
     is_strided_back,
     is_transposed,
+    spread_by_inputs,
 )
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
@@ -117,20 +117,28 @@ class _Watch:
     def _samples(self, inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Samples (rows, n) with and without the positions that padding adds."""
         if is_convolution(self.module):
-            maps = inputs[:, self.columns[:, 0]]
+            maps = torch.cat([self._at(inputs, 1, place) for place in self.columns.T])
             inner = _thin(maps)
             padding = _padding(self.module, inputs, output)
             padded = _thin(F.pad(maps, padding)) if any(padding) else inner
             return padded, inner
         features = inputs.reshape(-1, inputs.shape[-1])
-        rows = features[:, self.columns].transpose(1, 2).reshape(-1, self.channels)
+        rows = torch.stack([self._at(features, 1, place) for place in self.columns.T], dim=1).flatten(0, 1)
         return rows, rows
+
+    def _at(self, inputs: Tensor, axis: int, place: Tensor) -> Tensor:
+        """The channels at one index each; zeros for those that are read at fewer."""
+        taken = inputs.index_select(axis, place.clamp_min(0).to(inputs.device))
+        if int(place.min()) < 0:
+            taken = taken.index_fill(axis, (place < 0).nonzero().ravel().to(inputs.device), 0.0)
+        return taken
 
     def _peak(self, inputs: Tensor) -> np.ndarray:
         """Each channel's largest absolute value, at all positions: one that fires rarely is not silent."""
         axis = channel_axis(self.module)
         largest = inputs.abs().movedim(axis, 0).flatten(1).amax(dim=1)
-        return np.asarray(largest[self.columns].amax(dim=1).double().cpu().numpy())
+        peaks = [self._at(largest, 0, place) for place in self.columns.T]
+        return np.asarray(torch.stack(peaks).amax(dim=0).double().cpu().numpy())
 
     def gram_matrices(self) -> GramMatrices:
         means = self.output / max(self.output_count, 1)
@@ -154,17 +162,17 @@ class _Watch:
 
 def _columns(places: Places, channels: int) -> Tensor:
     """Where each channel lies in a consumer, (channels, K): behind a flatten at several features."""
-    order = np.argsort(places.channels, kind="stable")
-    return torch.from_numpy(places.indices[order].reshape(channels, -1))
+    return torch.from_numpy(places.table(channels))
 
 
 def _weight_grams(module: Any, columns: Tensor, root: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What a consumer makes of each pair of channels, taps apart and together, seen through `root`."""
-    weight = by_inputs(module, module.weight.detach().double().cpu())
+    weight = spread_by_inputs(module, module.weight.detach().double().cpu())
     weight = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
     if root is not None:
         weight = torch.einsum("po,iot->ipt", root, weight)
-    taken = weight[columns]  # channels, spread, outputs, taps
+    taken = weight[columns.clamp_min(0)]  # channels, spread, outputs, taps
+    taken[columns < 0] = 0.0
     flat, summed = taken.flatten(1), taken.sum(dim=(1, 3))
     seen = count_phases(module)  # of which an output sees one
     return (flat @ flat.T).numpy() / seen, (summed @ summed.T).numpy() / seen

@@ -13,8 +13,9 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last
 from prune_viz.network.copies import as_it_was, plain_copy
 from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_whole_group
 from prune_viz.redundancy.gram_matrices import GramMatrices, gather_gram_matrices, pool_gram_matrices
-from prune_viz.redundancy.judge import GroupVerdicts, judge, keep_whole_group
+from prune_viz.redundancy.judge import judge
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.progress import counted
 

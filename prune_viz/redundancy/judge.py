@@ -11,12 +11,18 @@ taken alone, cost the consumers and the output at most half of the tolerance too
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from prune_viz.calibration.images import HELD_OUT
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.redundancy.channel_verdicts import (
+    ChannelVerdict,
+    GroupVerdicts,
+    keep_channel,
+    keep_whole_group,
+)
 from prune_viz.redundancy.dead import dead_kinds
 from prune_viz.redundancy.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.redundancy.gram_matrices import GramMatrices
@@ -27,82 +33,6 @@ from prune_viz.runs.verdicts import Verdict
 TOLERANCE = 1e-3
 _MARGIN = 2.0  # photographs lost up to 1.5 times what was allowed on calibration images
 MIN_SCORE = 0.97  # share of a channel's variance, held out, that others rebuild where it is redundant
-
-
-@dataclass(frozen=True)
-class ChannelVerdict:
-    """The verdict on one channel of a coupling group.
-
-    Attributes
-    ----------
-    channel : int
-        Which channel.
-    verdict : Verdict
-        What to do.
-    kind : {"", "silent", "constant", "unread"}
-        How a dead one is dead.
-    representatives : list of int
-        Kept channels that rebuild it, the one that contributes most first.
-    coefficients : list of float
-        Their weights.
-    constant : float
-        What is added.
-    score : float
-        Share of the channel's variance that others rebuild, held out, 0 to 1; NaN if not judged.
-    damage : float
-        What removing it costs, a flagged channel rebuilt from its representatives, a kept one with nothing
-        in its place: a share of the consumers' output variance, or, once ranked by the output's sensitivity,
-        nats of divergence of the network's output; NaN if not judged.
-    fires : bool
-        False where it gave nothing on any of the user's own images.
-    """
-
-    channel: int
-    verdict: Verdict
-    kind: str
-    representatives: list[int]
-    coefficients: list[float]
-    constant: float
-    score: float
-    damage: float
-    fires: bool = True
-
-
-@dataclass(frozen=True)
-class GroupVerdicts:
-    """What was found in a coupling group.
-
-    Attributes
-    ----------
-    group : int
-        The group's number.
-    channels : list of ChannelVerdict
-        A verdict a channel, in order.
-    order : list of int
-        Channels in the order in which to remove them, the least missed first.
-    order_damage : list of float
-        Predicted damage of having removed that channel and all before it.
-    damage : float
-        Predicted damage of removing all flagged channels with merging, held out; a share of the consumers'
-        output variance.
-    unit : Unit
-        Of all other damages: a share of the consumers' output variance, divergence of the network's output,
-        or its squared change as a share of its square.
-    """
-
-    group: int
-    channels: list[ChannelVerdict]
-    order: list[int]
-    order_damage: list[float]
-    damage: float
-    unit: Unit = Unit.CONSUMERS
-
-
-def keep_whole_group(group: CouplingGroup) -> GroupVerdicts:
-    """Verdicts for a group that cannot be judged: everything is kept."""
-    nan = float("nan")
-    kept = [_kept(index, nan, nan) for index in range(group.channels)]
-    return GroupVerdicts(group.number, kept, [], [], 0.0)
 
 
 def judge(
@@ -155,7 +85,7 @@ def judge(
                 )
             )
         else:
-            channels.append(_kept(channel, float(score[channel]), float(damage[channel])))
+            channels.append(keep_channel(channel, float(score[channel]), float(damage[channel])))
     return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, consumers))
 
 
@@ -271,15 +201,11 @@ def rank(
     channels = [
         replace(one, damage=costs[one.channel])
         if one.channel in flagged
-        else _kept(one.channel, float(score[one.channel]), float(damage[one.channel]))
+        else keep_channel(one.channel, float(score[one.channel]), float(damage[one.channel]))
         for one in verdicts.channels
     ]
     ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
     return ranked, pooled
-
-
-def _kept(channel: int, score: float, damage: float) -> ChannelVerdict:
-    return ChannelVerdict(channel, Verdict.KEEP, "", [], [], 0.0, score, damage)
 
 
 def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:

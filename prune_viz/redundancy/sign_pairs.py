@@ -43,9 +43,8 @@ def weight_signs(model: nn.Module, group: CouplingGroup, norms: Mapping[str, str
         norm = modules[norms[places.module]] if places.module in norms else None
         if norm is not None and norm.weight is not None:
             rows = rows * norm.weight.detach().double().cpu().sign()[:, None]
-        part = torch.zeros(group.channels, rows.shape[1], dtype=torch.double)
-        part[torch.from_numpy(places.channels)] = rows[torch.from_numpy(places.indices)]
-        parts.append(part)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # where a channel has no filter
+        parts.append(rows[torch.from_numpy(places.table(group.channels))].flatten(1))
     weights = torch.cat(parts, dim=1)
     unit = weights / weights.norm(dim=1, keepdim=True).clamp_min(1e-30)
     cosine = (unit @ unit.T).numpy()

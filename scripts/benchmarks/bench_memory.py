@@ -42,7 +42,8 @@ from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.redundancy import group_verdicts, importance
-from prune_viz.redundancy.judge import GroupVerdicts, judge, keep_whole_group
+from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_whole_group
+from prune_viz.redundancy.judge import judge
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.stages import peak_mib
 

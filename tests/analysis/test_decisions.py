@@ -4,7 +4,7 @@ import numpy as np
 
 from prune_viz.analysis.decisions import explain
 from prune_viz.channels.groups import CouplingGroup, Places
-from prune_viz.redundancy.judge import ChannelVerdict
+from prune_viz.redundancy.channel_verdicts import ChannelVerdict
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.verdicts import Verdict
 

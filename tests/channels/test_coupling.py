@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from prune_viz.channels.coupling import find_groups
-from prune_viz.channels.dependency_graph import UntraceableError
 from prune_viz.channels.groups import group_of_layer
+from prune_viz.channels.labelling import UntraceableError
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -51,9 +51,9 @@ def test_what_cannot_be_removed_is_said() -> None:
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
     )
     groups = group_of_layer(find_groups(grouped, IMAGE))
-    assert "grouped" in groups["0"].note
-    assert not groups["1"].removable
-    assert groups["2"].removable
+    assert not groups["3"].removable
+    assert groups["0"] is groups["1"]  # whole groups of the grouped convolution go
+    assert groups["0"].channels == 2
 
 
 def test_frozen_training_models_are_traced_unchanged() -> None:
@@ -97,8 +97,6 @@ class Between(nn.Module):
         (Between(nn.Softmax(dim=1)), "mixes"),
         (Between(lambda maps: maps - maps.mean(dim=1, keepdim=True)), "mixes"),
         (Between(lambda maps: nn.functional.normalize(maps, dim=1)), "mixes"),
-        (Between(nn.PixelShuffle(2), reads=2), "rearranges"),
-        (Between(lambda maps: torch.cat([maps.relu(), (-maps).relu()], 1), reads=16), "more than once"),
         (Between(torch.sigmoid), "another value"),
         (
             Between(nn.Sequential(randomise_norms(nn.BatchNorm2d(8)), nn.Sigmoid())),
@@ -106,24 +104,20 @@ class Between(nn.Module):
         ),
         (Between(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8, affine=False))), "another value"),
         (Between(nn.Sequential(nn.InstanceNorm2d(8), Normalised())), "mixes"),
-        (Between(nn.InstanceNorm2d(8, track_running_stats=True)), "running statistics"),
-        (Between(torch.relu, returned=lambda first, second: (second, first)), "returns"),
+        (Between(torch.relu, returned=lambda first, second: (second, first)), "output"),
     ],
     ids=[
         "softmax",
         "mean",
         "normalize",
-        "shuffle",
-        "crelu",
         "sigmoid",
         "norm and sigmoid",
         "sigmoid and norm",
         "instance norm and normalize",
-        "running instance norm",
         "returned",
     ],
 )
-def test_what_the_library_cannot_see_is_found_by_experiment(model: nn.Module, why: str) -> None:
+def test_mixed_or_returned_channels_are_kept(model: nn.Module, why: str) -> None:
     group = group_of_layer(find_groups(model.eval(), IMAGE))["first"]
     assert not group.removable
     assert why in group.note
@@ -140,15 +134,14 @@ def test_what_leaves_channels_apart_is_removable(between: nn.Module) -> None:
     assert not groups["third"].removable
 
 
-@pytest.mark.slow
-def test_reshapes_without_end_are_given_up_on() -> None:
+def test_reshaped_windows_end_in_time() -> None:
     swin = SwinTransformer(
         [4, 4], 24, [2, 2], [1, 2], [8, 8], num_classes=3, block=SwinTransformerBlockV2,
         downsample_layer=PatchMergingV2,
     )  # fmt: skip
     (group,) = find_groups(swin, torch.zeros(1, 3, 64, 64))
     assert not group.removable
-    assert "reshaped" in group.note
+    assert "layer norm" in group.note
 
 
 class _SumOfConcatenation(nn.Module):

@@ -87,7 +87,7 @@ def test_layer_without_inputs_equals_silent_inputs(kind: str) -> None:
 )  # fmt: skip
 def test_sizes_follow_a_weight(kind: str, shape: tuple[int, ...], states: tuple[int, int, int]) -> None:
     layer = copy.deepcopy(KINDS[kind])
-    layer_kinds.resize(layer, torch.zeros(shape))
+    layer_kinds.set_sizes(layer, torch.zeros(shape), states[2])
     assert (layer.in_channels, layer.out_channels, layer.groups) == states
     layer.weight, layer.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(states[1]))
     assert layer(torch.randn(1, states[0], 5, 5)).shape[1] == states[1]

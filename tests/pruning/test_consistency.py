@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchvision
 from networks import Concatenating, Plain, Residual, mask_without
 
+from prune_viz.channels import labelling
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks
 from prune_viz.utils.errors import UserError
@@ -36,9 +36,10 @@ def test_output_filters_are_kept_with_reason() -> None:
     assert reconciled["out"].all()
 
 
-def test_what_cannot_be_reconciled_is_said_rightly() -> None:
-    shuffling = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
-    with pytest.raises(UserError, match="cannot be traced"):
-        reconcile_masks(shuffling, {}, torch.zeros(1, 3, 64, 64))
+def test_what_cannot_be_reconciled_is_said_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelling, "SECONDS", -1.0)
+    with pytest.raises(UserError, match="cannot be traced") as raised:
+        reconcile_masks(Plain(), {}, IMAGE)
+    assert "takes too long" in str(raised.value)
     with pytest.raises(UserError, match="does not run on an input of shape 9,16,16"):
         reconcile_masks(Plain(), Masks({"conv1": mask_without(8, 0)}), torch.zeros(1, 9, 16, 16))

@@ -81,7 +81,7 @@ def test_removed_equals_masked_on_torchvision_networks(name: str) -> None:
 def test_channels_mixed_by_a_norm_are_kept_and_noted() -> None:
     torch.manual_seed(0)
     model = torchvision.models.convnext_tiny(weights=None, num_classes=10).eval()
-    with pytest.warns(UserWarning, match="LayerNorm"):
+    with pytest.warns(UserWarning, match="layer norm"):
         masks = reconcile_masks(model, _random_masks(model), torch.zeros(1, 3, 64, 64))
     assert masks.removed == 0
     masked = apply_masks(copy.deepcopy(model), _random_masks(model))  # masking still works

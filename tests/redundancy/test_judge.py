@@ -14,9 +14,10 @@ from torch import nn
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.redundancy import judge as redundancy
+from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.redundancy.elimination import MAX_REPRESENTATIVES, eliminate, rebuild
 from prune_viz.redundancy.gram_matrices import GramMatrices, gather_gram_matrices
-from prune_viz.redundancy.judge import GroupVerdicts, judge, rank
+from prune_viz.redundancy.judge import judge, rank
 from prune_viz.redundancy.sign_pairs import weight_signs
 from prune_viz.runs.damage import Unit
 

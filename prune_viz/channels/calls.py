@@ -1,0 +1,127 @@
+"""One operation as it was called, and what all rules for operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_viz.channels.label_sets import LabelSets, blank, first_along, is_constant, shrunk
+from prune_viz.channels.parameter_axes import READ, WRITTEN, AmbiguousError, ParameterAxes, ParameterView
+
+Labels = Tensor | list[Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation as it was called.
+
+    Attributes
+    ----------
+    name : str
+        Of the operator, without its overload; what works in place has the name of what does not.
+    function : OpOverload
+        The operator.
+    args, kwargs
+        Its arguments.
+    made : list of Tensor
+        What it returned.
+    sets : LabelSets
+    axes : ParameterAxes
+    labels : callable
+        The labels of any tensor; 0 where it carries none.
+    by_position : frozenset of int
+        Parameters of grouped convolutions whose channels go by their position in each group.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: list[Tensor]
+    sets: LabelSets
+    axes: ParameterAxes
+    labels: Callable[[Tensor], Tensor]
+    by_position: frozenset[int] = frozenset()
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's signature, or what stands there by default."""
+        for place, argument in enumerate(self.function._schema.arguments):
+            if argument.name == name:
+                if name in self.kwargs:
+                    return self.kwargs[name]
+                return self.args[place] if place < len(self.args) else argument.default_value
+        return default
+
+    def view(self, tensor: Any) -> ParameterView | None:
+        """What a tensor shows of a parameter; None for what is none, or no tensor."""
+        return self.axes.view(tensor) if isinstance(tensor, Tensor) else None
+
+    def refuse(self, labels: Sequence[Tensor], why: str) -> None:
+        """Refuse channels."""
+        for one in labels:
+            self.sets.refuse(one, why)
+
+    def bind(self, tensor: Tensor | None, axis: int, labels: Tensor, role: str) -> None:
+        """Let labels lie along an axis of a parameter; they are refused where it cannot be told which."""
+        view = self.view(tensor)
+        if view is None:
+            if tensor is not None:
+                self.sets.refuse(labels, f"{self.name} reads it with weights that are computed")
+            return
+        if view.computed and role == READ:
+            self.sets.refuse(labels, "what reads it computes with all its weights together")
+        try:
+            self.axes.bind(view, axis, labels, role)
+        except AmbiguousError:
+            self.sets.refuse(labels, f"{self.name} meets it with a rearranged parameter")
+
+    def along(self, tensor: Tensor, axis: int) -> Tensor:
+        """The labels that a weight writes along one of its axes; 0 where that cannot be told."""
+        view = self.view(tensor)
+        try:
+            return blank([tensor.shape[axis]]) if view is None else self.axes.along(view, axis, WRITTEN)
+        except AmbiguousError:
+            return blank([tensor.shape[axis]])
+
+
+Rule = Callable[[Call], Labels]
+
+
+def join(call: Call, parts: Sequence[Tensor]) -> Tensor:
+    """Labels of what is computed place by place from tensors of one shape: at equal places they unite."""
+    shape = parts[0].shape
+    first, *others = shrunk(parts)
+    for other in others:
+        one, two = alike(first, other)
+        call.sets.unite(one, two)
+        first = torch.where(one == 0, two, one)
+    return first.expand(shape)
+
+
+def alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of as many axes, each expanded to the sizes of the other."""
+    shared = [max(pair) for pair in zip(one.shape, other.shape, strict=True)]
+    return one.expand(shared), other.expand(shared)
+
+
+def channels_of(call: Call, labels: Tensor, axis: int) -> Tensor:
+    """One label for each index of an axis, shape (size,); those that differ along other axes unite."""
+    axis %= labels.ndim
+    others = [other for other in range(labels.ndim) if other != axis]
+    if is_constant(labels, others):
+        return first_along(labels, others).reshape(-1)
+    (small,) = shrunk([labels])
+    rows = small.movedim(axis, 0).flatten(1)
+    if rows.shape[0] != labels.shape[axis]:
+        rows = rows.expand(labels.shape[axis], -1)
+    found = rows.amax(dim=1)
+    call.sets.unite(rows, found[:, None].expand(rows.shape))
+    call.sets.refuse(torch.where((rows == 0) & (found[:, None] != 0), found[:, None], 0), _PARTLY)
+    return found
+
+
+_PARTLY = "only some positions of what reads it belong to a channel"

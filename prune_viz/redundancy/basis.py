@@ -1,0 +1,127 @@
+"""What the removal order rests on, for people and for `run.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_viz.calibration.images import BATCH, SyntheticImages
+from prune_viz.network.outputs import class_probabilities
+from prune_viz.runs.damage import Unit
+from prune_viz.utils.devices import with_fewer
+from prune_viz.utils.nested_tensors import tensors_of
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Which classes a classifier sees in calibration images.
+
+    Attributes
+    ----------
+    confidence : float
+        Mean largest probability.
+    classes : int
+        How many classes are the likeliest of some calibration image.
+    """
+
+    confidence: float
+    classes: int
+
+
+def predictions_on(model: nn.Module, calibrated: SyntheticImages | None) -> Predictions | None:
+    """What the network takes synthetic images for; None without any, or where it returns no class scores."""
+    if calibrated is None:
+        return None
+    device = next(model.parameters()).device
+    found = with_fewer(partial(_shares, model, calibrated.images), BATCH, device)
+    if found is None:
+        return None
+    most = found.max(dim=1)
+    return Predictions(float(most.values.mean()), len(set(most.indices.tolist())))
+
+
+def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
+    """The classes' probabilities, shape (N, classes), so many images at a time."""
+    device = next(model.parameters()).device
+    found = []
+    with torch.no_grad():
+        for batch in torch.split(images, rows):
+            shares = class_probabilities(tensors_of(model(batch.to(device))))
+            if shares is None:
+                return None
+            found.append(shares.float().cpu())
+    return torch.cat(found)
+
+
+def describe(
+    calibrated: SyntheticImages | None, predicted: Predictions | None, examples: int, unit: Unit
+) -> str:
+    """Say what the removal order rests on, and what damage is where it is not a divergence of classes.
+
+    Parameters
+    ----------
+    calibrated : SyntheticImages or None
+        The synthetic calibration images, where there are any.
+    predicted : Predictions or None
+        What the network takes them for, where it returns class scores.
+    examples : int
+        How many images the user gave.
+    unit : Unit
+        Of damage.
+
+    Returns
+    -------
+    str
+        Sentences for the report and the log.
+    """
+    units = {
+        Unit.CONSUMERS: " How the network's output depends on its filters could not be measured there; "
+        "damage is a share of the output of the layers that read them.",
+        Unit.OUTPUT: " Damage is the squared change of the network's outputs as a share of their square.",
+    }
+    images = f"the {examples:,} images of --data"
+    if calibrated is not None:
+        also = f" and {images}" if examples else ""
+        looks = ""
+        if predicted is not None:
+            plural = "es" if predicted.classes > 1 else ""
+            looks = (
+                f" The network takes them for {predicted.classes} class{plural}, at a mean probability of "
+                f"{predicted.confidence:.2f}."
+            )
+        if calibrated.activation_kept is not None:
+            share = f"{calibrated.activation_kept:.2f}"
+            looks += f" Stimuli among them still activate their filters at {share} (median) of before."
+        return (
+            f"The removal order rests on {len(calibrated.images)} synthetic calibration images{also}. They "
+            "were optimised until the batch norms' statistics came near those of training: the distance "
+            f"fell from {calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{units.get(unit, '')}"
+        )
+    rests = (
+        f"{images} alone."
+        if examples
+        else "noise and stimuli: trust budgets beyond the verdicts only after fine-tuning."
+    )
+    return (
+        "No calibration images could be synthesised from what batch norms hold of the training data, so the "
+        f"removal order rests on {rests}{units.get(unit, '') if examples else ''}"
+    )
+
+
+def summary(calibrated: SyntheticImages | None, predicted: Predictions | None) -> dict[str, Any] | None:
+    """What `run.json` holds of the calibration."""
+    if calibrated is None:
+        return None
+    return {
+        "images": len(calibrated.images),
+        "size": list(calibrated.images.shape[2:]),
+        "passes": calibrated.passes,
+        "before": calibrated.before,
+        "distance": calibrated.distance,
+        "activation_kept": calibrated.activation_kept,
+        **({} if predicted is None else asdict(predicted)),
+    }
