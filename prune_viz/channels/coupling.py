@@ -18,7 +18,7 @@ from prune_viz.channels.groups import AxisPlaces, CouplingGroup, Places
 from prune_viz.channels.labelling import Labelled, UntraceableError, label, steadied
 from prune_viz.channels.parameter_axes import PASSED, READ
 from prune_viz.channels.verification import verified
-from prune_viz.network.copies import attached, plain_copy
+from prune_viz.network.copies import plain_copy
 from prune_viz.network.layer_kinds import (
     count_inputs,
     count_outputs,
@@ -57,14 +57,15 @@ def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]
     twin = plain_copy(model).float().cpu().requires_grad_(False)
     inputs = smallest_input(twin, example_inputs.float().cpu())
     found = label(twin, inputs)
-    called = _called(twin, inputs)
-    groups = list(_groups(twin, found, called))
+    groups = list(_groups(twin, found))
     # Whole groups of a grouped convolution go, unless something behind it mixes them, as a shuffle does.
     stuck = {layer for group in groups if not group.removable for layer in group.layers}
-    by_position = frozenset(_number(found, called[name]) for name in stuck if is_grouped(called[name]))
+    by_position = frozenset(
+        _number(found, layer) for name, layer in found.called.items() if name in stuck and is_grouped(layer)
+    )
     if by_position:
         again = label(twin, inputs, by_position)
-        groups = _better(groups, list(_groups(twin, again, called)))
+        groups = _better(groups, list(_groups(twin, again)))
     return verified(twin, groups, inputs, trains=found.differs_in_training)
 
 
@@ -94,52 +95,46 @@ def smallest_input(model: nn.Module, example: Tensor) -> Tensor:
     """
     shape = tuple(example.shape[1:])
     small = [tuple(min(extent, size) for extent in shape[1:]) for size in SIZES.get(len(shape) - 1, ())]
-    sizes = list(dict.fromkeys([*small, shape[1:]]))
-    error: Exception | None = None
-    for size in sizes:
+    whole = _noise(shape, 1)
+    error = _error(model, whole)
+    if error is not None:
+        raise UntraceableError(brief(error))
+    for size in dict.fromkeys([*small, shape[1:]]):
         for rows in (2, 1):
-            generator = torch.Generator().manual_seed(0)
-            inputs = torch.randn(rows, shape[0], *size, generator=generator)
-            try:
-                with steadied(model):
-                    model(inputs)
-            except Exception as raised:  # whatever an untrusted forward pass raises
-                error = raised
-            else:
+            inputs = _noise((shape[0], *size), rows)
+            if _error(model, inputs) is not None:
+                continue
+            # What runs in training should do so on the smaller input too.
+            if size == shape[1:] or not _error(model, inputs, True) or _error(model, whole, True):
                 return inputs
-    raise UntraceableError(brief(error) if error is not None else "it does not run")
+    return whole
 
 
-def _called(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
-    """The layers with weights, by name, that run when the model is called, in training or not."""
-    called: dict[str, Any] = {}
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        called.setdefault(names[id(module)], module)
-
-    layers = [module for module in model.modules() if reads_channels(module)]
-    for training in (False, True):
-        try:
-            with attached(layer.register_forward_hook(hook) for layer in layers), steadied(model, training):
-                model(inputs)
-        except Exception as error:  # many networks need targets in training
-            if not training:
-                raise UntraceableError(brief(error)) from error
-    return called
+def _noise(shape: tuple[int, ...], rows: int) -> Tensor:
+    return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _groups(model: nn.Module, found: Labelled, called: Mapping[str, Any]) -> Iterator[CouplingGroup]:
+def _error(model: nn.Module, inputs: Tensor, training: bool = False) -> Exception | None:
+    """What a network raises on an input, in training or not; None where it runs."""
+    try:
+        with steadied(model, training):
+            model(inputs)
+    except Exception as error:  # whatever an untrusted forward pass raises
+        return error
+    return None
+
+
+def _groups(model: nn.Module, found: Labelled) -> Iterator[CouplingGroup]:
     """Coupling groups, as the labels have them."""
     roots = found.sets.roots()
     axes = {key: roots[labels.numpy()] for key, labels in found.axes.labels.items()}
     written = {
         name: axes.get((_number(found, module), 1 - input_axis(module)), np.zeros(count_outputs(module), int))
-        for name, module in called.items()
+        for name, module in found.called.items()
         if is_convolution(module)
     }
     order = [name for name, _ in model.named_modules() if name in written]
-    reader = _GroupReader(model, found, called, axes)
+    reader = _GroupReader(model, found, axes)
     for number, layers in enumerate(_tied(order, written)):
         yield reader.read(number, {name: written[name] for name in layers})
 
@@ -176,9 +171,7 @@ def _tied(order: list[str], written: Mapping[str, np.ndarray]) -> list[list[str]
 class _GroupReader:
     """Turns sets of labels into coupling groups."""
 
-    def __init__(
-        self, model: nn.Module, found: Labelled, called: Mapping[str, Any], axes: Mapping[Any, np.ndarray]
-    ) -> None:
+    def __init__(self, model: nn.Module, found: Labelled, axes: Mapping[Any, np.ndarray]) -> None:
         self._names, self._roles = found.axes.names, found.axes.roles
         self._refused = found.sets.refused()
         self._axes = axes
@@ -190,7 +183,7 @@ class _GroupReader:
                 number = None if tensor is None else found.axes.number(tensor)
                 if number is not None:
                     self._holders.setdefault(number, []).append((name, own, module))
-        self._called = called
+        self._called = found.called
 
     def read(self, number: int, written: Mapping[str, np.ndarray]) -> CouplingGroup:
         """The group of some layers, from the sets of the labels that each of them writes."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MOST = 2**31  # labels
+
 
 class LabelSets:
     """Disjoint sets of labels. Label 0 stands for whatever belongs to no channel, and is in no set.
@@ -31,8 +33,8 @@ class LabelSets:
         one, other = shrunk([one, other])
         differ = (one != other) & (one != 0) & (other != 0)
         if bool(differ.any()):
-            pairs = torch.stack([one[differ], other[differ]])
-            for first, second in torch.unique(pairs, dim=1).T.tolist():
+            pairs = torch.unique(one[differ] * _MOST + other[differ])
+            for first, second in zip((pairs // _MOST).tolist(), (pairs % _MOST).tolist(), strict=True):
                 self._join(first, second)
 
     def unite_all(self, labels: Tensor) -> None:

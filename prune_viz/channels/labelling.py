@@ -25,7 +25,8 @@ from prune_viz.channels.calls import Call
 from prune_viz.channels.label_sets import LabelSets, blank, compact
 from prune_viz.channels.operations import FREE, RULES, elementwise, move, reshape, unknown
 from prune_viz.channels.parameter_axes import AmbiguousError, ParameterAxes, ParameterView
-from prune_viz.network.copies import as_it_was
+from prune_viz.network.copies import as_it_was, attached
+from prune_viz.network.layer_kinds import reads_channels
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -49,10 +50,13 @@ class Labelled:
         Where they lie in parameters and buffers.
     operations : list of list of str
         The operations of each pass, in order.
+    called : dict of str to nn.Module
+        The convolutions and linear layers that ran, in order.
     """
 
     sets: LabelSets
     axes: ParameterAxes
+    called: dict[str, Any]
     operations: list[list[str]]
 
     @property
@@ -82,12 +86,20 @@ def label(model: nn.Module, inputs: Tensor, by_position: frozenset[int] = frozen
     sets = LabelSets()
     axes = ParameterAxes(model, sets)
     operations = []
+    called: dict[str, Any] = {}
+    names = {id(module): name for name, module in model.named_modules() if reads_channels(module)}
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        called.setdefault(names[id(module)], module)
+
+    layers = [module for module in model.modules() if reads_channels(module)]
     deadline = time.monotonic() + SECONDS
     for training in (False, True):
         mode = _Labelling(sets, axes, by_position, deadline)
         mode.put(inputs, blank(inputs.shape))
         try:
-            with steadied(model, training), mode:
+            hooks = (layer.register_forward_hook(hook) for layer in layers)
+            with attached(hooks), steadied(model, training), mode:
                 returned = tensors_of(model(inputs))
         except UntraceableError:
             raise
@@ -98,7 +110,7 @@ def label(model: nn.Module, inputs: Tensor, by_position: frozenset[int] = frozen
         for output in returned:
             sets.refuse(mode.labels(output), "its filters are the network's output")
         operations.append(mode.operations)
-    return Labelled(sets, axes, operations)
+    return Labelled(sets, axes, called, operations)
 
 
 @contextmanager

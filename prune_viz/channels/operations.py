@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from prune_viz.channels.calls import Call, Labels, Rule, channels_of, join
-from prune_viz.channels.label_sets import blank, first_along, is_constant, shrunk, varying_axes
+from prune_viz.channels.label_sets import blank, compact, first_along, is_constant, shrunk, varying_axes
 from prune_viz.channels.layer_operations import batch_norm, convolution, group_norm, layer_norm, product
 from prune_viz.channels.parameter_axes import PASSED
 from prune_viz.utils.nested_tensors import tensors_of
@@ -47,7 +47,7 @@ def pad(call: Call) -> Labels:
 def reshape(call: Call) -> Labels:
     """A view of another shape. Where channels are spread over several axes, each part has as many of them."""
     labels = call.labels(call.args[0])
-    made = labels.reshape(call.made[0].shape)
+    made = compact(labels.reshape(call.made[0].shape))
     before, after = varying_axes(labels), varying_axes(made)
     if len(before) == 1 and len(after) > 1:
         for axis in after[:-1]:

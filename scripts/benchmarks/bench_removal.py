@@ -3,10 +3,12 @@
     scripts/test.sh --collect-only -q   # sets up .venv
     .venv/bin/python scripts/benchmarks/bench_removal.py             # all 80: half an hour, 16 GiB
     .venv/bin/python scripts/benchmarks/bench_removal.py resnet      # those whose name has this in it
+    .venv/bin/python scripts/benchmarks/bench_removal.py --fuzz 300  # random networks, for so many seconds
 
 Every network has random weights and batch norms with statistics of their own. A third of the channels of
 each coupling group, at random, is masked, and removed; the two networks' outputs on the same noise are
-compared. The last line is one JSON object.
+compared. Random networks are built of blocks (`random_networks`), and lose random channels of each group. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import random_networks
 import torch
 import torchvision
 from tables import print_table
@@ -35,6 +38,7 @@ from prune_viz.utils.errors import UserError
 SIZE, LARGE_SIZE = 96, 224  # of pictures; the larger for those that are built for it
 BUILT_FOR_LARGE = ("vit_", "maxvit", "swin")
 SHARE = 1 / 3
+EXACT = 1e-6  # of the largest output, in double precision
 
 
 def network(name: str) -> nn.Module:
@@ -100,6 +104,21 @@ def row(name: str) -> dict[str, Any]:
     }
 
 
+def fuzz(seconds: float, first: int = 0) -> dict[str, Any]:
+    """Try random networks for so many seconds: how many there were, and which are not exact."""
+    end, seed, removable, filters, wrong = time.monotonic() + seconds, first, 0, 0, []
+    while time.monotonic() < end:
+        try:
+            may, count, difference = random_networks.try_random(seed)
+            removable, filters = removable + may, filters + count
+            if not difference < EXACT:
+                wrong.append([seed, difference])
+        except Exception as error:  # any is a defect, and the next network is tried all the same
+            wrong.append([seed, repr(error)])
+        seed += 1
+    return {"networks": seed - first, "removable": removable / max(filters, 1), "wrong": wrong}
+
+
 def _scores(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
@@ -107,7 +126,11 @@ def _scores(output: Any) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", nargs="?", default="", help="of the names of networks to look at")
+    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="try random networks instead")
     options = parser.parse_args()
+    if options.fuzz:
+        print(json.dumps(fuzz(options.fuzz)))
+        return
     names = [
         name for name in torchvision.models.list_models(module=torchvision.models) if options.part in name
     ]
