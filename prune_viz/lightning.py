@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prune_viz.network.layer_kinds import convolutions_of
+from prune_viz.network.layer_kinds import reads_channels
 from prune_viz.pruning.apply import FilterMask, apply_masks, make_permanent
 from prune_viz.pruning.masks import load_masks
 from prune_viz.utils.errors import UserError
@@ -79,8 +79,8 @@ class HoldMasks(Callback):
                 raise UserError(f"the LightningModule has no network {self.network!r}")
             return found
         for candidate in (module, *module.children()):
-            convolutions = set(convolutions_of(candidate))
-            if convolutions.issuperset(self.masks):
+            layers = {name for name, layer in candidate.named_modules() if reads_channels(layer)}
+            if layers.issuperset(self.masks):
                 return candidate
         raise UserError("no network in the LightningModule has all the layers that the masks name")
 

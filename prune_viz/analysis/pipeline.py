@@ -175,7 +175,7 @@ def _engine_maker(prepared: Prepared, options: AnalysisOptions, progress: Progre
         from prune_viz.execution.ray_executor import RayEngine, Work
 
         plain = plain_copy(prepared.model).cpu()  # parametrisations cannot be sent
-        work = Work(plain, network.input_shape, options.canvas, network.device.type, settings)
+        work = Work(plain, network.input_shape, options.canvas, network.device.type, settings, network.linear)
         return RayEngine(work, options.workers, options.gpus_per_task, progress)
 
     return on_cluster

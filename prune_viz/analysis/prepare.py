@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.channels import coupling
-from prune_viz.channels.groups import CouplingGroup, group_of_layer
+from prune_viz.channels.groups import CouplingGroup, group_of_layer, hidden_layers
 from prune_viz.channels.labelling import UntraceableError
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.calls import blank_input
@@ -86,7 +86,11 @@ def prepare(
         SHA-256 of the file that the model came from, if it did.
     """
     check_finite(model)
-    network = FilterNetwork(model, options.input_shape, options.canvas, pick_device(options.device))
+    groups, untraced = _couple(model, options)
+    hidden = hidden_layers(model, groups)
+    network = FilterNetwork(
+        model, options.input_shape, options.canvas, pick_device(options.device), linear=hidden
+    )
     if network.overflowing:
         raise UserError(
             f"{network.overflowing[0]} has outputs on noise that are not finite; its weights are too large"
@@ -95,7 +99,11 @@ def prepare(
     statistics, examples, unread = read_inputs(
         network.input_shape, options.mean, options.std, options.data, out
     )
-    groups, notes = _couple(model, network)
+    notes = _notes(network)
+    if not network.takes_batches:
+        groups = []
+    elif untraced:
+        notes.append(untraced)
     tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     weights = hash_model(model)
@@ -105,23 +113,26 @@ def prepare(
     )  # fmt: skip
 
 
-def _couple(model: nn.Module, network: FilterNetwork) -> tuple[list[CouplingGroup], list[str]]:
-    """Coupling groups, and notes for the report where something had to be left out."""
+def _couple(model: nn.Module, options: AnalysisOptions) -> tuple[list[CouplingGroup], str]:
+    """Coupling groups; without them, a note for the report on why."""
+    try:
+        return coupling.find_groups(model, blank_input(model, options.input_shape)), ""
+    except UntraceableError as error:
+        return [], (
+            f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
+            "only silent ones are called dead."
+        )
+
+
+def _notes(network: FilterNetwork) -> list[str]:
+    """What of a network is left out, for the report."""
     notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
     if network.repeated:
         names = few(list(network.repeated))
         notes.append(f"Run several times when the model is called, analysed as of the first time: {names}.")
     if not network.takes_batches:
         notes.append("The model takes one input at a time, so its filters are shown, not judged.")
-        return [], notes
-    try:
-        return coupling.find_groups(model, blank_input(model, network.input_shape)), notes
-    except UntraceableError as error:
-        notes.append(
-            f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
-            "only silent ones are called dead."
-        )
-        return [], notes
+    return notes
 
 
 def _record(layer: Layer, group: CouplingGroup | None) -> LayerRecord:

@@ -8,6 +8,7 @@ depthwise convolution on the way; one behind a split belongs to several filters 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ SIZES = {1: (1024, 4096), 2: (64, 128), 3: (32,)}
 
 
 def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]:
-    """Find the coupling groups of a model's convolutions.
+    """Find the coupling groups of a model's filters, hidden units of linear layers included.
 
     Parameters
     ----------
@@ -47,7 +48,8 @@ def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]
     Returns
     -------
     list of CouplingGroup
-        Every convolution that runs stands in exactly one group as a producer.
+        Every convolution that runs stands in exactly one group as a producer; a linear layer does where its
+        hidden units can be removed.
 
     Raises
     ------
@@ -66,7 +68,21 @@ def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]
     if by_position:
         again = label(twin, inputs, by_position)
         groups = _better(groups, list(_groups(twin, again)))
-    return verified(twin, groups, inputs, trains=found.differs_in_training)
+    return _of_filters(twin, verified(twin, groups, inputs, trains=found.differs_in_training))
+
+
+def _of_filters(model: nn.Module, groups: list[CouplingGroup]) -> list[CouplingGroup]:
+    """The groups without linear layers of which nothing can go: their outputs are no hidden units."""
+    kept: list[CouplingGroup] = []
+    for group in groups:
+        convolutions = [
+            places for places in group.producers if is_convolution(model.get_submodule(places.module))
+        ]
+        if group.removable or len(convolutions) == len(group.producers):
+            kept.append(replace(group, number=len(kept)))
+        elif convolutions:
+            kept.append(replace(group.written_by(convolutions), number=len(kept)))
+    return kept
 
 
 def _better(first: list[CouplingGroup], second: list[CouplingGroup]) -> list[CouplingGroup]:
@@ -131,7 +147,6 @@ def _groups(model: nn.Module, found: Labelled) -> Iterator[CouplingGroup]:
     written = {
         name: axes.get((_number(found, module), 1 - input_axis(module)), np.zeros(count_outputs(module), int))
         for name, module in found.called.items()
-        if is_convolution(module)
     }
     order = [name for name, _ in model.named_modules() if name in written]
     reader = _GroupReader(model, found, axes)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import nn
+
+from prune_viz.network.layer_kinds import is_convolution
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,25 @@ class CouplingGroup:
     axes: list[AxisPlaces] = field(default_factory=list, repr=False)
     layers: list[str] = field(init=False)
 
+    def written_by(self, producers: list[Places]) -> CouplingGroup:
+        """The group with some of its producers alone, and the channels that these write."""
+        written = sorted({channel for places in producers for channel in places.channels.tolist()})
+        number_of = np.full(self.channels, -1)
+        number_of[written] = np.arange(len(written))
+
+        def part(places: Places) -> Places:
+            own = number_of[places.channels] >= 0
+            return replace(places, indices=places.indices[own], channels=number_of[places.channels[own]])
+
+        return replace(
+            self,
+            channels=len(written),
+            producers=[part(places) for places in producers],
+            consumers=[part(places) for places in self.consumers],
+            norms=[part(places) for places in self.norms],
+            axes=[],
+        )
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", [places.module for places in self.producers])
 
@@ -142,6 +164,12 @@ def norm_channels(producers: Sequence[Places], norms: Sequence[Places], gone: Se
         for index, channel in zip(places.indices.tolist(), places.channels.tolist(), strict=True)
         if channel in gone
     ]
+
+
+def hidden_layers(model: nn.Module, groups: Sequence[CouplingGroup]) -> list[str]:
+    """Names of the linear layers whose hidden units stand in coupling groups."""
+    modules = dict(model.named_modules())
+    return [layer for group in groups for layer in group.layers if not is_convolution(modules.get(layer))]
 
 
 def group_of_layer(groups: Sequence[CouplingGroup]) -> dict[str, CouplingGroup]:

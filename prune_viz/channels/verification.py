@@ -8,6 +8,7 @@ ends and in the middle: every layer must compute what it computes with them sile
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
 SECONDS = 120.0  # for all experiments on a network
+_MANY = 4  # groups of layers with the same names but for numbers
 _CLOSE = 1e-4  # relative; also to a layer's largest value, where single values are near zero
 
 Change = Callable[[Tensor], Tensor]
@@ -63,13 +65,34 @@ def verified(
         notes = {group.number: "the network draws random numbers when it runs" for group in groups}
     for experiment, training in passes:
         rest = [group for group in groups if group.removable and group.number not in notes]
-        notes |= _failing(rest, partial(experiment, training=training), deadline)
+        notes |= _failing_kinds(rest, partial(experiment, training=training), deadline)
     return [
         replace(group, removable=False, note=notes[group.number])
         if group.removable and group.number in notes
         else group
         for group in groups
     ]
+
+
+def _failing_kinds(
+    groups: Sequence[CouplingGroup], experiment: Experiment, deadline: float
+) -> dict[int, str]:
+    """Why groups fail an experiment, by their numbers.
+
+    Blocks of a network repeat. So where the first and the last group of `_MANY` fail whose layers have the
+    same names, numbers aside, those between are taken to fail too, and are kept.
+    """
+    if not groups or not experiment(groups):
+        return {}
+    kinds: dict[str, list[CouplingGroup]] = {}
+    for group in groups:
+        kinds.setdefault(re.sub(r"\d+", "#", " ".join(group.layers)), []).append(group)
+    found: dict[int, str] = {}
+    for alike in kinds.values():
+        why = experiment(alike[:1]) if len(alike) >= _MANY else ""
+        if why and experiment(alike[-1:]):
+            found |= {group.number: why for group in alike}
+    return found | _failing([group for group in groups if group.number not in found], experiment, deadline)
 
 
 def _failing(groups: Sequence[CouplingGroup], experiment: Experiment, deadline: float) -> dict[int, str]:

@@ -48,6 +48,8 @@ class Work:
         Kind of the device to work on.
     settings : StimulusSettings
         What stimuli depend on.
+    linear : frozenset of str
+        Linear layers whose hidden units are filters too.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Work:
     canvas: int | None
     device: str
     settings: StimulusSettings
+    linear: frozenset[str] = frozenset()
 
 
 class RayEngine:
@@ -181,7 +184,7 @@ def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> TaskResult:
         import ray
 
         work: Work = ray.get(shared[0])
-        network = FilterNetwork(work.model, work.input_shape, work.canvas, work.device)
+        network = FilterNetwork(work.model, work.input_shape, work.canvas, work.device, work.linear)
         _prepared.clear()  # of an earlier run
         _prepared[name] = network, work.settings
     network, settings = _prepared[name]

@@ -118,7 +118,7 @@ def maximize(
     model : nn.Module
         The network; used in eval mode and left unchanged.
     layer : str
-        Name of a convolution module.
+        Name of a convolution, or of a linear layer whose hidden units are looked into.
     filters : sequence of int, optional
         Which filters; all of the layer's by default.
     input_shape : sequence of int
@@ -154,7 +154,7 @@ def maximize(
     check_finite(model)
     check_sizes(input_shape, canvas)
     statistics = describe_inputs(input_shape[0], mean, std, images)
-    network = FilterNetwork(model, input_shape, canvas, pick_device(device))
+    network = FilterNetwork(model, input_shape, canvas, pick_device(device), linear=[layer])
     wanted = list(range(network.layer(layer).filters)) if filters is None else list(filters)
     workers = workers_on(network.device)
     share = max(1, WHOLE * math.ceil(len(wanted) / (WHOLE * workers)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_viz.network.copies import as_it_was, attached, have_same_parameters, plain_copy
-from prune_viz.network.layer_kinds import convolutions_of
+from prune_viz.network.layer_kinds import is_convolution, layers_of
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.memory import Budget, in_words
 from prune_viz.utils.nested_tensors import tensors_of
@@ -28,9 +28,9 @@ class CalledCopy:
     model : nn.Module
         In single precision.
     calls : dict of str to int
-        How often each convolution that runs is called, in the order of their first calls.
+        How often each layer of filters that runs is called, in the order of their first calls.
     overflowing : list of str
-        Convolutions that gave values that are not finite.
+        Layers that gave values that are not finite.
     shares : bool
         Whether the copy shares the model's weights: where a call leaves them as they are.
     """
@@ -41,8 +41,17 @@ class CalledCopy:
     shares: bool
 
 
-def called_copy(model: nn.Module, input_shape: tuple[int, ...]) -> CalledCopy:
+def called_copy(model: nn.Module, input_shape: tuple[int, ...], linear: Collection[str] = ()) -> CalledCopy:
     """Copy a model, and call it once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    input_shape : tuple of int
+        (C, *size).
+    linear : collection of str
+        Linear layers that count beside the convolutions.
 
     Raises
     ------
@@ -51,7 +60,7 @@ def called_copy(model: nn.Module, input_shape: tuple[int, ...]) -> CalledCopy:
     """
     _check_maps(model, input_shape)
     called = plain_copy(model).float()
-    calls, overflowing = _count_calls(called, input_shape)
+    calls, overflowing = _count_calls(called, input_shape, linear)
     sharing = plain_copy(model, share=True).float()
     shares = have_same_parameters(called, sharing)
     return CalledCopy(sharing if shares else called, calls, overflowing, shares)
@@ -97,17 +106,22 @@ class _Sizes(TorchDispatchMode):
         return made
 
 
-def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, int], list[str]]:
-    """Run the model once on noise: how often each convolution is called, in order, and which overflow."""
-    convolutions = convolutions_of(model)
-    if not convolutions:
-        raise UserError(f"{type(model).__name__} has no convolutions, so there are no filters to analyse")
+def _count_calls(
+    model: nn.Module, input_shape: tuple[int, ...], linear: Collection[str]
+) -> tuple[dict[str, int], list[str]]:
+    """Run the model once on noise: how often each layer is called, in order, and which overflow."""
+    layers = layers_of(model, linear)
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no convolutions, and no hidden units that can be removed: there are "
+            "no filters to analyse"
+        )
     unset = next((name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)), None)
     if unset is not None:
         raise UserError(
             f"{unset} has no values yet: run the model once, or load weights, before its analysis"
         )
-    axes = len(next(iter(convolutions.values())).kernel_size)
+    axes = next((len(layer.kernel_size) for layer in layers.values() if is_convolution(layer)), None)
     if not 2 <= len(input_shape) <= 4:
         raise UserError(
             f"input shape {_comma(input_shape)} does not fit: give the channels and one to three sizes"
@@ -123,12 +137,13 @@ def _count_calls(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[dict[s
 
         return hook
 
-    hooks = (module.register_forward_hook(note(name)) for name, module in convolutions.items())
+    hooks = (module.register_forward_hook(note(name)) for name, module in layers.items())
     try:
         with attached(hooks), torch.no_grad(), as_it_was(model):
             model(ordinary_input(input_shape).to(blank_input(model, input_shape).device))
     except Exception as error:  # whatever an untrusted forward pass raises, the input shape is what we chose
-        hint = "" if len(input_shape) == axes + 1 else f", its first convolution works on {axes} spatial axes"
+        fits = axes is None or len(input_shape) == axes + 1
+        hint = "" if fits else f", its first convolution works on {axes} spatial axes"
         advice = f"{hint}; give the right --input-shape, channels first"
         raise does_not_run(input_shape, error, advice) from None
     if not calls:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +17,14 @@ from prune_viz.network.calls import blank_input, called_copy, ordinary_input
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
 from prune_viz.network.copies import as_it_was
 from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
-from prune_viz.network.layer_kinds import convolutions_of, count_outputs, is_depthwise
+from prune_viz.network.layer_kinds import (
+    convolutions_of,
+    count_outputs,
+    is_convolution,
+    is_depthwise,
+    layers_of,
+    maps_of,
+)
 from prune_viz.network.layers import Layer, choose_canvas, describe, no_layer_message
 from prune_viz.network.receptive_field import receptive_field
 from prune_viz.runs.fingerprint import hash_structure
@@ -45,11 +52,15 @@ class FilterNetwork:
         Size of every stimulus along each axis, instead of one chosen from the receptive field.
     device : torch.device
         Where the work is done.
+    linear : collection of str
+        Linear layers whose hidden units are filters too.
 
     Attributes
     ----------
     layers : list of Layer
-        Every convolution that runs, in order of execution.
+        Every convolution that runs, and those linear layers, in order of execution.
+    linear : frozenset of str
+        Names of the linear ones.
     skipped : list of str
         Names of convolutions that do not run when the model is called.
     shares : bool
@@ -74,14 +85,16 @@ class FilterNetwork:
         input_shape: Sequence[int],
         canvas: int | None = None,
         device: torch.device | str = "cpu",
+        linear: Collection[str] = (),
     ) -> None:
         self.input_shape = tuple(input_shape)
+        self.linear = frozenset(linear)
         self.device = torch.device(device)
-        called = called_copy(model, self.input_shape)
+        called = called_copy(model, self.input_shape, self.linear)
         model, calls = called.model, called.calls
         self.overflowing, self.shares = called.overflowing, called.shares
-        convolutions = convolutions_of(model)
-        self.skipped = [name for name in convolutions if name not in calls]
+        layers = layers_of(model, self.linear)
+        self.skipped = [name for name in convolutions_of(model) if name not in calls]
         self.repeated = {name: times for name, times in calls.items() if times > 1}
         example = ordinary_input(self.input_shape).to(blank_input(model, self.input_shape))
         self.channels_last = takes_channels_last(model, example, share=self.shares)
@@ -100,9 +113,7 @@ class FilterNetwork:
             if self.channels_last:
                 lay_weights_channels_last(self._graph)
             self._taps = tracing.find_taps(self._graph)
-        self.layers = [
-            self._layer(depth, name, convolutions[name], canvas) for depth, name in enumerate(calls)
-        ]
+        self.layers = [self._layer(depth, name, layers[name], canvas) for depth, name in enumerate(calls)]
 
     def _layer(self, depth: int, name: str, module: Any, canvas: int | None) -> Layer:
         field = None
@@ -157,8 +168,12 @@ class FilterNetwork:
         """
         plain = self._maps(name)
 
+        module = self._model.get_submodule(name)
+
         def checked(inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return _floating(*plain(inputs))
+            before, after = _floating(*plain(inputs))
+            maps = maps_of(module, after)
+            return maps if before is after else maps_of(module, before), maps
 
         found = RowByRow(checked) if name in self._row_by_row else checked
         one_at_a_time = self._alone if self._has_own_code else nullcontext()
@@ -283,7 +298,7 @@ class FilterNetwork:
                 yield batch.to(self.device)
 
     def is_first(self, name: str) -> bool:
-        """Whether a layer's filters see the input through no other convolution."""
+        """Whether a layer's filters see the input through no other layer."""
         if self._graph is None or name not in self._taps:
             return next(layer.depth for layer in self.layers if layer.name == name) == 0
         return not tracing.has_convolution_before(self._graph, self._taps[name].call)
@@ -297,9 +312,8 @@ class FilterNetwork:
             return None
         module: Any = self._model.get_submodule(name)
         reads_input = self._taps[name].call.all_input_nodes[0].op == "placeholder"
-        return (
-            module.weight.detach() if reads_input and module.groups == 1 and not module.transposed else None
-        )
+        plain = is_convolution(module) and module.groups == 1 and not module.transposed
+        return module.weight.detach() if reads_input and plain else None
 
     def has_activation(self, name: str) -> bool:
         """Whether an activation follows a layer; taken to be so where that is unknown."""

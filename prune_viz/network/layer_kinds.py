@@ -6,6 +6,7 @@ Where filters are analysed, nothing else asks which of them a layer is, so that 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any, TypeGuard
 
 import torch
@@ -56,6 +57,22 @@ def plain_kind(module: object) -> Any | None:
 def convolutions_of(model: nn.Module) -> dict[str, _ConvNd]:
     """A model's convolutions by name, those that never run included."""
     return {name: module for name, module in model.named_modules() if is_convolution(module)}
+
+
+def layers_of(model: nn.Module, linear: Collection[str] = ()) -> dict[str, Any]:
+    """A model's layers of filters by name: its convolutions, and the linear layers that are named."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_convolution(module) or (name in linear and reads_channels(module))
+    }
+
+
+def maps_of(module: object, output: Tensor) -> Tensor:
+    """A layer's output as maps, shape (B, filters, *positions): a linear layer has its channels last."""
+    if is_convolution(module):
+        return output
+    return output[..., None] if output.ndim == 2 else output.movedim(-1, 1)
 
 
 def channel_axis(module: object) -> int:

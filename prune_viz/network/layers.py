@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prune_viz.network.layer_kinds import is_depthwise, is_transposed
+from prune_viz.network.layer_kinds import count_inputs, is_convolution, is_depthwise, is_transposed
 from prune_viz.utils.errors import UserError
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
@@ -25,7 +25,7 @@ def settings() -> list[object]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution and its filters.
+    """A convolution and its filters, or a linear layer and its hidden units.
 
     Attributes
     ----------
@@ -82,7 +82,9 @@ def choose_canvas(
 
 
 def describe(module: Any) -> str:
-    """Name a convolution for people, ``"5x5 depthwise convolution, stride 2"``."""
+    """Name a layer for people, ``"5x5 depthwise convolution, stride 2"``, ``"linear layer, 384 inputs"``."""
+    if not is_convolution(module):
+        return f"linear layer, {count_inputs(module):,} inputs"
     size = "x".join(str(extent) for extent in module.kernel_size)
     words = [size]
     if is_depthwise(module):
@@ -123,4 +125,4 @@ def no_layer_message(wanted: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(bare, names, n=4, cutoff=0.3)
     near += [name for name in names if bare and bare in name and name not in near][:4]
     listed = ", ".join((near or list(names))[:6])
-    return f"no convolution matches {wanted!r}; there are {len(names)}, for instance: {listed}"
+    return f"no layer of filters matches {wanted!r}; there are {len(names)}, for instance: {listed}"

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from prune_viz.network.copies import as_it_was, free_copy
-from prune_viz.network.layer_kinds import is_convolution, is_transposed, plain_kind
+from prune_viz.network.layer_kinds import is_convolution, is_transposed, maps_of, plain_kind, reads_channels
 from prune_viz.utils.nested_tensors import tensors_of
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -40,25 +40,25 @@ ACTIVATION_NAMES |= {"prelu", "rrelu", "softsign"}
 _SAFE_NAME = re.compile(r"[\w .+/:,=@()<>-]*")
 
 
-class _ConvolutionTracer(fx.Tracer):
-    """Keeps every convolution whole, subclasses with their own padding included."""
+class _LayerTracer(fx.Tracer):
+    """Keeps every convolution and linear layer whole, subclasses with their own padding included."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return is_convolution(module) or super().is_leaf_module(module, qualified_name)
+        return reads_channels(module) or super().is_leaf_module(module, qualified_name)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a convolution's filters are read.
+    """Where a layer's filters are read.
 
     Attributes
     ----------
     conv : str
-        Name of the convolution module.
+        Name of the convolution, or linear layer.
     norm : str or None
         Name of the batch norm that directly follows it, if one does.
     call : fx.Node
-        Node of the convolution itself.
+        Node of the layer itself.
     before : fx.Node
         Node of the map before the activation (after the batch norm).
     after : fx.Node
@@ -78,7 +78,7 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
         return None
     try:
         with as_it_was(model):
-            graph = _ConvolutionTracer().trace(model)
+            graph = _LayerTracer().trace(model)
         return fx.GraphModule(model, graph)
     except Exception:  # any code may run inside an untrusted forward pass, and raise anything
         return None
@@ -97,11 +97,11 @@ def are_names_safe(model: nn.Module) -> bool:
 
 
 def find_taps(traced: fx.GraphModule) -> dict[str, Tap]:
-    """Find where every convolution's filters are read; a module called several times, at its first call."""
+    """Find where every layer's filters are read; one that is called several times, at its first call."""
     modules = dict(traced.named_modules())
     taps: dict[str, Tap] = {}
     for node in traced.graph.nodes:
-        if node.op != "call_module" or not is_convolution(modules[node.target]) or node.target in taps:
+        if node.op != "call_module" or not reads_channels(modules[node.target]) or node.target in taps:
             continue
         norm, before = None, node
         follower = _only_user(before)
@@ -271,7 +271,8 @@ class MapReader(fx.Interpreter):
         """Run one node; a map is read at once, since a later node may overwrite it."""
         result = super().run_node(n)
         if n in self._convs:
-            self._read[self._convs[n]] = self._reading(result)
+            conv = self._convs[n]
+            self._read[conv] = self._reading(maps_of(self.module.get_submodule(conv), result))
         return result
 
     def read(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -302,10 +303,10 @@ def upper_bound(traced: fx.GraphModule, tap: Tap) -> float:
 
 
 def has_convolution_before(traced: fx.GraphModule, call: fx.Node) -> bool:
-    """Whether the output of any convolution reaches `call`."""
+    """Whether the output of any other layer reaches `call`."""
     modules = dict(traced.named_modules())
     names = [module_name(node) for node in ancestors(call) if node is not call]
-    return any(is_convolution(modules.get(name)) for name in names)
+    return any(reads_channels(modules.get(name)) for name in names)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from prune_viz.channels.groups import CouplingGroup, norm_channels
 from prune_viz.channels.labelling import UntraceableError
 from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import plain_copy
-from prune_viz.network.layer_kinds import convolutions_of, count_outputs
+from prune_viz.network.layer_kinds import count_outputs, layers_of
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
 
@@ -35,7 +35,8 @@ def reconcile_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
     Returns
     -------
     Masks
-        A mask for every convolution. `notes` says what was kept and why; a warning does too.
+        A mask for every convolution, and every linear layer whose units may go. `notes` says what was kept
+        and why; a warning does too.
 
     Raises
     ------
@@ -73,7 +74,8 @@ def reconcile_with_groups(
     if isinstance(masks, Masks):
         reconciled.merges, reconciled.origin = masks.merges, masks.origin
         reconciled.calibration_images = masks.calibration_images
-    for name, module in convolutions_of(model).items():
+    hidden = {layer for group in groups for layer in group.layers}
+    for name, module in layers_of(model, hidden | masks.keys()).items():
         reconciled[name] = torch.ones(count_outputs(module), dtype=torch.bool)
     for group in groups:
         gone = channels_gone(group, masks)

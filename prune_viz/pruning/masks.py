@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import pandas as pd
@@ -17,7 +17,7 @@ from prune_viz.calibration.images import read_calibration_images, write_calibrat
 from prune_viz.channels.groups import NormChannel
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
-from prune_viz.network.layer_kinds import count_outputs, is_convolution
+from prune_viz.network.layer_kinds import count_outputs, reads_channels
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.decisions_json import BesideMasks, Merge, prediction_record
 from prune_viz.runs.fingerprint import Origin
@@ -280,7 +280,7 @@ def load_masks(path: str | Path) -> Masks:
     except UserError:
         raise UserError(f"{path} is not a masks file, or it is damaged; make it again with analyze") from None
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise UserError(f"{path} is not a masks file: it should hold a bool tensor a convolution")
+        raise UserError(f"{path} is not a masks file: it should hold a bool tensor a layer")
     check_all_tensors(loaded, path)
     for name, mask in loaded.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
@@ -321,14 +321,14 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises
     ------
     UserError
-        If a mask names no convolution of the model, is not a dense bool tensor on the CPU or where the
-        layer is, has another number of filters, or keeps none.
+        If a mask names no convolution or linear layer of the model, is not a dense bool tensor on the CPU or
+        where the layer is, has another number of filters, or keeps none.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, mask in masks.items():
         module = modules.get(name)
-        if not is_convolution(module):
-            raise UserError(f"these masks are for another model: it has no convolution {name!r}")
+        if module is None or not reads_channels(module):
+            raise UserError(f"these masks are for another model: it has no layer of filters {name!r}")
         check_tensor(f"the mask of {name}", mask)
         if mask.device not in (torch.device("cpu"), module.weight.device):
             raise UserError(

@@ -122,7 +122,7 @@ class _Watch:
             padding = _padding(self.module, inputs, output)
             padded = _thin(F.pad(maps, padding)) if any(padding) else inner
             return padded, inner
-        features = inputs.reshape(-1, inputs.shape[-1])
+        features = inputs if inputs.ndim == 2 else _thin(inputs.movedim(-1, 1))
         rows = torch.stack([self._at(features, 1, place) for place in self.columns.T], dim=1).flatten(0, 1)
         return rows, rows
 
