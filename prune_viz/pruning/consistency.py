@@ -13,7 +13,7 @@ from prune_viz.channels.groups import CouplingGroup, norm_channels
 from prune_viz.channels.labelling import UntraceableError
 from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import plain_copy
-from prune_viz.network.layer_kinds import count_outputs, layers_of
+from prune_viz.network.layer_kinds import count_outputs, is_convolution, layers_of
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
 
@@ -74,6 +74,7 @@ def reconcile_with_groups(
     if isinstance(masks, Masks):
         reconciled.merges, reconciled.origin = masks.merges, masks.origin
         reconciled.calibration_images = masks.calibration_images
+    modules = dict(model.named_modules())
     hidden = {layer for group in groups for layer in group.layers}
     for name, module in layers_of(model, hidden | masks.keys()).items():
         reconciled[name] = torch.ones(count_outputs(module), dtype=torch.bool)
@@ -95,7 +96,12 @@ def reconcile_with_groups(
     grouped = {layer for group in groups for layer in group.layers}
     for name in masks:
         if name not in grouped and not bool(masks[name].all()):
-            reconciled.notes.append(f"{name}: all filters are kept, since it does not run")
+            why = (
+                "it does not run"
+                if is_convolution(modules[name])
+                else "they are no units that can be removed"
+            )
+            reconciled.notes.append(f"{name}: all its filters are kept, since {why}")
     return reconciled
 
 

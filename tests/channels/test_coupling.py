@@ -139,9 +139,10 @@ def test_reshaped_windows_end_in_time() -> None:
         [4, 4], 24, [2, 2], [1, 2], [8, 8], num_classes=3, block=SwinTransformerBlockV2,
         downsample_layer=PatchMergingV2,
     )  # fmt: skip
-    (group,) = find_groups(swin, torch.zeros(1, 3, 64, 64))
-    assert not group.removable
-    assert "layer norm" in group.note
+    stream, *hidden = find_groups(swin, torch.zeros(1, 3, 64, 64))
+    assert not stream.removable
+    assert "layer norm" in stream.note
+    assert [group.removable for group in hidden] == [True] * 3  # the MLPs of three blocks
 
 
 class _SumOfConcatenation(nn.Module):

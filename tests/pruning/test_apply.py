@@ -88,7 +88,7 @@ def test_every_kind_of_convolution_is_masked_on_its_filters(conv: nn.Module) -> 
 
 def test_masks_of_another_model_are_refused() -> None:
     for masks, message in [
-        ({"conv9": mask_without(8)}, "no convolution"),
+        ({"conv9": mask_without(8)}, "no layer of filters"),
         ({"conv1": mask_without(8).byte()}, "bool"),
         ({"conv1": mask_without(7)}, "has 8 filters, its mask 7"),
         ({"conv1": torch.zeros(8, dtype=torch.bool)}, "every filter"),

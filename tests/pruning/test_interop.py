@@ -73,7 +73,7 @@ def test_nni_gets_a_float_mask_of_each_parameters_shape() -> None:
 
 def test_masks_of_another_model_are_refused() -> None:
     for export in (prune_with_torch, to_nni):
-        with pytest.raises(UserError, match="no convolution 'conv9'"):
+        with pytest.raises(UserError, match="no layer of filters 'conv9'"):
             export(Plain(), {"conv9": mask_without(8, 1)})
 
 
