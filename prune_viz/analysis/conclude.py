@@ -24,7 +24,7 @@ from prune_viz.network.calls import blank_input
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
 from prune_viz.redundancy import basis
-from prune_viz.redundancy.channel_verdicts import GroupVerdicts
+from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_each_layer
 from prune_viz.redundancy.fisher import FisherMatrices
 from prune_viz.redundancy.gram_matrices import GramMatrices, rounds
 from prune_viz.redundancy.group_verdicts import calibration_copy, gather_on_stimuli, judge_groups
@@ -166,6 +166,7 @@ def _judge(
         verdicts = _judge_part(
             twin, prepared, part, found, calibration, fisher, verdicts, gram_matrices, context
         )
+    verdicts = {group.number: keep_each_layer(group, verdicts[group.number]) for group in prepared.groups}
     unit = fisher.unit if fisher else Unit.CONSUMERS
     predicted = basis.predictions_on(twin, calibrated)
     count = 0 if examples is None else len(examples)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from prune_viz.analysis.options import AnalysisOptions
-from prune_viz.channels import coupling
+from prune_viz.channels.coupling import ChannelGraph, build_graph
 from prune_viz.channels.groups import CouplingGroup, group_of_layer, hidden_layers
 from prune_viz.channels.labelling import UntraceableError
 from prune_viz.loading.state_dicts import check_finite
@@ -86,8 +86,8 @@ def prepare(
         SHA-256 of the file that the model came from, if it did.
     """
     check_finite(model)
-    groups, untraced = _couple(model, options)
-    hidden = hidden_layers(model, groups)
+    graph, untraced = _couple(model, options)
+    groups, hidden = graph.groups, hidden_layers(model, graph.groups)
     network = FilterNetwork(
         model, options.input_shape, options.canvas, pick_device(options.device), linear=hidden
     )
@@ -95,11 +95,11 @@ def prepare(
         raise UserError(
             f"{network.overflowing[0]} has outputs on noise that are not finite; its weights are too large"
         )
-    chosen = select_layers(network.layers, options.layers)
+    chosen = select_layers(network.layers, options.layers, graph.kept_linear)
     statistics, examples, unread = read_inputs(
         network.input_shape, options.mean, options.std, options.data, out
     )
-    notes = _notes(network)
+    notes = _notes(network, graph)
     if not network.takes_batches:
         groups = []
     elif untraced:
@@ -113,25 +113,33 @@ def prepare(
     )  # fmt: skip
 
 
-def _couple(model: nn.Module, options: AnalysisOptions) -> tuple[list[CouplingGroup], str]:
-    """Coupling groups; without them, a note for the report on why."""
+def _couple(model: nn.Module, options: AnalysisOptions) -> tuple[ChannelGraph, str]:
+    """The channel graph; where there is none, an empty one and a note for the report on why."""
     try:
-        return coupling.find_groups(model, blank_input(model, options.input_shape)), ""
+        return build_graph(model, blank_input(model, options.input_shape)), ""
     except UntraceableError as error:
-        return [], (
+        return ChannelGraph([], {}), (
             f"The ties between layers could not be traced ({error}), so no filter is called redundant and "
             "only silent ones are called dead."
         )
 
 
-def _notes(network: FilterNetwork) -> list[str]:
+def _notes(network: FilterNetwork, graph: ChannelGraph) -> list[str]:
     """What of a network is left out, for the report."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in graph.kept_linear.items():
+        reasons.setdefault(why, []).append(name)
     notes = [f"{name} never runs when the model is called; it was left out." for name in network.skipped]
     if network.repeated:
         names = few(list(network.repeated))
         notes.append(f"Run several times when the model is called, analysed as of the first time: {names}.")
     if not network.takes_batches:
         notes.append("The model takes one input at a time, so its filters are shown, not judged.")
+    elif network.linear:
+        notes += [
+            f"Linear layers that are kept whole, and not analysed: {few(names)}. {why[:1].upper()}{why[1:]}."
+            for why, names in reasons.items()
+        ]
     return notes
 
 

@@ -8,7 +8,7 @@ depthwise convolution on the way; one behind a split belongs to several filters 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,30 @@ from prune_viz.utils.errors import brief
 SIZES = {1: (1024, 4096), 2: (64, 128), 3: (32,)}
 
 
+@dataclass(frozen=True)
+class ChannelGraph:
+    """Which filters of a network can only be removed together.
+
+    Attributes
+    ----------
+    groups : list of CouplingGroup
+        Every convolution that runs stands in exactly one of them as a producer; a linear layer does where
+        its hidden units can be removed.
+    kept_linear : dict of str to str
+        The other linear layers that run, and why all their outputs are kept.
+    """
+
+    groups: list[CouplingGroup]
+    kept_linear: dict[str, str]
+
+
 def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]:
-    """Find the coupling groups of a model's filters, hidden units of linear layers included.
+    """Find the coupling groups of a model's filters; parameters and errors are those of `build_graph`."""
+    return build_graph(model, example_inputs).groups
+
+
+def build_graph(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
+    """Follow a model's channels, and verify by experiment which of them can be removed.
 
     Parameters
     ----------
@@ -45,16 +67,10 @@ def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]
     example_inputs : Tensor, shape (1, C, *size)
         An input the model runs on.
 
-    Returns
-    -------
-    list of CouplingGroup
-        Every convolution that runs stands in exactly one group as a producer; a linear layer does where its
-        hidden units can be removed.
-
     Raises
     ------
     UntraceableError
-        If the network does not run, or takes too long.
+        If the network does not run, or this takes too long.
     """
     twin = plain_copy(model).float().cpu().requires_grad_(False)
     inputs = smallest_input(twin, example_inputs.float().cpu())
@@ -71,18 +87,21 @@ def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]
     return _of_filters(twin, verified(twin, groups, inputs, trains=found.differs_in_training))
 
 
-def _of_filters(model: nn.Module, groups: list[CouplingGroup]) -> list[CouplingGroup]:
+def _of_filters(model: nn.Module, groups: list[CouplingGroup]) -> ChannelGraph:
     """The groups without linear layers of which nothing can go: their outputs are no hidden units."""
-    kept: list[CouplingGroup] = []
+    graph = ChannelGraph([], {})
     for group in groups:
         convolutions = [
             places for places in group.producers if is_convolution(model.get_submodule(places.module))
         ]
-        if group.removable or len(convolutions) == len(group.producers):
-            kept.append(replace(group, number=len(kept)))
-        elif convolutions:
-            kept.append(replace(group.written_by(convolutions), number=len(kept)))
-    return kept
+        if group.removable:
+            convolutions = group.producers
+        names = {places.module for places in convolutions}
+        graph.kept_linear.update({name: group.note for name in group.layers if name not in names})
+        if convolutions:
+            part = group if len(names) == len(group.producers) else group.written_by(convolutions)
+            graph.groups.append(replace(part, number=len(graph.groups)))
+    return graph
 
 
 def _better(first: list[CouplingGroup], second: list[CouplingGroup]) -> list[CouplingGroup]:

@@ -55,7 +55,7 @@ def product(call: Call) -> Labels:
     """A matrix product: a linear layer, a mixing of positions, or one of attention's products."""
     first, second = call.args[-2:] if call.name in ("addmm", "baddbmm", "addmv") else call.args[:2]
     bias = call.args[0] if call.name in ("addmm", "baddbmm", "addmv") else None
-    if call.view(second) is not None and call.view(first) is None:
+    if call.view(second) is not None:
         return _linear(call, first, second, bias)
     left, right = call.labels(first), call.labels(second)
     shape = call.made[0].shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,19 +100,33 @@ def describe(module: Any) -> str:
     return text
 
 
-def select_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+def select_layers(
+    layers: Sequence[Layer], patterns: Sequence[str], kept: Mapping[str, str] | None = None
+) -> list[Layer]:
     """Layers whose name matches any of the shell patterns; all of them if there is no pattern.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        All layers of filters.
+    patterns : sequence of str
+        Shell patterns.
+    kept : mapping of str to str, optional
+        Other layers, whose outputs are no filters, and why.
 
     Raises
     ------
     UserError
-        If a pattern matches no layer; the message lists near names.
+        If a pattern matches no layer; the message says why, or lists near names.
     """
     if not patterns:
         return list(layers)
     names = [layer.name for layer in layers]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
+            other = next(iter(fnmatch.filter(kept or {}, pattern)), None)
+            if kept and other is not None:
+                raise UserError(f"all outputs of the linear layer {other} are kept: {kept[other]}")
             raise UserError(no_layer_message(pattern, names))
     return [
         layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)

@@ -96,11 +96,7 @@ def reconcile_with_groups(
     grouped = {layer for group in groups for layer in group.layers}
     for name in masks:
         if name not in grouped and not bool(masks[name].all()):
-            why = (
-                "it does not run"
-                if is_convolution(modules[name])
-                else "they are no units that can be removed"
-            )
+            why = "it does not run" if is_convolution(modules[name]) else "they are no hidden units"
             reconciled.notes.append(f"{name}: all its filters are kept, since {why}")
     return reconciled
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.runs.damage import Unit
@@ -88,3 +90,25 @@ def keep_whole_group(group: CouplingGroup) -> GroupVerdicts:
     nan = float("nan")
     kept = [keep_channel(index, nan, nan) for index in range(group.channels)]
     return GroupVerdicts(group.number, kept, [], [], 0.0)
+
+
+def keep_each_layer(group: CouplingGroup, verdicts: GroupVerdicts) -> GroupVerdicts:
+    """Verdicts and a removal order that leave a filter of every layer, where layers write parts of a group.
+
+    Parameters
+    ----------
+    group : CouplingGroup
+        The group.
+    verdicts : GroupVerdicts
+        What was found in it.
+    """
+    channels, order = list(verdicts.channels), list(verdicts.order)
+    for places in group.producers:
+        own = set(places.channels.tolist())
+        if all(channels[channel].verdict.flagged for channel in own):
+            last = max(own, key=lambda channel: np.nan_to_num(channels[channel].damage))
+            channels[last] = keep_channel(last, channels[last].score, channels[last].damage)
+        ends = [place for place, channel in enumerate(order) if channel in own]
+        if len(ends) == len(own):
+            order = order[: ends[-1]]
+    return replace(verdicts, channels=channels, order=order, order_damage=verdicts.order_damage[: len(order)])

@@ -163,6 +163,22 @@ class Written(nn.Module):
         return x
 
 
+class Perceptron(nn.Module):
+    """Two linear layers over the channels of every position, perhaps gated, perhaps behind a layer norm."""
+
+    def __init__(self, channels: int, inner: int, gated: bool, normed: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels) if normed else nn.Identity()
+        self.up, self.gate = nn.Linear(channels, inner), nn.Linear(channels, inner) if gated else None
+        self.down = nn.Linear(inner, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps from maps."""
+        x = self.norm(x.permute(0, 2, 3, 1))
+        y = F.gelu(self.up(x))
+        return self.down(y if self.gate is None else y * self.gate(x)).permute(0, 3, 1, 2)
+
+
 class RandomNetwork(nn.Module):
     """A stem, random blocks, and a head.
 
@@ -204,7 +220,8 @@ class RandomNetwork(nn.Module):
         if kind == "maps":
             return nn.Conv2d(channels, 3, 1)
         if kind == "mean":
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
+            last = [nn.Linear(channels, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 5)]
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *last)
         return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5))
 
     def _conv(self, inputs: int, outputs: int, groups: int = 1) -> nn.Module:
@@ -237,6 +254,7 @@ class RandomNetwork(nn.Module):
             lambda: nn.Sequential(self._conv(channels, inner), self._conv(inner, channels)),
             lambda: SqueezeExcitation(channels, self._random.random() < 0.5),
             lambda: nn.Sequential(self._conv(channels, channels, channels), nn.Conv2d(channels, channels, 1)),
+            lambda: Perceptron(channels, inner, self._random.random() < 0.3, self._random.random() < 0.3),
             lambda: self._conv(channels, channels, 2),
             lambda: nn.Sequential(*(self._conv(channels, channels, 4), Shuffle(4)) * 2),
             lambda: Twice(self._conv(channels, channels)),
@@ -253,7 +271,7 @@ class RandomNetwork(nn.Module):
         if depth:
             kinds += 3 * [lambda: Residual(self._same(channels, depth - 1))]
             kinds += 2 * [lambda: self._halves(channels, depth - 1)]
-        return self._random.choice(kinds if channels % 8 == 0 else kinds[:4])()
+        return self._random.choice(kinds if channels % 8 == 0 else kinds[:5])()
 
     def _halves(self, channels: int, depth: int) -> nn.Module:
         return Halves(self._same(channels // 2, depth), self._random.choice(["chunk", "slice"]))
@@ -324,7 +342,7 @@ def _random_masks(model: nn.Module, groups: list[CouplingGroup], chosen: random.
             lost = [
                 i for i, c in zip(places.indices.tolist(), places.channels.tolist(), strict=True) if c in gone
             ]
-            mask[lost] = False
+            mask[lost[: len(mask) - 1]] = False  # a layer keeps a filter
             masks[places.module] = mask
     return masks
 

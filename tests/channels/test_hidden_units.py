@@ -110,9 +110,12 @@ class Excited(nn.Module):
 
 def _convnext(responses: bool) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 2, stride=2), ConvNeXtBlock(responses=responses), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, 2, stride=2),
+        ConvNeXtBlock(responses=responses),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(8, 5),
-    )  # fmt: skip
+    )
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {  # and the linear layers whose units can go
@@ -156,6 +159,6 @@ def test_gates_go_with_what_they_gate() -> None:
 
 def test_outputs_of_a_classifier_are_no_hidden_units() -> None:
     model = Excited().eval()
-    with pytest.warns(UserWarning, match="mlp.5: all its filters are kept, since they are no units"):
+    with pytest.warns(UserWarning, match="mlp.5: all its filters are kept, since they are no hidden units"):
         masks = reconcile_masks(model, {"mlp.5": mask_without(5, 0)}, INPUTS)
     assert masks["mlp.5"].all()

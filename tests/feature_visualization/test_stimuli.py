@@ -303,7 +303,7 @@ def test_a_passing_overflow_leaves_the_best_finite_stimulus() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": "conv9"}, "no convolution matches"),
+        ({"layer": "conv9"}, "no layer of filters matches"),
         ({"filters": [8]}, "no filter 8"),
         ({"filters": []}, "no filters were asked for"),
         ({"steps": 0}, "--steps"),

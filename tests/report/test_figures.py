@@ -60,7 +60,7 @@ def test_names_are_only_text(run: RunDirectory, tmp_path: Path) -> None:
     ("layer", "name", "says"),
     [
         (None, "figure.doc", "a figure ends in .svg, .png, .pdf"),
-        ("nothing", "f.svg", "no convolution matches"),
+        ("nothing", "f.svg", "no layer of filters matches"),
     ],
 )
 def test_what_cannot_be_drawn_gets_one_line(
