@@ -151,18 +151,33 @@ def reduce(call: Call) -> Labels:
     axes = call.argument("dim")
     axes = list(range(labels.ndim)) if axes is None or axes == [] else axes
     axes = [axes] if isinstance(axes, int) else list(axes)
-    if not is_constant(labels, axes):
-        call.sets.refuse(labels, f"something that it passes ({call.name} over channels) mixes its channels")
+    if not _unite_along(call, labels, axes):
         return [blank(one.shape) for one in call.made]
     kept = first_along(labels, [axis % labels.ndim for axis in axes])
     return [kept.reshape(one.shape) if one.numel() == kept.numel() else blank(one.shape) for one in call.made]
 
 
+def _unite_along(call: Call, labels: Tensor, axes: Sequence[int]) -> bool:
+    """Whether channels stay apart where values along some axes meet.
+
+    They are apart where they lie along others. Those that lie at one place of these, as where the maps of
+    several branches are stacked and summed, go together.
+    """
+    if is_constant(labels, axes):
+        return True
+    reduced = [axis % labels.ndim for axis in axes]
+    if any(axis not in reduced for axis in varying_axes(labels)):
+        for axis in reduced:
+            unite_parts(call, labels.unbind(axis))
+        return True
+    call.sets.refuse(labels, f"something that it passes ({call.name} over channels) mixes its channels")
+    return False
+
+
 def along(call: Call) -> Labels:
     """A softmax, a cumulative sum, a sort along an axis: of one channel, or the channels are mixed."""
     labels = call.labels(call.args[0])
-    if not is_constant(labels, [call.argument("dim", -1)]):
-        call.sets.refuse(labels, f"something that it passes ({call.name} over channels) mixes its channels")
+    _unite_along(call, labels, [call.argument("dim", -1)])
     return [labels if one.shape == labels.shape else blank(one.shape) for one in call.made]
 
 

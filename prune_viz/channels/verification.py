@@ -307,7 +307,8 @@ def _written(
     found: dict[str, list[np.ndarray]] = {}
     for group in groups:
         for places in (*group.producers, *(group.norms if norms else ())):
-            found.setdefault(places.module, []).append(_indices(places, channels[group.number]))
+            if len(indices := _indices(places, channels[group.number])):
+                found.setdefault(places.module, []).append(indices)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

@@ -28,9 +28,10 @@ import torchvision
 from tables import print_table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 import prune_viz as pv
+from prune_viz.channels.groups import hidden_layers
+from prune_viz.network.layer_kinds import count_outputs, layers_of
 from prune_viz.pruning.consistency import groups_for_removal, reconcile_with_groups
 from prune_viz.pruning.remove import count_cost
 from prune_viz.utils.errors import UserError
@@ -72,13 +73,9 @@ def row(name: str) -> dict[str, Any]:
     except UserError as error:
         return {**found, "said": str(error).partition(": ")[2], "seconds": time.perf_counter() - start}
     random = np.random.default_rng(0)
-    masks = pv.Masks(
-        {
-            layer: torch.ones(module.out_channels, dtype=torch.bool)
-            for layer, module in model.named_modules()
-            if isinstance(module, _ConvNd)
-        }
-    )
+    hidden = hidden_layers(model, groups)
+    counts = {layer: count_outputs(module) for layer, module in layers_of(model, hidden).items()}
+    masks = pv.Masks({layer: torch.ones(count, dtype=torch.bool) for layer, count in counts.items()})
     for group in groups:
         gone = random.choice(group.channels, int(SHARE * group.channels), replace=False)
         for places in group.producers:
@@ -93,8 +90,14 @@ def row(name: str) -> dict[str, Any]:
     whole_groups = [group for group in groups if not group.removable]
     return {
         **found,
-        "channels": sum(group.channels for group in groups),
-        "removable": sum(group.channels for group in groups if group.removable),
+        "filters": sum(count for layer, count in counts.items() if layer not in hidden),
+        "removable": sum(
+            len(places.indices)
+            for group in groups
+            for places in group.producers
+            if group.removable and places.module not in hidden
+        ),
+        "units": sum(counts[layer] for layer in hidden),
         "params": costs[1][0] / costs[0][0],
         "macs": costs[1][1] / costs[0][1],
         "changed": float((one - whole).abs().max() / whole.abs().max()),
@@ -139,7 +142,7 @@ def main() -> None:
         rows.append(row(name))
         print(*rows[-1].values(), sep=", ", flush=True)
         gc.collect()
-    columns = ["channels", "removable", "params", "macs", "changed", "difference"]
+    columns = ["filters", "removable", "units", "params", "macs", "changed", "difference"]
     print_table(
         "A third of the channels removed; difference: removed from masked outputs, of the largest",
         ["network", *columns, "kept whole, for instance"],
