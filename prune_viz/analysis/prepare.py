@@ -133,6 +133,8 @@ def _notes(network: FilterNetwork, graph: ChannelGraph) -> list[str]:
     if network.repeated:
         names = few(list(network.repeated))
         notes.append(f"Run several times when the model is called, analysed as of the first time: {names}.")
+    if graph.drops:
+        notes.append("The model drops values at random though it does not train, so its outputs vary.")
     if not network.takes_batches:
         notes.append("The model takes one input at a time, so its filters are shown, not judged.")
     elif network.linear:

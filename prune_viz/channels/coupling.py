@@ -46,10 +46,13 @@ class ChannelGraph:
         its hidden units can be removed.
     kept_linear : dict of str to str
         The other linear layers that run, and why all their outputs are kept.
+    drops : bool
+        Whether the network drops values at random though it does not train.
     """
 
     groups: list[CouplingGroup]
     kept_linear: dict[str, str]
+    drops: bool = False
 
 
 def find_groups(model: nn.Module, example_inputs: Tensor) -> list[CouplingGroup]:
@@ -84,7 +87,8 @@ def build_graph(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
     if by_position:
         again = label(twin, inputs, by_position)
         groups = _better(groups, list(_groups(twin, again)))
-    return _of_filters(twin, verified(twin, groups, inputs, trains=found.differs_in_training))
+    groups = verified(twin, groups, inputs, trains=found.differs_in_training)
+    return replace(_of_filters(twin, groups), drops=found.drops)
 
 
 def _of_filters(model: nn.Module, groups: list[CouplingGroup]) -> ChannelGraph:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prune_viz.channels.calls import Call
-from prune_viz.channels.label_sets import LabelSets, blank, compact
+from prune_viz.channels.label_sets import LabelSets, blank, compact, shrunk
 from prune_viz.channels.operations import FREE, RULES, elementwise, move, reshape, unknown
 from prune_viz.channels.parameter_axes import AmbiguousError, ParameterAxes, ParameterView
 from prune_viz.network.copies import as_it_was, attached
@@ -31,7 +31,8 @@ from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
 
 SECONDS = 120.0  # for following the channels of a network
-LABELS = 2**28  # in all tensors of labels that are alive at once, and not expanded
+LABELS = 2**28  # in all tensors of labels that are alive at once, 8 bytes each, expanded ones not counted
+_CHECKED = 64  # operations from one count of them to the next
 
 
 class UntraceableError(Exception):
@@ -60,6 +61,11 @@ class Labelled:
     operations: list[list[str]]
 
     @property
+    def drops(self) -> bool:
+        """Whether the network drops values at random though it does not train."""
+        return not {"bernoulli", "native_dropout"}.isdisjoint(self.operations[0])
+
+    @property
     def differs_in_training(self) -> bool:
         """Whether the network also runs as in training, and does something else then."""
         return len(self.operations) > 1 and self.operations[0] != self.operations[1]
@@ -81,7 +87,7 @@ def label(model: nn.Module, inputs: Tensor, by_position: frozenset[int] = frozen
     Raises
     ------
     UntraceableError
-        If the network does not run, or this takes longer than `SECONDS`.
+        If the network does not run, or this takes longer than `SECONDS` or more than `LABELS`.
     """
     sets = LabelSets()
     axes = ParameterAxes(model, sets)
@@ -183,6 +189,7 @@ class _Labelling(TorchDispatchMode):
         self._sets, self._axes, self._by_position = sets, axes, by_position
         self._deadline = deadline
         self._labels: Any = WeakIdKeyDictionary()
+        self._puts = 0
         self.operations: list[str] = []
 
     def labels(self, tensor: Tensor) -> Tensor:
@@ -222,7 +229,14 @@ class _Labelling(TorchDispatchMode):
             if not torch.equal(before, labels):  # the whole of it still has its old labels
                 self._sets.refuse(before, _PART)
                 self._sets.refuse(labels, _PART)
-        self._labels[output] = compact(labels)
+        labels = compact(labels)
+        self._labels[output] = labels
+        self._puts += 1
+        if _numbers(labels) > LABELS or (self._puts % _CHECKED == 0 and self._alive() > LABELS):
+            raise UntraceableError("following its channels takes too much memory")
+
+    def _alive(self) -> int:
+        return sum(_numbers(labels) for labels in list(self._labels.values()))
 
     def _note_views(self, call: Call, shown: list[Tensor]) -> bool:
         """Note what an operation makes of parameters alone; False if it takes a rule."""
@@ -255,6 +269,11 @@ class _Labelling(TorchDispatchMode):
         for number, output in enumerate(call.made):
             places = tuple(parts[number] for parts in moved)
             self._axes.note_view(output, ParameterView(view.number, places, view.computed))
+
+
+def _numbers(labels: Tensor) -> int:
+    """How many labels a tensor holds, those that are only expanded counted once."""
+    return shrunk([labels])[0].numel()
 
 
 _MOVING = {rule for name, rule in RULES.items() if rule in (move, reshape) or name in ("split", "slice")}

@@ -27,6 +27,7 @@ from prune_viz.network.calls import run_and_size_norms
 from prune_viz.network.copies import attached, plain_copy
 from prune_viz.network.layer_kinds import channel_axis, input_axis, is_plain, reads_channels
 from prune_viz.utils.errors import brief
+from prune_viz.utils.memory import Budget
 from prune_viz.utils.nested_tensors import tensors_of
 
 SECONDS = 120.0  # for all experiments on a network
@@ -59,10 +60,11 @@ def verified(
     deadline = time.monotonic() + SECONDS
     bench = _Bench(model, inputs)
     bench.pass_through(groups)
+    why = bench.unsteady()
+    if why:
+        return [replace(group, removable=False, note=group.note or why) for group in groups]
     experiments = [bench.jolt, bench.silence, bench.remove]
     passes = [(one, training) for training in ([False, True] if trains else [False]) for one in experiments]
-    if not bench.is_steady():
-        notes = {group.number: "the network draws random numbers when it runs" for group in groups}
     for experiment, training in passes:
         rest = [group for group in groups if group.removable and group.number not in notes]
         notes |= _failing_kinds(rest, partial(experiment, training=training), deadline)
@@ -121,6 +123,7 @@ class _Run:
     inputs: dict[str, list[Tensor]]
     outputs: dict[str, list[Tensor]]
     returned: list[Tensor]
+    bytes: int = 0
 
 
 class _Bench:
@@ -130,6 +133,7 @@ class _Bench:
         self._model, self._inputs = model, inputs
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._whole: dict[bool, _Run] = {}
+        self._most = Budget.of(torch.device("cpu")).left() // 4  # two passes are held at a time
         self._passed: set[str] = set()  # grouped convolutions that channels pass on their way to consumers
 
     def pass_through(self, groups: Sequence[CouplingGroup]) -> None:
@@ -140,12 +144,18 @@ class _Bench:
             name for name in producers - consumers if getattr(self._modules[name], "groups", 1) > 1
         }
 
-    def is_steady(self) -> bool:
-        """Whether two passes return the same, though random numbers would differ."""
-        with steadied(self._model, seed=1):
-            other = tensors_of(self._model(self._inputs))
-        pairs = zip(self._undisturbed().returned, other, strict=True)
-        return not any(_differ(one, other) for one, other in pairs)
+    def unsteady(self) -> str:
+        """Why nothing can be tried: passes that should be alike return different things, or none."""
+        try:
+            whole = self._undisturbed().returned
+            for seed, why in enumerate(("changes from call to call", "draws random numbers when it runs")):
+                with steadied(self._model, seed=seed):
+                    again = tensors_of(self._model(self._inputs))
+                if any(_differ(one, other) for one, other in zip(whole, again, strict=True)):
+                    return f"the network {why}"
+        except Exception as error:  # whatever an untrusted forward pass raises, or its maps are too large
+            return f"what it computes cannot be compared ({brief(error, 80)})"
+        return ""
 
     def jolt(self, groups: Sequence[CouplingGroup], training: bool) -> str:
         """Disturb one channel of each group while all layers' outputs are held, and see what moves."""
@@ -248,6 +258,9 @@ class _Bench:
             def read(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
                 if not isinstance(output, Tensor):
                     return None
+                run.bytes += arguments[0].nbytes + output.nbytes
+                if run.bytes > self._most:
+                    raise MemoryError("its maps take too much memory")
                 taken = run.inputs.setdefault(name, [])
                 taken.append(arguments[0].clone())
                 run.outputs.setdefault(name, []).append(output.clone())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from networks import randomise_norms
 from torch import Tensor, nn
 
-from prune_viz.channels.coupling import find_groups
+from prune_viz.channels import labelling, verification
+from prune_viz.channels.coupling import build_graph, find_groups
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.pruning.apply import apply_masks
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.remove import remove_filters
+from prune_viz.utils.memory import Budget
 
 INPUTS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -333,3 +336,43 @@ def test_random_outputs_keep_everything() -> None:
     noisy = Between(lambda x: x + torch.randn(x.shape[1]).view(1, -1, 1, 1)).eval()
     notes = {group.note for group in find_groups(noisy, INPUTS[:1])}
     assert notes == {"the network draws random numbers when it runs", "its filters are the network's output"}
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, and adds the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_network_that_changes_with_each_call_keeps_everything() -> None:
+    groups = group_of_layer(find_groups(Between(Counting()).eval(), INPUTS[:1]))
+    assert groups["first"].note == "the network changes from call to call"
+
+
+@pytest.mark.parametrize(("limit", "why"), [("SECONDS", "takes too long"), ("LABELS", "too much memory")])
+def test_following_channels_is_bounded(limit: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelling, limit, -1)
+    with pytest.raises(labelling.UntraceableError, match=why):
+        find_groups(Gated().eval(), INPUTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "why"), [("SECONDS", -1, "no time left"), ("Budget", None, "too much memory")]
+)
+def test_experiments_are_bounded(limit: str, value: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if limit == "Budget":
+        value = mock.Mock(of=lambda device: Budget(device, 0))
+    monkeypatch.setattr(verification, limit, value)
+    groups = group_of_layer(find_groups(Gated().eval(), INPUTS[:1]))
+    assert why in groups["c1"].note
+
+
+def test_dropout_that_is_always_on_is_said() -> None:
+    assert build_graph(Between(F.dropout).eval(), INPUTS[:1]).drops
+    assert not build_graph(Between(nn.Dropout()).eval(), INPUTS[:1]).drops
