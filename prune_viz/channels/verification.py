@@ -84,7 +84,11 @@ def _failing_kinds(
     Blocks of a network repeat. So where the first and the last group of `_MANY` fail whose layers have the
     same names, numbers aside, those between are taken to fail too, and are kept.
     """
-    if not groups or not experiment(groups):
+    if not groups:
+        return {}
+    if time.monotonic() > deadline:
+        return _failing(groups, experiment, deadline)
+    if not experiment(groups):
         return {}
     kinds: dict[str, list[CouplingGroup]] = {}
     for group in groups:
