@@ -26,6 +26,7 @@ from prune_viz.network.layer_kinds import (
     input_axis,
     is_convolution,
     is_grouped,
+    is_transposed,
     norms_channels,
     reads_channels,
 )
@@ -231,7 +232,10 @@ class _GroupReader:
         channel_of = {root: place for place, root in enumerate(root for root in roots if root)}
         if not channel_of:  # a layer of one filter, or one whose weights are computed
             every = np.arange(len(written[widest]))
-            note = "it has no other filter" if len(every) == 1 else _WEIGHTS
+            module = self._called[widest]
+            grouped = is_transposed(module) and module.groups > 1
+            note = "it is a grouped transposed convolution" if grouped else _WEIGHTS
+            note = "it has no other filter" if len(every) == 1 else note
             alone = [Places(widest, every, every)]
             return CouplingGroup(number, len(every), alone, [], removable=False, note=note)
         own = channel_of.keys()

@@ -9,6 +9,7 @@ rules of their own: the pass is a real one.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def steadied(model: nn.Module, training: bool = False, seed: int = 0) -> Iterato
         module.training = training and not (hasattr(module, "running_mean") or _drops(module))
     try:
         with (
+            warnings.catch_warnings(),
             as_it_was(model),
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
@@ -148,6 +150,7 @@ def steadied(model: nn.Module, training: bool = False, seed: int = 0) -> Iterato
             _WithoutDropout(),
         ):
             torch.manual_seed(seed)
+            warnings.simplefilter("ignore")  # the network's own, heard when the user calls it
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -140,6 +140,16 @@ def copy_into(call: Call) -> Labels:
     return call.labels(call.args[1]).broadcast_to(call.args[0].shape)
 
 
+def write_rows(call: Call) -> Labels:
+    """Values written into some rows of a tensor, as where boxes of several sizes are put together."""
+    labels, values = call.labels(call.args[0]), call.labels(call.args[2])
+    by_rows = len([one for one in call.args[1] if one is not None]) == 1 and call.args[1][0] is not None
+    if not by_rows or values.ndim != labels.ndim or not is_constant(values, [0]):
+        call.refuse([labels, values], "it is written into a part of another map")
+        return blank(labels.shape)
+    return join(call, [labels, values.narrow(0, 0, 1).expand(labels.shape)]) if len(values) else labels
+
+
 def fill(call: Call) -> Labels:
     """Constants written over values, which belong to no channel."""
     return blank(call.args[0].shape)
@@ -188,7 +198,10 @@ def spatial(call: Call) -> Labels:
     if not is_constant(labels, axes):
         call.sets.refuse(labels, f"something that it passes ({call.name}) mixes its channels")
         return [blank(one.shape) for one in call.made]
-    return [first_along(labels, axes).expand(one.shape) for one in call.made]
+    small = first_along(labels, axes)
+    if len(call.made[0]) != len(labels) and is_constant(small, [0]):  # regions of a batch
+        small = small.narrow(0, 0, 1)
+    return [small.expand(one.shape) for one in call.made]
 
 
 def _spatial_axes(call: Call, labels: Tensor) -> int:
@@ -224,6 +237,7 @@ _KINDS: dict[Rule, str] = {
         bitwise_or""",
     glu: "glu",
     copy_into: "copy",
+    write_rows: "index_put _index_put_impl",
     fill: "fill zero",
     reduce: """mean sum amax amin var std var_mean std_mean norm linalg_vector_norm max min prod any all
         argmax argmin logsumexp nansum aminmax""",
@@ -235,7 +249,7 @@ _KINDS: dict[Rule, str] = {
         upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d
         _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d
         reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-        grid_sampler_2d grid_sampler_3d""",
+        grid_sampler_2d grid_sampler_3d roi_align roi_pool""",
     convolution: "convolution _convolution convolution_overrideable",
     product: "mm addmm bmm baddbmm mv addmv",
     batch_norm: """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training

@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
+from prune_viz.network.calls import run_and_size_norms
+from prune_viz.network.copies import bake_parameters
 from prune_viz.network.layer_kinds import (
     filters_in,
     groups_left,
@@ -146,9 +150,10 @@ def build_smaller(
     UserError
         If they do not fit what is left, or the network does not run at these sizes.
     """
-    whole = resolve_architecture(arch, kwargs).cpu().float().eval()
+    whole, smaller = (resolve_architecture(arch, kwargs).cpu().float().eval() for _ in range(2))
+    for network in (whole, smaller):
+        bake_parameters(network)  # as removal did
     check_real(state, tensors_in(whole.state_dict()), path)
-    smaller = resolve_architecture(arch, kwargs).cpu().float().eval()
     try:
         resize_to(smaller, masks, state)
         if _runs(whole, held, input_shape) and not _runs(smaller, held, input_shape):
@@ -226,7 +231,11 @@ def _runs(model: nn.Module, held: FixedInputs | None, input_shape: tuple[int, ..
         if held is not None:
             fix_inputs(twin, held)
         with torch.no_grad():
-            twin.to("meta")(torch.zeros(1, *input_shape, device="meta"))
+            run_and_size_norms(twin.to("meta"), torch.zeros(1, *input_shape, device="meta"))
     except Exception:  # of any architecture's own
         return False
+    sized: dict[str, Any] = dict(twin.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.weight is None and name in sized:
+            module.num_features = int(sized[name].num_features)
     return True

@@ -130,11 +130,16 @@ def bake_parameters(model: nn.Module) -> None:
 def _bake_parametrisations(module: nn.Module) -> None:
     if not parametrize.is_parametrized(module):
         return
-    # Deep copies share the class that parametrising made, and would lose the tensor with this one.
-    shared = type(module)
-    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    unshare_class(module)
     for name in list(module.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def unshare_class(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own: deep copies share the one that parametrising made."""
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
 def parametrised(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -170,6 +171,19 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
         name: after
         for (name, conv), (after, norm) in pairwise(leaves)
         if is_convolution(conv) and isinstance(norm, _BatchNorm) and norm.num_features == conv.out_channels
+    }
+
+
+def own_norms(model: nn.Module) -> dict[str, str]:
+    """Batch norm behind each layer, where both are called once and the norm takes nothing else."""
+    traced = trace(model)
+    if traced is None:
+        return {}
+    calls = Counter(module_name(node) for node in traced.graph.nodes)
+    return {
+        name: tap.norm
+        for name, tap in find_taps(traced).items()
+        if tap.norm is not None and calls[name] == calls[tap.norm] == 1
     }
 
 

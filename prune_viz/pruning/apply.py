@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from prune_viz.network import tracing
-from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch
+from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch, unshare_class
 from prune_viz.network.layer_kinds import count_normed, norms_channels, spread_over_weight
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
@@ -65,8 +65,9 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
     """List all that must be zero for masked filters to output zero: a module, its tensor's name, the mask.
 
     That is their weights and biases and the scale and shift of the norms that they pass: of those that
-    `Masks.norm_channels` name, and of the batch norm behind each. Where a norm has none, its running mean,
-    as it would give the old one, negated (fed zeros, it stays at zero). Masks broadcast over the tensor.
+    `Masks.norm_channels` name, or, where they name none, of the batch norm behind each. Where a norm has
+    neither, its running mean, as it would give the old one, negated (fed zeros, it stays at zero). Masks
+    broadcast over the tensor.
 
     Raises
     ------
@@ -82,7 +83,7 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
         if not norms_channels(norm) or norm_channel.channel >= count_normed(norm):
             raise UserError(f"these masks are for another model: it has no such norm {norm_channel.norm!r}")
         passed.setdefault(norm_channel.norm, set()).add(norm_channel.channel)
-    behind = tracing.norms_behind(model)
+    behind = {} if known.norm_channels else tracing.norms_behind(model)
     for name, mask in masks.items():
         if bool(mask.all()):
             continue
@@ -121,6 +122,7 @@ def are_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
 def mask_tensor(module: nn.Module, name: str, mask: Tensor) -> None:
     """Zero what a mask removes of a module's tensor, now and whenever it is read."""
     parametrise_norms(module)
+    unshare_class(module)
     tensor = getattr(module, name)
     mask = mask.to(tensor.device)
     if name in pruned_by_torch(module):

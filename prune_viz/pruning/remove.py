@@ -16,7 +16,7 @@ from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.network.calls import blank_input, run_and_size_norms
 from prune_viz.network.copies import as_it_was, plain_copy
 from prune_viz.network.layer_kinds import gather_by_inputs, spread_by_inputs
-from prune_viz.network.tracing import norms_behind
+from prune_viz.network.tracing import own_norms
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.consistency import channels_gone, groups_for_removal, reconcile_with_groups
 from prune_viz.pruning.masks import Masks, check_masks
@@ -127,7 +127,7 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
     nn.Module
         `model`.
     """
-    norms = norms_behind(model)
+    norms = own_norms(model)
     modules = dict(model.named_modules())
     by_layer = group_of_layer(groups)
     merges: dict[int, list[Merge]] = {}
@@ -191,7 +191,8 @@ def _merge_into(
 def _add_bias(consumer: Any, shift: Tensor, norm: nn.Module | None) -> None:
     """Add a constant to a layer's outputs: in its bias, or in the mean of the batch norm behind it."""
     if consumer.bias is not None:
-        consumer.bias.data += shift
+        # A parameter of its own, as another layer may share it.
+        consumer.bias = nn.Parameter(consumer.bias.detach() + shift, consumer.bias.requires_grad)
     elif isinstance(norm, _BatchNorm) and norm.running_mean is not None:
         norm.running_mean -= shift
     else:

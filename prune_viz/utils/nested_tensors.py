@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors in what a network returns: in sequences, mappings and dataclasses, in order."""
+    """All tensors in what a network returns: in sequences, mappings, dataclasses and namespaces, in order."""
     if isinstance(output, Tensor):
         return [output]
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+    plain = isinstance(output, SimpleNamespace)
+    if plain or (dataclasses.is_dataclass(output) and not isinstance(output, type)):
         output = vars(output)
     if isinstance(output, Mapping):
         output = list(output.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from networks import randomise_norms
 from torch import Tensor, nn
 
-from prune_viz.channels import labelling, verification
+from prune_viz.channels import experiments, labelling, verification
 from prune_viz.channels.coupling import build_graph, find_groups
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.pruning.apply import apply_masks
@@ -219,6 +220,15 @@ class SplitFixed(nn.Module):
         return one * two
 
 
+class UnevenSplit(nn.Module):
+    """A quarter of the channels is doubled, as many as that are at each size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        quarter = x.shape[1] // 4
+        one, rest = x.split([quarter, x.shape[1] - quarter], 1)
+        return torch.cat([2 * one, rest], 1)
+
+
 class SplitHalves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         one, two = torch.split(x, x.shape[1] // 2, 1)
@@ -264,6 +274,7 @@ def _removed_as_masked(model: nn.Module, groups: list[CouplingGroup], training: 
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
+torch.manual_seed(0)
 CASES: dict[str, tuple[nn.Module, set[str]]] = {  # a network, and the layers that cannot be made smaller
     "attention": (Attention(), {"qkv", "depthwise", "last"}),
     "unbound attention": (Attention(unbound=True), {"qkv", "depthwise", "last"}),
@@ -288,6 +299,7 @@ CASES: dict[str, tuple[nn.Module, set[str]]] = {  # a network, and the layers th
     "gated linear unit": (Between(lambda x: F.glu(x, 1), 8), {"third"}),
     "shuffle": (Between(Shuffled()), {"third"}),
     "grouped": (Between(nn.Conv2d(16, 24, 3, padding=1, groups=4), 24), {"third"}),
+    "a quarter and the rest": (Between(UnevenSplit()), {"first", "third"}),
     "both signs": (Between(lambda x: torch.cat([x, (1 - x).relu()], 1), 32), {"first", "third"}),
 }
 
@@ -368,7 +380,7 @@ def test_following_channels_is_bounded(limit: str, why: str, monkeypatch: pytest
 def test_experiments_are_bounded(limit: str, value: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if limit == "Budget":
         value = mock.Mock(of=lambda device: Budget(device, 0))
-    monkeypatch.setattr(verification, limit, value)
+    monkeypatch.setattr(experiments if limit == "Budget" else verification, limit, value)
     groups = group_of_layer(find_groups(Gated().eval(), INPUTS[:1]))
     assert why in groups["c1"].note
 
@@ -376,3 +388,37 @@ def test_experiments_are_bounded(limit: str, value: Any, why: str, monkeypatch: 
 def test_dropout_that_is_always_on_is_said() -> None:
     assert build_graph(Between(F.dropout).eval(), INPUTS[:1]).drops
     assert not build_graph(Between(nn.Dropout()).eval(), INPUTS[:1]).drops
+
+
+class ByKeyword(Between):
+    """Its last layer is called by keyword, and its scores are returned in a namespace."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.second(F.relu(self.first(x))))
+        return SimpleNamespace(scores=self.third(input=x).mean(dim=(2, 3)))
+
+
+def test_layers_called_by_keyword_keep_what_they_read() -> None:
+    groups = group_of_layer(find_groups(ByKeyword(nn.ReLU()).eval(), INPUTS[:1]))
+    assert groups["first"].removable
+    assert groups["second"].note == "third is given its maps by keyword"
+    assert "output" in groups["third"].note
+
+
+def test_norms_of_untraceable_networks_are_masked_rightly() -> None:
+    """Norms stand before their convolutions, so that the order of registration misleads."""
+
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(3)
+            self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn1(x) if float(x.sum()) < 1e9 else x
+            return self.head(self.conv2(F.relu(self.bn2(self.conv1(x))))).mean(dim=(2, 3))
+
+    torch.manual_seed(0)
+    model = randomise_norms(Before())
+    assert _removed_as_masked(model, find_groups(model, INPUTS[:1])) < 1e-4

@@ -33,6 +33,7 @@ def _plant(model: nn.Module, group: CouplingGroup, scale: float) -> None:
 
     with torch.no_grad():
         for places in group.producers:
+            modules[places.module].bias += 1.0  # so that each of them fires
             copied(places, modules[places.module].weight)
             copied(places, modules[places.module].bias)
 

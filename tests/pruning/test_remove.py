@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from marks import slow
-from networks import Concatenating, Dense, Flattening, Plain, Residual, randomise_norms
+from networks import Concatenating, Dense, Flattening, Plain, Residual, mask_without, randomise_norms
 from torch import nn
 
 from prune_viz.channels.coupling import find_groups
@@ -261,3 +261,35 @@ def test_each_modules_own_cost_is_counted() -> None:
     costs = count_macs(Net(), (3, 8, 8))
     assert costs == {"": 4, "body.0": 3 * 4 * 9 * 64, "body.1.1": 4 * 2 * 64}
     assert sum(costs.values()) == count_cost(Net(), (3, 8, 8))[1]
+
+
+class _Shared(nn.Module):
+    """Two convolutions whose outputs pass one batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(6)
+        self.one, self.two = nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(3, 6, 1, bias=False)
+        self.head = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.one(self.first(x))).relu() + self.norm(self.two(x)).relu())
+
+
+def test_constant_stays_out_of_a_norm_that_others_use() -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(_Shared())
+    with torch.no_grad():
+        model.first.weight[3], model.first.bias[3] = 0, 0.7
+    masks = Masks({"first": mask_without(8, 3)}, (Merge("first", 3, (), (), 0.7),))
+    images = torch.randn(2, 3, 8, 8)
+    smaller = remove_filters(model, masks, images[:1], compensate="merge")
+    torch.testing.assert_close(smaller(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_on_a_deep_copy_leave_a_parametrised_original() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1))
+    images = torch.randn(1, 3, 4, 4)
+    before = model(images)
+    apply_masks(copy.deepcopy(model), {"0": mask_without(8, 1)})
+    assert torch.equal(model(images), before)
