@@ -34,6 +34,7 @@ from prune_viz.utils.errors import brief
 
 # Spatial sizes, by number of axes, at which channels are followed where a network runs on one of them.
 SIZES = {1: (1024, 4096), 2: (64, 128), 3: (32,)}
+_MANY_WEIGHTS = 2 * 10**8  # of a network that runs on one row at a time, as it takes seconds for each
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _better(first: list[CouplingGroup], second: list[CouplingGroup]) -> list[Cou
 
 
 def smallest_input(model: nn.Module, example: Tensor) -> Tensor:
-    """Noise of the smallest size on which a model runs, of two rows where it takes several.
+    """Noise of the smallest size on which a model runs, of two rows where it takes several and is not large.
 
     Parameters
     ----------
@@ -139,8 +140,9 @@ def smallest_input(model: nn.Module, example: Tensor) -> Tensor:
     error = _error(model, whole)
     if error is not None:
         raise UntraceableError(brief(error))
+    few = sum(parameter.numel() for parameter in model.parameters()) < _MANY_WEIGHTS
     for size in dict.fromkeys([*small, shape[1:]]):
-        for rows in (2, 1):
+        for rows in (2, 1) if few else (1,):
             inputs = _noise((shape[0], *size), rows)
             if _error(model, inputs) is not None:
                 continue
