@@ -57,7 +57,7 @@ class LabelSets:
         why : str
             The end of a sentence that begins with "Kept:".
         """
-        for label in torch.unique(labels).tolist():
+        for label in torch.unique(shrunk([labels])[0]).tolist():
             if label:
                 self._refused.setdefault(label, why)
 

@@ -241,7 +241,7 @@ _KINDS: dict[Rule, str] = {
     fill: "fill zero",
     reduce: """mean sum amax amin var std var_mean std_mean norm linalg_vector_norm max min prod any all
         argmax argmin logsumexp nansum aminmax""",
-    along: "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk logcumsumexp",
+    along: "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod sort topk logcumsumexp",
     spatial: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d
         avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d
         _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d
