@@ -92,19 +92,20 @@ class Recurrent(Two):
 
 
 class Shared(Two):
-    """Two names of one layer, two layers of one weight, and containers."""
+    """Two names of one layer, two layers of one weight, which all stay, and one that may lose filters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.two = nn.Conv2d(6, 6, 3, padding=1)
         self.named = nn.ModuleDict({"same": self.two, "like": nn.Conv2d(6, 6, 3, padding=1)})
         self.named["like"].weight = self.two.weight
+        self.last = nn.Conv2d(6, 6, 1)
 
     def maps(self, x: Tensor) -> Tensor:
         x = F.silu(self.one(x))
         for layer in self.named.values():
             x = F.gelu(layer(x))
-        return x
+        return F.relu(self.last(x))
 
 
 @dataclasses.dataclass
