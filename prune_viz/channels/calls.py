@@ -66,7 +66,7 @@ class Call:
             self.sets.refuse(one, why)
 
     def bind(self, tensor: Tensor | None, axis: int, labels: Tensor, role: str) -> None:
-        """Let labels lie along an axis of a parameter; they are refused where it cannot be told which."""
+        """Let labels lie along an axis of a parameter; they are refused where it is unclear which."""
         view = self.view(tensor)
         if view is None:
             if tensor is not None:
@@ -80,7 +80,7 @@ class Call:
             self.sets.refuse(labels, f"{self.name} meets it with a rearranged parameter")
 
     def along(self, tensor: Tensor, axis: int) -> Tensor:
-        """The labels that a weight writes along one of its axes; 0 where that cannot be told."""
+        """The labels that a weight writes along one of its axes; 0 where that is unclear."""
         view = self.view(tensor)
         try:
             return blank([tensor.shape[axis]]) if view is None else self.axes.along(view, axis, WRITTEN)

@@ -252,7 +252,7 @@ class _GroupReader:
             notes.append("nothing in the network that can be adjusted reads it")
         producers = [Places(name, *_placed(own, channel_of)) for name, own in written.items()]
         if any(len(places.indices) < len(written[places.module]) for places in producers):
-            notes.append("some of its filters cannot be told apart")
+            notes.append("some of its filters belong to no channel")
         return CouplingGroup(
             number,
             len(channel_of),

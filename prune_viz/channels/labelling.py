@@ -129,7 +129,7 @@ def steadied(model: nn.Module, training: bool = False, seed: int = 0) -> Iterato
     model : nn.Module
         The network.
     training : bool
-        Whether its modules are told that they train; not norms, which would measure what they see, nor what
+        Whether its modules are set to train; not norms, which would measure what they see, nor what
         drops values at random.
     seed : int
         Of all else that it draws.

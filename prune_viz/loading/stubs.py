@@ -1,4 +1,4 @@
-"""Inert stubs that stand for what an untrusted file would call, and networks put together again from them.
+"""Stubs that stand for what an untrusted file would call, and networks put together again from them.
 
 `prune_viz.loading.safe_unpickler` makes the stubs. Networks of torch's, torchvision's and timm's own
 classes are put together again attribute by attribute, none of those classes being called.

@@ -36,7 +36,7 @@ def panel_data(
     places : mapping of str to int
         The place of each layer's page.
     windows : ndarray, shape (F, K, 4), or None
-        The parts of example images that excite each filter most (`exciting.TopPatches`).
+        The parts of example images that excite each filter most (`top_patches.TopPatches`).
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What removing single channels of a network costs, and how well it was foretold."""
+"""What removing single channels of a network costs, and how well it was predicted."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def change(before: Tensor, after: Tensor) -> tuple[float, float]:
 def without(model: nn.Module, groups: Sequence[CouplingGroup], merge: Merge) -> nn.Module:
     """The model with one channel gone and what it gave rebuilt as the merge says."""
     group = group_of_layer(groups)[merge.layer]
-    told = next(places for places in group.producers if places.module == merge.layer)
-    channel = told.channels[told.indices == merge.filter]
+    written = next(places for places in group.producers if places.module == merge.layer)
+    channel = written.channels[written.indices == merge.filter]
     masks = Masks(merges=(merge,))
     for places in group.producers:
         masks[places.module] = torch.ones(model.get_submodule(places.module).out_channels, dtype=torch.bool)

@@ -71,13 +71,16 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         rows,
     )  # fmt: skip
     methods = peers.groupby("method", sort=False)
-    told = methods[["sets", "hits", "flagged", "right"]].sum()
-    told["average"] = methods["average"].mean()
-    told["recall"], told["precision"] = told["hits"] / told["sets"], told["right"] / told["flagged"]
+    totals = methods[["sets", "hits", "flagged", "right"]].sum()
+    totals["average"] = methods["average"].mean()
+    totals["recall"], totals["precision"] = (
+        totals["hits"] / totals["sets"],
+        totals["right"] / totals["flagged"],
+    )
     print_table(
         "Methods; precision counts planted redundancy alone, the peers know how many there are",
         ["method", "average precision of pairs", "recall", "precision"],
-        [[name, *row[["average", "recall", "precision"]]] for name, row in told.iterrows()],
+        [[name, *row[["average", "recall", "precision"]]] for name, row in totals.iterrows()],
     )
     correlations = {measured: rank_correlations(ablation, measured) for measured in ("merged", "raw")}
     for measured, found in correlations.items():
@@ -125,9 +128,9 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "unplanted_flagged": len(others),
         "unplanted_removable": round(float(others["removable"].mean()), 4) if len(others) else None,
         "largest_removing_kl": max(float(str(fact["removing_kl"])) for fact in facts),
-        "average_precision": told["average"].round(4).to_dict(),
-        "recall_of_methods": told["recall"].round(4).to_dict(),
-        "precision_of_methods": told["precision"].round(4).to_dict(),
+        "average_precision": totals["average"].round(4).to_dict(),
+        "recall_of_methods": totals["recall"].round(4).to_dict(),
+        "precision_of_methods": totals["precision"].round(4).to_dict(),
         "spearman_by_network": raw[raw["method"] == "damage"].groupby("family", sort=False)["pooled"]
         .mean().round(4).to_dict(),
         "spearman_within_layers": spearman("raw", "damage", "within"),
