@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
+from prune_viz.network.layer_kinds import count_outputs
 from prune_viz.network.tracing import norms_behind
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.remove import merge_filters
@@ -45,7 +46,8 @@ def without(model: nn.Module, groups: Sequence[CouplingGroup], merge: Merge) -> 
     channel = written.channels[written.indices == merge.filter]
     masks = Masks(merges=(merge,))
     for places in group.producers:
-        masks[places.module] = torch.ones(model.get_submodule(places.module).out_channels, dtype=torch.bool)
+        count = count_outputs(model.get_submodule(places.module))
+        masks[places.module] = torch.ones(count, dtype=torch.bool)
         masks[places.module][places.indices[np.isin(places.channels, channel)]] = False
     return merge_filters(copy.deepcopy(model), masks, groups)
 
