@@ -78,6 +78,7 @@ def test_removed_equals_masked_on_torchvision_networks(name: str) -> None:
     _check_removed_equals_masked(randomise_norms(model), 3, size, 1e-4)
 
 
+@pytest.mark.slow
 def test_channels_mixed_by_a_norm_are_kept_and_noted() -> None:
     torch.manual_seed(0)
     model = torchvision.models.convnext_tiny(weights=None, num_classes=10).eval()
