@@ -87,6 +87,9 @@ def _check_places(path: Path) -> None:
             raise UserError(f"{file} is {what}; a run keeps a file of its own there: move it away")
 
 
+_ASKED = 1.0  # seconds; whoever asks whether a directory is in use holds its lock for a moment
+
+
 @contextmanager
 def claimed(run: RunDirectory, model_sha256: str, fresh: bool) -> Iterator[None]:
     """Hold a directory for a run of a model, and clear away what an earlier one concluded.
@@ -113,7 +116,7 @@ def claimed(run: RunDirectory, model_sha256: str, fresh: bool) -> Iterator[None]
     lock = FileLock(path / _LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_ASKED, poll_interval=_ASKED / 50)
     except Timeout:
         raise UserError(
             f"another prune-viz is at work in {path}: wait until it ends, or give another --out"

@@ -443,11 +443,11 @@ def test_results_of_an_older_algorithm_are_not_reused(
 ) -> None:
     out, model = tmp_path / "run", randomise_norms(Plain())
 
-    def written() -> tuple[int, int]:
-        """Which files hold a layer's stimuli and the calibration images now."""
+    def written() -> tuple[tuple[int, int], tuple[int, int]]:
+        """Which files hold a layer's stimuli and the calibration images now, and since when."""
         analyze(model, input_shape=(3, 16, 16), out=out, steps=1)
         layer, images = out / "layers" / "000-conv1.safetensors", out / "probes.safetensors"
-        return layer.stat().st_ino, images.stat().st_ino
+        return tuple((one.stat().st_ino, one.stat().st_mtime_ns) for one in (layer, images))
 
     first = written()
     assert written() == first

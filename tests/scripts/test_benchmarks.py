@@ -210,7 +210,7 @@ def test_bench_removal_finds_removal_exact(cut: Callable[[str], Cut]) -> None:
     assert found["networks"] == found["traced"] == found["smaller"] == 1
     assert found["largest_difference"] < 1e-4
     (row,) = found["rows"]
-    assert 0 < row["removable"] <= row["channels"]
+    assert 0 < row["removable"] <= row["filters"]
     assert row["changed"] > row["difference"]
 
 
