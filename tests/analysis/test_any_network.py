@@ -232,7 +232,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bfloat16": (lambda: Two().bfloat16(), PICTURE),
     "double": (lambda: Two().double(), PICTURE),
 }
-DEAR = ("causal", "recurrent", "shared", "transposed and joined")
+DEAR = ("causal", "recurrent", "shared", "transposed and joined", "weight norm")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -47,7 +47,7 @@ def _ours(group: CouplingGroup, channel: int) -> Cut:
     ("make", "shape"),
     [
         (Plain, (3, 16, 16)), (Residual, (3, 16, 16)), (Concatenating, (3, 16, 16)), (Dense, (3, 16, 16)),
-        (Flattening, (1, 8, 8)), (torchvision.models.resnet18, (3, 64, 64)),
+        (Flattening, (1, 8, 8)), slow(torchvision.models.resnet18, (3, 64, 64)),
         slow(torchvision.models.mobilenet_v2, (3, 64, 64)), slow(torchvision.models.densenet121, (3, 64, 64)),
         slow(torchvision.models.efficientnet_b0, (3, 64, 64)),
         slow(torchvision.models.mnasnet0_5, (3, 64, 64)),
