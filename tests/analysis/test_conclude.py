@@ -19,6 +19,7 @@ class Matrices:
         vars(self).update(held)
 
 
+@pytest.mark.slow
 def test_a_parts_matrices_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Matrices] = weakref.WeakSet()
     at_gathering, at_measuring = [], []

@@ -167,6 +167,7 @@ def test_the_same_again_gives_the_same(run: Analysis, planted, tmp_path: Path) -
         assert np.array_equal(again.layers[name].images, run.layers[name].images)
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_is_taken_up_where_it_stopped(
     planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +291,7 @@ def _folder_of_pictures(folder: Path, count: int, side: int = 16) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
     torch.manual_seed(2)
     model = randomise_norms(Plain())

@@ -186,6 +186,7 @@ def test_workers_and_threads_do_not_show(
             assert all(np.array_equal(one[name], other[name]) for name in one), (file.name, workers)
 
 
+@pytest.mark.slow
 def test_what_is_maximised_in_python_is_what_a_run_finds() -> None:
     model = tortured.network()
     found = analyze(model, input_shape=(3, 16, 16), steps=12, layers=["blocks.0.project"])
@@ -285,6 +286,7 @@ def test_where_everything_fails_little_is_tried(network: FilterNetwork, tmp_path
     assert len(engine.tried) <= 4
 
 
+@pytest.mark.slow
 def test_status_tells_done_and_left(tmp_path: Path) -> None:
     analyze(tortured.network(), input_shape=(3, 16, 16), steps=2, out=tmp_path / "run", layers=["blocks.0*"])
     status = read_status(RunDirectory(tmp_path / "run"))
