@@ -5,7 +5,6 @@ Where filters are analysed, nothing else asks which of them a layer is, so that 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any, TypeGuard
 
@@ -138,14 +137,6 @@ def spread_over_weight(module: Any, mask: Tensor) -> Tensor:
     per_group = mask.view(module.groups, -1)
     repeated = per_group.repeat_interleave(module.in_channels // module.groups, dim=0)
     return repeated.view(module.in_channels, -1, *tail)
-
-
-def copy_without_inputs(module: Any, kept: Tensor) -> Any:
-    """A copy of a layer without groups that reads some of its channels alone, of those numbers."""
-    smaller: Any = copy.deepcopy(module)
-    smaller.weight = nn.Parameter(module.weight.detach().index_select(input_axis(module), kept))
-    setattr(smaller, "in_channels" if is_convolution(module) else "in_features", len(kept))
-    return smaller
 
 
 def set_sizes(module: Any, weight: Tensor, groups: int | None = None) -> None:

@@ -345,7 +345,7 @@ def masks_for_channels(
         Channels to remove, by the group's number.
     predicted : Damage
         What that is predicted to cost.
-    rankings, moments, filters, origin
+    rankings, gram_matrices, filters, origin
         As `masks_for_counts`.
     """
     masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}

@@ -247,7 +247,7 @@ def test_a_task_that_fails_costs_only_what_starts_from_it(
 
 
 class _Moody(nn.ConvTranspose2d):
-    """A convolution that fails once it is told to."""
+    """A convolution that fails once it is given an error to raise."""
 
     error: Exception | None = None
 

@@ -188,9 +188,9 @@ def test_hostile_code_does_not_run(file: Path, tmp_path: Path, monkeypatch, zipp
 
 
 def test_a_file_may_not_choose_what_is_imported(file: Path, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "unknown.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
-    for arch in ("stranger:build", "prune_viz.runs:os.system", "prune_viz.demo:run_demo"):
+    for arch in ("unknown:build", "prune_viz.runs:os.system", "prune_viz.demo:run_demo"):
         torch.save({"arch": arch, "arch_kwargs": {}, "state_dict": seeded().state_dict()}, file)
         with pytest.raises(UserError, match=f"--arch {arch} if you trust it"):
             load_model(file)
