@@ -1,13 +1,20 @@
 """What all tests share: slow ones only on demand, one thread, and the demo's trained network."""
 
+import os
+import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from browser import chromium, watched  # noqa: F401 (fixtures)
+from filelock import FileLock
+from networks import random_residual, residual_with_a_copy
+from torch import nn
 
+import prune_viz as pv
 from prune_viz.calibration import synthetic_images
 from prune_viz.demo.digits import Digits, DigitsNet, load_digits, train_digits_net
 from prune_viz.loading import architecture_inference
@@ -36,6 +43,10 @@ def _seeded() -> None:
 
 
 SHORT = {"IMAGES": 32, "MOST_IMAGES": 32, "_PATIENCE": 2}  # of `synthetic_images`
+ANALYSED: dict[str, tuple[Callable[[], nn.Module], int]] = {  # networks, and steps of their stimuli
+    "residual": (random_residual, 3),
+    "residual with a copy": (residual_with_a_copy, 12),
+}
 WHOLE = {name: getattr(synthetic_images, name) for name in SHORT}
 
 
@@ -78,6 +89,24 @@ def whole_calibration() -> Iterator[None]:
     """Calibration as users have it, for tests of what it is good for."""
     with calibrating(WHOLE):
         yield
+
+
+@pytest.fixture(scope="session")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Copies of runs that several modules test; each is made once, by the worker that first asks."""
+    base = tmp_path_factory.getbasetemp()
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "analysed"
+    kept.mkdir(exist_ok=True)
+
+    def copy_of(name: str) -> Path:
+        with FileLock(kept / f"{name}.lock"):
+            if not (kept / name).exists():
+                make, steps = ANALYSED[name]
+                pv.analyze(make(), input_shape=(3, 16, 16), steps=steps, out=kept / f"{name}.part")
+                (kept / f"{name}.part").rename(kept / name)
+        return Path(shutil.copytree(kept / name, tmp_path_factory.mktemp("analysed") / "run"))
+
+    return copy_of
 
 
 @pytest.fixture(scope="session")

@@ -131,10 +131,15 @@ class Flattening(nn.Module):
         return self.head(torch.relu(self.conv(x)).flatten(1))
 
 
+def random_residual() -> Residual:
+    """The same weights and statistics each time."""
+    torch.manual_seed(0)
+    return randomise_norms(Residual())
+
+
 def residual_with_a_copy() -> Residual:
     """A filter of the inner convolution stands there twice, and one of it is silent."""
-    torch.manual_seed(0)
-    model = randomise_norms(Residual())
+    model = random_residual()
     with torch.no_grad():
         model.inner.weight[5] = model.inner.weight[1]
         for name in ("weight", "bias", "running_mean", "running_var"):

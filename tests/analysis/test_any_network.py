@@ -232,7 +232,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bfloat16": (lambda: Two().bfloat16(), PICTURE),
     "double": (lambda: Two().double(), PICTURE),
 }
-DEAR = ("causal", "recurrent", "shared", "transposed and joined", "weight norm")
+DEAR = ("causal", "recurrent", "shared", "transposed and joined", "weight norm", "older spectral norm",
+        "dataclass", "named tuple", "list of pictures", "half precision", "double")  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from networks import Concatenating, Plain, Residual, Untraceable, randomise_norms
 from PIL import Image
 from torch import Tensor, nn
@@ -347,6 +348,7 @@ def test_user_images_join_calibration_images() -> None:
             assert mixed.held_out[-1, -1] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_synthetic_images_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = randomise_norms(Plain()), tmp_path / "run"
     options = {"input_shape": (3, 16, 16), "steps": 3, "out": out}
@@ -431,7 +433,7 @@ def _weight_normed() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("network", [Residual, Untraceable, _weight_normed])
+@pytest.mark.parametrize("network", [Residual, slow(Untraceable), slow(_weight_normed)])
 def test_the_model_is_left_alone(network: Callable[[], nn.Module]) -> None:
     model = randomise_norms(network()).train()
     before = copy.deepcopy(model.state_dict())

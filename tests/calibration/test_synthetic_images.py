@@ -234,6 +234,7 @@ def test_calibration_images_read_back_older_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [4, 12, 16])
+@pytest.mark.slow
 def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _truth()
     starts = natural_noise((3, 16, 16), 40, seed=1)

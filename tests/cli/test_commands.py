@@ -186,6 +186,7 @@ def test_pickled_code_is_refused_and_never_runs(here: Path) -> None:
     assert written(here) == {"model.pt"}
 
 
+@pytest.mark.slow
 def test_a_state_dict_without_architecture(here: Path, weights: Path) -> None:
     assert_refused(run("analyze", weights), "--arch")
     assert written(here) == {"model.pt"}
@@ -275,6 +276,7 @@ def test_check_writable_leaves_no_trace(here: Path) -> None:
         (["--data", "."], "--data"),
     ],
 )
+@pytest.mark.slow
 def test_what_only_the_analysis_can_see(
     here: Path, weights: Path, options: list[str], says: str, monkeypatch, capsys
 ) -> None:
@@ -463,6 +465,7 @@ def test_fine_tuned_masked_model_is_removed_from(here: Path, planted: DigitsNet,
 
 
 @pytest.mark.parametrize("mode", ["zero", "remove"])
+@pytest.mark.slow
 def test_the_pruned_network_is_exported_too(
     here: Path, planted: DigitsNet, digits: Digits, mode: str
 ) -> None:

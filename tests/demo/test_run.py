@@ -158,6 +158,7 @@ def test_the_demos_table_holds_what_it_promises(ran: tuple[Path, io.StringIO, li
     assert tuned.accuracy >= before.accuracy - 0.01
 
 
+@pytest.mark.slow
 def test_a_second_demo_uses_the_first_ones_model(
     ran: tuple[Path, io.StringIO, list[Stage]], monkeypatch
 ) -> None:

@@ -138,6 +138,7 @@ def test_pieces_of_any_cut_add_up_to_the_layer(network: FilterNetwork) -> None:
 
 
 @pytest.mark.parametrize("batch", [4, 8, 12])
+@pytest.mark.slow
 def test_a_smaller_batch_gives_the_same(network: FilterNetwork, batch: int) -> None:
     task = Task("blocks.1.expand", 0, 24, None, "", "")
     result = run_task(network, task, SETTINGS, None, batch)
@@ -311,6 +312,7 @@ def test_failures_first_do_not_stop_the_rest(network: FilterNetwork, tmp_path: P
     assert again.whole == {"stem", *(f"blocks.1.{part}" for part in ("expand", "depthwise", "project"))}
 
 
+@pytest.mark.slow
 def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tmp_path: Path) -> None:
     class Shrinking(LocalEngine):
         room, most = 3, 0
@@ -357,6 +359,7 @@ def keys(tmp_path: Path, *models: nn.Module) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_key_tells_weights_and_structure_of_one_file(tmp_path: Path) -> None:
     def make(*parts: nn.Module, weight: float = 1.0) -> nn.Module:
         torch.manual_seed(0)
@@ -374,6 +377,7 @@ def test_the_key_tells_weights_and_structure_of_one_file(tmp_path: Path) -> None
     assert keys(tmp_path, make(nn.ReLU()))[0] == found[0]
 
 
+@pytest.mark.slow
 def test_a_convolution_that_remembers_does_not_mix_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +444,7 @@ def test_a_backward_pass_that_fails_is_told_of_its_layer(tmp_path: Path) -> None
     assert any("2 could not be analysed: no gradient comes back" in note for note in notes), notes
 
 
+@pytest.mark.slow
 def test_results_of_an_older_algorithm_are_not_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

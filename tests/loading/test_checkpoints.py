@@ -109,6 +109,7 @@ def test_takes_weights_from_beside_whatever_else_is_saved(file: Path, wrap) -> N
         ("densenet121", lambda name: re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", name)),
     ],
 )
+@pytest.mark.slow
 def test_torchvision_files_load_under_old_names(file: Path, name: str, rename) -> None:
     net = torchvision.models.get_model(name, weights=None, num_classes=4).eval()
     renamed = {rename(key): tensor for key, tensor in net.state_dict().items()}
@@ -219,6 +220,7 @@ def test_a_false_record_of_removed_filters_gets_one_line(file: Path, masks: dict
     assert same(load_model(file), net)
 
 
+@pytest.mark.slow
 def test_the_number_of_classes_is_read_from_the_weights(file: Path) -> None:
     for name, classes in (("squeezenet1_1", 7), ("resnet18", 3)):
         net = torchvision.models.get_model(name, num_classes=classes)

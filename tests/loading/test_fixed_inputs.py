@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from networks import randomise_norms
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -195,7 +196,7 @@ def test_signals_without_an_axis_for_channels(
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("given", ["example", "shapes"])
+@pytest.mark.parametrize("given", ["example", slow("shapes")])
 def test_analyze_and_remove_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:

@@ -246,6 +246,7 @@ def test_smaller_network_is_merged_with_norms_set(run: Path, tmp_path: Path, dty
     assert _off(images, _whole(), smaller) < _off(images, _whole(), merged.float())
 
 
+@pytest.mark.slow
 def test_calibration_images_go_with_the_masks(run: Path, tmp_path: Path) -> None:
     own = load_masks(run / "masks.pt").calibration_images
     assert own is not None

@@ -20,10 +20,8 @@ from prune_viz.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    path = tmp_path_factory.mktemp("reviewed") / "run"
-    pv.analyze(residual_with_a_copy(), input_shape=(3, 16, 16), steps=12, out=path)
-    return RunDirectory(path)
+def run(analysed: Callable[[str], Path]) -> RunDirectory:
+    return RunDirectory(analysed("residual with a copy"))
 
 
 def _review(run: RunDirectory, decisions: dict[tuple[str, int], str]) -> Review:

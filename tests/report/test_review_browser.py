@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,7 @@ from typing import Any
 import pytest
 from browser import Watched
 from marks import slow
-from networks import residual_with_a_copy
 
-import prune_viz as pv
 from prune_viz.pruning.budgets import macs_left, read_rankings
 from prune_viz.pruning.review import identity, read_review, reviewed_masks
 from prune_viz.report.review_server import ReviewServer
@@ -23,10 +22,8 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    path = tmp_path_factory.mktemp("reviewed") / "run"
-    pv.analyze(residual_with_a_copy(), input_shape=(3, 16, 16), steps=12, out=path)
-    return RunDirectory(path)
+def run(analysed: Callable[[str], Path]) -> RunDirectory:
+    return RunDirectory(analysed("residual with a copy"))
 
 
 def page_of(run: RunDirectory, layer: str) -> Path:

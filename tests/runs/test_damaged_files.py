@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from marks import slow
-from networks import Residual, randomise_norms
 from typer.testing import CliRunner
 
-import prune_viz as pv
 from prune_viz import cli
 from prune_viz.utils.array_files import read_arrays, write_arrays
 
@@ -49,11 +46,8 @@ MOMENTS: dict[str, Change] = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("made") / "run"
-    torch.manual_seed(0)
-    pv.analyze(randomise_norms(Residual()), input_shape=(3, 16, 16), steps=3, out=out)
-    return out
+def made(analysed: Callable[[str], Path]) -> Path:
+    return analysed("residual")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Residual, randomise_norms
+from marks import slow
+from networks import random_residual
 from typer.testing import CliRunner
 
 import prune_viz as pv
@@ -23,15 +24,12 @@ from prune_viz.utils.files import ASIDE, MARK, write_json, write_torch
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(analysed: Callable[[str], Path]) -> Path:
     """A model file `model.pt`, its architecture, and a run of it in `run`."""
-    home = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    model = randomise_norms(Residual())
-    torch.save(model.state_dict(), home / "model.pt")
+    home = analysed("residual").parent
+    torch.save(random_residual().state_dict(), home / "model.pt")
     tests = Path(__file__).parents[1]
     (home / "networks.py").write_text((tests / "networks.py").read_text())
-    pv.analyze(model, input_shape=(3, 16, 16), steps=3, out=home / "run")
     return home
 
 
@@ -54,6 +52,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "report --single-file": (["report", "run", "--single-file"], ".html"),
     "figure --out": (["figure", "run", "--out"], ".svg"),
 }
+DEAR = ("apply --export", "figure --out")
 
 
 def _directory(path: Path) -> None:
@@ -119,7 +118,7 @@ def test_irregular_destination_is_refused(here: Path, command: str, irregular: s
     assert not (here / "written.pt").exists()  # nothing was begun
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [slow(one) if one in DEAR else one for one in COMMANDS])
 def test_foreign_file_needs_force(here: Path, command: str) -> None:
     given, ending = COMMANDS[command]
     destination = here / f"mine{ending}"
