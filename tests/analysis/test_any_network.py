@@ -232,8 +232,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bfloat16": (lambda: Two().bfloat16(), PICTURE),
     "double": (lambda: Two().double(), PICTURE),
 }
-DEAR = ("causal", "recurrent", "shared", "transposed and joined", "weight norm", "older spectral norm",
-        "dataclass", "named tuple", "list of pictures", "half precision", "double")  # fmt: skip
+DEAR = (
+    "causal", "recurrent", "shared", "transposed and joined", "weight norm", "older spectral norm", "dataclass",
+    "named tuple", "list of pictures", "half precision", "double", "film", "spectrogram",
+)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -431,7 +433,7 @@ class Usual(Viewing):
         return super().forward(x) if float(x.abs().sum()) >= 0 else x
 
 
-@pytest.mark.parametrize("make", [Viewing, Usual])
+@pytest.mark.parametrize("make", [slow(Viewing), Usual])
 def test_maps_may_be_viewed_as_they_usually_lie(make: Callable[[], nn.Module], capfd: Any) -> None:
     model = make()
     network = FilterNetwork(model, PICTURE)

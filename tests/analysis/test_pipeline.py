@@ -226,6 +226,7 @@ def test_only_layers_asked_for_are_looked_at() -> None:
     assert len(result.masks) == 6
 
 
+@pytest.mark.slow
 def test_strange_networks_are_analysed_as_far_as_they_go() -> None:
     model = randomise_norms(Untraceable())
     with torch.no_grad():
@@ -417,6 +418,7 @@ def test_foreign_directories_are_left_alone(tmp_path: Path, run: Analysis) -> No
     assert (run.out / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_fresh_replaces_another_models_run(tmp_path: Path) -> None:
     first, second = randomise_norms(Plain()), randomise_norms(Plain(), seed=1)
     analyze(first, input_shape=(3, 16, 16), out=tmp_path / "run", steps=2, layers=["conv1"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from networks import mask_without
 from torch import Tensor, nn
 
@@ -129,7 +130,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {  # and the linear
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+DEAR = ("gated", "mixer", "response norm")
+
+
+@pytest.mark.parametrize("name", [slow(one) if one in DEAR else one for one in CASES])
 def test_hidden_units_are_found_and_removed_exactly(name: str) -> None:
     torch.manual_seed(0)
     make, expected = CASES[name]

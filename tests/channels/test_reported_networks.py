@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from networks import randomise_norms
 from torch import Tensor, nn
 
@@ -304,7 +305,10 @@ CASES: dict[str, tuple[nn.Module, set[str]]] = {  # a network, and the layers th
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+DEAR = ("unbound attention", "fixed split", "split in halves", "a quarter and the rest", "shuffle")
+
+
+@pytest.mark.parametrize("name", [slow(one) if one in DEAR else one for one in CASES])
 def test_removed_equals_masked(name: str, recwarn: pytest.WarningsRecorder) -> None:
     model, kept = CASES[name]
     model = randomise_norms(copy.deepcopy(model))

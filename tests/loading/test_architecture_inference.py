@@ -23,7 +23,7 @@ def _weights(name: str, **kwargs: object) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "built", "kwargs"),
     [
-        ("resnet18", {}, {}),
+        slow("resnet18", {}, {}),
         slow("resnet34", {"num_classes": 7}, {"num_classes": 7}),
         slow("wide_resnet50_2", {}, {}),
         ("vgg16", {}, {}),

@@ -383,6 +383,7 @@ def test_weights_are_found_in_lists_and_deep_down(file: Path) -> None:
     assert same(load_model(file, NET, key="1.1"), second)
 
 
+@pytest.mark.slow
 def test_of_a_compiled_network_the_weights_are_taken(file: Path) -> None:
     model = seeded()
     torch.save(torch.compile(model), file)

@@ -169,7 +169,7 @@ def test_held_inputs_of_a_file_are_what_prune_viz_writes(tmp_path: Path, content
     )
 
 
-@pytest.mark.parametrize("given", ["example", "length"])
+@pytest.mark.parametrize("given", [slow("example"), "length"])
 def test_signals_without_an_axis_for_channels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from networks import Plain, Residual, randomise_norms
 from torch import Tensor, nn
 
@@ -227,7 +228,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_smaller_network_is_merged_with_norms_set(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     write_masks(run, tmp_path / "masks.pt", ratio=0.4)
     masks = load_masks(tmp_path / "masks.pt")

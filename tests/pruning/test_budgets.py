@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from networks import Concatenating, Dense, Flattening, Residual, randomise_norms
 from torch import nn
 from typer.testing import CliRunner
@@ -35,6 +37,7 @@ SHAPES = {
     "flattening": (1, 8, 8),
     "dense": (3, 12, 12),
 }
+NAMES = ["residual", "concatenating", slow("flattening"), slow("dense")]
 
 
 def _model(name: str) -> nn.Module:
@@ -46,21 +49,26 @@ def _model(name: str) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a network, made when it is first asked for."""
     out = tmp_path_factory.mktemp("runs")
-    for name, shape in SHAPES.items():
-        analyze(_model(name), input_shape=shape, out=out / name, steps=8)
-    return {name: out / name for name in SHAPES}
+
+    def made(name: str) -> Path:
+        if not (out / name).exists():
+            analyze(_model(name), input_shape=SHAPES[name], out=out / name, steps=8)
+        return out / name
+
+    return made
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 def test_a_share_of_the_macs_is_saved_as_predicted(
-    runs: dict[str, Path], name: str, ratio: float, tmp_path: Path
+    run_of: Callable[[str], Path], name: str, ratio: float, tmp_path: Path
 ) -> None:
-    write_masks(runs[name], tmp_path / "masks.pt", macs=ratio)
+    write_masks(run_of(name), tmp_path / "masks.pt", macs=ratio)
     masks = load_masks(tmp_path / "masks.pt")
-    model, decisions = _model(name), RunDirectory(runs[name]).read_decisions()
+    model, decisions = _model(name), RunDirectory(run_of(name)).read_decisions()
     before = count_cost(model, SHAPES[name])[1]
     after = count_cost(remove_filters(model, masks, torch.zeros(1, *SHAPES[name])), SHAPES[name])[1]
     assert sum(decisions.macs.values()) == before
@@ -72,14 +80,14 @@ def test_a_share_of_the_macs_is_saved_as_predicted(
         assert macs_left(rankings, counts, decisions.macs) == pytest.approx(after)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.4])
 def test_a_share_of_the_filters_goes_the_least_missed_first(
-    runs: dict[str, Path], name: str, ratio: float, tmp_path: Path
+    run_of: Callable[[str], Path], name: str, ratio: float, tmp_path: Path
 ) -> None:
-    write_masks(runs[name], tmp_path / "masks.pt", ratio=ratio)
+    write_masks(run_of(name), tmp_path / "masks.pt", ratio=ratio)
     masks = load_masks(tmp_path / "masks.pt")
-    rankings = read_rankings(RunDirectory(runs[name]).read_decisions())
+    rankings = read_rankings(RunDirectory(run_of(name)).read_decisions())
     assert ratio <= masks.removed / masks.filters <= ratio + 0.15  # small layers: coarse shares
     assert (masks.removed == 0) == (ratio == 0)
     for ranking in rankings:
@@ -94,16 +102,16 @@ def test_a_share_of_the_filters_goes_the_least_missed_first(
         assert masks[merge.layer][list(merge.representatives)].all()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("budget", [{"ratio": 0.3}, {"macs": 0.3}, {"tolerance": 0.6}])
 def test_what_stays_of_a_group_is_a_multiple(
-    runs: dict[str, Path], name: str, budget: dict[str, float], tmp_path: Path
+    run_of: Callable[[str], Path], name: str, budget: dict[str, float], tmp_path: Path
 ) -> None:
-    write_masks(runs[name], tmp_path / "fine.pt", **budget)
-    write_masks(runs[name], tmp_path / "coarse.pt", round_to=2, **budget)
+    write_masks(run_of(name), tmp_path / "fine.pt", **budget)
+    write_masks(run_of(name), tmp_path / "coarse.pt", round_to=2, **budget)
     fine, coarse = load_masks(tmp_path / "fine.pt"), load_masks(tmp_path / "coarse.pt")
     assert coarse.removed > 0
-    for ranking in read_rankings(RunDirectory(runs[name]).read_decisions()):
+    for ranking in read_rankings(RunDirectory(run_of(name)).read_decisions()):
         gone = {
             channel
             for layer, placed in ranking.filters.items()
@@ -154,8 +162,8 @@ def test_a_group_smaller_than_the_multiple_is_kept_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "flattening"])
-def test_merging_comes_nearer_than_removing(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
-    write_masks(runs[name], tmp_path / "masks.pt", ratio=0.3)
+def test_merging_comes_nearer_than_removing(run_of: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    write_masks(run_of(name), tmp_path / "masks.pt", ratio=0.3)
     masks, model = load_masks(tmp_path / "masks.pt"), _model(name)
     inputs = natural_noise(SHAPES[name], 64, seed=99)
     with torch.no_grad():
@@ -165,9 +173,11 @@ def test_merging_comes_nearer_than_removing(runs: dict[str, Path], name: str, tm
     assert (merged - whole).square().mean() < 0.7 * (raw - whole).square().mean()
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_masks_from_disk_silence_what_they_remove(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
-    write_masks(runs[name], tmp_path / "masks.pt", ratio=0.3)
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_from_disk_silence_what_they_remove(
+    run_of: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    write_masks(run_of(name), tmp_path / "masks.pt", ratio=0.3)
     masks, inputs = load_masks(tmp_path / "masks.pt"), torch.randn(4, *SHAPES[name])
     assert bool(masks.norm_channels) == (name in ("residual", "dense"))
     smaller = remove_filters(_model(name), masks, inputs)
@@ -177,13 +187,13 @@ def test_masks_from_disk_silence_what_they_remove(runs: dict[str, Path], name: s
         )
 
 
-def test_a_tolerance_bounds_the_predicted_damage(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tolerance_bounds_the_predicted_damage(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     removed = []
     for tolerance in (0.0, 0.01, 0.1, 0.9):
-        write_masks(runs["residual"], tmp_path / "masks.pt", tolerance=tolerance)
+        write_masks(run_of("residual"), tmp_path / "masks.pt", tolerance=tolerance)
         masks = load_masks(tmp_path / "masks.pt")
         removed.append(masks.removed)
-        for ranking in read_rankings(RunDirectory(runs["residual"]).read_decisions()):
+        for ranking in read_rankings(RunDirectory(run_of("residual")).read_decisions()):
             layer, placed = next(iter(ranking.filters.items()))
             gone = int((~masks[layer][placed]).sum())
             assert gone == 0 or ranking.damage[gone - 1] <= tolerance
@@ -192,9 +202,9 @@ def test_a_tolerance_bounds_the_predicted_damage(runs: dict[str, Path], tmp_path
     assert removed[-1] > removed[0]
 
 
-def test_without_a_budget_the_verdicts_masks_come_back(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_without_a_budget_the_verdicts_masks_come_back(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(runs["residual"], run)
+    shutil.copytree(run_of("residual"), run)
     verdicts = (run / "masks.pt").read_bytes()
     merges = load_masks(run / "masks.pt").merges
     write_masks(run, ratio=0.3)
@@ -212,9 +222,11 @@ def test_without_a_budget_the_verdicts_masks_come_back(runs: dict[str, Path], tm
     assert not list(run.glob("*.merges.json"))
 
 
-def test_more_than_can_go_is_refused_and_nothing_written(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_more_than_can_go_is_refused_and_nothing_written(
+    run_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"at most .+ of the multiply-accumulates"):
-        write_masks(runs["concatenating"], tmp_path / "masks.pt", macs=0.999)
+        write_masks(run_of("concatenating"), tmp_path / "masks.pt", macs=0.999)
     assert not list(tmp_path.iterdir())
 
 
@@ -224,17 +236,17 @@ def test_more_than_can_go_is_refused_and_nothing_written(runs: dict[str, Path], 
     (["--tolerance", "-1"], "--tolerance must be at least 0"),
     (["--out", "."], "is a directory"),
 ])  # fmt: skip
-def test_wrong_budgets_are_refused(runs: dict[str, Path], options: list[str], says: str) -> None:
-    result = CliRunner().invoke(cli.app, ["masks", str(runs["residual"]), *options])
+def test_wrong_budgets_are_refused(run_of: Callable[[str], Path], options: list[str], says: str) -> None:
+    result = CliRunner().invoke(cli.app, ["masks", str(run_of("residual")), *options])
     assert result.exit_code == 2
     assert says in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_command_says_what_it_did(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_says_what_it_did(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "budget.pt"
     result = CliRunner().invoke(
-        cli.app, ["masks", str(runs["residual"]), "--macs", "0.25", "--out", str(out)]
+        cli.app, ["masks", str(run_of("residual")), "--macs", "0.25", "--out", str(out)]
     )
     assert result.exit_code == 0, result.stderr
     assert "multiply-accumulates" in result.stdout
@@ -246,8 +258,8 @@ def test_the_command_says_what_it_did(runs: dict[str, Path], tmp_path: Path) -> 
     assert "is not a prune-viz run" in missing.stderr
 
 
-def test_partial_layers_count_their_channels(runs: dict[str, Path]) -> None:
-    rankings = read_rankings(RunDirectory(runs["concatenating"]).read_decisions())
+def test_partial_layers_count_their_channels(run_of: Callable[[str], Path]) -> None:
+    rankings = read_rankings(RunDirectory(run_of("concatenating")).read_decisions())
     for ranking in rankings:
         counts = {other.number: 0 for other in rankings}
         for count in range(len(ranking.order) + 1):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from PIL import Image
 from report_fixture import HOSTILE, SMALL, Plan, write_run
 
@@ -270,7 +271,7 @@ def colours(count: int) -> np.ndarray:
     return np.array([[levels[i % 3], levels[i // 3 % 3], levels[i // 9 % 3]] for i in range(count)])
 
 
-@pytest.mark.parametrize("count", [16, 130])
+@pytest.mark.parametrize("count", [16, slow(130)])
 def test_every_tile_shows_its_filter(tmp_path: Path, count: int) -> None:
     """Follow the style sheet as a browser would, from class to pixel, and compare the colour there."""
     wanted = colours(count)

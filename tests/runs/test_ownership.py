@@ -142,6 +142,7 @@ def test_links_and_pipes_in_our_places_are_refused(
     assert _contents(elsewhere) == before
 
 
+@pytest.mark.slow
 def test_tidying_leaves_other_tensors(out: Path) -> None:
     tasks = out / "tasks"
     tasks.mkdir()
