@@ -233,8 +233,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "double": (lambda: Two().double(), PICTURE),
 }
 DEAR = (
-    "causal", "recurrent", "shared", "transposed and joined", "weight norm", "older spectral norm", "dataclass",
-    "named tuple", "list of pictures", "half precision", "double", "film", "spectrogram",
+    "causal", "recurrent", "shared", "transposed and joined", "weight norm", "older spectral norm",
+    "dataclass", "named tuple", "list of pictures", "half precision", "double", "film", "spectrogram",
 )  # fmt: skip
 
 
