@@ -1,14 +1,17 @@
-"""Whether removal is exact in every classification network of torchvision, and how much of each can go.
+"""Whether removal is exact in networks of many kinds, and how much of each can go.
 
     scripts/test.sh --collect-only -q   # sets up .venv
-    .venv/bin/python scripts/benchmarks/bench_removal.py             # all 80: half an hour, 16 GiB
+    .venv/bin/pip install --no-deps timm torch-kirigami
+    .venv/bin/python scripts/benchmarks/bench_removal.py             # all: an hour, 16 GiB
+    .venv/bin/python scripts/benchmarks/bench_removal.py --kind detection
     .venv/bin/python scripts/benchmarks/bench_removal.py resnet      # those whose name has this in it
+    .venv/bin/python scripts/benchmarks/bench_removal.py --peers 60  # other tools too, a minute each at most
     .venv/bin/python scripts/benchmarks/bench_removal.py --fuzz 300  # random networks, for so many seconds
 
-Every network has random weights and batch norms with statistics of their own. A third of the channels of
-each coupling group, at random, is masked, and removed; the two networks' outputs on the same noise are
-compared. Random networks are built of blocks (`random_networks`), and lose random channels of each group. The
-last line is one JSON object.
+Every network has random weights and norms with statistics of their own (`removal_networks`). A third of the
+channels of each coupling group, at random, is masked, and removed; the two networks' outputs on the same
+noise are compared. Other tools remove a third of what they can (`removal_peers`). Random networks are built of
+blocks (`random_networks`), and lose random channels of each group. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,91 +22,95 @@ import gc
 import json
 import time
 import warnings
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import random_networks
 import torch
-import torchvision
+from removal_networks import KINDS, build, names_of
+from removal_peers import PEERS, SHARE, difference, tried
 from tables import print_table
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import prune_viz as pv
+from prune_viz.channels.coupling import ChannelGraph, build_graph
 from prune_viz.channels.groups import hidden_layers
+from prune_viz.channels.labelling import UntraceableError
 from prune_viz.network.layer_kinds import count_outputs, layers_of
-from prune_viz.pruning.consistency import groups_for_removal, reconcile_with_groups
+from prune_viz.pruning.consistency import reconcile_with_groups
 from prune_viz.pruning.remove import count_cost
-from prune_viz.utils.errors import UserError
+from prune_viz.utils.nested_tensors import tensors_of
 
-SIZE, LARGE_SIZE = 96, 224  # of pictures; the larger for those that are built for it
-BUILT_FOR_LARGE = ("vit_", "maxvit", "swin")
-SHARE = 1 / 3
 EXACT = 1e-6  # of the largest output, in double precision
+OUTPUT = "the network's output"
 
 
-def network(name: str) -> nn.Module:
-    """A network with random weights, and batch norms that are not the identity."""
-    torch.manual_seed(0)
-    inception = name in ("googlenet", "inception_v3")
-    kwargs: dict[str, Any] = {"init_weights": False} if inception else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=10, **kwargs).eval()
-    for module in model.modules():
-        if inception and isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, nn.Linear) and not module.weight.any():  # the head of ViT
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return model
-
-
-def row(name: str) -> dict[str, Any]:
-    """What removal makes of one network."""
+def row(kind: str, name: str, peers: float = 0.0) -> dict[str, Any]:
+    """What removal makes of one network, and what other tools make of it in so many seconds."""
+    model, images = build(kind, name)
+    found: dict[str, Any] = {"network": name, "kind": kind}
     start = time.perf_counter()
-    model = network(name)
-    size = LARGE_SIZE if name.startswith(BUILT_FOR_LARGE) else SIZE
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    found: dict[str, Any] = {"network": name}
     try:
-        groups = groups_for_removal(model, images)
-    except UserError as error:
-        return {**found, "said": str(error).partition(": ")[2], "seconds": time.perf_counter() - start}
-    random = np.random.default_rng(0)
-    hidden = hidden_layers(model, groups)
+        graph = build_graph(model, images[:1])
+    except UntraceableError as error:
+        return {**found, "said": str(error), "seconds": time.perf_counter() - start}
+    found["seconds"] = time.perf_counter() - start
+    hidden = hidden_layers(model, graph.groups)
     counts = {layer: count_outputs(module) for layer, module in layers_of(model, hidden).items()}
+    found |= _shares(graph, counts, hidden, model)
+    found |= _exactness(model, images, graph, counts)
+    if peers:
+        outputs = [layer for group in graph.groups if OUTPUT in group.note for layer in group.layers]
+        outputs += [layer for layer, note in graph.kept_linear.items() if OUTPUT in note]
+        found["peers"] = {peer: tried(peer, kind, name, outputs, peers) for peer in PEERS}
+    return found
+
+
+def _shares(
+    graph: ChannelGraph, counts: dict[str, int], hidden: set[str], model: torch.nn.Module
+) -> dict[str, Any]:
+    """How many filters and hidden units there are, how many of them can go, and why the rest cannot."""
+    kept: Counter[str] = Counter()
+    for group in graph.groups:
+        if not group.removable:
+            kept[group.note] += sum(len(places.indices) for places in group.producers)
+    linear: Counter[str] = Counter()
+    for layer, note in graph.kept_linear.items():
+        if OUTPUT not in note:
+            linear[note] += count_outputs(model.get_submodule(layer))
+    filters = sum(count for layer, count in counts.items() if layer not in hidden)
+    units = sum(counts[layer] for layer in hidden)
+    return {
+        "filters": filters,
+        "removable": filters - sum(kept.values()),
+        "units": units + sum(linear.values()),
+        "removable_units": units,
+        "kept": dict((kept + linear).most_common(4)),
+    }
+
+
+def _exactness(
+    model: torch.nn.Module, images: torch.Tensor, graph: ChannelGraph, counts: dict[str, int]
+) -> dict[str, Any]:
+    """Remove a third of the channels of each group, and compare with the network that is masked alike."""
+    random = np.random.default_rng(0)
     masks = pv.Masks({layer: torch.ones(count, dtype=torch.bool) for layer, count in counts.items()})
-    for group in groups:
+    for group in graph.groups:
         gone = random.choice(group.channels, int(SHARE * group.channels), replace=False)
-        for places in group.producers:
+        for places in group.producers if group.removable else ():
             masks[places.module][places.indices[np.isin(places.channels, gone)]] = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is kept after all is reported below
+        warnings.simplefilter("ignore")  # what is kept after all is in the counts
         smaller = pv.remove_filters(model, masks, images)
-    masked = pv.apply_masks(copy.deepcopy(model), reconcile_with_groups(model, masks, groups))
+    masked = pv.apply_masks(copy.deepcopy(model), reconcile_with_groups(model, masks, graph.groups))
     with torch.no_grad():
-        one, other, whole = (_scores(net(images)) for net in (masked, smaller, model))
+        one, other, whole = (tensors_of(net(images)) for net in (masked, smaller, model))
     costs = [count_cost(net, images.shape[1:]) for net in (model, smaller)]
-    whole_groups = [group for group in groups if not group.removable]
     return {
-        **found,
-        "filters": sum(count for layer, count in counts.items() if layer not in hidden),
-        "removable": sum(
-            len(places.indices)
-            for group in groups
-            for places in group.producers
-            if group.removable and places.module not in hidden
-        ),
-        "units": sum(counts[layer] for layer in hidden),
         "params": costs[1][0] / costs[0][0],
         "macs": costs[1][1] / costs[0][1],
-        "changed": float((one - whole).abs().max() / whole.abs().max()),
-        "difference": float((one - other).abs().max() / one.abs().max()),
-        "said": whole_groups[0].note if whole_groups else "",
-        "seconds": time.perf_counter() - start,
+        "changed": difference(whole, one),
+        "difference": difference(one, other),
     }
 
 
@@ -122,31 +129,40 @@ def fuzz(seconds: float, first: int = 0) -> dict[str, Any]:
     return {"networks": seed - first, "removable": removable / max(filters, 1), "wrong": wrong}
 
 
-def _scores(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", nargs="?", default="", help="of the names of networks to look at")
+    parser.add_argument("--kind", choices=KINDS, help="of networks; all without it")
+    parser.add_argument("--peers", type=float, default=0.0, metavar="SECONDS", help="try other tools too")
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="try random networks instead")
     options = parser.parse_args()
     if options.fuzz:
         print(json.dumps(fuzz(options.fuzz)))
         return
-    names = [
-        name for name in torchvision.models.list_models(module=torchvision.models) if options.part in name
-    ]
     rows = []
-    for name in names:
-        rows.append(row(name))
-        print(*rows[-1].values(), sep=", ", flush=True)
-        gc.collect()
-    columns = ["filters", "removable", "units", "params", "macs", "changed", "difference"]
+    for kind in [options.kind] if options.kind else KINDS:
+        for name in names_of(kind):
+            if options.part in name:
+                rows.append(row(kind, name, options.peers))
+                print(json.dumps(rows[-1]), flush=True)
+                gc.collect()
+    columns = [
+        "filters",
+        "removable",
+        "units",
+        "removable_units",
+        "params",
+        "changed",
+        "difference",
+        "seconds",
+    ]
     print_table(
         "A third of the channels removed; difference: removed from masked outputs, of the largest",
-        ["network", *columns, "kept whole, for instance"],
-        [[one["network"], *(one.get(column, "") for column in columns), one["said"][:60]] for one in rows],
+        ["network", *columns, *PEERS],
+        [
+            [one["network"], *(one.get(column, "") for column in columns), *(_brief(one, p) for p in PEERS)]
+            for one in rows
+        ],
     )
     measured = [one for one in rows if "difference" in one]
     print(
@@ -160,6 +176,15 @@ def main() -> None:
             }
         )
     )
+
+
+def _brief(one: dict[str, Any], peer: str) -> str:
+    """Another tool's share of the filters and units, difference and seconds, or why there are none."""
+    found = one.get("peers", {}).get(peer, {})
+    if "filters" not in found:
+        return str(found.get("said", ""))[:24]
+    share = found["filters"] / max(1, one["filters"] + one["units"])
+    return f"{share:.0%}, {found['difference']:.0e}, {found['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from networks import randomise_norms
-from test_reported_networks import CASES
+from reported_networks import REPORTED
 from torch import Tensor, nn
 
 from prune_viz.channels.coupling import find_groups
@@ -47,7 +47,7 @@ def _plant(model: nn.Module, group: CouplingGroup, scale: float) -> None:
     ],
 )
 def test_copy_of_a_unit_merges_exactly(name: str, layer: str, consumer: str) -> None:
-    model = randomise_norms(copy.deepcopy(CASES[name][0]))
+    model = randomise_norms(copy.deepcopy(REPORTED[name][0]))
     inputs = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     group = group_of_layer(find_groups(model, inputs[:1]))[layer]
     _plant(model, group, SCALE)

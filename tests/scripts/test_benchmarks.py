@@ -206,7 +206,7 @@ def test_bench_redundancy_gives_its_figures(
 
 @pytest.mark.slow
 def test_bench_removal_finds_removal_exact(cut: Callable[[str], Cut]) -> None:
-    found = cut("bench_removal").figures("squeezenet1_1")
+    found = cut("bench_removal").figures("squeezenet1_1", "--kind", "classification")
     assert found["networks"] == found["traced"] == found["smaller"] == 1
     assert found["largest_difference"] < 1e-4
     (row,) = found["rows"]
