@@ -96,13 +96,13 @@ def join(call: Call, parts: Sequence[Tensor]) -> Tensor:
     shape = parts[0].shape
     first, *others = shrunk(parts)
     for other in others:
-        one, two = alike(first, other)
+        one, two = _alike(first, other)
         call.sets.unite(one, two)
         first = torch.where(one == 0, two, one)
     return first.expand(shape)
 
 
-def alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of as many axes, each expanded to the sizes of the other."""
     shared = [max(pair) for pair in zip(one.shape, other.shape, strict=True)]
     return one.expand(shared), other.expand(shared)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_viz.channels.calls import Call, Labels, alike, channels_of
-from prune_viz.channels.label_sets import blank, first_along, is_constant
+from prune_viz.channels.calls import Call, Labels, channels_of
+from prune_viz.channels.label_sets import blank, is_constant
 from prune_viz.channels.parameter_axes import PASSED, READ
 
 
@@ -64,21 +64,11 @@ def product(call: Call) -> Labels:
         return blank(shape)
     if is_constant(left, [-1]) and is_constant(right, [-2]):
         return _carried(call, left, right, shape)
-    rows, columns = [*range(1, left.ndim - 1)], [*range(1, right.ndim - 2), right.ndim - 1]
-    if left.ndim == 2:
-        rows, columns = [0], [1]
-    if not is_constant(left, rows) or not is_constant(right, columns):
-        call.refuse([left, right], f"something that it passes ({call.name}) mixes its channels")
-        return blank(shape)
-    one = first_along(left, rows).transpose(-1, -2)
-    other = first_along(right, columns)
-    one, other = alike(one, other)
-    call.sets.unite(one, other)
-    call.sets.refuse(torch.where((one == 0) != (other == 0), one + other, 0), _UNMATCHED)
+    call.refuse([left, right], _SUMMED)
     return blank(shape)
 
 
-_UNMATCHED = "it is multiplied by values that belong to no channel, and summed"
+_SUMMED = "its products with other channels are summed, as in attention, whose heads stay whole"
 
 
 def _carried(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:

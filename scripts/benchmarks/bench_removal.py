@@ -10,8 +10,8 @@
 
 Every network has random weights and norms with statistics of their own (`removal_networks`). A third of the
 channels of each coupling group, at random, is masked, and removed; the two networks' outputs on the same
-noise are compared. Other tools remove a third of what they can (`removal_peers`). Random networks are built of
-blocks (`random_networks`), and lose random channels of each group. The last line is one JSON object.
+noise are compared. Other tools remove a third of what they can (`removal_peers`). Random networks are built
+of blocks (`random_networks`), and lose random channels of each group. The last line is one JSON object.
 """
 
 from __future__ import annotations
