@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ def _judge(
         )
     verdicts = {group.number: keep_each_layer(group, verdicts[group.number]) for group in prepared.groups}
     unit = fisher.unit if fisher else Unit.CONSUMERS
-    predicted = basis.predictions_on(twin, calibrated)
+    predicted = basis.predictions_on(twin, calibrated, context.output)
     count = 0 if examples is None else len(examples)
     rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
     return _Judged(
@@ -225,7 +225,7 @@ def _calibrate(
     context: RunContext,
 ) -> SyntheticImages | None:
     """Synthetic images, those of an earlier run where they are of the same model, options and layers."""
-    parts = [key, list(found), synthetic_images.settings()]
+    parts = [key, list(found), asdict(context.output), synthetic_images.settings()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     calibrated = load_synthetic_images(run.calibration_images_file, key)
     if calibrated is None:

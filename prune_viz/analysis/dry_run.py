@@ -130,7 +130,7 @@ def estimate_run(prepared: Prepared, options: AnalysisOptions, progress: Progres
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
     twin = calibration_copy(prepared.model, network)
-    context = RunContext(options.seed, prepared.statistics, plan.budget)
+    context = RunContext(options.seed, prepared.statistics, prepared.output, plan.budget)
     seconds.update(estimate_conclusions(twin, prepared, context))
     disk = disk_bytes(layers, network.input_shape, judged, seconds.get("calibration", 0) > 0)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)

@@ -12,6 +12,7 @@ from prune_viz.execution.tasks import StimulusSettings
 from prune_viz.feature_visualization.stimuli import STEPS, check_options
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.redundancy.judge import TOLERANCE
+from prune_viz.runs.output_kind import Task
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import check_sizes
 
@@ -23,6 +24,7 @@ class OptionFields(TypedDict, total=False):
 
     input_shape: Required[Sequence[int]]
     layers: Sequence[str]
+    task: str | None
     prior: str
     steps: int
     canvas: int | None
@@ -52,6 +54,8 @@ class AnalysisOptions:
         Shape of one input, channels first: ``(3, 224, 224)``.
     layers : sequence of str
         Shell patterns of the names of layers to analyse; all layers by default.
+    task : {"classes", "labels", "dense", "values"}, optional
+        What the network returns (`prune_viz.runs.output_kind.Task`); by default it is found out.
     prior : {"natural", "none"}
         What bounds stimuli (`prune_viz.maximize`).
     steps : int
@@ -84,6 +88,7 @@ class AnalysisOptions:
 
     input_shape: Sequence[int]
     layers: Sequence[str] = ()
+    task: str | None = None
     prior: str = _of_stimuli("natural")
     steps: int = _of_stimuli(STEPS)
     canvas: int | None = _of_stimuli(None)
@@ -99,6 +104,8 @@ class AnalysisOptions:
 
     def __post_init__(self) -> None:
         check_options(self.prior, self.steps)
+        if self.task is not None and self.task not in set(Task):
+            raise UserError(f"--task is {', '.join(Task)}, not {self.task!r}")
         if self.canvas is not None and self.canvas < 1:
             raise UserError(f"--canvas must be at least 1, not {self.canvas}")
         if self.engine not in ENGINES:
@@ -124,6 +131,7 @@ class AnalysisOptions:
             **{one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("stimuli")},
             "data": None if self.data is None else str(self.data),
             "layers": list(self.layers),
+            "task": self.task,
             "device": device,
             "tolerance": TOLERANCE,
         }

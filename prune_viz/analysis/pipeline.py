@@ -90,8 +90,8 @@ def analyze(
         Where the model came from, for `run.json` (`prune_viz.loading.checkpoints.Checkpoint.source`).
     **options
         The fields of `prune_viz.analysis.options.AnalysisOptions`: ``input_shape``, which must be given,
-        and ``layers, prior, steps, canvas, seed, device, mean, std, data, engine, workers, gpus_per_task,
-        memory``.
+        and ``layers, task, prior, steps, canvas, seed, device, mean, std, data, engine, workers,
+        gpus_per_task, memory``.
 
     Returns
     -------
@@ -119,6 +119,7 @@ def analyze(
         context = RunContext(
             asked.seed,
             prepared.statistics,
+            prepared.output,
             replace(Budget.of(prepared.network.device, asked.memory), folder=folder),
             progress,
             Stages(RunLog(RunDirectory(folder).log_file)),
@@ -288,6 +289,7 @@ def _provenance(prepared: Prepared, source: Mapping[str, Any], options: Analysis
             "class_name": type(prepared.model).__name__, "parameters": cost[0], "macs": cost[1],
             "input_shape": list(prepared.network.input_shape),
         },
+        "output": asdict(prepared.output),
         "inputs": None if prepared.statistics is None else asdict(prepared.statistics),
         "options": options.recorded(str(prepared.network.device)),
         "seed": options.seed,

@@ -12,11 +12,13 @@ from prune_viz.channels.coupling import ChannelGraph, build_graph
 from prune_viz.channels.groups import CouplingGroup, group_of_layer, hidden_layers
 from prune_viz.channels.labelling import UntraceableError
 from prune_viz.loading.state_dicts import check_finite
-from prune_viz.network.calls import blank_input
+from prune_viz.network.calls import blank_input, ordinary_input
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, read_inputs
 from prune_viz.network.layers import Layer, select_layers
+from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.runs.fingerprint import Origin, hash_model
+from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.runs.run_directory import slug
 from prune_viz.runs.run_json import LayerRecord
 from prune_viz.utils.devices import pick_device
@@ -43,6 +45,8 @@ class Prepared:
         What is known of the model's inputs.
     examples : Tensor or None, shape (N, C, *size)
         The user's images, in the model's own input units.
+    output : OutputKind
+        What it returns.
     origin : Origin
         What model it is.
     notes : list of str
@@ -56,6 +60,7 @@ class Prepared:
     groups: list[CouplingGroup]
     statistics: InputStatistics | None
     examples: Tensor | None
+    output: OutputKind
     origin: Origin
     notes: list[str]
 
@@ -99,7 +104,9 @@ def prepare(
     statistics, examples, unread = read_inputs(
         network.input_shape, options.mean, options.std, options.data, out
     )
-    notes = _notes(network, graph)
+    task = None if options.task is None else Task(options.task)
+    output = find_output_kind(model, _noise(model, network), task)
+    notes = [str(output), *_notes(network, graph)]
     if not network.takes_batches:
         groups = []
     elif untraced:
@@ -108,9 +115,16 @@ def prepare(
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     weights = hash_model(model)
     return Prepared(
-        model, network, chosen, records, groups, statistics, examples,
-        Origin(file_sha256 or weights, weights), notes + unread,
+        model, network, chosen, records, groups, statistics, examples, output,
+        Origin(file_sha256 or weights, weights, output), notes + unread,
     )  # fmt: skip
+
+
+def _noise(model: nn.Module, network: FilterNetwork) -> Tensor:
+    """Noise that a network runs on, of several rows where it takes them."""
+    return ordinary_input(network.input_shape, 4 if network.takes_batches else 1).to(
+        blank_input(model, network.input_shape)
+    )
 
 
 def _couple(model: nn.Module, options: AnalysisOptions) -> tuple[ChannelGraph, str]:

@@ -77,7 +77,9 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
             else images
         )
         seed, batches = context.seed, [images, large]
-        seconds = _seconds(lambda: gather_fisher(twin, judged, lambda: batches, seed, budget))
+        seconds = _seconds(
+            lambda: gather_fisher(twin, judged, lambda: batches, prepared.output, seed, budget)
+        )
         found["fisher"] = seconds / 2 / BATCH * (importance.FISHER_VARIANTS * count + examples)
         found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
     found["verdicts"] = sum(judging(group.channels) for group in judged)

@@ -23,6 +23,7 @@ from prune_viz.calibration.images import Owner
 from prune_viz.network.copies import attached
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.nested_tensors import tensors_of
 
 SURE = 0.5  # probability of its likeliest class at which a calibration image is let be
@@ -113,14 +114,14 @@ class Watched:
     ----------
     model : nn.Module
         The network in eval mode, batch norms unfolded.
-    classes : bool
-        Whether to use class scores.
+    kind : OutputKind
+        What the network returns; only scores of classes are used.
     """
 
-    def __init__(self, model: nn.Module, classes: bool = True) -> None:
+    def __init__(self, model: nn.Module, kind: OutputKind) -> None:
         self._model = model
         self._modules: Mapping[str, Any] = dict(model.named_modules())
-        self._classes = classes
+        self._kind = kind
         behind = norms_behind(model)
         served = Counter(behind.values())
         # A norm that serves several convolutions does not show whose map it holds.
@@ -174,7 +175,7 @@ class Watched:
         )
         with attached(hooks):
             outputs = tensors_of(self._model(images))
-        shares = class_probabilities(outputs) if self._classes else None
+        shares = class_probabilities(outputs, self._kind, len(images))
         classes = None if shares is None else _classes(shares)
         own = None
         if owners and len(maps) == len(owners):

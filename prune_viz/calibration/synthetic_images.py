@@ -35,6 +35,7 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization import priors
 from prune_viz.feature_visualization.optimiser import roll, unit
 from prune_viz.feature_visualization.priors import are_photographs, make_prior, scene_exponent
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
 
@@ -92,9 +93,10 @@ def calibrate(
         meets values that are not finite.
     """
     device = next(model.parameters()).device
-    settings = starts, context or RunContext(), passes
-    for classes in (True, False):  # a head may let no gradient through where the batch norms before it do
-        found = with_fewer(partial(_calibrate, model, *settings, classes), BATCH, device)
+    context = context or RunContext()
+    # A head may let no gradient through where the batch norms before it do.
+    for kind in dict.fromkeys([context.output, OutputKind()]):
+        found = with_fewer(partial(_calibrate, model, starts, context, passes, kind), BATCH, device)
         if found is not None:
             return found
     return None
@@ -105,7 +107,7 @@ def _calibrate(
     starts: Sequence[Start],
     context: RunContext,
     passes: int,
-    classes: bool,
+    output: OutputKind,
     most: int,
 ) -> SyntheticImages | None:
     device = next(model.parameters()).device
@@ -120,7 +122,7 @@ def _calibrate(
     def images(chunk: Tensor, contrast: float) -> Tensor:
         return contrast * prior.colour(chunk)
 
-    with Watched(model, classes) as watched:
+    with Watched(model, output) as watched:
         rows = RowLimit(context.budget, watched.see, backward=True).rows(shape, most)
         parts: list[_Part] = []
         for kind in kinds:

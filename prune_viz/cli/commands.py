@@ -47,6 +47,7 @@ from prune_viz.cli.options import (
     Prior,
     Quiet,
     RunArgument,
+    TaskName,
     TrustPickle,
     Workers,
 )
@@ -92,6 +93,14 @@ def analyze(
         list[str] | None,
         typer.Option(
             metavar="GLOB", help="Only layers whose name matches; may be repeated.", show_default="all"
+        ),
+    ] = None,
+    task: Annotated[
+        TaskName | None,
+        typer.Option(
+            help="What the network returns: scores of classes, of labels each for itself, of classes at "
+            "every position, or other values.",
+            show_default="found out",
         ),
     ] = None,
     out: Annotated[
@@ -168,9 +177,10 @@ def analyze(
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
     options = OptionFields(
-        input_shape=shape, layers=layers or (), prior=prior.value, steps=steps or STEPS, canvas=canvas,
-        seed=seed, device=device, mean=normalisation[0], std=normalisation[1], data=data,
-        engine=engine.value, workers=workers, gpus_per_task=gpus_per_task, memory=budget,
+        input_shape=shape, layers=layers or (), task=None if task is None else task.value, prior=prior.value,
+        steps=steps or STEPS, canvas=canvas, seed=seed, device=device, mean=normalisation[0],
+        std=normalisation[1], data=data, engine=engine.value, workers=workers, gpus_per_task=gpus_per_task,
+        memory=budget,
     )  # fmt: skip
     progress = make_progress(silent)
     if dry_run:

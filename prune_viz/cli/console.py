@@ -59,6 +59,8 @@ def print_summary(result: Analysis, out: Path, console: Console) -> None:
         change = f"{after / before - 1:+.1%}" if before else ""
         saved.add_row(title, f"{before:,}", "->", f"{after:,}", change)
     console.print(saved)
+    if result.masks.origin.output is not None:
+        console.print(str(result.masks.origin.output))
     console.print(f"took {summary['seconds']:,.0f} s and at most {summary['peak_mib']:,.0f} MiB")
     for what, path in (("report", run.report_page), ("masks", run.masks_file), ("table", run.filters_file)):
         console.print(f"{what + ':':<8}{one_line(path)}", soft_wrap=True)

@@ -16,6 +16,15 @@ class Prior(StrEnum):
     none = "none"
 
 
+class TaskName(StrEnum):
+    """What a network returns."""
+
+    classes = "classes"
+    labels = "labels"
+    dense = "dense"
+    values = "values"
+
+
 class Mode(StrEnum):
     """What becomes of filters that are masked out."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from prune_viz.network.inputs import InputStatistics
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.runs.stages import Stages
 from prune_viz.utils.devices import release_memory
 from prune_viz.utils.memory import Budget
@@ -26,6 +27,8 @@ class RunContext:
         Of all random numbers.
     statistics : InputStatistics or None
         What is known of the model's inputs.
+    output : OutputKind
+        What the network returns.
     budget : Budget or None
         Memory that may be taken; None for no bound.
     progress : Progress
@@ -36,6 +39,7 @@ class RunContext:
 
     seed: int = 0
     statistics: InputStatistics | None = None
+    output: OutputKind = field(default_factory=OutputKind)
     budget: Budget | None = None
     progress: Progress = field(default_factory=Progress)
     stages: Stages = field(default_factory=Stages)

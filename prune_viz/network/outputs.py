@@ -1,54 +1,93 @@
-"""What a network returns: its tensors, the classes' probabilities, and how far a change moved them."""
+"""What a network's outputs say: probabilities, and how far a change of the network moved them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.damage import Damage
+from prune_viz.runs.output_kind import OutputKind, Task
+
+_LEAST = 1e-12  # of a probability of classes
+_LEAST_LABEL = 1e-6  # of a label's, and of its opposite: nearer to 1 single precision knows little
 
 
-def output_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Damage:
+def output_change(before: Sequence[Tensor], after: Sequence[Tensor], kind: OutputKind, count: int) -> Damage:
     """What a change of a network did to its outputs on the same inputs.
 
     Parameters
     ----------
     before, after : sequence of Tensor
         All the network's outputs, in the same order and shapes.
+    kind : OutputKind
+        What they are.
+    count : int
+        How many inputs there were.
 
     Returns
     -------
     Damage
-        Mean divergence of the classes' probabilities after from those before, in nats, or the squared
-        change as a share of the square, a mean over outputs.
+        In the task's unit, not negative. Of scores it is the Kullback-Leibler divergence of the probabilities
+        after from those before, a mean over inputs, positions and outputs, and summed over labels; of other
+        values the squared change as a share of the square, a mean over outputs.
     """
-    shares, others = class_probabilities(before), class_probabilities(after)
-    if shares is not None and others is not None:
-        shares, others = shares.double(), others.double()
-        ratio = shares.clamp_min(1e-30).log() - others.clamp_min(1e-30).log()
-        return Damage(float((shares * ratio).sum(dim=1).mean()), Unit.NATS)
-    changes = [
-        float((old.double() - new.double()).square().mean() / old.double().square().mean().clamp_min(1e-24))
+    pairs = [
+        (old.double(), new.double())
         for old, new in zip(before, after, strict=True)
         if old.is_floating_point() and old.numel()
     ]
-    return Damage(sum(changes) / max(len(changes), 1), Unit.OUTPUT)
+    if kind.task is not Task.VALUES:
+        pairs = [(old, new) for old, new in pairs if len(by_inputs([old], count))]
+    measure = {Task.CLASSES: _of_classes, Task.DENSE: _of_classes, Task.LABELS: _of_labels}.get(kind.task)
+    if measure is None:
+        changes = [_of_values(old, new) for old, new in pairs]
+    else:
+        changes = [measure(scores_of(old, kind), scores_of(new, kind)) for old, new in pairs]
+    return Damage(max(0.0, sum(changes) / max(len(changes), 1)), kind.task.unit)
 
 
-def class_probabilities(outputs: Sequence[Tensor]) -> Tensor | None:
-    """Probabilities of classes, shape (B, classes), of a network that returns one row of scores for an input.
+def _of_classes(before: Tensor, after: Tensor) -> float:
+    one, other = before.log_softmax(dim=1), after.log_softmax(dim=1)
+    return float((one.exp() * (one - other)).sum(dim=1).mean())
 
-    Outputs that are probabilities already are returned as they are; None where there is no such row.
+
+def _of_labels(before: Tensor, after: Tensor) -> float:
+    yes, no = (logsigmoid(sign * before) - logsigmoid(sign * after) for sign in (1, -1))
+    each = before.sigmoid() * yes + (-before).sigmoid() * no
+    return float((each.sum(dim=1) if each.ndim > 1 else each).mean())
+
+
+def _of_values(before: Tensor, after: Tensor) -> float:
+    return float((before - after).square().mean() / before.square().mean().clamp_min(1e-24))
+
+
+def by_inputs(outputs: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Those outputs that have a row for each of so many inputs."""
+    return [one for one in outputs if one.is_floating_point() and one.shape[:1] == (count,)]
+
+
+def scores_of(output: Tensor, kind: OutputKind) -> Tensor:
+    """Scores of which a softmax, or a sigmoid for labels, makes the probabilities.
+
+    Parameters
+    ----------
+    output : Tensor, shape (B, scores, *size) or (B,)
+        What the network returned.
+    kind : OutputKind
+        What that is; not values.
     """
-    if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
-        return None
-    (scores,) = outputs
-    if not scores.is_floating_point():
-        return None
-    return scores if are_probabilities(scores) else scores.softmax(dim=1)
+    if not kind.normalised:
+        return output
+    if kind.task is Task.LABELS:
+        return output.clamp(_LEAST_LABEL, 1 - _LEAST_LABEL).logit()
+    return output.clamp_min(_LEAST).log()
 
 
-def are_probabilities(scores: Tensor) -> bool:
-    """Whether scores, shape (B, classes), are probabilities already."""
-    return bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < 1e-4).all())
+def class_probabilities(outputs: Sequence[Tensor], kind: OutputKind, count: int) -> Tensor | None:
+    """Probabilities of classes, shape (count, classes), of a network that returns such scores, or None."""
+    if kind.task is not Task.CLASSES:
+        return None
+    (scores,) = by_inputs(outputs, count)
+    return scores if kind.normalised else scores.softmax(dim=1)

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.network.copies import attached
 from prune_viz.network.outputs import output_change
-from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.damage import Damage
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.devices import is_out_of_memory
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -28,7 +29,7 @@ _ADDED = 1e-3  # of a layer's mean variance, to a channel's own, so that silence
 Statistics = tuple[Tensor, Tensor]  # mean and variance, each shape (channels,)
 
 
-def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor) -> bool:
+def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor, kind: OutputKind) -> bool:
     """Set batch norms so that each has the mean and deviation on images that the whole network's has.
 
     Only where it helps on images that it was not fitted to: each half of them is tried on the other first.
@@ -44,6 +45,8 @@ def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor) -> bo
         The same network before anything was merged, in eval mode.
     images : Tensor, shape (N, C, *size)
         Inputs near the training data, in the model's own units; halves of different kinds are best.
+    kind : OutputKind
+        What the network returns.
 
     Returns
     -------
@@ -61,7 +64,7 @@ def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor) -> bo
 
     while norms and len(images) >= 2:
         try:
-            helps = _helps(pruned, whole, images, restore)
+            helps = _helps(pruned, whole, images, kind, restore)
             if helps:
                 _fit(pruned, whole, images)
             return helps
@@ -81,7 +84,7 @@ def copy_statistics(of: nn.Module, to: nn.Module) -> None:
         norm.running_var.copy_(norms[name].running_var)
 
 
-def change_on(images: Tensor, before: nn.Module, after: nn.Module) -> Damage | None:
+def change_on(images: Tensor, before: nn.Module, after: nn.Module, kind: OutputKind) -> Damage | None:
     """How far a network's outputs are from another's on calibration images.
 
     Returns
@@ -91,31 +94,32 @@ def change_on(images: Tensor, before: nn.Module, after: nn.Module) -> Damage | N
         run on them.
     """
     try:
-        return _change(images, before, after)
+        return _change(images, before, after, kind)
     except Exception:  # whatever an untrusted forward pass raises on calibration images
         return None
 
 
-def _change(images: Tensor, before: nn.Module, after: nn.Module) -> Damage:
-    total, unit = 0.0, Unit.OUTPUT
+def _change(images: Tensor, before: nn.Module, after: nn.Module, kind: OutputKind) -> Damage:
+    total = 0.0
     device = next(before.parameters()).device
     with torch.no_grad():
         for batch in torch.split(images, BATCH):
-            images = batch.to(device)
-            change = output_change(tensors_of(before(images)), tensors_of(after(images)))
+            moved = batch.to(device)
+            change = output_change(tensors_of(before(moved)), tensors_of(after(moved)), kind, len(moved))
             total += change.value * len(batch) / len(images)
-            unit = change.unit
-    return Damage(total, unit)
+    return Damage(total, kind.task.unit)
 
 
-def _helps(pruned: nn.Module, whole: nn.Module, images: Tensor, restore: Callable[[], None]) -> bool:
+def _helps(
+    pruned: nn.Module, whole: nn.Module, images: Tensor, kind: OutputKind, restore: Callable[[], None]
+) -> bool:
     """Whether norms that are set on one half of the images serve the other half too, both ways."""
     halves = images.tensor_split(2)
     before = after = 0.0
     for fitted, checked in (halves, halves[::-1]):
-        before += _change(checked, whole, pruned).value
+        before += _change(checked, whole, pruned, kind).value
         _fit(pruned, whole, fitted)
-        after += _change(checked, whole, pruned).value
+        after += _change(checked, whole, pruned, kind).value
         restore()
     return after < WORTH * before
 

@@ -257,6 +257,7 @@ def beside_masks(masks: Masks) -> BesideMasks:
         weights_sha256=masks.origin.weights,
         predicted=prediction_record(masks.predicted),
         passages=tuple(astuple(one) for one in masks.norm_channels),
+        output=masks.origin.output,
         merges=masks.merges,
     )
 
@@ -309,7 +310,7 @@ def read_beside(path: Path) -> Masks:
     beside = read_json(path, BesideMasks, f"{path} beside the masks")
     return Masks(
         merges=beside.merges,
-        origin=Origin(beside.model_sha256, beside.weights_sha256),
+        origin=Origin(beside.model_sha256, beside.weights_sha256, beside.output),
         predicted=beside.prediction,
         norm_channels=[NormChannel(*one) for one in beside.passages],
     )

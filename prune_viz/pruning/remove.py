@@ -16,11 +16,13 @@ from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.network.calls import blank_input, run_and_size_norms
 from prune_viz.network.copies import as_it_was, plain_copy
 from prune_viz.network.layer_kinds import gather_by_inputs, spread_by_inputs
+from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.network.tracing import own_norms
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.consistency import channels_gone, groups_for_removal, reconcile_with_groups
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.runs.decisions_json import Merge
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.errors import UserError, brief
 
 
@@ -100,10 +102,19 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
         return False
     whole = plain_copy(model).float()
     merged = plain_copy(merge_filters(model, masks, groups)).float()
-    if not recalibrate_norms(merged, whole, masks.calibration_images):
+    if not recalibrate_norms(merged, whole, masks.calibration_images, output_kind(whole, masks)):
         return False
     copy_statistics(merged, model)
     return True
+
+
+def output_kind(model: nn.Module, masks: Masks) -> OutputKind:
+    """What a network returns: as the analysis took it, or as its calibration images show."""
+    images = masks.calibration_images
+    if masks.origin.output is not None or images is None:
+        return masks.origin.output or OutputKind()
+    device = next(model.parameters()).device
+    return find_output_kind(model, images[:2].to(device))
 
 
 def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> nn.Module:

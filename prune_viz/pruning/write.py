@@ -21,7 +21,7 @@ from prune_viz.pruning.batch_norms import change_on
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.export import export_model
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
-from prune_viz.pruning.remove import count_cost, remove_filters
+from prune_viz.pruning.remove import count_cost, output_kind, remove_filters
 from prune_viz.runs.damage import Unit
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import write_torch
@@ -196,9 +196,8 @@ def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -
     if merged and masks.predicted is not None and masks.predicted.unit is not Unit.CONSUMERS:
         lines.append(f"predicted change of the output: {masks.predicted}")
     if masks.calibration_images is not None:
-        change = change_on(
-            masks.calibration_images, *(plain_copy(network).float() for network in (model, smaller))
-        )
+        whole, pruned = (plain_copy(network).float() for network in (model, smaller))
+        change = change_on(masks.calibration_images, whole, pruned, output_kind(whole, masks))
         if change is not None and math.isfinite(change.value):
             images = f"the run's {len(masks.calibration_images)} calibration images"
             lines.append(f"change of the output on {images}: {change}")

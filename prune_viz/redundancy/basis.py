@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prune_viz.calibration.images import BATCH, SyntheticImages
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.runs.damage import Unit
+from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -32,25 +33,27 @@ class Predictions:
     classes: int
 
 
-def predictions_on(model: nn.Module, calibrated: SyntheticImages | None) -> Predictions | None:
+def predictions_on(
+    model: nn.Module, calibrated: SyntheticImages | None, kind: OutputKind
+) -> Predictions | None:
     """What the network takes synthetic images for; None without any, or where it returns no class scores."""
-    if calibrated is None:
+    if calibrated is None or kind.task is not Task.CLASSES:
         return None
     device = next(model.parameters()).device
-    found = with_fewer(partial(_shares, model, calibrated.images), BATCH, device)
+    found = with_fewer(partial(_shares, model, calibrated.images, kind), BATCH, device)
     if found is None:
         return None
     most = found.max(dim=1)
     return Predictions(float(most.values.mean()), len(set(most.indices.tolist())))
 
 
-def _shares(model: nn.Module, images: Tensor, rows: int) -> Tensor | None:
+def _shares(model: nn.Module, images: Tensor, kind: OutputKind, rows: int) -> Tensor | None:
     """The classes' probabilities, shape (N, classes), so many images at a time."""
     device = next(model.parameters()).device
     found = []
     with torch.no_grad():
         for batch in torch.split(images, rows):
-            shares = class_probabilities(tensors_of(model(batch.to(device))))
+            shares = class_probabilities(tensors_of(model(batch.to(device))), kind, len(batch))
             if shares is None:
                 return None
             found.append(shares.float().cpu())

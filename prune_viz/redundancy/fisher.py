@@ -1,11 +1,13 @@
 """How much a network's output depends on the outputs of the consumers of coupling groups.
 
-For class scores it is the Fisher information of the network's own probabilities, carried back to a place:
-half of what a small change makes of it is the Kullback-Leibler divergence of the changed output from the old.
+For scores of classes or labels it is the Fisher information of the network's own probabilities, carried back
+to a place: half of what a small change makes of it is the Kullback-Leibler divergence of the changed output
+from the old.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from prune_viz.calibration.images import BATCH
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.layer_kinds import channel_axis, count_outputs
-from prune_viz.network.outputs import are_probabilities, class_probabilities
+from prune_viz.network.outputs import by_inputs, scores_of
 from prune_viz.runs.damage import Unit
+from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.utils.devices import is_out_of_memory, with_fewer
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.nested_tensors import tensors_of
@@ -40,8 +43,7 @@ class FisherMatrices:
         square, over inputs, of the channel's maps times the gradients with which they are read, summed
         over positions and consumers (Theis et al. 2018).
     unit : Unit
-        Of the cost: divergence of the output, where the network returns one row of class scores or
-        probabilities for an input, else the squared change of its outputs as a share of their square.
+        Of the cost, by what the network returns (`prune_viz.runs.output_kind.Task`).
     """
 
     consumers: dict[str, np.ndarray]
@@ -53,6 +55,7 @@ def gather_fisher(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     inputs: Callable[[], Iterable[Tensor]],
+    kind: OutputKind,
     seed: int,
     budget: Budget | None = None,
 ) -> FisherMatrices | None:
@@ -67,6 +70,8 @@ def gather_fisher(
     inputs : callable
         Gives batches, each shape (B, C, *size); called again where memory ran out and all is begun anew with
         smaller ones.
+    kind : OutputKind
+        What the network returns.
     seed : int
         Of the drawn signs.
     budget : Budget, optional
@@ -79,13 +84,14 @@ def gather_fisher(
         by input.
     """
     device = next(model.parameters()).device
-    return with_fewer(partial(_gather, model, groups, inputs, seed, budget), BATCH, device)
+    return with_fewer(partial(_gather, model, groups, inputs, kind, seed, budget), BATCH, device)
 
 
 def _gather(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     inputs: Callable[[], Iterable[Tensor]],
+    kind: OutputKind,
     seed: int,
     budget: Budget | None,
     most: int,
@@ -96,7 +102,7 @@ def _gather(
     squares = _squares({name: modules[name] for name in names}, store)
     watches = {name: _Watch(modules[name], squares[name]) for name in names}
     ablations = {group.number: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
-    count, unit = 0, Unit.OUTPUT
+    count = 0
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     held = sum(square.nbytes for square in squares.values())
@@ -104,12 +110,11 @@ def _gather(
     try:
         for batch in inputs():
             cut = len(batch) > limit.rows(batch.shape[1:], most)
-            sizes = _sizes(model, list(limit.split(batch, most))) if cut and unit is not Unit.NATS else None
+            by_size = cut and kind.task is Task.VALUES
+            sizes = _sizes(model, list(limit.split(batch, most))) if by_size else None
             for part in limit.split(batch, most):
-                found = _carry_back(model, part.to(device), sizes, random)
-                if found is None:
+                if not _carry_back(model, part.to(device), kind, sizes, random):
                     return None
-                unit = found
                 for group in groups:
                     silenced = _silenced(group, watches, len(part))
                     if silenced is None:
@@ -130,7 +135,7 @@ def _gather(
     if not finite or not bool(whole.any()):
         return None
     return FisherMatrices(
-        squares, {number: (total / count).numpy() for number, total in ablations.items()}, unit
+        squares, {number: (total / count).numpy() for number, total in ablations.items()}, kind.task.unit
     )
 
 
@@ -209,29 +214,30 @@ def _silenced(group: CouplingGroup, watches: Mapping[str, _Watch], count: int) -
 
 
 def _carry_back(
-    model: nn.Module, images: Tensor, sizes: Sequence[Tensor] | None, random: torch.Generator
-) -> Unit | None:
-    """Have the watches see gradients of a drawn change of the outputs; return its unit, None without outputs.
+    model: nn.Module,
+    images: Tensor,
+    kind: OutputKind,
+    sizes: Sequence[Tensor] | None,
+    random: torch.Generator,
+) -> bool:
+    """Have the watches see gradients of a drawn change of the outputs; False if there are no outputs.
 
     A function, so that nothing of the graph outlives it.
     """
     images = images.detach().requires_grad_()
     outputs = _outputs(model, images)
     if not outputs:
-        return None
-    change, unit = _drawn_change(outputs, sizes or _mean_squares(outputs), random)
+        return False
+    change = _drawn_change(outputs, kind, sizes or _mean_squares(outputs), random)
     torch.autograd.grad(change, images, allow_unused=True)
-    return unit
+    return True
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """What of a network's outputs depends on its inputs, a row each."""
     # Cloned, as a first operation in place may not touch a leaf.
-    return [
-        tensor
-        for tensor in tensors_of(model(images.clone()))
-        if tensor.requires_grad and tensor.is_floating_point() and len(images) in tensor.shape[:1]
-    ]
+    outputs = by_inputs(tensors_of(model(images.clone())), len(images))
+    return [output for output in outputs if output.requires_grad]
 
 
 def _mean_squares(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -250,27 +256,36 @@ def _sizes(model: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _drawn_change(
-    outputs: Sequence[Tensor], sizes: Sequence[Tensor], random: torch.Generator
-) -> tuple[Tensor, Unit]:
-    """A scalar whose gradients' second moments are the output's sensitivity, and its unit.
+    outputs: Sequence[Tensor], kind: OutputKind, sizes: Sequence[Tensor], random: torch.Generator
+) -> Tensor:
+    """A scalar whose gradients' second moments are the output's sensitivity.
 
-    Random signs draw one vector of the sensitivity's root for every input. For class scores that root is
+    Random signs draw one vector of the sensitivity's root for every input. For scores of classes that root is
     of the softmax's Fisher information, ``diag(p) - p p'``: with v the square roots of p with random signs,
-    ``v - p sum(v)`` has just these second moments.
+    ``v - p sum(v)`` has just these second moments. For labels it is ``p (1 - p)``, each for itself. Both are
+    a mean over positions where there are several.
     """
-    p = class_probabilities([output.detach() for output in outputs])
-    if p is not None:
-        scores = outputs[0]
-        if are_probabilities(scores.detach()):
-            scores = scores.clamp_min(1e-12).log()
-        root = p.sqrt() * _signs(p, random)
-        drawn = root - p * root.sum(dim=1, keepdim=True)
-        return (drawn * scores).sum(), Unit.NATS
     total = outputs[0].new_zeros(())
     for output, size in zip(outputs, sizes, strict=True):
-        share = 2 / (size.clamp_min(1e-24) * output[0].numel() * len(outputs))
-        total = total + share.sqrt() * (_signs(output, random) * output).sum()
-    return total, Unit.OUTPUT
+        if kind.task is Task.VALUES:
+            share = 2 / (size.clamp_min(1e-24) * output[0].numel() * len(outputs))
+            total = total + share.sqrt() * (_signs(output, random) * output).sum()
+            continue
+        scores = scores_of(output, kind)
+        drawn = _drawn_scores(scores.detach(), kind.task, random)
+        places = math.prod(scores.shape[2:]) * len(outputs)
+        total = total + (drawn * scores).sum() / math.sqrt(places)
+    return total
+
+
+def _drawn_scores(scores: Tensor, task: Task, random: torch.Generator) -> Tensor:
+    """One draw of the root of the scores' Fisher information for every input and position."""
+    if task is Task.LABELS:
+        p = scores.sigmoid()
+        return (p * (1 - p)).sqrt() * _signs(p, random)
+    p = scores.softmax(dim=1)
+    root = p.sqrt() * _signs(p, random)
+    return root - p * root.sum(dim=1, keepdim=True)
 
 
 def _signs(like: Tensor, random: torch.Generator) -> Tensor:

@@ -197,7 +197,7 @@ def measure_fisher(
                 progress.advance(len(batch))
         progress.finish()
 
-    return gather_fisher(model, groups, batches, calibration.seed, context.budget)
+    return gather_fisher(model, groups, batches, context.output, calibration.seed, context.budget)
 
 
 def measure_groups(

@@ -15,6 +15,10 @@ class Unit(StrEnum):
 
     NATS = "nats"
     """KL divergence of the predicted classes' probabilities."""
+    LABELS = "nats over labels"
+    """KL divergence of each label's probability, summed over labels."""
+    POSITION = "nats a position"
+    """KL divergence of the classes' probabilities at a position, a mean over positions."""
     OUTPUT = "output"
     """Squared change of the network's output as a share of its square."""
     CONSUMERS = "readers"
@@ -37,7 +41,7 @@ class Unit(StrEnum):
 
     @property
     def of(self) -> str:
-        """What the damage is a share of; empty where it is no share."""
+        """What the damage is a share, a sum or a mean of; empty where that goes without saying."""
         return _WRITTEN[self].of
 
 
@@ -51,6 +55,8 @@ class _Written:
 
 _WRITTEN = {
     Unit.NATS: _Written("nats", 1.0, 1e-9, ""),
+    Unit.LABELS: _Written("nats", 1.0, 1e-9, "summed over labels"),
+    Unit.POSITION: _Written("nats", 1.0, 1e-9, "a position"),
     Unit.OUTPUT: _Written("%", 100.0, 1e-4, "of the output's square"),
     Unit.CONSUMERS: _Written("%", 100.0, 1e-4, "of the output of the layers that read it"),
 }

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.runs.run_json import FORMAT, Amount, Count, Index
 from prune_viz.runs.verdicts import Verdict
 
@@ -75,6 +76,8 @@ class BesideMasks:
         What the masks are predicted to cost.
     passages : tuple
         Norm, channel, and the filters that write it, of each `prune_viz.channels.groups.NormChannel`.
+    output : OutputKind or None
+        What the network returns.
     """
 
     model_sha256: str | None
@@ -82,6 +85,7 @@ class BesideMasks:
     weights_sha256: str | None = None
     predicted: PredictionRecord | None = None
     passages: tuple[PassageRecord, ...] = ()
+    output: OutputKind | None = None
 
     @property
     def prediction(self) -> Damage | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prune_viz.runs.output_kind import OutputKind
+
 
 def hash_model(model: nn.Module) -> str:
     """Hex SHA-256 over a model's state dict: names, types, shapes and bytes."""
@@ -47,10 +49,13 @@ class Origin:
         SHA-256 of its file; of its weights, if it was analysed in Python.
     weights : str or None
         SHA-256 of its weights (`hash_model`).
+    output : OutputKind or None
+        What it returns, as the analysis took it.
     """
 
     file: str | None = None
     weights: str | None = None
+    output: OutputKind | None = None
 
     def agreed(self, other: Origin) -> Origin | None:
         """What both know of their model together; None if it is not the same one."""

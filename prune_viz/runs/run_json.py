@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from prune_viz.runs.damage import Unit
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.json_files import check_depth
 
 FORMAT = 1
@@ -153,6 +154,8 @@ class Provenance:
         By name; whatever `analyze` was given.
     key : str or None
         Digest of what all stimuli depend on (`prune_viz.execution.tasks.stimuli_key`).
+    output : OutputKind or None
+        What the network returns.
     inputs : dict or None
         Statistics of the model's inputs (`prune_viz.network.inputs.stored_statistics`).
     summary, damage_unit, calibration, finished
@@ -167,6 +170,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    output: OutputKind | None = None
     inputs: dict[str, Any] | None = None
     device: str = "cpu"
     threads: int = 1

@@ -48,6 +48,7 @@ from prune_viz.pruning.remove import compensate_filters
 from prune_viz.redundancy.elimination import rebuild_all
 from prune_viz.redundancy.importance import CalibrationImages, measure_fisher, measure_groups
 from prune_viz.redundancy.judge import combine, order_channels
+from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.runs.run_directory import RunDirectory
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -104,8 +105,9 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
         images = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_gram_matrices(), images)
     calibration = CalibrationImages(images, network.unlabelled, 0)
-    fisher = measure_fisher(network.model, groups, calibration, RunContext())
-    measured = measure_groups(network.model, groups, {}, calibration, fisher, RunContext())
+    context = RunContext(output=OutputKind(Task.CLASSES))
+    fisher = measure_fisher(network.model, groups, calibration, context)
+    measured = measure_groups(network.model, groups, {}, calibration, fisher, context)
     found = {
         number: order_channels(*combine([consumer for consumer in consumers if consumer.output_variance > 0]))
         for number, consumers in measured.gram_matrices.items()

@@ -16,7 +16,7 @@ from prune_viz.utils.errors import UserError
 SHAPE = (3, 16, 16)
 # Those on which stimuli do not depend, and those that reach their key otherwise: by the model's record,
 # the seed and what is known of inputs.
-APART = {"layers", "engine", "workers", "gpus_per_task", "memory"}
+APART = {"layers", "task", "engine", "workers", "gpus_per_task", "memory"}
 OTHERWISE = {"input_shape", "seed", "mean", "std", "data"}
 
 

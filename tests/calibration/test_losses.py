@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from networks import Plain, Residual, randomise_norms
+from scores import SCORES
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import analyze
@@ -22,13 +23,14 @@ from prune_viz.calibration.losses import (
 from prune_viz.calibration.synthetic_images import calibrate
 from prune_viz.demo.digits import DigitsNet
 from prune_viz.network.tracing import norms_behind
+from prune_viz.runs.output_kind import OutputKind, Task
 
 pytestmark = pytest.mark.usefixtures("whole_calibration")
 
 
 def _means(shares: Tensor) -> Means:
     """What calibration images with these probabilities give a network that hands its input on."""
-    with Watched(nn.Sequential(nn.Flatten()).eval()) as watched:
+    with Watched(nn.Sequential(nn.Flatten()).eval(), OutputKind(Task.CLASSES, normalised=True)) as watched:
         classes = watched.see(shares.view(len(shares), -1, 1, 1)).means().classes
     return Means([torch.zeros(2, 1)], classes)
 
@@ -70,7 +72,7 @@ def test_watched_sees_norm_inputs_and_own_filters(make: type[nn.Module]) -> None
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.register_forward_hook(lambda _, taken, out, name=name: note(name, taken[0], out))
-    with Watched(model) as watched, torch.no_grad():
+    with Watched(model, SCORES) as watched, torch.no_grad():
         seen = watched.see(images, owners)
     with torch.no_grad():
         shares = model(images).softmax(dim=1)
@@ -105,7 +107,7 @@ def test_where_no_classes_come_out_none_are_asked_for() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn1(self.conv1(x))
 
-    with Watched(Maps().eval()) as watched:
+    with Watched(Maps().eval(), OutputKind()) as watched:
         seen = watched.see(natural_noise((3, 16, 16), 2, seed=0))
     assert seen.classes is None
     assert float(classes_error(seen.means())) == 0
@@ -122,7 +124,7 @@ def test_stimuli_are_not_held_where_rows_mix() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.conv(torch.cat(x.chunk(2, dim=2))))
 
-    with Watched(Folded().eval()) as watched:
+    with Watched(Folded().eval(), OutputKind()) as watched:
         assert watched.see(natural_noise((3, 16, 16), 2, seed=0), [("conv", 0), ("conv", 1)]).own is None
 
 
@@ -192,7 +194,7 @@ def test_shared_norm_is_nobodys_map() -> None:
 
     model = Shared().eval()
     images = natural_noise((3, 16, 16), 2, seed=0)
-    with Watched(model) as watched, torch.no_grad():
+    with Watched(model, OutputKind()) as watched, torch.no_grad():
         own = watched.see(images, [("one", 1), ("other", 2)]).own
         expected = model.one(images)[0, 1]
     torch.testing.assert_close(

@@ -10,6 +10,7 @@ import torch
 from marks import slow
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from safetensors.torch import save_file
+from scores import SCORES
 from torch import Tensor, nn
 
 from prune_viz.calibration import synthetic_images as calibration
@@ -75,7 +76,7 @@ def _truth(seed: int = 0) -> tuple[nn.Module, Tensor]:
 def test_the_batch_norms_come_to_see_what_they_saw(seed: int) -> None:
     model, images = _truth(seed)
     starts = natural_noise((3, 16, 16), 96, seed=1)
-    found = calibrate(model, [Start(starts)], RunContext(seed))
+    found = calibrate(model, [Start(starts)], RunContext(seed, output=SCORES))
     assert found is not None
     assert found.images.shape == starts.shape
     assert found.distance < 0.1 * found.before
@@ -90,7 +91,7 @@ def test_calibration_repeats_and_leaves_the_model_alone() -> None:
     before = copy.deepcopy(model.state_dict())
     starts = natural_noise((3, 16, 16), 40, seed=1)
     first, again, other = (
-        calibrate(model, [Start(starts)], RunContext(seed), passes=4) for seed in (0, 0, 1)
+        calibrate(model, [Start(starts)], RunContext(seed, output=SCORES), passes=4) for seed in (0, 0, 1)
     )
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
@@ -250,7 +251,9 @@ def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pyte
     monkeypatch.setattr(Watched, "see", spied)
     monkeypatch.setattr(memory, "measure_row", lambda *_: RowBytes(2**20, 0, 0))
     monkeypatch.setattr(Budget, "left", lambda _: math.ceil(rows * 2**20 * memory.SLACK))
-    parts = calibrate(model, kinds, RunContext(budget=Budget(torch.device("cpu"), 0)), passes=6)
+    parts = calibrate(
+        model, kinds, RunContext(output=SCORES, budget=Budget(torch.device("cpu"), 0)), passes=6
+    )
     assert max(most) == rows
     assert parts.passes == whole.passes
     torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from marks import slow
 from networks import Plain, Residual, randomise_norms
+from scores import SCORES
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import analyze
@@ -20,6 +21,7 @@ from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks, load_masks
 from prune_viz.pruning.remove import compensate_filters, merge_filters, remove_filters
 from prune_viz.runs.damage import Unit
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.runs.run_directory import RunDirectory
 
 SHAPE = (3, 16, 16)
@@ -35,7 +37,7 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _off(images: Tensor, whole: nn.Module, pruned: nn.Module) -> float:
-    found = change_on(images, whole, pruned)
+    found = change_on(images, whole, pruned, SCORES)
     assert found is not None
     return found.value
 
@@ -72,7 +74,7 @@ def test_norm_undoes_scale_and_shift() -> None:
     images = natural_noise(SHAPE, 24, seed=0)
     fresh = natural_noise(SHAPE, 24, seed=1)
     off = _off(fresh, whole, pruned)
-    assert recalibrate_norms(pruned, whole, images)
+    assert recalibrate_norms(pruned, whole, images, SCORES)
     assert _off(fresh, whole, pruned) < 1e-4 * off
 
 
@@ -84,7 +86,7 @@ def test_each_norm_is_set_after_those_before_it() -> None:
         for module in pruned.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight[:, : module.weight.shape[1] // 3] = 0.0
-    assert recalibrate_norms(pruned, whole, images)
+    assert recalibrate_norms(pruned, whole, images, SCORES)
     aims, found = _given(whole, images), _given(pruned, images)
     assert len(aims) > 2
     for name, aim in aims.items():
@@ -94,8 +96,8 @@ def test_each_norm_is_set_after_those_before_it() -> None:
 def test_where_nothing_is_to_be_gained_nothing_is_changed() -> None:
     whole = _whole()
     pruned = copy.deepcopy(whole)
-    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0))
-    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 1, seed=0))
+    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0), SCORES)
+    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 1, seed=0), SCORES)
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, _statistics(whole)[name])
 
@@ -110,7 +112,7 @@ def test_norms_that_do_not_generalise_are_restored() -> None:
     images[:16, 0] = 30 * images[:16, 0]
     images[16:, 0] = 0
     before = _statistics(pruned)
-    assert not recalibrate_norms(pruned, whole, images)
+    assert not recalibrate_norms(pruned, whole, images, SCORES)
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, before[name])
 
@@ -124,7 +126,7 @@ def test_a_norm_makes_up_for_no_more_than_its_eps_lets_it() -> None:
         pruned.conv2.weight *= 0.3
     images = natural_noise(SHAPE, 32, seed=0)
     aims = _given(whole, images)
-    recalibrate_norms(pruned, whole, images)
+    recalibrate_norms(pruned, whole, images, SCORES)
     found = _given(pruned, images)
     torch.testing.assert_close(found["bn2"][0], aims["bn2"][0], rtol=0.01, atol=0.01)
     assert (found["bn2"][1] < aims["bn2"][1]).all()
@@ -145,11 +147,11 @@ def test_strange_outputs_are_compared_batch_by_batch(count: int) -> None:
     with torch.no_grad():
         pruned.conv2.weight *= 0.4
     images = natural_noise(SHAPE, count, seed=0)
-    found = change_on(images, whole, pruned)
+    found = change_on(images, whole, pruned, OutputKind())
     assert found is not None
     assert found.value > 0
     assert found.unit is Unit.OUTPUT
-    assert recalibrate_norms(pruned, whole, images)
+    assert recalibrate_norms(pruned, whole, images, OutputKind())
     assert _off(images, whole, pruned) < 0.1 * found.value
 
 
@@ -158,8 +160,8 @@ def test_images_that_do_not_fit_change_nothing() -> None:
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.stem.weight *= 0.4
-    assert not recalibrate_norms(pruned, whole, torch.zeros(8, 5, 16, 16))
-    assert change_on(torch.zeros(8, 5, 16, 16), whole, pruned) is None
+    assert not recalibrate_norms(pruned, whole, torch.zeros(8, 5, 16, 16), SCORES)
+    assert change_on(torch.zeros(8, 5, 16, 16), whole, pruned, SCORES) is None
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, _statistics(whole)[name])
 
@@ -178,7 +180,7 @@ def test_out_of_memory_uses_fewer_images(monkeypatch: pytest.MonkeyPatch) -> Non
         run(model, norms, images, see)
 
     monkeypatch.setattr(recalibration, "_run", scarce)
-    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 32, seed=0))
+    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 32, seed=0), SCORES)
     assert tried[:2] == [16, 8]
     assert tried[-1] == 8
 
@@ -216,7 +218,7 @@ def test_a_norm_that_runs_twice_is_left_as_it_is() -> None:
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.other.weight *= 0.3
-    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0))
+    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0), SCORES)
     assert torch.equal(pruned.norm.running_mean, whole.norm.running_mean)
     assert not torch.equal(pruned.last.running_mean, whole.last.running_mean)
 

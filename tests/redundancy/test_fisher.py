@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.network.outputs import class_probabilities
-from prune_viz.redundancy.fisher import gather_fisher
+from prune_viz.network.output_kinds import find_output_kind
+from prune_viz.redundancy.fisher import FisherMatrices, gather_fisher
+from prune_viz.runs.damage import Unit
+from prune_viz.runs.output_kind import OutputKind, Task
 
 SHAPES = {Plain: (3, 12, 12), Residual: (3, 12, 12), Flattening: (1, 8, 8)}
 
@@ -31,6 +33,13 @@ def _case(kind: type[nn.Module]) -> tuple[nn.Module, list[CouplingGroup], Tensor
     return model, find_groups(model, torch.zeros(1, *shape)), images
 
 
+def _fisher(
+    model: nn.Module, groups: list[CouplingGroup], inputs: Callable[[], Iterable[Tensor]], seed: int
+) -> FisherMatrices | None:
+    """`gather_fisher`, what the network returns being found out."""
+    return gather_fisher(model, groups, inputs, find_output_kind(model, next(iter(inputs()))[:4]), seed)
+
+
 def _drawn_often(images: Tensor, times: int) -> list[Tensor]:
     return [images] * times
 
@@ -43,7 +52,7 @@ def _divergence(before: Tensor, after: Tensor) -> float:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_ablation_is_divergence_of_a_weakened_channel(kind: type[nn.Module]) -> None:
     model, groups, images = _case(kind)
-    found = gather_fisher(model, groups, lambda: _drawn_often(images, 40), seed=0)
+    found = _fisher(model, groups, lambda: _drawn_often(images, 40), seed=0)
     before = model(images).detach()
     modules = dict(model.named_modules())
     share = 0.02
@@ -74,10 +83,32 @@ def test_ablation_is_divergence_of_a_weakened_channel(kind: type[nn.Module]) -> 
 
 def test_fisher_at_scores_is_softmax_fisher() -> None:
     model, groups, images = _case(Plain)
-    found = gather_fisher(model, groups, lambda: _drawn_often(images, 60), seed=0)
+    found = _fisher(model, groups, lambda: _drawn_often(images, 60), seed=0)
     p = model(images).detach().softmax(1).double()
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
     torch.testing.assert_close(torch.from_numpy(found.consumers["head"]), fisher, rtol=0.1, atol=0.01)
+
+
+def test_fisher_at_labels_is_that_of_each_alone() -> None:
+    model, groups, images = _case(Plain)
+    kind = OutputKind(Task.LABELS)
+    found = gather_fisher(model, groups, lambda: _drawn_often(images, 60), kind, seed=0)
+    p = model(images).detach().sigmoid().double()
+    fisher = torch.diag((p * (1 - p)).mean(0))
+    torch.testing.assert_close(torch.from_numpy(found.consumers["head"]), fisher, rtol=0.1, atol=0.01)
+    assert found.unit is Unit.LABELS
+
+
+def test_fisher_at_dense_scores_is_a_mean_over_positions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    images = torch.randn(16, 3, 8, 8)
+    groups = find_groups(model, images[:1])
+    found = gather_fisher(model, groups, lambda: _drawn_often(images, 60), OutputKind(Task.DENSE), seed=0)
+    p = model(images).detach().softmax(1).double().movedim(1, -1).flatten(0, -2)
+    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
+    torch.testing.assert_close(torch.from_numpy(found.consumers["2"]), fisher, rtol=0.1, atol=0.01)
+    assert found.unit is Unit.POSITION
 
 
 def test_without_scores_damage_is_squared_change() -> None:
@@ -87,7 +118,7 @@ def test_without_scores_damage_is_squared_change() -> None:
     images = torch.randn(32, 2, 6, 6)
     groups = find_groups(model, images[:1])
     group = next(group for group in groups if group.layers == ["2"])
-    found = gather_fisher(model, groups, lambda: _drawn_often(images, 200), seed=0)
+    found = _fisher(model, groups, lambda: _drawn_often(images, 200), seed=0)
     with torch.no_grad():
         maps = model[2](model[1](model[0](images)))
         output = model(images)
@@ -106,7 +137,7 @@ def test_without_scores_damage_is_squared_change() -> None:
 def test_same_seed_same_images_model_unchanged() -> None:
     model, groups, images = _case(Residual)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runs = [gather_fisher(model, groups, lambda: images.split(16), seed=3) for _ in range(2)]
+    runs = [_fisher(model, groups, lambda: images.split(16), seed=3) for _ in range(2)]
     for name, matrix in runs[0].consumers.items():
         assert np.array_equal(matrix, runs[1].consumers[name])
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -122,7 +153,7 @@ def test_no_gradient_means_no_fisher_matrices() -> None:
 
     model = randomise_norms(Closed())
     groups = find_groups(Plain().eval(), torch.zeros(1, 3, 12, 12))
-    assert gather_fisher(model, groups, lambda: [torch.randn(4, 3, 12, 12)], seed=0) is None
+    assert _fisher(model, groups, lambda: [torch.randn(4, 3, 12, 12)], seed=0) is None
 
 
 class _Odd(Plain):
@@ -159,7 +190,7 @@ def test_any_output_is_told_in_its_unit_or_not_at_all(
     torch.manual_seed(0)
     model = randomise_norms(_Odd(ending))
     groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
-    found = gather_fisher(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0)
+    found = _fisher(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0)
     assert (None if found is None else found.unit) == unit
 
 
@@ -169,9 +200,7 @@ def test_probabilities_equal_their_scores() -> None:
     probabilities.load_state_dict(randomise_norms(scores).state_dict())
     groups = find_groups(scores, torch.zeros(1, 3, 12, 12))
     images = [torch.randn(32, 3, 12, 12)]
-    one, other = (
-        gather_fisher(model.eval(), groups, lambda: images, seed=0) for model in (scores, probabilities)
-    )
+    one, other = (_fisher(model.eval(), groups, lambda: images, seed=0) for model in (scores, probabilities))
     for number, ablations in one.ablations.items():
         np.testing.assert_allclose(ablations, other.ablations[number], rtol=1e-3)
 
@@ -185,12 +214,12 @@ def test_consumers_of_other_rows_are_not_silent() -> None:
 
     model = randomise_norms(Halves())
     groups = find_groups(model, torch.zeros(1, 3, 12, 12))
-    assert gather_fisher(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0) is None
+    assert _fisher(model, groups, lambda: [torch.randn(8, 3, 12, 12)], seed=0) is None
 
 
 def test_silencing_is_ranked_as_it_really_goes() -> None:
     model, groups, images = _case(Plain)
-    found = gather_fisher(model, groups, lambda: _drawn_often(images, 20), seed=0)
+    found = _fisher(model, groups, lambda: _drawn_often(images, 20), seed=0)
     before = model(images).detach()
     group = next(group for group in groups if group.layers == ["conv2"])
     real = []
@@ -202,15 +231,6 @@ def test_silencing_is_ranked_as_it_really_goes() -> None:
     assert spearmanr(real, found.ablations[group.number])[0] > 0.8
 
 
-def test_class_probabilities_need_one_row_an_input() -> None:
-    scores = torch.randn(6, 4)
-    shares = scores.softmax(dim=1)
-    torch.testing.assert_close(class_probabilities([scores]), shares)
-    assert class_probabilities([shares]) is shares
-    for other in ([scores, scores], [scores[:, :1]], [torch.randn(6, 4, 2, 2)], []):
-        assert class_probabilities(other) is None
-
-
 @pytest.mark.parametrize("change", [lambda y: y, lambda y: y[:, None]])
 def test_batches_that_run_in_parts_give_the_same(
     change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
@@ -218,7 +238,8 @@ def test_batches_that_run_in_parts_give_the_same(
     model = randomise_norms(_Odd(change)).eval()
     groups = find_groups(randomise_norms(Plain()), torch.zeros(1, 3, 12, 12))
     images = torch.randn(32, 3, 12, 12)
-    whole = gather_fisher(model, groups, lambda: [images], seed=0)
+    kind = find_output_kind(model, images[:4])
+    whole = gather_fisher(model, groups, lambda: [images], kind, seed=0)
     begun, most = [], []
     forward = model.forward
 
@@ -229,7 +250,7 @@ def test_batches_that_run_in_parts_give_the_same(
         return forward(x)
 
     monkeypatch.setattr(model, "forward", short)
-    parts = gather_fisher(model, groups, lambda: begun.append(1) or [images], seed=0)
+    parts = gather_fisher(model, groups, lambda: begun.append(1) or [images], kind, seed=0)
     assert len(begun) == 3
     assert max(most[2:]) == 8
     assert parts.unit == whole.unit
@@ -248,7 +269,7 @@ def test_no_map_outlives_the_measuring() -> None:
     gc.collect()
     gc.disable()  # cycles through a graph would wait for it, and a network's maps with them
     try:
-        assert gather_fisher(model, groups, lambda: images.split(16), seed=0) is not None
+        assert _fisher(model, groups, lambda: images.split(16), seed=0) is not None
         assert maps
         assert not [ref for ref in maps if ref() is not None]
     finally:

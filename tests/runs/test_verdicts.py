@@ -65,4 +65,4 @@ def test_damage_says_what_it_is_a_share_of() -> None:
     assert str(Damage(0.02, Unit.NATS)) == "0.02 nats"
     assert str(Damage(0.02, Unit.OUTPUT)) == "2% of the output's square"
     assert str(Damage(0.02, Unit.CONSUMERS)) == "2% of the output of the layers that read it"
-    assert [str(unit) for unit in Unit] == ["nats", "output", "readers"]  # as files hold them
+    assert [str(unit) for unit in Unit] == ["nats", "nats over labels", "nats a position", "output", "readers"]  # as files hold them

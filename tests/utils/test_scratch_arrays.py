@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from networks import Residual, randomise_norms
+from scores import SCORES
 
 from prune_viz.analysis import conclude as conclusions
 from prune_viz.analysis.pipeline import analyze
@@ -156,8 +157,8 @@ def test_fisher_in_a_file_equals_memory(tmp_path: Path) -> None:
     model = randomise_norms(Residual()).eval()
     groups = [group for group in find_groups(model, torch.zeros(1, 3, 16, 16)) if group.removable]
     images = torch.randn(24, 3, 16, 16)
-    expected = gather_fisher(model, groups, lambda: images.split(16), seed=0)
-    found = gather_fisher(model, groups, lambda: images.split(16), 0, Tight(CPU, 0, tmp_path))
+    expected = gather_fisher(model, groups, lambda: images.split(16), SCORES, seed=0)
+    found = gather_fisher(model, groups, lambda: images.split(16), SCORES, 0, Tight(CPU, 0, tmp_path))
     assert expected is not None
     assert found is not None
     for name, square in expected.consumers.items():
