@@ -73,17 +73,20 @@ def filter_rows(
         activation = float(tensors.activations[index])
         if group is None:
             silent = activation == 0 and float(tensors.responses[:, index].max()) == 0
-            verdict, score, damage = (Verdict.DEAD if silent else Verdict.KEEP), float("nan"), float("nan")
+            verdict = Verdict.DEAD if silent else Verdict.UNJUDGED
+            score = damage = float("nan")
             representatives: list[int] = []
             reason = (
                 f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at "
                 "zero."
                 if silent
-                else "Kept: what reads it could not be traced."
+                else "Not judged: what reads it could not be traced."
             )
         else:
             found = verdicts[group.number].channels[channel_of[index]]
             verdict, score, damage = found.verdict, found.score, found.damage
+            if verdict is Verdict.KEEP and np.isnan(damage) and group.removable:
+                verdict = Verdict.UNJUDGED
             place = filters_at[channel_of[index]].tolist().index(index)  # of several filters of a channel
             others = filters_at[found.representatives, place]
             representatives = others[others >= 0].tolist()
@@ -157,8 +160,8 @@ def explain(
     if np.isnan(verdict.damage):
         missing = [name for name in group.layers if name not in judged]
         if missing:
-            return f"Kept: it is tied to {', '.join(missing)}, which this run did not analyse."
-        return "Kept: the output of the layers that read it never varies."
+            return f"Not judged: it is tied to {', '.join(missing)}, which this run did not analyse."
+        return "Not judged: the output of the layers that read it never varies."
     rebuilt = f"all others together reconstruct {_percent(verdict.score)} of it"
     silent = "" if verdict.fires else " It never fires on the images of --data, which is no proof."
     return f"Kept: {rebuilt}; removing it with nothing in its place {cost}.{silent}"

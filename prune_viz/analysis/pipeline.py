@@ -112,6 +112,8 @@ def analyze(
         check_run_directory(Path(out))
     source = dict(source or {})
     prepared = prepare(model, asked, out, source.get("sha256"))
+    for sentence in prepared.cut:
+        progress.say(sentence)
     provenance = _provenance(prepared, source, asked)
     make_engine = _engine_maker(prepared, asked, progress)
 

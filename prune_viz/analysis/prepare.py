@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Prepared:
         What model it is.
     notes : list of str
         For the report: what had to be left out.
+    cut : list of str
+        Those of them that are said before the run: on groups of which only a part is analysed.
     """
 
     model: nn.Module
@@ -63,6 +66,7 @@ class Prepared:
     output: OutputKind
     origin: Origin
     notes: list[str]
+    cut: list[str]
 
     @property
     def judged(self) -> list[CouplingGroup]:
@@ -111,12 +115,13 @@ def prepare(
         groups = []
     elif untraced:
         notes.append(untraced)
+    cut = _cut_groups(groups, chosen, network)
     tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     weights = hash_model(model)
     return Prepared(
         model, network, chosen, records, groups, statistics, examples, output,
-        Origin(file_sha256 or weights, weights, output), notes + unread,
+        Origin(file_sha256 or weights, weights, output), cut + notes + unread, cut,
     )  # fmt: skip
 
 
@@ -157,6 +162,29 @@ def _notes(network: FilterNetwork, graph: ChannelGraph) -> list[str]:
             for why, names in reasons.items()
         ]
     return notes
+
+
+def _cut_groups(
+    groups: Sequence[CouplingGroup], chosen: Sequence[Layer], network: FilterNetwork
+) -> list[str]:
+    """What to add to `--layers`, where it names only a part of some groups, so that these are judged."""
+    names = {layer.name for layer in chosen}
+    cut = [
+        group
+        for group in groups
+        if group.removable and not names.isdisjoint(group.layers) and not names.issuperset(group.layers)
+    ]
+    tied = {name for group in cut for name in group.layers} - names
+    missing = [layer for layer in network.layers if layer.name in tied]
+    if not missing:
+        return []
+    filters = sum(layer.filters for layer in missing)
+    count = f"{len(cut)} coupling group{'s' * (len(cut) > 1)}"
+    names_missing = few([layer.name for layer in missing])
+    return [
+        f"--layers names only a part of {count}, which cannot be judged so. "
+        f"To have them judged, name {names_missing} too: {filters:,} more filters."
+    ]
 
 
 def _record(layer: Layer, group: CouplingGroup | None) -> LayerRecord:

@@ -111,6 +111,8 @@ def write_masks(
     decisions = directory.read_decisions()
     filters, costs = decisions.filters, decisions.macs
     rankings = read_rankings(decisions)
+    if not rankings and (ratio, macs, tolerance) != (None, None, None):
+        raise UserError("no filter of this run was judged, so no budget can be met; filters.csv says why")
     counts = None
     if ratio is not None:
         counts = counts_for_ratio(rankings, ratio, sum(filters.values()), round_to)

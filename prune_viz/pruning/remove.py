@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prune_viz.channels.cutting import cut_channels
 from prune_viz.channels.groups import CouplingGroup, Places, group_of_layer
 from prune_viz.network.calls import blank_input, run_and_size_norms
-from prune_viz.network.copies import as_it_was, plain_copy
+from prune_viz.network.copies import free_copy, plain_copy
 from prune_viz.network.layer_kinds import gather_by_inputs, spread_by_inputs
 from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.network.tracing import own_norms
@@ -260,10 +260,9 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
 
 def _counted(model: nn.Module, input_shape: Sequence[int]) -> FlopCounterMode:
     """PyTorch's counter after one input has passed in eval mode."""
-    training = model.training
-    model.eval()
+    # Its hooks stumble over views of parameters with gradients, as an expanded class token is.
+    twin = free_copy(model, share=True).eval().requires_grad_(False)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), as_it_was(model), counter:
-        model(blank_input(model, input_shape))
-    model.train(training)
+    with torch.no_grad(), counter:
+        twin(blank_input(model, input_shape))
     return counter

@@ -34,7 +34,8 @@ class LayerDots:
     row : LayerRow
         The layer.
     paths : dict of Verdict to str
-        Points, which a round cap makes dots, diamonds or crosses; none for a verdict that no filter has.
+        Dots (points that a round cap widens), diamonds, crosses or squares; none for a verdict that no
+        filter has.
     """
 
     row: LayerRow
@@ -142,6 +143,7 @@ def _path(verdict: Verdict, points: np.ndarray, dot: float) -> str:
     shapes = {
         "diamond": f"m0-{r}l{r} {r}-{r} {r}-{r}-{r}z",
         "cross": f"m-{r}-{r}l{2 * r} {2 * r}m0-{2 * r}l-{2 * r} {2 * r}",
+        "square": f"m-{r}-{r}h{2 * r}v{2 * r}h-{2 * r}z",
     }
     return _dots(points) if verdict.look.shape == "ring" else _marks(points, shapes[verdict.look.shape])
 

@@ -42,8 +42,13 @@ class Counts:
         """Filters that the run's masks remove."""
         return sum(self[verdict] for verdict in FLAGGED)
 
+    @property
+    def shown(self) -> list[Verdict]:
+        """The verdicts that a legend names: all, but that filters were not judged only where some were not."""
+        return [verdict for verdict in Verdict if self[verdict] or verdict is not Verdict.UNJUDGED]
+
     def __str__(self) -> str:
-        return ", ".join(f"{self[verdict]} {verdict}" for verdict in Verdict)
+        return ", ".join(f"{self[verdict]} {verdict}" for verdict in self.shown)
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ def network_page(
             wording.plural(counts.filters, "filter"),
             f"input {wording.size(model.input_shape)}",
         ],
-        finding=finding(counts),
+        finding=finding(counts, _tied(filters)),
         certainty=certainty(filters, decisions.prediction),
         counts=counts,
         savings=savings,
@@ -207,10 +212,25 @@ def network_page(
     )
 
 
-def finding(counts: Counts) -> str:
-    """Say in one sentence what was found."""
+def finding(counts: Counts, tied: int = 0) -> str:
+    """Say what was found.
+
+    Parameters
+    ----------
+    counts : Counts
+        Filters by verdict.
+    tied : int
+        How many of those that are kept cannot go, whatever they do.
+    """
+    whole, unjudged = wording.plural(counts.filters, "filter"), counts[Verdict.UNJUDGED]
+    judged = counts.filters - unjudged - tied
+    if not judged:
+        return f"None of the {whole} was judged; the reason stands at each."
+    rest = _left(unjudged, tied)
     if not counts.flagged:
-        return f"Each of the {wording.plural(counts.filters, 'filter')} does something that no other does."
+        each = wording.plural(judged, "filter")
+        others = " that were judged" if judged < counts.filters else ""
+        return f"Each of the {each}{others} does something that no other does.{rest}"
     parts = []
     redundant, dead = counts[Verdict.REDUNDANT], counts[Verdict.DEAD]
     both = redundant and dead
@@ -220,8 +240,22 @@ def finding(counts: Counts) -> str:
     if dead:
         who = wording.count(dead) if both else "they" if dead > 1 else "it"
         parts.append(f"{who} do{'es' * (dead == 1)} nothing")
-    whole = wording.plural(counts.filters, "filter")
-    return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}."
+    return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}.{rest}"
+
+
+def _tied(filters: pd.DataFrame) -> int:
+    """How many filters are kept without a cost of their removal, since nothing can remove them."""
+    return int(((filters["verdict"] == Verdict.KEEP) & filters["damage"].isna()).sum())
+
+
+def _left(unjudged: int, tied: int) -> str:
+    """A sentence on filters about which nothing was found."""
+    said = []
+    if unjudged:
+        said.append(f"{wording.count(unjudged)} {'was' if unjudged == 1 else 'were'} not judged")
+    if tied:
+        said.append(f"{wording.count(tied)} cannot go, whatever {'it does' if tied == 1 else 'they do'}")
+    return f" {', and '.join(said)}." if said else ""
 
 
 def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:

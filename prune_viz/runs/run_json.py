@@ -131,6 +131,7 @@ class Summary:
     keep: Amount
     redundant: Amount
     dead: Amount
+    unjudged: Amount = 0
     parameters: Amount | None = None
     parameters_after: Amount | None = None
     macs: Amount | None = None

@@ -14,7 +14,7 @@ class Look:
     ----------
     letter : str
         One letter for it, unlike any other verdict's, in tables of the report.
-    shape : {"ring", "diamond", "cross"}
+    shape : {"ring", "diamond", "cross", "square"}
         Its mark, so that verdicts never differ by colour alone.
     colour, dark : str
         Of the mark, ``#rrggbb``, on light and on dark ground.
@@ -35,6 +35,7 @@ class Verdict(StrEnum):
     KEEP = "keep"
     REDUNDANT = "redundant"
     DEAD = "dead"
+    UNJUDGED = "unjudged"
 
     @property
     def look(self) -> Look:
@@ -63,5 +64,8 @@ _LOOKS = {
         "A copy of a filter that stays, or a weighted sum of several.",
     ),
     Verdict.DEAD: Look("d", "cross", "#8a2f55", "#e084ab", "Never changes the network's output."),
+    Verdict.UNJUDGED: Look(
+        "u", "square", "#6b6f76", "#9aa0a8", "Not judged: what it would take is not known, so it stays."
+    ),
 }
 FLAGGED = tuple(verdict for verdict in Verdict if verdict.flagged)

@@ -43,6 +43,9 @@ class Progress:
     def note(self, text: str) -> None:
         """Say what the current stage is working on, a layer's name for instance."""
 
+    def say(self, sentence: str) -> None:
+        """Tell the user something before the work begins."""
+
     def finish(self) -> None:
         """End the current stage."""
 
@@ -97,6 +100,10 @@ class BarProgress(Progress):
         """Say what the current stage is working on, a layer's name for instance."""
         if self._task is not None:
             self._bars.update(self._task, note=escape(text.encode("ascii", "backslashreplace").decode()[:60]))
+
+    def say(self, sentence: str) -> None:
+        """Tell the user something before the work begins."""
+        self._bars.console.print(escape(sentence.encode("ascii", "backslashreplace").decode()), style="bold")
 
     def finish(self) -> None:
         """End the current stage."""

@@ -81,7 +81,7 @@ def _of_torchvision(kind: str, name: str) -> nn.Module:
         kwargs["weights_backbone"] = None
     if kind == "detection":
         kwargs["score_thresh" if name.startswith(EVERY_BOX) else "box_score_thresh"] = 0.0
-        if not name.startswith("ssd"):  # these have a size of their own; others enlarge pictures to 800 pixels
+        if not name.startswith("ssd"):  # which have one size; others enlarge pictures to 800 pixels
             kwargs |= {"min_size": LARGE_SIZE, "max_size": LARGE_SIZE}
     model = torchvision.models.get_model(name, **kwargs).eval()
     for module in model.modules():

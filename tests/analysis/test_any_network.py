@@ -312,7 +312,7 @@ def test_single_input_networks_are_not_judged(tmp_path: Path) -> None:
     torch.manual_seed(0)
     found = analyze(OneAtATime(), input_shape=PICTURE, steps=3, out=tmp_path / "run")
     assert (found.filters["activation"] > 0).all()
-    assert (found.filters["verdict"] == "keep").all()
+    assert (found.filters["verdict"] == "unjudged").all()
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
     assert any("one input at a time" in note for note in notes)
 

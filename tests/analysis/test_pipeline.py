@@ -24,6 +24,7 @@ from prune_viz.channels.coupling import find_groups
 from prune_viz.demo.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.execution import tasks
 from prune_viz.execution.run_context import RunContext
+from prune_viz.pruning.budgets import write_masks
 from prune_viz.pruning.masks import load_masks
 from prune_viz.pruning.remove import remove_filters
 from prune_viz.redundancy.importance import CalibrationImages, measure_groups
@@ -32,6 +33,7 @@ from prune_viz.runs.fingerprint import hash_model
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import ASIDE
+from prune_viz.utils.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +224,30 @@ def test_only_layers_asked_for_are_looked_at() -> None:
     assert result.filters["layer"].unique().tolist() == ["inner", "expand"]
     rows = result.filters.set_index(["layer", "filter"])
     assert rows.loc[("inner", 2), "verdict"] == "dead"
+    assert (rows.loc["expand", "verdict"] == "unjudged").all()
     assert "depthwise, which this run did not analyse" in rows.loc[("expand", 0), "reason"]
     assert len(result.masks) == 6
+
+
+def test_cut_groups_are_said_before_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Progress):
+        def say(self, sentence: str) -> None:
+            assert not (tmp_path / "run").exists()
+            said.append(sentence)
+
+    model = randomise_norms(Residual())
+    result = analyze(
+        model, input_shape=(3, 16, 16), steps=2, layers=["exp*"], out=tmp_path / "run", progress=Heard()
+    )
+    assert said == [
+        "--layers names only a part of 1 coupling group, which cannot be judged so. "
+        "To have them judged, name depthwise too: 16 more filters."
+    ]
+    assert result.summary["unjudged"] == len(result.filters) == 16
+    with pytest.raises(UserError, match="no filter of this run was judged"):
+        write_masks(tmp_path / "run", ratio=0.1)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_what_has_no_angle_is_left_out() -> None:
 
 def row(place: int) -> LayerRow:
     record = LayerRecord(f"l{place}", "", 4, place, None, (8, 8), None, f"layers/{place}.safetensors")
-    return LayerRow(record, place, "", Counts({Verdict.KEEP: 4, Verdict.REDUNDANT: 0, Verdict.DEAD: 0}))
+    return LayerRow(record, place, "", Counts(dict.fromkeys(Verdict, 0) | {Verdict.KEEP: 4}))
 
 
 def layers(medians: list[float]) -> list[LayerCoherence]:

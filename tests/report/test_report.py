@@ -146,8 +146,9 @@ def test_overview_states_the_summary(run: RunDirectory) -> None:
     flagged = (filters["verdict"] != "keep").sum()
     assert f"{flagged} of 80 filters can go" in text
     assert re.search(rf"80\s*→\s*(to )?\s*{80 - flagged}\b", text)
-    for verdict in Verdict:
+    for verdict in (Verdict.KEEP, Verdict.REDUNDANT, Verdict.DEAD):
         assert re.search(rf"{verdict}\s*{(filters['verdict'] == verdict).sum()}\b", text)
+    assert "unjudged" not in text  # as none is
     assert "4.65\u202fM" in text
     assert "4.03\u202fM" in text
     assert "no calibration images were synthesised" in text
@@ -429,7 +430,7 @@ def test_the_map_of_the_network_shows_every_filter_once(run: RunDirectory) -> No
     page = map_drawing.draw_map(rows, filters)
     assert page is not None
     for dots in page.layers:
-        for verdict, end in zip(Verdict, ("h0", "z", "m0-"), strict=True):
+        for verdict, end in zip(Verdict, ("h0", "z", "m0-", "h-"), strict=True):
             assert dots.paths.get(verdict, "").count(end) == dots.row.counts[verdict]
     kept_dots = page.layers[0].paths[Verdict.KEEP]
     steps = re.findall(r"[Mm](-?\d+) ?(-?\d+)h0", kept_dots)  # from each dot to the next
@@ -546,7 +547,7 @@ def test_stimuli_by_depth_span_the_network() -> None:
             LayerRecord(f"l{i}", "", 20, i, None, (8, 8), None, f"layers/{i}.safetensors"),
             i,
             "",
-            Counts({Verdict.KEEP: 20, Verdict.REDUNDANT: 0, Verdict.DEAD: 0}),
+            Counts(dict.fromkeys(Verdict, 0) | {Verdict.KEEP: 20}),
         )
         for i in range(30)
     ]
@@ -598,10 +599,26 @@ def test_certainty_names_worst_score_and_damage() -> None:
         ((4, 1, 0), "1 of 5 filters can go: it repeats what other filters compute."),
         ((2, 0, 3), "3 of 5 filters can go: they do nothing."),
         ((2, 2, 1), "3 of 5 filters can go: 2 repeat what other filters compute and 1 does nothing."),
+        ((4, 1, 0, 2), "1 of 7 filters can go: it repeats what other filters compute. 2 were not judged."),
+        (
+            (4, 0, 0, 1),
+            "Each of the 4 filters that were judged does something that no other does. 1 was not judged.",
+        ),
+        ((0, 0, 0, 464), "None of the 464 filters was judged; the reason stands at each."),
     ],
 )
 def test_finding(counts: tuple[int, ...], sentence: str) -> None:
-    assert finding(Counts(dict(zip(Verdict, counts, strict=True)))) == sentence
+    of = dict.fromkeys(Verdict, 0) | dict(zip(Verdict, counts, strict=False))
+    assert finding(Counts(of)) == sentence
+
+
+def test_finding_leaves_out_what_cannot_go() -> None:
+    counts = Counts(dict.fromkeys(Verdict, 0) | {Verdict.KEEP: 6})
+    assert finding(counts, tied=6) == "None of the 6 filters was judged; the reason stands at each."
+    assert finding(counts, tied=2) == (
+        "Each of the 4 filters that were judged does something that no other does. "
+        "2 cannot go, whatever they do."
+    )
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def test_choosing_a_thumbnail_goes_to_its_card(run: RunDirectory, watched: Watch
 def test_showing_one_verdict_hides_the_others(run: RunDirectory, watched: Watched) -> None:
     page = watched.open(layer_pages(run)[2])
     shown = "() => Array.from(document.querySelectorAll('.card')).filter(n => n.getClientRects().length)"
-    for verdict in Verdict:
+    assert page.locator(".show label", has_text="unjudged").count() == 0  # as all were judged
+    for verdict in (Verdict.KEEP, Verdict.REDUNDANT, Verdict.DEAD):
         page.locator(".show label", has_text=verdict).click()
         total = page.locator(f".card.{verdict}").count()
         assert total > 0

@@ -17,7 +17,12 @@ def test_verdicts_differ_in_letter_shape_and_colour() -> None:
         assert len({getattr(look, field) for look in looks}) == len(looks), field
     assert all(len(look.letter) == 1 for look in looks)
     assert Verdict.KEEP not in FLAGGED
-    assert [str(verdict) for verdict in Verdict] == ["keep", "redundant", "dead"]  # as files hold them
+    assert [str(verdict) for verdict in Verdict] == [
+        "keep",
+        "redundant",
+        "dead",
+        "unjudged",
+    ]  # as files hold them
 
 
 def _luminance(colour: str) -> float:
@@ -65,4 +70,5 @@ def test_damage_says_what_it_is_a_share_of() -> None:
     assert str(Damage(0.02, Unit.NATS)) == "0.02 nats"
     assert str(Damage(0.02, Unit.OUTPUT)) == "2% of the output's square"
     assert str(Damage(0.02, Unit.CONSUMERS)) == "2% of the output of the layers that read it"
-    assert [str(unit) for unit in Unit] == ["nats", "nats over labels", "nats a position", "output", "readers"]  # as files hold them
+    in_files = ["nats", "nats over labels", "nats a position", "output", "readers"]
+    assert [str(unit) for unit in Unit] == in_files
