@@ -52,8 +52,12 @@ def find_output_kind(model: nn.Module, inputs: Tensor, task: Task | None = None)
     """
     twin = plain_copy(model)
     last = _LastOperations()
-    with torch.no_grad(), last:
-        returned = twin(inputs)
+    try:
+        with torch.no_grad(), last:
+            returned = twin(inputs)
+    except Exception:  # what cannot be watched can still run, as compiled code
+        with torch.no_grad():
+            returned = twin(inputs)
     outputs = by_inputs(tensors_of(returned), len(inputs))
     operations = {last.of(output) for output in outputs}
     if task is not None:

@@ -44,7 +44,7 @@ class Counts:
 
     @property
     def shown(self) -> list[Verdict]:
-        """The verdicts that a legend names: all, but that filters were not judged only where some were not."""
+        """The verdicts that a legend names: `UNJUDGED` only where some filters are."""
         return [verdict for verdict in Verdict if self[verdict] or verdict is not Verdict.UNJUDGED]
 
     def __str__(self) -> str:

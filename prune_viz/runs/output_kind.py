@@ -32,7 +32,7 @@ class Evidence(StrEnum):
     GIVEN = "given"
     """The user said so."""
     STRUCTURE = "structure"
-    """The last operations of the network, or the names of its outputs."""
+    """The last operations of the network, or the number and names of its outputs."""
     RANGE = "range"
     """The values that it returns for noise."""
     ASSUMED = "assumed"
@@ -49,11 +49,11 @@ _MEANING = {
     Task.CLASSES: ("probabilities of classes", "scores of classes, one of which is right"),
     Task.LABELS: ("probabilities of labels, each for itself", "scores of labels, each for itself"),
     Task.DENSE: ("probabilities of classes at every position", "scores of classes at every position"),
-    Task.VALUES: ("values that are no probabilities", "values that are no probabilities"),
+    Task.VALUES: ("values that are not read as probabilities",) * 2,
 }
 _BECAUSE = {
     Evidence.GIVEN: ", as --task says",
-    Evidence.STRUCTURE: ", as its last operations show",
+    Evidence.STRUCTURE: ", as its structure shows",
     Evidence.RANGE: ", by their range on noise",
     Evidence.ASSUMED: ": assumed from the shape alone, so say --task {others} if that is wrong",
 }
