@@ -28,10 +28,11 @@ def move(call: Call) -> Labels:
 
 
 def _movable(call: Call, argument: Any) -> Any:
-    """Labels in the place of a tensor; indices stay."""
-    if not isinstance(argument, Tensor) or not (argument.is_floating_point() or argument.is_complex()):
+    """Labels in the place of a tensor; indices by which another is moved stay."""
+    if not isinstance(argument, Tensor):
         return argument
-    return call.labels(argument)
+    values = argument is call.args[0] or argument.is_floating_point() or argument.is_complex()
+    return call.labels(argument) if values else argument
 
 
 def pad(call: Call) -> Labels:

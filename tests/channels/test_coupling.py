@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from prune_viz.channels.coupling import find_groups
@@ -164,3 +164,22 @@ def test_sum_with_concatenation_is_one_group() -> None:
     assert group.channels == 8
     placed = {places.module: places.channels.tolist() for places in group.producers}
     assert placed == {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7], "both": list(range(8))}
+
+
+def test_indices_of_positions_are_no_labels() -> None:
+    class Best(nn.Module):
+        """Returns where its maps are largest, as detectors choose their boxes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.scores = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.scores(self.first(x).relu())
+            places = scores[0].flatten().topk(40).indices
+            return scores, places[places.argsort(descending=True)[:5]]
+
+    torch.manual_seed(0)
+    groups = group_of_layer(find_groups(Best().eval(), torch.randn(1, 3, 32, 32)))
+    assert groups["first"].removable
+    assert "topk" in groups["scores"].note
