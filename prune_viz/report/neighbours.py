@@ -17,7 +17,7 @@ def firing(responses: np.ndarray) -> list[list[tuple[int, float]]]:
 
 def similar(responses: np.ndarray) -> list[list[tuple[int, float]]]:
     """For each filter those whose responses to all stimuli are most alike: the cosine of their profiles."""
-    finite = np.nan_to_num(responses.astype(np.float32), posinf=0.0, neginf=0.0)
+    finite = np.nan_to_num(responses.astype(np.float64), posinf=0.0, neginf=0.0)
     lengths = np.linalg.norm(finite, axis=0)
     unit = finite / np.where(lengths > 0, lengths, 1)
     return _strongest(unit.T @ unit)
@@ -32,7 +32,7 @@ def _strongest(shares: np.ndarray) -> list[list[tuple[int, float]]]:
     if shown < 1:
         return [[] for _ in range(count)]
     order = np.argsort(-apart, axis=1, kind="stable")[:, :shown]
-    largest = np.take_along_axis(apart, order, axis=1).clip(max=1).round(3)
+    largest = np.take_along_axis(apart, order, axis=1).clip(max=1)
     return [
         [(other, share) for other, share in zip(others, row, strict=True) if share > 0]
         for others, row in zip(order.tolist(), largest.tolist(), strict=True)

@@ -42,7 +42,7 @@ def panel_data(
     -------
     dict
         Each with an entry a filter, by number: ``reasons``; ``figures``, pairs of a name and the filters'
-        texts; ``fires`` and ``alike``, pairs of another filter and a share, 0 to 1, the largest first; and
+        texts; ``fires`` and ``alike``, pairs of another filter and how much, the most first; and
         ``crops``, triples of a picture, left and upper edge in thousandths (None without example images).
         Of all filters: ``consumers``, pairs of a name and a place (-1 for none); ``weights``, whether theirs
         are drawn; and ``side`` of a crop as a share of its picture.
@@ -60,13 +60,17 @@ def panel_data(
             ("Damage", [wording.damage(card.damage, unit) for card in cards]),
             ("Cluster", [str(card.cluster) if card.cluster >= 0 else "none" for card in cards]),
         ],
-        "fires": firing(tensors.responses),
-        "alike": similar(tensors.responses),
+        "fires": _written(firing(tensors.responses)),
+        "alike": _written(similar(tensors.responses)),
         "consumers": [(wording.label(name), places.get(name, -1)) for name in consumers],
         "weights": tensors.weights is not None,
         "crops": None if windows is None else [_crops(row) for row in windows],
         "side": 1.0 if windows is None else round(float(windows[0, 0, 3]), 4),
     }
+
+
+def _written(neighbours: list[list[tuple[int, float]]]) -> list[list[tuple[int, str]]]:
+    return [[(other, wording.nearness(share)) for other, share in row] for row in neighbours]
 
 
 def _crops(windows: np.ndarray) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 
-from prune_viz.runs.damage import Damage, Unit
+from prune_viz.runs.damage import RAISED, Damage, Unit
 
 NARROW = "\u202f"  # narrow no-break space, between a figure and its unit
 _DASH = "\u2013"
@@ -75,6 +75,15 @@ def percent(share: float) -> str:
     if 0 < share < 0.0005:
         return f"<0.1{NARROW}%"
     return f"{100 * share:.1f}{NARROW}%"
+
+
+def nearness(share: float) -> str:
+    """Write a share of 0 to 1 as a percentage, and how near to 1 it is from 99.5 % on: ``1 − 10⁻⁴``."""
+    if share < 0.995:
+        return f"{100 * share:.0f}{NARROW}%"
+    if 1 - share < 1e-9:  # responses are not known more precisely
+        return "the same"
+    return f"1 {_MINUS} 10" + str(round(math.log10(1 - share))).translate(RAISED)
 
 
 def saving(before: float, after: float) -> str:

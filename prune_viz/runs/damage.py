@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 _DASH = "\u2013"
-_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 
 class Unit(StrEnum):
@@ -103,7 +103,7 @@ class Damage:
         power = round(math.log10(figure))
         if -3 <= power <= 3:
             return f"{figure:g}{gap}{self.unit.symbol}"
-        return f"10{str(power).translate(_RAISED)}{gap}{self.unit.symbol}"
+        return f"10{str(power).translate(RAISED)}{gap}{self.unit.symbol}"
 
     def __str__(self) -> str:
         return f"{self.text()} {self.unit.of}".rstrip()

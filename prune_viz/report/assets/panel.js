@@ -27,8 +27,7 @@
   };
   const others = function (list) {
     return list.map(function (pair) {
-      const share = Math.round(100 * pair[1]) + "\u202f%";
-      const inner = [tile("t", pair[0], "Stimulus"), make("b", String(pair[0])), make("span", share)];
+      const inner = [tile("t", pair[0], "Stimulus"), make("b", String(pair[0])), make("span", pair[1])];
       const button = make("button", inner, { type: "button" });
       button.addEventListener("click", function () { open(pair[0]); });
       return make("li", button);
