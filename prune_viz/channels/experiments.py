@@ -24,6 +24,7 @@ from prune_viz.utils.nested_tensors import tensors_of
 _CLOSE = 1e-4  # relative; also to a layer's largest value, where single values are near zero
 
 Change = Callable[[Tensor], Tensor]
+Choice = Callable[[int, int], set[int]]  # of channels, from a group's place among others and how many it has
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Bench:
         self._whole: dict[bool, Run] = {}
         self._most = Budget.of(torch.device("cpu")).left() // 4  # two passes are held at a time
         self._differing: set[str] = set()  # layers at which the last removal failed
+        self._last = ""  # the layer that was called last
         self._passed: set[str] = set()  # grouped convolutions that channels pass on their way to consumers
 
     def pass_through(self, groups: Sequence[CouplingGroup]) -> None:
@@ -131,16 +133,9 @@ class Bench:
                     return f"something on the way to {name} turns a silent channel into another value"
         return ""
 
-    def remove(self, groups: Sequence[CouplingGroup], training: bool) -> str:
+    def remove(self, groups: Sequence[CouplingGroup], training: bool, choose: Choice) -> str:
         """Remove some channels of each group: every layer must compute as it does with them silenced."""
-        for choose in _CHOICES:
-            gone = {group.number: choose(place, group.channels) for place, group in enumerate(groups)}
-            why = self._remove(groups, gone, training)
-            if why:
-                return why
-        return ""
-
-    def _remove(self, groups: Sequence[CouplingGroup], gone: Mapping[int, set[int]], training: bool) -> str:
+        gone = {group.number: choose(place, group.channels) for place, group in enumerate(groups)}
         self._differing = set()
         masked = self._try(_written(groups, gone, norms=True), torch.zeros_like, training=training)
         if isinstance(masked, str):
@@ -158,6 +153,7 @@ class Bench:
             # what the network chooses by its values, as a detector does.
             removed = self._run(smaller, held=masked, training=training, kept=kept)
         except Exception as error:  # a forward pass that counts on the old sizes
+            self._differing = {self._last}
             return f"the network does not run without some of its channels ({brief(error, 80)})"
         self._differing = set(removed.differing)
         for name in removed.differing:
@@ -206,6 +202,7 @@ class Bench:
 
         def hook(name: str) -> Callable[..., Tensor | None]:
             def read(module: nn.Module, arguments: Any, named: Any, output: Any) -> Tensor | None:
+                self._last = name
                 given = next(iter((*arguments, *named.values())))
                 if not isinstance(output, Tensor):
                     return None
@@ -318,7 +315,8 @@ def _at_other_end(place: int, channels: int) -> set[int]:
     return set(range(channels - max(1, channels // 4), channels)) if place % 2 and channels > 1 else set()
 
 
-_CHOICES = (_ends_and_middle, _some, _at_one_end, _at_other_end)  # of channels that are removed on trial
+# Of channels that are removed on trial.
+CHOICES: tuple[Choice, ...] = (_ends_and_middle, _some, _at_one_end, _at_other_end)
 
 
 def _jolted(maps: Tensor) -> Tensor:

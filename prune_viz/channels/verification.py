@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
-from prune_viz.channels.experiments import Bench
+from prune_viz.channels.experiments import CHOICES, Bench
 from prune_viz.channels.groups import CouplingGroup
 
 SECONDS = 120.0  # for all experiments on a network
@@ -51,7 +52,8 @@ def verified(
     if why:
         return [replace(group, removable=False, note=group.note or why) for group in groups]
     notes = {group.number: why for group in groups if (why := bench.cannot_watch(group))}
-    experiments = [bench.jolt, bench.silence, bench.remove]
+    removals = [partial(bench.remove, choose=choose) for choose in CHOICES]
+    experiments: list[Any] = [bench.jolt, bench.silence, *removals]
     passes = [(one, training) for training in ([False, True] if trains else [False]) for one in experiments]
     for experiment, training in passes:
         rest = [group for group in groups if group.removable and group.number not in notes]
@@ -72,23 +74,24 @@ def _failing_kinds(
     Blocks of a network repeat. So where the first and the last group of `_MANY` fail whose layers have the
     same names, numbers aside, those between are taken to fail too, and are kept.
     """
-    if not groups:
-        return {}
-    if time.monotonic() > deadline:
-        return _failing(groups, experiment, deadline)
-    if not experiment(groups):
-        return {}
-    suspected = suspects(groups)
-    kinds: dict[str, list[CouplingGroup]] = {}
-    for group in suspected:
-        kinds.setdefault(re.sub(r"\d+", "#", " ".join(group.layers)), []).append(group)
+    kinds = {group.number: re.sub(r"\d+", "#", " ".join(group.layers)) for group in groups}
     found: dict[int, str] = {}
-    for alike in kinds.values():
-        why = experiment(alike[:1]) if len(alike) >= _MANY else ""
-        if why and experiment(alike[-1:]):
-            found |= {group.number: why for group in alike}
-    found |= _failing([group for group in suspected if group.number not in found], experiment, deadline)
-    return found | _failing([group for group in groups if group.number not in found], experiment, deadline)
+    rest = list(groups)
+    while rest and time.monotonic() < deadline:
+        if not experiment(rest):
+            return found
+        suspected, before = suspects(rest), len(found)
+        for kind in dict.fromkeys(kinds[group.number] for group in suspected):
+            alike = [group for group in rest if kinds[group.number] == kind]
+            why = experiment(alike[:1]) if len(alike) >= _MANY else ""
+            if why and experiment(alike[-1:]):
+                found |= {group.number: why for group in alike}
+        suspected = [group for group in suspected if group.number not in found]
+        found |= _failing(suspected, experiment, deadline)
+        rest = [group for group in rest if group.number not in found]
+        if len(found) == before:  # none of those suspected was at fault
+            break
+    return found | _failing(rest, experiment, deadline)
 
 
 def _failing(groups: Sequence[CouplingGroup], experiment: Experiment, deadline: float) -> dict[int, str]:
