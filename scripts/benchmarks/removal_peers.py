@@ -28,13 +28,30 @@ SHARE = 1 / 3
 MEMORY = 10 * 2**30
 
 Gone = dict[str, set[int]]  # indices of outputs that went, by the layer's or norm's name
+Removed = tuple[nn.Module, Gone, float]  # the smaller network, what went, and in how many seconds
 
 
-def torch_pruning(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> tuple[nn.Module, Gone]:
+def torch_pruning(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> Removed:
     """Torch-Pruning's own pruner with random scores; it must be told which layers are the outputs."""
+    gone: Gone = {}
+    whole = copy.deepcopy(model)  # on which nothing is pruned, so that indices stay what they were
+    names = {module: name for name, module in whole.named_modules()}
+    pruner, groups = _torch_pruning_groups(whole, images, outputs)
+    for group in groups:
+        for dep, indices in group:
+            if pruner.DG.is_out_channel_pruning_fn(dep.handler) and dep.target.module in names:
+                gone.setdefault(names[dep.target.module], set()).update(indices)
+    start = time.perf_counter()
+    for group in _torch_pruning_groups(model, images, outputs)[1]:
+        group.prune()
+    return model, gone, time.perf_counter() - start
+
+
+def _torch_pruning_groups(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> tuple[Any, Any]:
+    """Its pruner, and an iterator over its groups, which chooses the same channels each time."""
     import torch_pruning as tp
 
-    names = {module: name for name, module in model.named_modules()}
+    torch.manual_seed(0)
     pruner = tp.pruner.BasePruner(
         model,
         images,
@@ -42,20 +59,15 @@ def torch_pruning(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> t
         pruning_ratio=SHARE,
         ignored_layers=[model.get_submodule(name) for name in outputs],
     )
-    gone: Gone = {}
-    for group in pruner.step(interactive=True):
-        for dep, indices in group:
-            if pruner.DG.is_out_channel_pruning_fn(dep.handler) and dep.target.module in names:
-                gone.setdefault(names[dep.target.module], set()).update(indices)
-        group.prune()
-    return model, gone
+    return pruner, pruner.step(interactive=True)
 
 
-def kirigami(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> tuple[nn.Module, Gone]:
+def kirigami(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> Removed:
     """torch-kirigami's candidates, a third of those of each axis, removed in one plan."""
     from torch_kirigami import DependencyGraph
     from torch_kirigami.pruning import Pruner
 
+    start = time.perf_counter()
     pruner = Pruner(model, graph=DependencyGraph.build(model, args=(images,)))
     candidates: dict[Any, list[Any]] = {}
     for candidate in pruner.discover_candidates().candidates:
@@ -76,10 +88,10 @@ def kirigami(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> tuple[
                 if others == whole:
                     gone.setdefault(layer, set()).update(region.axes[axis])
     smaller, _ = pruner.apply(plan)
-    return smaller, gone
+    return smaller, gone, time.perf_counter() - start
 
 
-PEERS: dict[str, Callable[[nn.Module, Tensor, Sequence[str]], tuple[nn.Module, Gone]]] = {
+PEERS: dict[str, Callable[[nn.Module, Tensor, Sequence[str]], Removed]] = {
     "Torch-Pruning": torch_pruning,
     "torch-kirigami": kirigami,
 }
@@ -127,9 +139,7 @@ def _run(there: Connection, peer: str, kind: str, name: str, outputs: list[str])
     try:
         model, images = build(kind, name)
         whole = copy.deepcopy(model)
-        start = time.perf_counter()
-        smaller, gone = PEERS[peer](model, images, outputs)
-        seconds = time.perf_counter() - start
+        smaller, gone, seconds = PEERS[peer](model, images, outputs)
         with torch.no_grad():
             masked, removed = (tensors_of(net.eval()(images)) for net in (_silenced(whole, gone), smaller))
         modules = dict(whole.named_modules())
