@@ -127,9 +127,8 @@ def prepare(
 
 def _noise(model: nn.Module, network: FilterNetwork) -> Tensor:
     """Noise that a network runs on, of two rows where it takes them."""
-    return ordinary_input(network.input_shape, 2 if network.takes_batches else 1).to(
-        blank_input(model, network.input_shape)
-    )
+    rows = 2 if network.takes_batches else 1
+    return ordinary_input(network.input_shape, rows).to(blank_input(model, network.input_shape).device)
 
 
 def _couple(model: nn.Module, options: AnalysisOptions) -> tuple[ChannelGraph, str]:

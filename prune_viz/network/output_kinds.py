@@ -41,7 +41,7 @@ def find_output_kind(model: nn.Module, inputs: Tensor, task: Task | None = None)
     model : nn.Module
         The network; left unchanged.
     inputs : Tensor, shape (B, C, *size)
-        Noise that it runs on.
+        Noise that it runs on in single precision.
     task : Task, optional
         What the user says that it is.
 
@@ -50,7 +50,7 @@ def find_output_kind(model: nn.Module, inputs: Tensor, task: Task | None = None)
     UserError
         If the outputs cannot be what the user says.
     """
-    twin = plain_copy(model)
+    twin = plain_copy(model).float()
     last = _LastOperations()
     try:
         with torch.no_grad(), last:

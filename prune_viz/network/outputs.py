@@ -87,7 +87,7 @@ def scores_of(output: Tensor, kind: OutputKind) -> Tensor:
 
 def class_probabilities(outputs: Sequence[Tensor], kind: OutputKind, count: int) -> Tensor | None:
     """Probabilities of classes, shape (count, classes), of a network that returns such scores, or None."""
-    if kind.task is not Task.CLASSES:
+    rows = [one for one in by_inputs(outputs, count) if one.ndim == 2]
+    if kind.task is not Task.CLASSES or len(rows) != 1:
         return None
-    (scores,) = by_inputs(outputs, count)
-    return scores if kind.normalised else scores.softmax(dim=1)
+    return rows[0] if kind.normalised else rows[0].softmax(dim=1)

@@ -114,7 +114,7 @@ def output_kind(model: nn.Module, masks: Masks) -> OutputKind:
     if masks.origin.output is not None or images is None:
         return masks.origin.output or OutputKind()
     device = next(model.parameters()).device
-    return find_output_kind(model, images[:2].to(device))
+    return find_output_kind(model, images[:2].float().to(device))
 
 
 def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> nn.Module:
