@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from networks import Plain, Residual, randomise_norms
-from scores import SCORES
+from scores import SCORES, SCORING
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import analyze
@@ -136,7 +136,7 @@ def test_synthetic_images_are_sure_diverse_and_activating(
     starts = calibration_starts(found.layers, 1, (8, 8), 96, seed=0)
 
     def moved() -> tuple[float, float, float, float]:
-        images = calibrate(trained.eval(), starts)
+        images = calibrate(trained.eval(), starts, SCORING)
         with torch.no_grad():
             shares = trained(images.images).softmax(dim=1)
         mean = shares.mean(dim=0)
@@ -177,7 +177,7 @@ class _Closed(Plain):
 def test_head_without_gradient_calibrates_by_norms() -> None:
     torch.manual_seed(0)
     model = randomise_norms(_Closed()).eval()
-    found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=0))], passes=20)
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=0))], SCORING, passes=20)
     assert found is not None
     assert found.distance < found.before
 

@@ -10,7 +10,7 @@ import torch
 from marks import slow
 from networks import Concatenating, Flattening, Plain, Residual, randomise_norms
 from safetensors.torch import save_file
-from scores import SCORES
+from scores import SCORES, SCORING
 from torch import Tensor, nn
 
 from prune_viz.calibration import synthetic_images as calibration
@@ -103,7 +103,7 @@ def test_calibration_repeats_and_leaves_the_model_alone() -> None:
 @pytest.mark.parametrize("model", [Concatenating(), Flattening()])
 def test_no_batch_norm_no_calibration(model: nn.Module) -> None:
     channels = next(model.parameters()).shape[1]
-    assert calibrate(model.eval(), [Start(torch.randn(8, channels, 8, 8))]) is None
+    assert calibrate(model.eval(), [Start(torch.randn(8, channels, 8, 8))], SCORING) is None
 
 
 class _Overflowing(nn.Module):
@@ -128,13 +128,13 @@ class _Closed(Plain):
 
 @pytest.mark.parametrize("model", [_Overflowing(), _Closed()])
 def test_where_nothing_can_be_moved_it_says_so(model: nn.Module) -> None:
-    assert calibrate(model.eval(), [Start(torch.randn(8, 3, 8, 8))], passes=3) is None
+    assert calibrate(model.eval(), [Start(torch.randn(8, 3, 8, 8))], SCORING, passes=3) is None
 
 
 def test_it_ends_when_the_distance_no_longer_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _truth()
     monkeypatch.setattr(calibration, "RATE", 0.0)
-    found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=1))], passes=200)
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 32, seed=1))], SCORING, passes=200)
     assert found.passes < 60
 
 
@@ -187,7 +187,7 @@ def test_each_start_takes_its_own_contrast() -> None:
     flat = torch.randn(64, 3, 1, 1, generator=random).expand(-1, -1, 16, 16)
     for contrast in (0.2, 0.75):
         model = _fed_with(Plain(), contrast * seen)
-        found = calibrate(model, [Start(varied), Start(flat), Start(flat[:0])], passes=1).images
+        found = calibrate(model, [Start(varied), Start(flat), Start(flat[:0])], SCORING, passes=1).images
         assert found.shape == (128, 3, 16, 16)
         own, other = (float(prior.whiten(kind).square().mean().sqrt()) for kind in (found[:64], found[64:]))
         assert own == pytest.approx(contrast, rel=0.1)
@@ -198,7 +198,7 @@ def test_each_start_takes_its_own_contrast() -> None:
 def test_a_channel_that_never_varied_does_not_rule_the_rest() -> None:
     model, _ = _truth()
     model.bn1.running_var[0] = 0.0
-    found = calibrate(model, [Start(natural_noise((3, 16, 16), 64, seed=1))])
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 64, seed=1))], SCORING)
     assert found.images.isfinite().all()
     assert found.distance < found.before
 
@@ -207,14 +207,14 @@ def test_a_network_in_one_dimension_is_calibrated_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 6, 5, padding=2), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 2, 1))
     _fed_with(model, 0.3 * natural_noise((2, 64), 256, seed=5) + torch.tensor([[0.5], [-0.5]]))
-    found = calibrate(model, [Start(natural_noise((2, 64), 64, seed=0))])
+    found = calibrate(model, [Start(natural_noise((2, 64), 64, seed=0))], SCORING)
     assert found.distance < 0.1 * found.before
 
 
 def test_networks_fed_with_noise_are_near_from_the_start() -> None:
     images = 0.4 * natural_noise((3, 16, 16), 192, seed=2)
     model = _fed_with(Plain(), images)
-    found = calibrate(model, [Start(natural_noise((3, 16, 16), 192, seed=3))], passes=2)
+    found = calibrate(model, [Start(natural_noise((3, 16, 16), 192, seed=3))], SCORING, passes=2)
     assert found.before < 0.05
 
 
@@ -240,7 +240,7 @@ def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pyte
     model, _ = _truth()
     starts = natural_noise((3, 16, 16), 40, seed=1)
     kinds = [Start(starts[:32]), Start(starts[32:], tuple(("stem", row) for row in range(8)))]
-    whole = calibrate(model, kinds, passes=6)
+    whole = calibrate(model, kinds, SCORING, passes=6)
     most: list[int] = []
     see = Watched.see
 
@@ -263,7 +263,7 @@ def test_batches_that_run_in_parts_come_to_the_same(rows: int, monkeypatch: pyte
 def test_out_of_memory_restarts_with_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _truth()
     starts = [Start(natural_noise((3, 16, 16), 40, seed=1))]
-    whole = calibrate(model, starts, passes=3)
+    whole = calibrate(model, starts, SCORING, passes=3)
     see = Watched.see
 
     def short(watched: Watched, images: Tensor, owners: Sequence[tuple[str, int]] = ()) -> object:
@@ -272,8 +272,8 @@ def test_out_of_memory_restarts_with_smaller_batches(monkeypatch: pytest.MonkeyP
         return see(watched, images, owners)
 
     monkeypatch.setattr(Watched, "see", short)
-    parts = calibrate(model, starts, passes=3)
+    parts = calibrate(model, starts, SCORING, passes=3)
     torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(Watched, "see", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out")))
     with pytest.raises(UserError, match="not enough memory for a single input"):
-        calibrate(model, starts, passes=3)
+        calibrate(model, starts, SCORING, passes=3)
