@@ -32,7 +32,7 @@ Removed = tuple[nn.Module, Gone, float]  # the smaller network, what went, and i
 
 
 def torch_pruning(model: nn.Module, images: Tensor, outputs: Sequence[str]) -> Removed:
-    """Torch-Pruning's own pruner with random scores; it must be told which layers are the outputs."""
+    """Torch-Pruning's own pruner with random scores; outputs are named, since it removes from them too."""
     gone: Gone = {}
     whole = copy.deepcopy(model)  # on which nothing is pruned, so that indices stay what they were
     names = {module: name for name, module in whole.named_modules()}

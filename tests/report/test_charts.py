@@ -10,8 +10,9 @@ import pytest
 
 from prune_viz.report.coherence import LayerCoherence, coherence, draw_coherence, layer_coherence
 from prune_viz.report.damage_histogram import draw_histogram
+from prune_viz.report.finding import Counts
 from prune_viz.report.layer_pages import FilterCard
-from prune_viz.report.pages import Counts, LayerRow
+from prune_viz.report.pages import LayerRow
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_json import LayerRecord
 from prune_viz.runs.verdicts import Verdict

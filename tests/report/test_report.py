@@ -19,8 +19,9 @@ from report_fixture import HOSTILE, SMALL, Plan, write_run
 
 from prune_viz.feature_visualization import rendering
 from prune_viz.report import layout, map_drawing, render, sprites, wording, write_report
+from prune_viz.report.finding import Counts, certainty, finding
 from prune_viz.report.layer_pages import FilterCard, gallery, layer_map, layer_page
-from prune_viz.report.pages import Counts, certainty, depth_rows, finding, layer_rows, usage
+from prune_viz.report.pages import depth_rows, layer_rows, usage
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.report_files import NEW_REPORT, OLD_REPORT, remove_report
 from prune_viz.runs.run_directory import LayerTensors, RunDirectory
