@@ -294,3 +294,19 @@ def test_masks_on_a_deep_copy_leave_a_parametrised_original() -> None:
     before = model(images)
     apply_masks(copy.deepcopy(model), {"0": mask_without(8, 1)})
     assert torch.equal(model(images), before)
+
+
+def test_cost_of_a_network_with_a_class_token() -> None:
+    class Token(nn.Module):
+        """Hands a layer a parameter that is expanded over the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.token.expand(len(x), -1, -1))
+
+    model = Token()
+    assert count_cost(model, (3, 4, 4)) == (8 + 8 * 8 + 8, 8 * 8)
+    assert all(parameter.requires_grad for parameter in model.parameters())
