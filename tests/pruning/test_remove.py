@@ -8,7 +8,7 @@ import torch
 import torchvision
 from marks import slow
 from networks import Concatenating, Dense, Flattening, Plain, Residual, mask_without, randomise_norms
-from torch import nn
+from torch import Tensor, nn
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.loading.smaller_networks import resize_to
