@@ -35,10 +35,12 @@ def make_console(silent: bool = False) -> Console:
 
 
 def make_progress(silent: bool = False) -> Progress:
-    """Bars where someone watches, silence elsewhere and where it is asked for."""
-    from prune_viz.utils.progress import BarProgress, Progress
+    """Bars where someone watches, lines elsewhere, and silence where it is asked for."""
+    from prune_viz.utils.progress import BarProgress, PlainProgress, Progress
 
-    return BarProgress() if sys.stderr.isatty() and not silent else Progress()
+    if silent:
+        return Progress()
+    return BarProgress() if sys.stderr.isatty() else PlainProgress()
 
 
 def print_summary(result: Analysis, out: Path, console: Console) -> None:

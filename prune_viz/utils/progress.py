@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichBars
+
+from prune_viz.utils.errors import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +62,14 @@ def counted(
         yield batch, held_out
         progress.advance(len(batch))
     progress.finish()
+
+
+class PlainProgress(Progress):
+    """No bars, but what is said before the work begins, on standard error."""
+
+    def say(self, sentence: str) -> None:
+        """Tell the user something before the work begins."""
+        print(one_line(sentence), file=sys.stderr)
 
 
 class BarProgress(Progress):
@@ -103,7 +114,7 @@ class BarProgress(Progress):
 
     def say(self, sentence: str) -> None:
         """Tell the user something before the work begins."""
-        self._bars.console.print(escape(sentence.encode("ascii", "backslashreplace").decode()), style="bold")
+        self._bars.console.print(escape(one_line(sentence)), style="bold")
 
     def finish(self) -> None:
         """End the current stage."""

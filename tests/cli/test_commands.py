@@ -15,6 +15,7 @@ from prune_viz.demo.digits import Digits, DigitsNet, accuracy, plant
 from prune_viz.demo.run import save_demo_model
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import sha256
+from prune_viz.utils.progress import BarProgress, PlainProgress
 
 DIGITS = ["--arch", "prune_viz.demo:DigitsNet"]
 RUNNER = CliRunner()
@@ -552,3 +553,12 @@ def test_status_is_told_to_people_and_to_scripts(trained: DigitsNet, here: Path)
 def test_where_no_work_can_be_done_is_refused(weights: Path) -> None:
     assert_refused(run("analyze", weights, *DIGITS, "--memory", "lots"), "--memory lots", "8G")
     assert_refused(run("analyze", weights, *DIGITS, "--memory", "1M"), "--memory 1 MiB is too little")
+
+
+def test_what_is_said_before_a_run_is_safe_for_terminals(capfd: pytest.CaptureFixture[str]) -> None:
+    for progress in (PlainProgress(), BarProgress()):
+        progress.say("name \x1b[31mconv[bold]\u202e too")
+    said = capfd.readouterr().err
+    assert said.count("[bold]") == 2
+    assert "\x1b[31m" not in said
+    assert "\u202e" not in said
