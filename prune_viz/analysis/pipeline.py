@@ -112,7 +112,7 @@ def analyze(
         check_run_directory(Path(out))
     source = dict(source or {})
     prepared = prepare(model, asked, out, source.get("sha256"))
-    for sentence in prepared.cut:
+    for sentence in prepared.warnings:
         progress.say(sentence)
     provenance = _provenance(prepared, source, asked)
     make_engine = _engine_maker(prepared, asked, progress)

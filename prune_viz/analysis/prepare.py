@@ -52,7 +52,7 @@ class Prepared:
         What model it is.
     notes : list of str
         For the report: what had to be left out.
-    cut : list of str
+    warnings : list of str
         Those of them that are said before the run: on groups of which only a part is analysed.
     """
 
@@ -66,7 +66,7 @@ class Prepared:
     output: OutputKind
     origin: Origin
     notes: list[str]
-    cut: list[str]
+    warnings: list[str]
 
     @property
     def judged(self) -> list[CouplingGroup]:
@@ -115,13 +115,13 @@ def prepare(
         groups = []
     elif untraced:
         notes.append(untraced)
-    cut = _cut_groups(groups, chosen, network)
+    warnings = _cut_groups(groups, chosen, network)
     tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
     weights = hash_model(model)
     return Prepared(
         model, network, chosen, records, groups, statistics, examples, output,
-        Origin(file_sha256 or weights, weights, output), cut + notes + unread, cut,
+        Origin(file_sha256 or weights, weights, output), warnings + notes + unread, warnings,
     )  # fmt: skip
 
 

@@ -315,7 +315,7 @@ def _at_other_end(place: int, channels: int) -> set[int]:
     return set(range(channels - max(1, channels // 4), channels)) if place % 2 and channels > 1 else set()
 
 
-# Of channels that are removed on trial.
+# Which channels are removed on trial.
 CHOICES: tuple[Choice, ...] = (_ends_and_middle, _some, _at_one_end, _at_other_end)
 
 

@@ -23,7 +23,7 @@ _LINEAR = {
     "addmm", "mm", "bmm", "baddbmm", "linear", "convolution", "_convolution", "mean", "add", "sub", "mul",
     "div", "log_softmax", "_log_softmax", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "avg_pool2d",
 }  # fmt: skip
-# What leaves values as they are, or their order at least; the operation before it counts.
+# What leaves scores what they are: the operation before it counts.
 _PASSED = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "squeeze", "unsqueeze",
     "select", "slice", "expand", "clone", "detach", "alias", "contiguous", "_to_copy", "upsample_bilinear2d",

@@ -32,12 +32,8 @@ _INCHES = 0.62  # a stimulus takes
 _COLUMNS = 16
 _DPI = 300
 _LABEL = 40  # characters of a layer's name
-_MARKERS = {
-    "ring": "o",
-    "diamond": "D",
-    "cross": "X",
-    "square": "s",
-}  # matplotlib's, by the shape of a verdict
+# Matplotlib's markers, by the shape of a verdict.
+_MARKERS = {"ring": "o", "diamond": "D", "cross": "X", "square": "s"}
 
 
 def write_figure(run: Path, layer: str | None, out: Path) -> str:

@@ -65,7 +65,7 @@ _LOOKS = {
     ),
     Verdict.DEAD: Look("d", "cross", "#8a2f55", "#e084ab", "Never changes the network's output."),
     Verdict.UNJUDGED: Look(
-        "u", "square", "#6b6f76", "#9aa0a8", "Not judged: what it would take is not known, so it stays."
+        "u", "square", "#6b6f76", "#9aa0a8", "Not judged, for the reason given; it stays."
     ),
 }
 FLAGGED = tuple(verdict for verdict in Verdict if verdict.flagged)

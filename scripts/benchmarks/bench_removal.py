@@ -2,7 +2,7 @@
 
     scripts/test.sh --collect-only -q   # sets up .venv
     .venv/bin/pip install --no-deps timm torch-kirigami
-    .venv/bin/python scripts/benchmarks/bench_removal.py             # all: an hour, 16 GiB
+    .venv/bin/python scripts/benchmarks/bench_removal.py             # all; takes hours, and 16 GiB
     .venv/bin/python scripts/benchmarks/bench_removal.py --kind detection
     .venv/bin/python scripts/benchmarks/bench_removal.py resnet      # those whose name has this in it
     .venv/bin/python scripts/benchmarks/bench_removal.py --peers 60  # other tools too, a minute each at most

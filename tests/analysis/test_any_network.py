@@ -232,14 +232,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bfloat16": (lambda: Two().bfloat16(), PICTURE),
     "double": (lambda: Two().double(), PICTURE),
 }
-DEAR = (
+SLOW = (
     "causal", "recurrent", "shared", "transposed and joined", "weight norm", "older spectral norm",
     "dataclass", "named tuple", "list of pictures", "half precision", "double", "film", "spectrogram",
 )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", [name if name not in DEAR else slow(name) for name in NETWORKS])
+@pytest.mark.parametrize("name", [name if name not in SLOW else slow(name) for name in NETWORKS])
 def test_networks_are_looked_at_judged_and_made_smaller(name: str) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)

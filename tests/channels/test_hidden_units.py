@@ -130,10 +130,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {  # and the linear
 }
 
 
-DEAR = ("gated", "mixer", "response norm")
+SLOW = ("gated", "mixer", "response norm")
 
 
-@pytest.mark.parametrize("name", [slow(one) if one in DEAR else one for one in CASES])
+@pytest.mark.parametrize("name", [slow(one) if one in SLOW else one for one in CASES])
 def test_hidden_units_are_found_and_removed_exactly(name: str) -> None:
     torch.manual_seed(0)
     make, expected = CASES[name]

@@ -52,10 +52,10 @@ def _removed_as_masked(model: nn.Module, groups: list[CouplingGroup], training: 
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
-DEAR = ("unbound attention", "fixed split", "split in halves", "a quarter and the rest", "shuffle")
+SLOW = ("unbound attention", "fixed split", "split in halves", "a quarter and the rest", "shuffle")
 
 
-@pytest.mark.parametrize("name", [slow(one) if one in DEAR else one for one in REPORTED])
+@pytest.mark.parametrize("name", [slow(one) if one in SLOW else one for one in REPORTED])
 def test_removed_equals_masked(name: str, recwarn: pytest.WarningsRecorder) -> None:
     model, kept = REPORTED[name]
     model = randomise_norms(copy.deepcopy(model))

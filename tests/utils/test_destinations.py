@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "report --single-file": (["report", "run", "--single-file"], ".html"),
     "figure --out": (["figure", "run", "--out"], ".svg"),
 }
-DEAR = ("apply --export", "figure --out")
+SLOW = ("apply --export", "figure --out")
 
 
 def _directory(path: Path) -> None:
@@ -118,7 +118,7 @@ def test_irregular_destination_is_refused(here: Path, command: str, irregular: s
     assert not (here / "written.pt").exists()  # nothing was begun
 
 
-@pytest.mark.parametrize("command", [slow(one) if one in DEAR else one for one in COMMANDS])
+@pytest.mark.parametrize("command", [slow(one) if one in SLOW else one for one in COMMANDS])
 def test_foreign_file_needs_force(here: Path, command: str) -> None:
     given, ending = COMMANDS[command]
     destination = here / f"mine{ending}"
