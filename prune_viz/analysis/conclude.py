@@ -10,19 +10,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
+from prune_viz.analysis.measured import measured_decisions, measured_orders, run_meter
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.images import SyntheticImages, load_synthetic_images, save_synthetic_images
+from prune_viz.calibration.image_files import (
+    RunImages,
+    examples_to_keep,
+    load_synthetic_images,
+    write_run_images,
+)
+from prune_viz.calibration.images import SyntheticImages, fitted, kept_out
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.embedding.network_map import embed_network
 from prune_viz.execution.run_context import RunContext
+from prune_viz.feature_visualization.priors import are_photographs
 from prune_viz.feature_visualization.top_patches import find_top_patches, write_top_patches
 from prune_viz.network.calls import blank_input
+from prune_viz.network.copies import plain_copy
+from prune_viz.network.cost import count_cost, count_macs
 from prune_viz.pruning.masks import Masks, write_plain_masks
-from prune_viz.pruning.remove import count_cost, count_macs, remove_filters
+from prune_viz.pruning.measuring import OutputMeter
+from prune_viz.pruning.remove import remove_filters
 from prune_viz.redundancy import basis
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_each_layer
 from prune_viz.redundancy.fisher import FisherMatrices
@@ -92,6 +103,8 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     found = LayerFiles(run, prepared.records)
     judged = _judge(prepared, run, found, key, context)
     notes = [] if judged.basis is None else [judged.basis]
+    if judged.rough and prepared.judged:
+        notes.append(f"Predicted and measured changes of the output are rough: {judged.rough}.")
     with context.stage("embedding"):
         embeddings, places = embed_network(network, prepared.layers, found, context)
     if prepared.examples is not None:
@@ -104,11 +117,17 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     table = filter_table(prepared.layers, found, embeddings, places, group_of_layer(groups), judged.verdicts)
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
     masks = masks_of(table, groups, judged.verdicts, counts_of_layers, prepared.origin, judged.unit)
-    masks.calibration_images = judged.calibration_images
+    masks.images, masks.rough = judged.images, judged.rough
     run.write_filters(table)
     macs = count_macs(model, network.input_shape)
     modules = dict(model.named_modules())
-    run.write_decisions(decisions_of(table, groups, judged.verdicts, masks, modules, macs, judged.unit))
+    with context.stage("budgets"):
+        decisions = measured_decisions(
+            judged.whole, prepared.judged, judged.verdicts, judged.gram_matrices, judged.meter,
+            decisions_of(table, groups, judged.verdicts, masks, modules, macs, judged.unit),
+            masks, context,
+        )  # fmt: skip
+    run.write_decisions(decisions)
     run.write_gram_matrices(judged.gram_matrices)
     write_plain_masks(masks, run.masks_file)
     with context.stage("removal"):
@@ -129,8 +148,14 @@ class _Judged:
         Second moments of the groups that were judged.
     unit : Unit
         Of damage.
-    calibration_images : Tensor or None
-        The synthetic calibration images, where there are any.
+    images : RunImages
+        The synthetic calibration images, and the user's that were kept out.
+    whole : nn.Module
+        A copy of the network to measure changes of, in single precision on the device.
+    meter : OutputMeter or None
+        Measures changes of it; None where damage is not one of the output, or there is nothing to measure on.
+    rough : str
+        Why predictions are rough; empty where they are not.
     basis : str or None
         What the removal order rests on, for people; None where nothing was judged.
     calibration : dict or None
@@ -140,7 +165,10 @@ class _Judged:
     verdicts: dict[int, GroupVerdicts]
     gram_matrices: dict[int, np.ndarray]
     unit: Unit
-    calibration_images: Tensor | None
+    images: RunImages
+    whole: nn.Module
+    meter: OutputMeter | None
+    rough: str
     basis: str | None
     calibration: dict[str, Any] | None
 
@@ -155,9 +183,14 @@ def _judge(
     if judged:
         with context.stage("calibration"):
             calibrated = _calibrate(twin, prepared, run, found, key, context)
-    if calibrated is None:
-        run.calibration_images_file.unlink(missing_ok=True)  # an earlier run's
-    calibration = CalibrationImages(None if calibrated is None else calibrated.images, examples, context.seed)
+    images = RunImages(None if calibrated is None else calibrated.images, examples_to_keep(examples))
+    write_run_images(images, run.calibration_images_file, calibrated, _calibration_key(found, key, context))
+    calibration = CalibrationImages(
+        images.fitted,
+        None if examples is None else fitted(examples),
+        context.seed,
+        None if examples is None else kept_out(examples),
+    )
     with context.stage("fisher"):
         fisher = measure_fisher(twin, judged, calibration, context)
     verdicts = judge_groups(prepared.groups, {}, context.quietly())
@@ -171,8 +204,22 @@ def _judge(
     predicted = basis.predictions_on(twin, calibrated, context.output)
     count = 0 if examples is None else len(examples)
     rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
+    rough = basis.why_rough(calibrated, count, prepared.network.input_shape)
+    with context.stage("curves"):
+        shape = prepared.network.input_shape
+        whole = plain_copy(prepared.model).float().to(prepared.network.device)
+        meter = run_meter(whole, shape, judged, images, context) if fisher is not None else None
+        verdicts = measured_orders(whole, judged, verdicts, gram_matrices, meter, rough, context)
     return _Judged(
-        verdicts, gram_matrices, unit, calibration.synthetic, rests_on, basis.summary(calibrated, predicted)
+        verdicts,
+        gram_matrices,
+        unit,
+        images,
+        whole,
+        meter,
+        rough,
+        rests_on,
+        basis.summary(calibrated, predicted),
     )
 
 
@@ -210,7 +257,8 @@ def _judge_on_stimuli(
 ) -> tuple[dict[int, GroupVerdicts], dict[int, list[GramMatrices]]]:
     """Verdicts of some groups on noise and stimuli; their Gram matrices where there are no better images."""
     with context.stage("gram matrices"):
-        gram_matrices = gather_on_stimuli(twin, prepared.network, groups, found, prepared.examples, context)
+        examples = None if prepared.examples is None else fitted(prepared.examples)
+        gram_matrices = gather_on_stimuli(twin, prepared.network, groups, found, examples, context)
     with context.stage("verdicts"):
         verdicts = judge_groups(groups, gram_matrices, context)
     return verdicts, {} if calibration.any() else gram_matrices
@@ -224,15 +272,25 @@ def _calibrate(
     key: str,
     context: RunContext,
 ) -> SyntheticImages | None:
-    """Synthetic images, those of an earlier run where they are of the same model, options and layers."""
-    parts = [key, list(found), asdict(context.output), synthetic_images.settings()]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    calibrated = load_synthetic_images(run.calibration_images_file, key)
+    """Synthetic images, those of an earlier run where they are of the same model, options and layers.
+
+    None where the user gave examples enough, and the inputs are no photographs: those beside which nothing
+    synthetic is needed.
+    """
+    examples, shape = prepared.examples, prepared.network.input_shape
+    enough = examples is not None and len(examples) >= basis.ENOUGH_EXAMPLES
+    if enough and not are_photographs(shape):
+        return None
+    calibrated = load_synthetic_images(run.calibration_images_file, _calibration_key(found, key, context))
     if calibrated is None:
-        calibrated = synthesise_images(twin, found, prepared.network.input_shape, context)
-        if calibrated is not None:
-            save_synthetic_images(calibrated, run.calibration_images_file, key)
-    return calibrated
+        calibrated = synthesise_images(twin, found, shape, context)
+    return None if enough and calibrated.distance is None else calibrated
+
+
+def _calibration_key(found: LayerFiles, key: str, context: RunContext) -> str:
+    """Digest of all that synthetic images depend on."""
+    parts = [key, list(found), asdict(context.output), synthetic_images.settings()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _allocate_gram_matrices(groups: Sequence[CouplingGroup], context: RunContext) -> dict[int, np.ndarray]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Required, TypedDict
 
 from prune_viz.execution.tasks import StimulusSettings
 from prune_viz.feature_visualization.stimuli import STEPS, check_options
+from prune_viz.network.input_data import Data, describe_data
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.redundancy.judge import TOLERANCE
 from prune_viz.runs.output_kind import Task
@@ -32,7 +32,7 @@ class OptionFields(TypedDict, total=False):
     device: str
     mean: float | Sequence[float] | None
     std: float | Sequence[float] | None
-    data: str | Path | None
+    data: Data
     engine: str
     workers: int | None
     gpus_per_task: float
@@ -68,9 +68,10 @@ class AnalysisOptions:
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     mean, std : float or sequence of float, optional
         The model's normalisation, of pixels in 0..1.
-    data : path, optional
-        A folder of example inputs, read by `prune_viz.network.inputs.read_images`. The statistics of
-        the natural prior are measured on them, mean and std too unless given, and filters compared on them.
+    data : path, str, Tensor, ndarray or iterable of batches, optional
+        Example inputs (`prune_viz.network.input_data.read_inputs`). The statistics of the natural prior are
+        measured on them, of pictures mean and std too unless given; filters are compared on most of them, and
+        on the others the change of the output is measured.
     engine : {"local", "ray"}
         Where stimuli are sought: on this machine, or on a Ray cluster (`prune_viz.execution.ray_executor`).
     workers : int, optional
@@ -96,7 +97,7 @@ class AnalysisOptions:
     device: str = "auto"
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
-    data: str | Path | None = None
+    data: Data = None
     engine: str = "local"
     workers: int | None = None
     gpus_per_task: float = 1.0
@@ -129,7 +130,7 @@ class AnalysisOptions:
         """
         return {
             **{one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("stimuli")},
-            "data": None if self.data is None else str(self.data),
+            "data": describe_data(self.data),
             "layers": list(self.layers),
             "task": self.task,
             "device": device,

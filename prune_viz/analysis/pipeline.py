@@ -26,8 +26,8 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.execution.task_results import TaskResults
 from prune_viz.execution.tasks import Task, plan_tasks, stimuli_key
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.cost import count_cost
 from prune_viz.pruning.masks import Masks
-from prune_viz.pruning.remove import count_cost
 from prune_viz.report import write_report
 from prune_viz.runs.log import RunLog, now
 from prune_viz.runs.ownership import check_run_directory, claimed

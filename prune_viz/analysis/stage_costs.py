@@ -7,16 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.images import BATCH, Start, calibration_size, natural_noise
+from prune_viz.calibration.images import BATCH, Start, calibration_size, kept_out, natural_noise
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, synthetic_count
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
+from prune_viz.network.cost import count_cost
+from prune_viz.pruning.curves import count_passes
+from prune_viz.pruning.measuring import affordable
 from prune_viz.redundancy import importance
 from prune_viz.redundancy.fisher import gather_fisher
 from prune_viz.redundancy.gram_matrices import gather_gram_matrices, rounds
@@ -82,6 +86,11 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         )
         found["fisher"] = seconds / 2 / BATCH * (importance.FISHER_VARIANTS * count + examples)
         found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
+    with torch.no_grad():
+        forward = _seconds(lambda: twin(images)) / len(images)
+    macs, passes = count_cost(twin, network.input_shape)[1], count_passes(judged)
+    measured = kept_out(images.new_zeros(count, *images.shape[1:]))
+    found["curves"] = forward * passes * len(affordable(measured, macs, extents, passes))
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +13,23 @@ from prune_viz.calibration.dead_leaves import dead_leaves
 from prune_viz.feature_visualization.priors import make_prior, tile
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.run_directory import LayerTensors
-from prune_viz.utils.array_files import batches_of, read_arrays, write_arrays
+from prune_viz.utils.array_files import batches_of
 
 BATCH = 32
 _CHUNK = 4 * BATCH  # images of which a batch may be made
 NOISE_IMAGES = 256
-HELD_OUT = 1 / 4  # share of the calibration images that no fit sees
+HELD_OUT = 1 / 4  # share of the fitted images that check verdicts and are pooled into the fit after that
+KEPT_OUT = 4  # every so-many-th image is kept out of all that is fitted or ranked, to measure on
+
+
+def fitted(images: Tensor) -> Tensor:
+    """The images, shape (N, C, *size), on which verdicts and merging rest; of fewer than four all."""
+    return images[torch.arange(len(images)) % KEPT_OUT != KEPT_OUT - 1]
+
+
+def kept_out(images: Tensor) -> Tensor:
+    """The images, shape (N, C, *size), on which only the finished change of the output is measured."""
+    return images[KEPT_OUT - 1 :: KEPT_OUT]
 
 
 def natural_noise(
@@ -151,13 +161,16 @@ class Start:
 class SyntheticImages:
     """Calibration images on which batch norms see what they saw in training, and how nearly.
 
+    Without batch norms they are nothing but dead leaves and stimuli.
+
     Attributes
     ----------
     images : Tensor, shape (N, C, *size)
         The calibration images, in the model's own input units, on the CPU.
-    before, distance : float
+    before, distance : float or None
         How far the batch norms' inputs were and are from their running statistics, over all channels and
-        layers: mean squared error of the mean plus that of the deviation, in running deviations.
+        layers: mean squared error of the mean plus that of the deviation, in running deviations. None where
+        no batch norm could be watched, and the images are those that calibration would have started from.
     passes : int
         How often each calibration image was moved.
     activation_kept : float or None
@@ -166,8 +179,8 @@ class SyntheticImages:
     """
 
     images: Tensor
-    before: float
-    distance: float
+    before: float | None
+    distance: float | None
     passes: int
     activation_kept: float | None = None
 
@@ -216,65 +229,3 @@ def calibration_starts(
     stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
     leaves = dead_leaves((input_channels, *size), count - len(stimuli), seed, statistics)
     return Start(leaves), Start(stimuli, tuple(owners))
-
-
-def save_synthetic_images(calibrated: SyntheticImages, path: Path, key: str) -> None:
-    """Write synthetic images.
-
-    Parameters
-    ----------
-    calibrated : SyntheticImages
-        The images, and how near they came.
-    path : Path
-        The file.
-    key : str
-        Digest of all that they depend on.
-    """
-    names = ("before", "distance", "passes", "activation_kept")
-    numbers = {name: repr(getattr(calibrated, name)) for name in names}
-    write_calibration_images(calibrated.images, path, {"key": key, **numbers})
-
-
-def write_calibration_images(images: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write calibration images alone, shape (N, C, *size), and what is said of them."""
-    write_arrays(path, {"images": images.cpu().numpy()}, metadata)
-
-
-def load_synthetic_images(path: Path, key: str | None = None) -> SyntheticImages | None:
-    """Read synthetic images.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    key : str, optional
-        Digest of all that they must depend on; any will do without it.
-
-    Returns
-    -------
-    SyntheticImages or None
-        None where there is no such file, it is damaged, or it has another key.
-    """
-    read = _read(path, strict=key is not None)
-    if read is None or key not in (None, read[1].get("key")):
-        return None
-    images, metadata = read
-    try:
-        numbers = float(metadata["before"]), float(metadata["distance"]), int(metadata["passes"])
-        kept = metadata.get("activation_kept", "None")  # not there in earlier versions
-        return SyntheticImages(images, *numbers, None if kept == "None" else float(kept))
-    except (KeyError, ValueError):
-        return None
-
-
-def read_calibration_images(path: Path) -> Tensor | None:
-    """Read calibration images alone, shape (N, C, *size); None where there are none."""
-    read = _read(path, strict=False)
-    return None if read is None else read[0]
-
-
-def _read(path: Path, strict: bool) -> tuple[Tensor, dict[str, str]] | None:
-    read = read_arrays(path, strict)
-    if read is None or "images" not in read[0]:
-        return None
-    return torch.from_numpy(read[0]["images"]), read[1]

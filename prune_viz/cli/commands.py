@@ -129,8 +129,12 @@ def analyze(
         str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the normalisation.")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Example images, unlabelled: what is natural is measured on them."),
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Example inputs, unlabelled: a folder of pictures, arrays or sounds, a file of arrays "
+            "(.npy, .npz, .pt, .safetensors), or module:function that gives batches.",
+        ),
     ] = None,
     engine: Engine = EngineName.local,
     workers: Workers = None,
@@ -242,9 +246,27 @@ def masks(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that was analysed, on which the masks are measured.",
+            show_default="where it was then",
+        ),
+    ] = None,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
+    trust_pickle: TrustPickle = False,
     force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts."""
+    """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts.
+
+    They are carried out on a copy of the model, and the change of its output is measured on images that
+    nothing was fitted to.
+    """
     budget = check_budget(ratio=ratio, macs=macs, tolerance=tolerance)
     if round_to != 1 and not budget:
         raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
@@ -255,15 +277,25 @@ def masks(
 
     RunDirectory(run).check_masks_destination(out, review, force)
 
+    from prune_viz.cli.model_options import ModelOptions, analysed_model
     from prune_viz.pruning.budgets import write_masks
     from prune_viz.pruning.review import write_reviewed_masks
 
+    options = ModelOptions(model, arch, parse_kwargs(arch_kwargs), code, key, trust_pickle)
+    network, unmeasured = analysed_model(run, options)
     if review is None:
-        lines = write_masks(run, out, round_to=round_to, **budget)
+        outcome, lines = write_masks(run, out, round_to=round_to, model=network, **budget), []
     else:
-        lines = write_reviewed_masks(run, review, out)
+        outcome, decided = write_reviewed_masks(run, review, out, model=network)
+        lines = [decided]
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+        return
+    lines += outcome.lines()
+    if outcome.measured is None and unmeasured:
+        lines.append(f"note: {unmeasured}")
     console = make_console()
-    for line in lines:
+    for line in [*lines, f"written to {outcome.out}"]:
         console.print(one_line(line), soft_wrap=True)
 
 
@@ -297,6 +329,7 @@ def apply(
     input_shapes: InputShapes = None,
     example: Example = None,
     force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Apply MASKS to MODEL and write the result to a new file."""
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
@@ -318,16 +351,19 @@ def apply(
     from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
     from prune_viz.pruning.write import write_removed, write_zeroed
 
-    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle)
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent=as_json)
     checkpoint = hold_as_told(checkpoint, shapes, example)
     shape = input_shape_of(checkpoint) if export or mode is Mode.remove else ()
     if mode is Mode.zero:
-        lines = write_zeroed(checkpoint, masks, out, export, shape)
+        applied = write_zeroed(checkpoint, masks, out, export, shape)
     else:
         how = None if compensate is None else compensate.value
-        lines = write_removed(checkpoint, masks, shape, out, how, export)
+        applied = write_removed(checkpoint, masks, shape, out, how, export)
+    if as_json:
+        print(json.dumps(applied.as_json()))
+        return
     console = make_console()
-    for line in lines:
+    for line in applied.lines():
         console.print(one_line(line), soft_wrap=True)
     console.print(f"written to {one_line(out)}", soft_wrap=True)
 

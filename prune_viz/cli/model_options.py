@@ -3,16 +3,85 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from prune_viz.cli.console import make_console
 from prune_viz.loading.architectures import default_input_shape
 from prune_viz.loading.checkpoints import Checkpoint, load_checkpoint
 from prune_viz.loading.fixed_inputs import fixed_at_noise, read_example
+from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError, one_line
 from prune_viz.utils.memory import check_input_size
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the command line says which model is meant; the fields are the options' values."""
+
+    model: Path | None
+    arch: str | None
+    kwargs: dict[str, Any] | None
+    code: Path | None
+    key: str | None
+    trust_pickle: bool
+
+
+def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, str]:
+    """The model that a run analysed, as the options say or else as the run holds it.
+
+    A run is not trusted more than a model file is: of what it names, only torchvision's and timm's
+    architectures are built without being asked for.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory.
+    options : ModelOptions
+        What the command line says.
+
+    Returns
+    -------
+    nn.Module or None
+        None where it cannot be had without more options.
+    str
+        For people: why not; empty where it can.
+
+    Raises
+    ------
+    UserError
+        If a model that the command line names cannot be read, or is another one.
+    """
+    record = RunDirectory(run).read_provenance().model
+    named = options.model is not None
+    path = options.model if options.model is not None else Path(record.path or "")
+    if not named and (record.path is None or not path.is_file()):
+        return None, "not measured: the model is not where it was; --model names it"
+    arch = options.arch
+    if arch is None and record.arch is not None and record.arch.startswith(("torchvision:", "timm:")):
+        arch = record.arch
+    if arch is None and record.arch is not None:
+        return None, f"not measured: --arch {record.arch} would build the model"
+    if record.trust_pickle and not options.trust_pickle and arch is None:
+        return None, "not measured: reading the model needs --trust-pickle"
+    if record.held_inputs is not None:
+        return None, "not measured: the model takes several inputs"
+    kwargs = options.kwargs if options.kwargs is not None else record.arch_kwargs
+    key = options.key if options.key is not None else record.key or None
+    try:
+        checkpoint = load_as_told(path, arch, kwargs, options.code, key, options.trust_pickle, silent=True)
+    except UserError as error:
+        if named:
+            raise
+        return None, f"not measured: {error}"
+    if checkpoint.sha256 != record.sha256:
+        if named:
+            raise UserError(f"{path} is not the model that was analysed: its SHA-256 differs")
+        return None, f"not measured: {path} has changed since it was analysed"
+    return checkpoint.model, ""
 
 
 def load_as_told(

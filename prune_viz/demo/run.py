@@ -88,9 +88,10 @@ def run_demo(
 
     from prune_viz.analysis.pipeline import analyze
     from prune_viz.loading.checkpoints import load_checkpoint
+    from prune_viz.network.cost import count_cost
     from prune_viz.pruning.apply import apply_masks
     from prune_viz.pruning.masks import load_masks
-    from prune_viz.pruning.remove import count_cost, remove_filters
+    from prune_viz.pruning.remove import remove_filters
 
     console = console or Console(markup=False, highlight=False)
     progress = progress or Progress()

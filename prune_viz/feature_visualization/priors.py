@@ -209,6 +209,11 @@ def are_photographs(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[0] == 3
 
 
+def are_pictures(shape: Sequence[int]) -> bool:
+    """Whether inputs of a shape (C, *size) are taken to be pictures, grey ones too."""
+    return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
+
+
 def scene_exponent(shape: Sequence[int]) -> float:
     """Slope of the spectrum of whole inputs of a shape (C, *size), as far as it is known."""
     return SCENE_EXPONENT if are_photographs(shape) else SPECTRUM_EXPONENT

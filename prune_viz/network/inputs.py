@@ -7,16 +7,12 @@ from it which inputs are likely, `prune_viz.feature_visualization.rendering` whi
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from prune_viz.utils.errors import UserError
@@ -29,9 +25,6 @@ SMALLEST_SIDE = 12  # leaves three frequencies below the highest
 _FLAT = 1e-12  # variance of pixels in [0, 1] that is rounding alone
 _BATCH_VALUES = 2**21
 _LARGEST_STATISTIC = 1e9
-# Only these are decoded: some of Pillow's other formats start programs or read further files.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -206,6 +199,42 @@ def measure_statistics(
     )
 
 
+def measure_own_units(
+    inputs: Tensor,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> InputStatistics:
+    """Measure how natural inputs vary that are in the model's own units.
+
+    Parameters
+    ----------
+    inputs : Tensor of float, shape (N, C, *size)
+        Example inputs, of any range.
+    mean, std : float or sequence of float, optional
+        The model's normalisation, of pixels in 0..1.
+
+    Returns
+    -------
+    InputStatistics
+        As `measure_statistics`. Where no normalisation was given, it is one that shows a channel's mean as
+        mid grey, and two deviations about it as black and white.
+    """
+    flat = inputs.double().movedim(1, 0).flatten(1)
+    low = flat.amin(dim=1)
+    spread = (flat.amax(dim=1) - low).clamp_min(1e-30)
+    axes = (-1, *(1,) * (inputs.ndim - 2))
+    # Brought to [0, 1], measured there, and taken back.
+    pixels = ((inputs.double() - low.view(axes)) / spread.view(axes)).clamp(0, 1)
+    to_own = -(low / spread), 1 / spread  # mean and deviation by which pixels become inputs again
+    measured = measure_statistics(pixels, to_own[0].tolist(), to_own[1].tolist())
+    known = given_statistics(inputs.shape[1], mean, std)
+    if known is None:
+        deviation = flat.std(dim=1, correction=0)
+        shown = 1 / (4 * torch.where(deviation > 1e-9, deviation, 1.0))
+        known = InputStatistics(tuple((0.5 - flat.mean(dim=1) * shown).tolist()), tuple(shown.tolist()))
+    return replace(known, covariance=measured.covariance, exponent=measured.exponent)
+
+
 def _hann(size: Sequence[int]) -> np.ndarray:
     """Hann window over every axis, whose borders are zero so that they do not tilt the spectrum."""
     window = np.ones(())
@@ -231,143 +260,3 @@ def _slope(power: np.ndarray, size: Sequence[int]) -> float | None:
     amplitudes = 0.5 * np.log(np.maximum(levels, np.finfo(float).tiny))
     slope = np.polyfit(places, amplitudes, 1)[0]
     return float(np.clip(-slope, *EXPONENTS))
-
-
-def read_inputs(
-    input_shape: tuple[int, ...],
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-    data: str | Path | None,
-    out: str | Path | None,
-) -> tuple[InputStatistics | None, Tensor | None, list[str]]:
-    """What is known of an analysis's inputs, example inputs, and a note on those that could not be read.
-
-    Parameters
-    ----------
-    input_shape : tuple of int
-        (C, *size).
-    mean, std : float or sequence of float, optional
-        The normalisation.
-    data : path, optional
-        A folder of example inputs.
-    out : path, optional
-        The run directory, which may not lie in `data`.
-
-    Returns
-    -------
-    statistics : InputStatistics or None
-    examples : Tensor or None, shape (N, C, *size)
-        In the model's own input units; None without `data`.
-    notes : list of str
-
-    Raises
-    ------
-    UserError
-        If `out` lies in `data`, or what is given does not fit.
-    """
-    if data is None:
-        return describe_inputs(input_shape[0], mean, std), None, []
-    if out is not None and Path(out).resolve().is_relative_to(Path(data).resolve()):
-        raise UserError(
-            f"--data: the run directory {out} lies in {data}, so its pictures would be read; move --out"
-        )
-    images, skipped = read_images(Path(data), input_shape)
-    notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
-    statistics = measure_statistics(images, mean, std)
-    return statistics, normalise(images, statistics), notes
-
-
-def normalise(images: Tensor, statistics: InputStatistics) -> Tensor:
-    """Bring pixels, uint8 of shape (N, C, *size), to the model's own input units."""
-    mean, std = (
-        torch.tensor(numbers).view(-1, *[1] * (images.ndim - 2))
-        for numbers in (statistics.mean, statistics.std)
-    )
-    return (images.float() / 255 - mean) / std
-
-
-def read_images(folder: Path, input_shape: Sequence[int], limit: int = 512) -> tuple[Tensor, int]:
-    """Read example inputs from a folder and the folders in it.
-
-    Inputs of one or three channels and two axes are read from pictures, grey or RGB, scaled and cropped
-    about their centre to the input's size. Inputs of any other kind are read from ``.npy`` arrays of
-    shape (C, *size), uint8 or floats in [0, 1], cropped about their centre.
-
-    Parameters
-    ----------
-    folder : Path
-        Where they are.
-    input_shape : sequence of int
-        (C, *size).
-    limit : int
-        How many files to read at most; of more, as many evenly spaced ones in the order of their names.
-
-    Returns
-    -------
-    images : Tensor of uint8, shape (N, C, *size)
-    skipped : int
-        How many files were passed over: broken, too large to decode safely, arrays of another shape or
-        range or smaller than the input, links that lead outside the folder.
-
-    Raises
-    ------
-    UserError
-        If there is no such folder or no usable file in it.
-    """
-    shape = tuple(input_shape)
-    pictures = shape[0] in (1, 3) and len(shape) == 3
-    suffixes = _SUFFIXES if pictures else {".npy"}
-    root = Path(folder).resolve()
-    if not root.is_dir():
-        raise UserError(f"--data: there is no folder {folder}")
-    paths = [Path(place, name) for place, _, names in os.walk(root) for name in names]
-    paths = sorted((path for path in paths if path.suffix.lower() in suffixes), key=Path.as_posix)
-    if len(paths) > limit:
-        paths = [paths[rank * len(paths) // limit] for rank in range(limit)]
-    images = []
-    for path in paths:
-        try:
-            if not (path.is_file() and path.resolve().is_relative_to(root)):
-                continue
-            images.append(_read_picture(path, shape) if pictures else _read_array(path, shape))
-        except Exception:  # noqa: S112  (what a broken file raises depends on its format)
-            continue
-    if not images:
-        kind = "picture" if pictures else f".npy array of shape {shape} or larger, with values in [0, 1],"
-        raise UserError(f"--data: no {kind} in {folder} can be read ({len(paths)} tried)")
-    return torch.from_numpy(np.stack(images)), len(paths) - len(images)
-
-
-def _read_picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Pixels of a picture, uint8, shape (C, H, W); raises whatever Pillow does."""
-    channels, height, width = shape
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=_FORMATS) as opened:
-            opened.draft(None, (2 * width, 2 * height))  # decodes a large JPEG at a fraction of its size
-            picture: Image.Image = opened
-            if picture.mode.startswith("I;16"):  # Pillow would clip these at 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            elif picture.mode in ("I", "F"):
-                raise ValueError("pixels of unknown range")
-            picture = picture.convert("L" if channels == 1 else "RGB")
-    fitted = np.asarray(ImageOps.fit(picture, (width, height)))
-    return fitted.reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Pixels of an array about its centre, uint8, of `shape`; raises ValueError if it does not suit."""
-    stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    if stored.ndim != len(shape) or stored.shape[0] != shape[0]:
-        raise ValueError("another shape")
-    spare = [have - wanted for have, wanted in zip(stored.shape, shape, strict=True)]
-    if min(spare) < 0:
-        raise ValueError("smaller than the input")
-    crop = tuple(slice(extra // 2, extra // 2 + wanted) for extra, wanted in zip(spare, shape, strict=True))
-    array: np.ndarray = np.array(stored[crop])  # a copy, so that the file is closed
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError("values outside [0, 1]")
-    return (array * 255 + 0.5).astype(np.uint8)

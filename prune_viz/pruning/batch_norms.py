@@ -16,25 +16,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.network.copies import attached
-from prune_viz.network.outputs import output_change
-from prune_viz.runs.damage import Damage
-from prune_viz.runs.output_kind import OutputKind
+from prune_viz.pruning.measuring import OutputMeter
 from prune_viz.utils.devices import is_out_of_memory
-from prune_viz.utils.nested_tensors import tensors_of
 
-BATCH = 32
 WORTH = 0.9  # of the output's change, on images kept out; more than that left, and it is not worth it
 _ADDED = 1e-3  # of a layer's mean variance, to a channel's own, so that silence is not amplified
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, each shape (channels,)
 
 
-def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor, kind: OutputKind) -> bool:
+def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor, meter: OutputMeter) -> bool:
     """Set batch norms so that each has the mean and deviation on images that the whole network's has.
 
-    Only where it helps on images that it was not fitted to: each half of them is tried on the other first.
-    A norm that runs more than once, or has no running statistics, is left as it is. Where memory runs out,
-    every other calibration image has to do.
+    Only where it helps on images that it was not fitted to. A norm that runs more than once, or has no
+    running statistics, is left as it is. Where memory runs out, every other calibration image has to do.
 
     Parameters
     ----------
@@ -44,35 +39,31 @@ def recalibrate_norms(pruned: nn.Module, whole: nn.Module, images: Tensor, kind:
     whole : nn.Module
         The same network before anything was merged, in eval mode.
     images : Tensor, shape (N, C, *size)
-        Inputs near the training data, in the model's own units; halves of different kinds are best.
-    kind : OutputKind
-        What the network returns.
+        Inputs near the training data, in the model's own units.
+    meter : OutputMeter
+        Measures the pruned network on other images.
 
     Returns
     -------
     bool
-        Whether the norms were set: the change of the network's output fell below `WORTH` of what it was,
-        over both halves.
+        Whether the norms were set: the change of the network's output fell below `WORTH` of what it was.
     """
     norms = _norms(pruned)
     as_merged = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
-
-    def restore() -> None:
-        for name, (mean, variance) in as_merged.items():
-            norms[name].running_mean.copy_(mean)
-            norms[name].running_var.copy_(variance)
-
+    before = meter.change(pruned) if norms else 0.0
     while norms and len(images) >= 2:
         try:
-            helps = _helps(pruned, whole, images, kind, restore)
-            if helps:
-                _fit(pruned, whole, images)
-            return helps
+            _fit(pruned, whole, images)
+            if meter.change(pruned) < WORTH * before:
+                return True
+            break
         except Exception as error:  # whatever an untrusted forward pass raises on calibration images
-            restore()
             if not is_out_of_memory(error):
-                return False
+                break
             images = images[::2]
+    for name, (mean, variance) in as_merged.items():
+        norms[name].running_mean.copy_(mean)
+        norms[name].running_var.copy_(variance)
     return False
 
 
@@ -82,46 +73,6 @@ def copy_statistics(of: nn.Module, to: nn.Module) -> None:
     for name, norm in _norms(to).items():
         norm.running_mean.copy_(norms[name].running_mean)
         norm.running_var.copy_(norms[name].running_var)
-
-
-def change_on(images: Tensor, before: nn.Module, after: nn.Module, kind: OutputKind) -> Damage | None:
-    """How far a network's outputs are from another's on calibration images.
-
-    Returns
-    -------
-    Damage or None
-        The mean of `prune_viz.network.outputs.output_change` over images; None where the networks do not
-        run on them.
-    """
-    try:
-        return _change(images, before, after, kind)
-    except Exception:  # whatever an untrusted forward pass raises on calibration images
-        return None
-
-
-def _change(images: Tensor, before: nn.Module, after: nn.Module, kind: OutputKind) -> Damage:
-    total = 0.0
-    device = next(before.parameters()).device
-    with torch.no_grad():
-        for batch in torch.split(images, BATCH):
-            moved = batch.to(device)
-            change = output_change(tensors_of(before(moved)), tensors_of(after(moved)), kind, len(moved))
-            total += change.value * len(batch) / len(images)
-    return Damage(total, kind.task.unit)
-
-
-def _helps(
-    pruned: nn.Module, whole: nn.Module, images: Tensor, kind: OutputKind, restore: Callable[[], None]
-) -> bool:
-    """Whether norms that are set on one half of the images serve the other half too, both ways."""
-    halves = images.tensor_split(2)
-    before = after = 0.0
-    for fitted, checked in (halves, halves[::-1]):
-        before += _change(checked, whole, pruned, kind).value
-        _fit(pruned, whole, fitted)
-        after += _change(checked, whole, pruned, kind).value
-        restore()
-    return after < WORTH * before
 
 
 def _fit(pruned: nn.Module, whole: nn.Module, images: Tensor) -> None:

@@ -1,77 +1,32 @@
-"""Masks for any budget from one analysis: how many channels of each coupling group are removed, and which.
+"""Masks for any budget from one analysis: which channels go, what rebuilds them, and what that costs.
 
-Every group has its removal order, the least missed channel first. A share of filters or of
-multiply-accumulates is spread evenly: each group loses the same share of its channels, and what rounding
-took too much is kept where it is missed most. A tolerance is spread as damage: each group goes as far
-down its order as the predicted damage allows. What is removed is rebuilt from all that its group keeps, by
-least squares on the second moments over the calibration images.
+Every group has its removal order, flagged channels first and then the least missed; `allocation` says how
+far each goes. What is removed is rebuilt from all that its group keeps, by least squares on the second
+moments over the calibration images, save where only flagged channels go, with representatives of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from prune_viz.calibration.images import read_calibration_images
+from prune_viz.calibration.image_files import RunImages, read_run_images
 from prune_viz.channels.groups import NormChannel, Places, norm_channels
-from prune_viz.pruning.masks import Masks, read_beside, save_masks
+from prune_viz.pruning.allocation import Counts, counts_for_share, counts_for_tolerance
+from prune_viz.pruning.curves import predicted_total, preferred
+from prune_viz.pruning.masks import Masks, masks_as_stored, read_beside, save_masks
+from prune_viz.pruning.outcome import Outcome, measure_masks
+from prune_viz.pruning.rankings import Ranking, Saving, read_rankings
 from prune_viz.redundancy.elimination import rebuild_all
-from prune_viz.runs.damage import Damage, Unit
-from prune_viz.runs.decisions_json import Decisions, Merge
-from prune_viz.runs.fingerprint import Origin
+from prune_viz.runs.damage import Damage
+from prune_viz.runs.decisions_json import Allocation, Decisions, Merge
 from prune_viz.runs.run_directory import RunDirectory, merges_beside
 from prune_viz.utils.errors import UserError
-
-_SHARES = 1000  # how finely an even share is searched for
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """A coupling group whose channels were ranked.
-
-    Attributes
-    ----------
-    number : int
-        The group's number.
-    channels : int
-        How many channels it has.
-    order : list of int
-        Its channels but the last to stay, the least missed first.
-    damage : list of float
-        Predicted damage of having removed that channel and all before it.
-    filters : dict of str to ndarray, each shape (channels, K)
-        For each layer tied to the group, the filters at each channel (`Places.table`); -1 where it has none.
-    reads : dict of str to float
-        For each module that reads the group, the share of its inputs that are the group's.
-    norms : list of Places
-        Norms that the channels pass.
-    """
-
-    number: int
-    channels: int
-    order: list[int]
-    damage: list[float]
-    filters: dict[str, np.ndarray]
-    reads: dict[str, float]
-    norms: list[Places]
-
-    def count(self, share: float, round_to: int) -> int:
-        """How many channels to remove for a share of them to go, a multiple of `round_to` staying."""
-        left = round_to * round((1 - share) * self.channels / round_to)
-        return self.channels - min(max(left, round_to, self.channels - len(self.order)), self.channels)
-
-    def lower_count(self, count: int, round_to: int) -> int:
-        """The next smaller number of channels to remove, of those that leave a multiple of `round_to`."""
-        return self.channels - min((self.channels - count) // round_to * round_to + round_to, self.channels)
-
-    def damage_of(self, counts: Mapping[int, int]) -> float:
-        """Predicted damage of losing so many channels."""
-        count = counts[self.number]
-        return self.damage[count - 1] if count else 0.0
 
 
 def write_masks(
@@ -82,7 +37,8 @@ def write_masks(
     macs: float | None = None,
     tolerance: float | None = None,
     round_to: int = 1,
-) -> list[str]:
+    model: nn.Module | None = None,
+) -> Outcome:
     """Write masks for a budget from what a run directory holds; without a budget, those of its verdicts.
 
     Parameters
@@ -91,59 +47,131 @@ def write_masks(
         A run directory.
     out : Path, optional
         Where to write; the run's own ``masks.pt`` by default. What makes up for the filters is written
-        beside it: the merges, and outside the run its synthetic images.
+        beside it: the merges, and outside the run its images.
     ratio, macs, tolerance : float, optional
         At most one of them: share of the filters, share of the multiply-accumulates, predicted damage.
     round_to : int
         Of a group that loses channels for such a budget, a multiple of this stays.
+    model : nn.Module, optional
+        The network that was analysed; with it the change of its output is measured.
 
     Returns
     -------
-    list of str
-        For people: what was done.
+    Outcome
+        What was done, and what it costs.
 
     Raises
     ------
     UserError
-        If the run is not complete or the budget asks for more than can go.
+        If the run is not complete, the budget asks for more than can go, or the model is another one.
     """
     directory = RunDirectory(run)
     decisions = directory.read_decisions()
-    filters, costs = decisions.filters, decisions.macs
     rankings = read_rankings(decisions)
-    if not rankings and (ratio, macs, tolerance) != (None, None, None):
-        raise UserError("no filter of this run was judged, so no budget can be met; filters.csv says why")
-    counts = None
-    if ratio is not None:
-        counts = counts_for_ratio(rankings, ratio, sum(filters.values()), round_to)
-    elif macs is not None:
-        counts = counts_for_macs(rankings, macs, costs, round_to)
-    elif tolerance is not None:
-        counts = counts_for_tolerance(rankings, tolerance, round_to)
     out = out or directory.masks_file
     inside = out.resolve().parent == directory.path.resolve()
-    masks = read_beside(directory.decisions_file)
-    if counts is None:
-        masks.update(_masks_of_verdicts(decisions))
-    else:
-        unit = decisions.damage_unit
-        masks = masks_for_counts(
-            rankings, counts, directory.read_gram_matrices(), filters, masks.origin, unit
+    asked = (ratio, macs, tolerance) != (None, None, None)
+    if asked:
+        if not rankings:
+            raise UserError("no filter of this run was judged, so no budget can be met; filters.csv says why")
+        counts, allocation = _counts(decisions, rankings, ratio, macs, tolerance, round_to)
+        channels = {one.number: one.order[: counts[one.number]] for one in rankings}
+        total = predicted_total(sum(one.damage_of(counts) for one in rankings), decisions.budgets, allocation)
+        masks = masks_for_channels(
+            decisions,
+            rankings,
+            channels,
+            directory.read_gram_matrices(),
+            Damage(total, decisions.damage_unit),
         )
-    if not inside:
-        masks.calibration_images = read_calibration_images(directory.calibration_images_file)
+    else:
+        channels = flagged_channels(rankings)
+        masks = read_beside(directory.decisions_file)
+        masks.update(_masks_of_verdicts(decisions))
+    return finish_masks(
+        directory, decisions, rankings, channels, masks, out, model, keep_beside=asked or not inside
+    )
+
+
+def finish_masks(
+    directory: RunDirectory,
+    decisions: Decisions,
+    rankings: Sequence[Ranking],
+    channels: Mapping[int, Sequence[int]],
+    masks: Masks,
+    out: Path,
+    model: nn.Module | None,
+    keep_beside: bool = True,
+) -> Outcome:
+    """Measure masks where the model is at hand, write them, and say what they do.
+
+    Parameters
+    ----------
+    directory : RunDirectory
+        The run.
+    decisions : Decisions
+        Its `decisions.json`.
+    rankings : sequence of Ranking
+        Its ranked groups.
+    channels : mapping of int to sequence of int
+        Channels of these that go.
+    masks : Masks
+        The masks, with their merges and what they are predicted to cost.
+    out : Path
+        Where to write.
+    model : nn.Module or None
+        The network that was analysed.
+    keep_beside : bool
+        Whether merges stand in a file of their own; False where `decisions.json` says the same.
+    """
+    masks.images = read_run_images(directory.calibration_images_file)
+    images = masks.images
+    if model is not None:
+        masks.measured = measure_masks(model, masks)
+    if out.resolve().parent == directory.path.resolve():
+        masks.images = RunImages()  # they are there already
     save_masks(masks, out)
-    if inside and counts is None:
-        merges_beside(out).unlink(missing_ok=True)  # decisions.json says the same
-    lines = [f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})"]
-    if counts is not None:
-        saved = share_saved(rankings, counts, costs)
-        lines.append(f"that saves {saved:.1%} of {sum(costs.values()):,} multiply-accumulates")
-        worst = max(rankings, key=lambda ranking: ranking.damage_of(counts), default=None)
-        if worst is not None:
-            most = Damage(worst.damage_of(counts), decisions.damage_unit)
-            lines.append(f"predicted damage of a group: at most {most}, at {next(iter(worst.filters))}")
-    return [*lines, f"written to {out}"]
+    if not keep_beside:
+        merges_beside(out).unlink(missing_ok=True)
+    masks.images = images
+    saving = saving_of_channels(rankings, channels, decisions.macs)
+    return Outcome.of(masks, out, saved=saving, whole=sum(decisions.macs.values()))
+
+
+def saving_of_channels(
+    rankings: Sequence[Ranking], channels: Mapping[int, Sequence[int]], macs: Mapping[str, int]
+) -> float:
+    """Share of the multiply-accumulates that is saved by removing such channels, by the group's number."""
+    first = []
+    for ranking in rankings:
+        gone = list(channels.get(ranking.number, ()))
+        rest = [channel for channel in range(ranking.channels) if channel not in set(gone)]
+        first.append(replace(ranking, order=[*gone, *rest]))
+    return Saving(first, macs).of({one.number: len(channels.get(one.number, ())) for one in first})
+
+
+def flagged_channels(rankings: Sequence[Ranking]) -> dict[int, list[int]]:
+    """Channels on which there is a verdict, by the group's number."""
+    return {one.number: one.order[: one.flagged] for one in rankings}
+
+
+def _counts(
+    decisions: Decisions,
+    rankings: Sequence[Ranking],
+    ratio: float | None,
+    macs: float | None,
+    tolerance: float | None,
+    round_to: int,
+) -> tuple[Counts, Allocation]:
+    """How many channels go for a budget, and how it was shared."""
+    if tolerance is not None:
+        return counts_for_tolerance(rankings, tolerance, round_to), Allocation.DAMAGE
+    saving = Saving(rankings, decisions.macs if ratio is None else None, sum(decisions.filters.values()))
+    wanted = ratio if macs is None else macs
+    assert wanted is not None  # noqa: S101  (one of them was given)
+    tried = decisions.budgets
+    allocation = preferred(tried, wanted) if ratio is None else Allocation.DAMAGE
+    return counts_for_share(saving, wanted, allocation, round_to), allocation
 
 
 def _masks_of_verdicts(decisions: Decisions) -> dict[str, torch.Tensor]:
@@ -153,204 +181,29 @@ def _masks_of_verdicts(decisions: Decisions) -> dict[str, torch.Tensor]:
     return masks
 
 
-def read_rankings(decisions: Decisions) -> list[Ranking]:
-    """The ranked groups that `decisions.json` holds."""
-    orders = {entry.group: entry for entry in decisions.removal_order if entry.channels}
-    rankings = []
-    for group in decisions.groups:
-        if group.id not in orders:
-            continue
-        filters = {
-            producer.layer: Places(
-                producer.layer, np.array(producer.filters, int), np.array(producer.channels, int)
-            ).table(group.channels)
-            for producer in group.producers
-        }
-        entry = orders[group.id]
-        reads = {consumer.module: consumer.share for consumer in group.reads}
-        norms = [
-            Places(norm.module, np.array(norm.indices, int), np.array(norm.channels, int))
-            for norm in group.norms
-        ]
-        order, damage = list(entry.channels), list(entry.damage)
-        rankings.append(Ranking(group.id, group.channels, order, damage, filters, reads, norms))
-    return rankings
-
-
-def counts_for_tolerance(rankings: Sequence[Ranking], tolerance: float, round_to: int = 1) -> dict[int, int]:
-    """How many channels each group can lose before its predicted damage passes `tolerance`, in its unit.
-
-    Of a group that loses some a multiple of `round_to` stays.
-    """
-    counts = {}
-    for ranking in rankings:
-        bearable = int(np.searchsorted(ranking.damage, tolerance, side="right"))
-        # One more, lowered, is the most that is not above and leaves a multiple.
-        counts[ranking.number] = ranking.lower_count(bearable + 1, round_to)
-    return counts
-
-
-def counts_for_ratio(
-    rankings: Sequence[Ranking], ratio: float, filters: int, round_to: int = 1
-) -> dict[int, int]:
-    """How many channels each group loses so that a share `ratio` of `filters` goes, evenly spread.
-
-    Of a group that loses some a multiple of `round_to` stays.
-    """
-
-    def share_of_filters(counts: Mapping[int, int]) -> float:
-        return removed_filters(rankings, counts) / filters
-
-    return _evenly(rankings, ratio, share_of_filters, "filters", round_to)
-
-
-def counts_for_macs(
-    rankings: Sequence[Ranking], ratio: float, macs: Mapping[str, int], round_to: int = 1
-) -> dict[int, int]:
-    """How many channels each group loses so that a share `ratio` of the MACs goes, evenly spread.
-
-    Parameters
-    ----------
-    rankings : sequence of Ranking
-        The groups.
-    ratio : float
-        Share of the multiply-accumulates to save, above 0 and below 1.
-    macs : mapping of str to int
-        MACs of each module of the whole network.
-    round_to : int
-        Of a group that loses channels a multiple of this stays.
-    """
-
-    def share_of_macs(counts: Mapping[int, int]) -> float:
-        return share_saved(rankings, counts, macs)
-
-    return _evenly(rankings, ratio, share_of_macs, "multiply-accumulates", round_to)
-
-
-def removed_filters(rankings: Sequence[Ranking], counts: Mapping[int, int]) -> int:
-    """How many filters go with so many channels of each group."""
-    removed = 0
-    for ranking in rankings:
-        gone = ranking.order[: counts[ranking.number]]
-        removed += sum(int((filters[gone] >= 0).sum()) for filters in ranking.filters.values())
-    return removed
-
-
-def macs_left(rankings: Sequence[Ranking], counts: Mapping[int, int], macs: Mapping[str, int]) -> float:
-    """Multiply-accumulates that are left: a module's fall with its filters and with what it reads."""
-    written = dict.fromkeys(macs, 1.0)
-    read = dict.fromkeys(macs, 1.0)
-    for ranking in rankings:
-        gone = ranking.order[: counts[ranking.number]]
-        for layer, filters in ranking.filters.items():
-            if layer in written:
-                written[layer] -= float((filters[gone] >= 0).sum() / (filters >= 0).sum())
-        for module, share in ranking.reads.items():
-            if module in read:
-                read[module] -= share * len(gone) / ranking.channels
-    return sum(cost * written[name] * read[name] for name, cost in macs.items())
-
-
-def share_saved(rankings: Sequence[Ranking], counts: Mapping[int, int], macs: Mapping[str, int]) -> float:
-    """Share of the multiply-accumulates that is saved with so many channels of each group gone; 0 of none."""
-    total = sum(macs.values())
-    return 1 - macs_left(rankings, counts, macs) / total if total else 0.0
-
-
-def _evenly(
-    rankings: Sequence[Ranking],
-    wanted: float,
-    saved: Callable[[Mapping[int, int]], float],
-    what: str,
-    round_to: int,
-) -> dict[int, int]:
-    """The smallest even share of channels that saves what is wanted, less what can then be kept."""
-
-    def counts_at(step: int) -> dict[int, int]:
-        return {ranking.number: ranking.count(step / _SHARES, round_to) for ranking in rankings}
-
-    low, high = 0, _SHARES
-    if saved(counts_at(high)) < wanted:
-        most = saved(counts_at(high))
-        left = f" and leave multiples of {round_to}" if round_to > 1 else ""
-        raise UserError(f"at most {most:.1%} of the {what} of this network can go{left}; ask for less")
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if saved(counts_at(middle)) >= wanted else (middle + 1, high)
-    return _give_back(rankings, counts_at(low), wanted, saved, round_to)
-
-
-def _give_back(
-    rankings: Sequence[Ranking],
-    counts: dict[int, int],
-    wanted: float,
-    saved: Callable[[Mapping[int, int]], float],
-    round_to: int,
-) -> dict[int, int]:
-    """Counts of which none can be lowered: one step at a time goes back where that spares most damage."""
-    losing = [ranking for ranking in rankings if counts[ranking.number]]
-    while losing:
-        lower = {one.number: one.lower_count(counts[one.number], round_to) for one in losing}
-        best = max(losing, key=lambda one: one.damage_of(counts) - one.damage_of(lower))
-        offer = {**counts, best.number: lower[best.number]}
-        fits = saved(offer) >= wanted
-        if fits:
-            counts = offer
-        if not fits or not counts[best.number]:
-            losing = [one for one in losing if one is not best]
-    return counts
-
-
-def masks_for_counts(
-    rankings: Sequence[Ranking],
-    counts: Mapping[int, int],
-    gram_matrices: Mapping[int, np.ndarray],
-    filters: Mapping[str, int],
-    origin: Origin,
-    unit: Unit,
-) -> Masks:
-    """Masks that remove so many channels of each group, with the merges that make up for them.
-
-    Parameters
-    ----------
-    rankings : sequence of Ranking
-        The groups.
-    counts : mapping of int to int
-        Channels to remove, by the group's number.
-    gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
-        Second moments of each group's channels and a constant.
-    filters : mapping of str to int
-        How many filters each layer of the network has.
-    origin : Origin
-        The model that was analysed.
-    unit : Unit
-        Of the groups' damage.
-    """
-    channels = {ranking.number: ranking.order[: counts[ranking.number]] for ranking in rankings}
-    predicted = Damage(sum(ranking.damage_of(counts) for ranking in rankings), unit)
-    return masks_for_channels(rankings, channels, gram_matrices, filters, origin, predicted)
-
-
 def masks_for_channels(
+    decisions: Decisions,
     rankings: Sequence[Ranking],
     channels: Mapping[int, Sequence[int]],
     gram_matrices: Mapping[int, np.ndarray],
-    filters: Mapping[str, int],
-    origin: Origin,
     predicted: Damage,
 ) -> Masks:
     """Masks that remove such channels of each group, with the merges that make up for them.
 
     Parameters
     ----------
+    decisions : Decisions
+        What the run decided.
+    rankings : sequence of Ranking
+        Its ranked groups.
     channels : mapping of int to sequence of int
         Channels to remove, by the group's number.
+    gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
+        Second moments of each group's channels and a constant.
     predicted : Damage
         What that is predicted to cost.
-    rankings, gram_matrices, filters, origin
-        As `masks_for_counts`.
     """
-    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in filters.items()}
+    masks = {name: torch.ones(count, dtype=torch.bool) for name, count in decisions.filters.items()}
     merges: list[Merge] = []
     passed: list[NormChannel] = []
     for ranking in rankings:
@@ -365,11 +218,18 @@ def masks_for_channels(
         for layer, placed in ranking.filters.items():
             own = placed[list(gone)]
             masks[layer][own[own >= 0]] = False
+        if set(gone) <= set(ranking.order[: ranking.flagged]):
+            merges += [merge for merge in decisions.merges if merge.layer in ranking.filters]
+            continue
         matrix = gram_matrices.get(ranking.number)
         if matrix is None or matrix.shape != (ranking.channels + 1, ranking.channels + 1):
             raise UserError("moments.safetensors does not fit decisions.json; run analyze again")
         merges += _merges(ranking, gone, matrix)
-    return Masks(masks, tuple(merges), origin, predicted=predicted, norm_channels=passed)
+    made = masks_as_stored(decisions)
+    made.update(masks)
+    made.merges = tuple(merge for merge in merges if made.holds(merge))
+    made.norm_channels, made.predicted, made.measured = passed, predicted, None
+    return made
 
 
 def _merges(ranking: Ranking, gone: Sequence[int], gram: np.ndarray) -> list[Merge]:

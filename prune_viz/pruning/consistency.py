@@ -73,7 +73,7 @@ def reconcile_with_groups(
     reconciled = Masks()
     if isinstance(masks, Masks):
         reconciled.merges, reconciled.origin = masks.merges, masks.origin
-        reconciled.calibration_images = masks.calibration_images
+        reconciled.images, reconciled.rough = masks.images, masks.rough
     modules = dict(model.named_modules())
     hidden = {layer for group in groups for layer in group.layers}
     for name, module in layers_of(model, hidden | masks.keys()).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prune_viz.calibration.images import read_calibration_images, write_calibration_images
+from prune_viz.calibration.image_files import RunImages, read_run_images, write_run_images
 from prune_viz.channels.groups import NormChannel
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
@@ -42,9 +42,13 @@ class Masks(dict[str, Tensor]):
     origin : Origin, optional
         The model that they were made for.
     calibration_images : Tensor, optional, shape (N, C, *size)
-        Synthetic images, on which batch norms are set anew after merging.
+        Synthetic images, on which merging is measured and batch norms are set anew after it.
     predicted : Damage, optional
         What they are predicted to cost.
+    measured : Damage, optional
+        What that was measured to be, on images kept out of all fits.
+    rough : str
+        Why that is rough, and what would help; empty where it is not.
     norm_channels : sequence of NormChannel, optional
         Channels of norms that removed filters pass on their way to what reads them, silenced with them.
 
@@ -52,8 +56,10 @@ class Masks(dict[str, Tensor]):
     ----------
     merges : tuple of Merge
     origin : Origin
-    calibration_images : Tensor or None
-    predicted : Damage or None
+    images : RunImages
+        Synthetic calibration images, and the user's that were kept out of all fits.
+    predicted, measured : Damage or None
+    rough : str
     norm_channels : list of NormChannel
     notes : list of str
         What `reconcile_masks` kept, and why.
@@ -67,12 +73,14 @@ class Masks(dict[str, Tensor]):
         calibration_images: Tensor | None = None,
         predicted: Damage | None = None,
         norm_channels: Sequence[NormChannel] = (),
+        measured: Damage | None = None,
+        rough: str = "",
     ) -> None:
         super().__init__(masks or {})
         self.merges = tuple(merges)
         self.origin = origin or Origin()
-        self.calibration_images = calibration_images
-        self.predicted = predicted
+        self.images = RunImages(calibration_images)
+        self.predicted, self.measured, self.rough = predicted, measured, rough
         self.norm_channels = list(norm_channels)
         self.notes: list[str] = []
 
@@ -84,6 +92,15 @@ class Masks(dict[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """`save_masks`."""
         save_masks(self, path)
+
+    @property
+    def calibration_images(self) -> Tensor | None:
+        """The synthetic calibration images, shape (N, C, *size)."""
+        return self.images.synthetic
+
+    @calibration_images.setter
+    def calibration_images(self, images: Tensor | None) -> None:
+        self.images = replace(self.images, synthetic=images)
 
     @property
     def probes(self) -> Tensor | None:
@@ -187,9 +204,8 @@ class Masks(dict[str, Tensor]):
 
         Where both do, the first one's is taken.
         """
-        self.calibration_images = (
-            second.calibration_images if first.calibration_images is None else first.calibration_images
-        )
+        self.images = first.images or second.images
+        self.rough = first.rough or second.rough
         passed = dict.fromkeys((*first.norm_channels, *second.norm_channels))
         self.norm_channels = [norm_channel for norm_channel in passed if self.silences(norm_channel)]
         merges = {(merge.layer, merge.filter): merge for merge in (*second.merges, *first.merges)}
@@ -238,10 +254,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
         write_json(merges, {"format": FORMAT, "written_by": MARK, **beside})
     else:
         merges.unlink(missing_ok=True)
-    if held.calibration_images is not None:
-        write_calibration_images(held.calibration_images, images)
-    else:
-        images.unlink(missing_ok=True)
+    write_run_images(held.images, images)
     write_plain_masks(masks, path)
 
 
@@ -256,6 +269,8 @@ def beside_masks(masks: Masks) -> BesideMasks:
         model_sha256=masks.origin.file,
         weights_sha256=masks.origin.weights,
         predicted=prediction_record(masks.predicted),
+        measured=prediction_record(masks.measured),
+        rough=masks.rough,
         passages=tuple(astuple(one) for one in masks.norm_channels),
         output=masks.origin.output,
         merges=masks.merges,
@@ -292,10 +307,10 @@ def load_masks(path: str | Path) -> Masks:
         return Masks(loaded)
     masks = read_beside(beside)
     masks.update(loaded)
-    masks.calibration_images = read_calibration_images(calibration_images_beside(path))
+    masks.images = read_run_images(calibration_images_beside(path))
     own_run = run.exists() and (beside == run or read_beside(run).origin == masks.origin)
-    if masks.calibration_images is None and own_run:
-        masks.calibration_images = read_calibration_images(path.with_name("probes.safetensors"))
+    if not masks.images and own_run:
+        masks.images = read_run_images(path.with_name("probes.safetensors"))
     return masks
 
 
@@ -307,12 +322,18 @@ def read_beside(path: Path) -> Masks:
     UserError
         If the file is damaged.
     """
-    beside = read_json(path, BesideMasks, f"{path} beside the masks")
+    return masks_as_stored(read_json(path, BesideMasks, f"{path} beside the masks"))
+
+
+def masks_as_stored(beside: BesideMasks) -> Masks:
+    """What files say of masks beside the masks themselves."""
     return Masks(
         merges=beside.merges,
         origin=Origin(beside.model_sha256, beside.weights_sha256, beside.output),
         predicted=beside.prediction,
         norm_channels=[NormChannel(*one) for one in beside.passages],
+        measured=beside.measurement,
+        rough=beside.rough,
     )
 
 

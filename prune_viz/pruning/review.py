@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import nn
 
-from prune_viz.calibration.images import read_calibration_images
-from prune_viz.pruning.budgets import masks_for_channels, read_rankings
-from prune_viz.pruning.masks import Masks, read_beside, save_masks
+from prune_viz.pruning.budgets import finish_masks, masks_for_channels
+from prune_viz.pruning.masks import Masks
+from prune_viz.pruning.outcome import Outcome
+from prune_viz.pruning.rankings import Ranking, read_rankings
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.decisions_json import Decisions
 from prune_viz.runs.run_directory import RunDirectory
@@ -145,8 +147,30 @@ def write_review(review: Review, path: Path) -> None:
     write_json(path, review_content(review))
 
 
-def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
-    """Masks that follow a review, what goes rebuilt from all that stays in its group.
+@dataclass(frozen=True)
+class ReviewedMasks:
+    """Masks that follow a review.
+
+    Attributes
+    ----------
+    masks : Masks
+        What goes is rebuilt from all that stays in its group.
+    decisions : Decisions
+        What the run decided.
+    rankings : list of Ranking
+        Its ranked groups.
+    channels : dict of int to list of int
+        Channels of these that go.
+    """
+
+    masks: Masks
+    decisions: Decisions
+    rankings: list[Ranking]
+    channels: dict[int, list[int]]
+
+
+def reviewed_masks(run: RunDirectory, review: Review) -> ReviewedMasks:
+    """Make the masks that follow a review.
 
     Raises
     ------
@@ -159,18 +183,17 @@ def reviewed_masks(run: RunDirectory, review: Review) -> Masks:
     damage = dict(zip(zip(table["layer"], table["filter"], strict=True), table["damage"], strict=True))
     going = {(entry.layer, entry.filter) for entry in decisions.verdicts}
     channels, loose = _gone(review, decisions, going)
-    origin = read_beside(run.decisions_file).origin
     costs = [damage.get(filters[0], np.nan) for filters in _first_filters(channels, decisions)]
     predicted = Damage(float(np.nansum(costs)), decisions.damage_unit)
     rankings = read_rankings(decisions)
     gram_matrices = run.read_gram_matrices() if channels else {}
-    masks = masks_for_channels(rankings, channels, gram_matrices, decisions.filters, origin, predicted)
+    masks = masks_for_channels(decisions, rankings, channels, gram_matrices, predicted)
     for layer, number in loose:
         masks[layer][number] = False
     emptied = next((layer for layer, mask in masks.items() if not mask.any()), None)
     if emptied is not None:
         raise UserError(f"the review leaves no filter of {emptied}; keep one at least")
-    return masks
+    return ReviewedMasks(masks, decisions, rankings, channels)
 
 
 def _gone(
@@ -222,7 +245,9 @@ def _first_filters(channels: Mapping[int, list[int]], decisions: Decisions) -> l
     return list(found.values())
 
 
-def write_reviewed_masks(run: Path, review: Path, out: Path | None = None) -> list[str]:
+def write_reviewed_masks(
+    run: Path, review: Path, out: Path | None = None, model: nn.Module | None = None
+) -> tuple[Outcome, str]:
     """Write the masks that follow a review, by default as the run's own.
 
     Parameters
@@ -233,31 +258,32 @@ def write_reviewed_masks(run: Path, review: Path, out: Path | None = None) -> li
         What the report of the run saved.
     out : Path, optional
         Where to write; the run's own ``masks.pt`` by default.
+    model : nn.Module, optional
+        The network that was analysed; with it the change of its output is measured.
 
     Returns
     -------
-    list of str
-        For people: what was decided and done.
+    Outcome
+        What the masks do.
+    str
+        For people: what was decided.
 
     Raises
     ------
     UserError
-        As `read_review` and `reviewed_masks`.
+        As `read_review` and `reviewed_masks`, or if the model is another one.
     """
     directory = RunDirectory(run)
     read = read_review(review, directory)
-    masks = reviewed_masks(directory, read)
-    out = out or directory.masks_file
-    if out.resolve().parent != directory.path.resolve():
-        masks.calibration_images = read_calibration_images(directory.calibration_images_file)
-    save_masks(masks, out)
-    flagged = {(entry.layer, entry.filter) for entry in directory.read_decisions().verdicts}
+    made = reviewed_masks(directory, read)
+    flagged = {(entry.layer, entry.filter) for entry in made.decisions.verdicts}
     accepted = sum(read.decisions.get(one) == REMOVE for one in flagged)
     rejected = sum(read.decisions.get(one) == KEEP for one in flagged)
     added = sum(decision == REMOVE and one not in flagged for one, decision in read.decisions.items())
-    return [
+    decided = (
         f"of {len(flagged):,} flagged filters {accepted:,} accepted, {rejected:,} rejected, "
-        f"{len(flagged) - accepted - rejected:,} undecided, which follow their verdicts; {added:,} more go",
-        f"{masks.removed:,} of {masks.filters:,} filters go ({masks.removed / masks.filters:.1%})",
-        f"written to {out}",
-    ]
+        f"{len(flagged) - accepted - rejected:,} undecided, which follow their verdicts; {added:,} more go"
+    )
+    out = out or directory.masks_file
+    outcome = finish_masks(directory, made.decisions, made.rankings, made.channels, made.masks, out, model)
+    return outcome, decided

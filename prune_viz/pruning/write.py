@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,60 @@ from prune_viz.loading.checkpoints import Checkpoint
 from prune_viz.loading.smaller_networks import compose_steps
 from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import parametrised, plain_copy
+from prune_viz.network.cost import count_cost
 from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
-from prune_viz.pruning.batch_norms import change_on
+from prune_viz.pruning.compensation import Compensation, output_kind
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.export import export_model
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
-from prune_viz.pruning.remove import count_cost, output_kind, remove_filters
-from prune_viz.runs.damage import Unit
-from prune_viz.utils.errors import UserError
+from prune_viz.pruning.measuring import meter_on
+from prune_viz.pruning.outcome import Outcome, describe_change
+from prune_viz.pruning.remove import remove_and_compensate
+from prune_viz.runs.damage import Damage
+from prune_viz.utils.errors import UserError, few
 from prune_viz.utils.files import write_torch
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What applying masks did.
+
+    Attributes
+    ----------
+    outcome : Outcome
+        What went, and how far the output moved.
+    how : str
+        What was done with the filters, for people.
+    notes : tuple of str
+        What the masks asked for but had to stay, and what else is to be known.
+    cost : pair of (int, int), or None
+        Parameters and multiply-accumulates before and after; None where the network is as large as before.
+    exported : str
+        Where the network itself was written too, for people; empty where it was not.
+    """
+
+    outcome: Outcome
+    how: str
+    notes: tuple[str, ...] = ()
+    cost: tuple[tuple[int, int], tuple[int, int]] | None = None
+    exported: str = ""
+
+    def lines(self) -> list[str]:
+        """What was done, for people."""
+        one = self.outcome
+        lines = [f"note: {note}" for note in self.notes]
+        lines.append(f"{one.removed:,} of {one.filters:,} filters {self.how}")
+        if self.cost is not None:
+            for what, old, new in zip(("parameters", "MACs"), *self.cost, strict=True):
+                lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
+        lines += describe_change(one.predicted, one.measured, one.images, one.rough)
+        return [*lines, *filter(None, [self.exported])]
+
+    def as_json(self) -> dict[str, Any]:
+        """One object for programs: what `Outcome.as_json` has, and the network's size."""
+        names = ("parameters", "macs", "parameters_after", "macs_after")
+        sizes = [None] * 4 if self.cost is None else [*self.cost[0], *self.cost[1]]
+        return {**self.outcome.as_json(), **dict(zip(names, sizes, strict=True)), "notes": list(self.notes)}
 
 
 def write_zeroed(
@@ -33,7 +77,7 @@ def write_zeroed(
     out: Path,
     export: Path | None = None,
     input_shape: Sequence[int] = (),
-) -> list[str]:
+) -> Applied:
     """Write the state dict of a model with its masked filters at zero.
 
     Parameters
@@ -52,8 +96,7 @@ def write_zeroed(
 
     Returns
     -------
-    list of str
-        For people: what was done.
+    Applied
 
     Raises
     ------
@@ -63,14 +106,15 @@ def write_zeroed(
     masks = load_masks(masks_file)
     check_origin(checkpoint, masks, masks_file)
     check_plain(checkpoint.model)
+    whole = plain_copy(checkpoint.model)
     model = make_permanent(apply_masks(checkpoint.model, masks))
-    lines = [f"{masks.removed:,} of {masks.filters:,} filters set to zero"]
-    lines += [] if export is None else [export_model(model, input_shape, export)]
+    masks.predicted, masks.measured = None, _measured(whole, model, masks)  # the prediction is of merging
+    exported = "" if export is None else export_model(model, input_shape, export)
     if checkpoint.pruning:
         save_checkpoint(checkpoint, model, out, checkpoint.input_shape or ())
     else:
         _save(model.state_dict(), out)
-    return lines
+    return Applied(Outcome.of(masks, out, None, 0), "set to zero", exported=exported)
 
 
 def write_removed(
@@ -80,7 +124,7 @@ def write_removed(
     out: Path,
     compensate: str | None = None,
     export: Path | None = None,
-) -> list[str]:
+) -> Applied:
     """Write a checkpoint of a model without its masked filters.
 
     It loads with ``torch.load(out, weights_only=True)``: ``state_dict``, and what `load_checkpoint` needs
@@ -105,8 +149,8 @@ def write_removed(
 
     Returns
     -------
-    list of str
-        For people: what was done, and what the masks asked for but had to stay.
+    Applied
+        With notes on what the masks asked for but had to stay.
 
     Raises
     ------
@@ -126,21 +170,28 @@ def write_removed(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notes say the same
         consistent = reconcile_masks(checkpoint.model, masks, example)
-        smaller = remove_filters(checkpoint.model, consistent, example, compensate=compensate)
-    changes = _changes(checkpoint.model, smaller, masks, merged=compensate == "merge")
-    exported = [] if export is None else [export_model(smaller, input_shape, export)]
-    done = compose_steps([*checkpoint.pruning, consistent])
-    save_checkpoint(replace(checkpoint, pruning=[done]), smaller, out, input_shape)
-    lines = [f"note: {note}" for note in consistent.notes]
-    how = {"merge": "what they gave merged into the rest", "none": "nothing in their place"}[compensate]
-    lines.append(f"{consistent.removed:,} of {consistent.filters:,} filters removed, {how}")
-    before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
-    for what, old, new in zip(("parameters", "MACs"), before, after, strict=True):
-        lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
-    lines += changes + exported
+        smaller, done = remove_and_compensate(checkpoint.model, consistent, example, compensate)
+    foreseen = compensate == "merge" and consistent == masks
+    consistent.predicted = masks.predicted if foreseen else None
+    consistent.measured = _measured(checkpoint.model, smaller, masks)
+    exported = "" if export is None else export_model(smaller, input_shape, export)
+    steps = compose_steps([*checkpoint.pruning, consistent])
+    save_checkpoint(replace(checkpoint, pruning=[steps]), smaller, out, input_shape)
+    notes = [*consistent.notes, *_left_unmerged(done)]
     if checkpoint.arch is None:
-        lines.append("note: the model was pickled whole; loading the new file needs --arch")
-    return lines
+        notes.append("the model was pickled whole; loading the new file needs --arch")
+    before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
+    saved = 1 - after[1] / before[1] if before[1] else None
+    how = f"removed, {'what they gave merged into the rest' if done.merged else 'nothing in their place'}"
+    return Applied(Outcome.of(consistent, out, saved, 0), how, tuple(notes), (before, after), exported)
+
+
+def _left_unmerged(done: Compensation) -> list[str]:
+    """A note on groups in which merging was measured to hurt."""
+    if not done.unmerged:
+        return []
+    where = few(list(done.unmerged))
+    return [f"nothing takes the place of what goes in {where}: that was measured to be better than merging"]
 
 
 def check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge: bool = False) -> None:
@@ -190,18 +241,11 @@ def check_plain(model: nn.Module) -> None:
         )
 
 
-def _changes(model: nn.Module, smaller: nn.Module, masks: Masks, merged: bool) -> list[str]:
-    """Lines on how far the output moves: as was predicted, where filters are merged, and on the images."""
-    lines = []
-    if merged and masks.predicted is not None and masks.predicted.unit is not Unit.CONSUMERS:
-        lines.append(f"predicted change of the output: {masks.predicted}")
-    if masks.calibration_images is not None:
-        whole, pruned = (plain_copy(network).float() for network in (model, smaller))
-        change = change_on(masks.calibration_images, whole, pruned, output_kind(whole, masks))
-        if change is not None and math.isfinite(change.value):
-            images = f"the run's {len(masks.calibration_images)} calibration images"
-            lines.append(f"change of the output on {images}: {change}")
-    return lines
+def _measured(model: nn.Module, changed: nn.Module, masks: Masks) -> Damage | None:
+    """The measured change of the output from one network to another, on the masks' images."""
+    whole, after = (plain_copy(network).float() for network in (model, changed))
+    meter = meter_on(whole, masks.images.kept_out, output_kind(whole, masks))
+    return None if meter is None else meter.damage(after)
 
 
 def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_shape: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.calibration.images import BATCH, SyntheticImages
+from prune_viz.feature_visualization.priors import are_pictures
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.nested_tensors import tensors_of
+
+ENOUGH_EXAMPLES = 32  # of the user's inputs, from which on predictions are not called rough
+ADVISED_EXAMPLES = 128
+FAR = 0.2  # distance of batch norms' statistics from those of training
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def predictions_on(
     model: nn.Module, calibrated: SyntheticImages | None, kind: OutputKind
 ) -> Predictions | None:
     """What the network takes synthetic images for; None without any, or where it returns no class scores."""
-    if calibrated is None or kind.task is not Task.CLASSES:
+    if calibrated is None or calibrated.distance is None or kind.task is not Task.CLASSES:
         return None
     device = next(model.parameters()).device
     found = with_fewer(partial(_shares, model, calibrated.images, kind), BATCH, device)
@@ -87,7 +93,7 @@ def describe(
         Unit.OUTPUT: " Damage is the squared change of the network's outputs as a share of their square.",
     }
     images = f"the {examples:,} images of --data"
-    if calibrated is not None:
+    if calibrated is not None and calibrated.distance is not None:
         also = f" and {images}" if examples else ""
         looks = ""
         if predicted is not None:
@@ -104,15 +110,41 @@ def describe(
             "were optimised until the batch norms' statistics came near those of training: the distance "
             f"fell from {calibrated.before:.3g} to {calibrated.distance:.3g}.{looks}{units.get(unit, '')}"
         )
-    rests = (
-        f"{images} alone."
-        if examples
-        else "noise and stimuli: trust budgets beyond the verdicts only after fine-tuning."
-    )
+    if calibrated is None and examples:
+        return f"The removal order rests on {images} alone.{units.get(unit, '')}"
+    rests = "noise and stimuli" if calibrated is None else "dead leaves and stimuli"
     return (
         "No calibration images could be synthesised from what batch norms hold of the training data, so the "
-        f"removal order rests on {rests}{units.get(unit, '') if examples else ''}"
+        f"removal order rests on {rests}.{units.get(unit, '')}"
     )
+
+
+def why_rough(calibrated: SyntheticImages | None, examples: int, shape: Sequence[int]) -> str:
+    """Say why what is predicted and measured is rough, and what would help; empty where it is not.
+
+    Parameters
+    ----------
+    calibrated : SyntheticImages or None
+        The synthetic calibration images, where there are any.
+    examples : int
+        How many inputs the user gave.
+    shape : sequence of int
+        (C, *size) of one input.
+    """
+    if examples >= ENOUGH_EXAMPLES:
+        return ""
+    reasons = []
+    if not are_pictures(shape):
+        reasons.append("the inputs are no pictures")
+    if calibrated is None or calibrated.distance is None:
+        reasons.append("no batch norm shows what the training inputs were like")
+    elif calibrated.distance > FAR:
+        reasons.append(
+            f"calibration ended far from what the batch norms saw in training, at {calibrated.distance:.2g}"
+        )
+    if not reasons:
+        return ""
+    return f"{' and '.join(reasons)}. --data with {ADVISED_EXAMPLES} unlabelled inputs would help"
 
 
 def summary(calibrated: SyntheticImages | None, predicted: Predictions | None) -> dict[str, Any] | None:

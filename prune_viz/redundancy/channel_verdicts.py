@@ -49,6 +49,13 @@ class ChannelVerdict:
     damage: float
     fires: bool = True
 
+    def weights(self, size: int) -> np.ndarray:
+        """What rebuilds a flagged channel: weights over its group's channels and a constant, (size,)."""
+        weights = np.zeros(size)
+        weights[self.representatives] = self.coefficients
+        weights[-1] = self.constant
+        return weights
+
 
 @dataclass(frozen=True)
 class GroupVerdicts:
@@ -61,7 +68,7 @@ class GroupVerdicts:
     channels : list of ChannelVerdict
         A verdict a channel, in order.
     order : list of int
-        Channels in the order in which to remove them, the least missed first.
+        Channels in the order in which to remove them: flagged ones, and then the least missed first.
     order_damage : list of float
         Predicted damage of having removed that channel and all before it.
     damage : float
@@ -78,6 +85,11 @@ class GroupVerdicts:
     order_damage: list[float]
     damage: float
     unit: Unit = Unit.CONSUMERS
+
+    @property
+    def flagged(self) -> list[int]:
+        """Channels that are redundant or dead."""
+        return [one.channel for one in self.channels if one.verdict.flagged]
 
 
 def keep_channel(channel: int, score: float, damage: float) -> ChannelVerdict:
@@ -102,13 +114,19 @@ def keep_each_layer(group: CouplingGroup, verdicts: GroupVerdicts) -> GroupVerdi
     verdicts : GroupVerdicts
         What was found in it.
     """
-    channels, order = list(verdicts.channels), list(verdicts.order)
+    channels, ranked = list(verdicts.channels), list(zip(verdicts.order, verdicts.order_damage, strict=True))
     for places in group.producers:
         own = set(places.channels.tolist())
         if all(channels[channel].verdict.flagged for channel in own):
             last = max(own, key=lambda channel: np.nan_to_num(channels[channel].damage))
             channels[last] = keep_channel(last, channels[last].score, channels[last].damage)
-        ends = [place for place, channel in enumerate(order) if channel in own]
+            ranked = [one for one in ranked if one[0] != last]
+        ends = [place for place, (channel, _) in enumerate(ranked) if channel in own]
         if len(ends) == len(own):
-            order = order[: ends[-1]]
-    return replace(verdicts, channels=channels, order=order, order_damage=verdicts.order_damage[: len(order)])
+            ranked = ranked[: ends[-1]]
+    return replace(
+        verdicts,
+        channels=channels,
+        order=[channel for channel, _ in ranked],
+        order_damage=[damage for _, damage in ranked],
+    )

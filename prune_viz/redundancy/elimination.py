@@ -19,7 +19,7 @@ RIDGE = 1e-9  # of a channel's own mean square
 
 
 def eliminate(
-    gram: np.ndarray, weight_gram: np.ndarray, ridge: float = RIDGE
+    gram: np.ndarray, weight_gram: np.ndarray, ridge: float = RIDGE, first: Sequence[int] = ()
 ) -> tuple[list[int], list[float]]:
     """Backward elimination of channels by damage, merging as it goes.
 
@@ -31,11 +31,13 @@ def eliminate(
         What the consumers make of the channels, in units of damage.
     ridge : float
         What is added to the Gram matrix, as a share of each channel's own mean square.
+    first : sequence of int
+        Channels that go before all others, in this order; fewer than n.
 
     Returns
     -------
     order : list of int
-        The n - 1 channels that can go, the least missed first.
+        The n - 1 channels that can go: `first`, and then the least missed first.
     damage : list of float
         Total damage once that channel and all before it are gone, not decreasing.
     """
@@ -46,10 +48,10 @@ def eliminate(
     alive[-1] = False
     order: list[int] = []
     total, damages = 0.0, []
-    for _ in range(count - 1):
+    for step in range(count - 1):
         residual = 1.0 / np.maximum(np.diag(inverse), 1e-300)
         loss = np.where(alive, np.diag(weight_gram).clip(min=0) * residual, np.inf)
-        gone = int(loss.argmin())
+        gone = int(first[step]) if step < len(first) else int(loss.argmin())
         total += float(loss[gone])
         order.append(gone)
         damages.append(total)

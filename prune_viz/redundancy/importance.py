@@ -50,7 +50,7 @@ FISHER_VARIANTS = 4  # variants of each synthetic image on which the Fisher matr
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Inputs near the training data.
+    """Inputs near the training data, those that are fitted to.
 
     Attributes
     ----------
@@ -60,11 +60,14 @@ class CalibrationImages:
         The user's images, in the model's own input units, where there are some.
     seed : int
         Seed of all that is random when they are used.
+    unfitted : Tensor or None, shape (N, C, *size)
+        Others of the user's images, on which it is only watched which channels are silent.
     """
 
     synthetic: Tensor | None
     examples: Tensor | None
     seed: int
+    unfitted: Tensor | None = None
 
     def any(self) -> bool:
         """Whether there are inputs at all."""
@@ -128,7 +131,7 @@ def synthesise_images(
     layers: Mapping[str, LayerTensors],
     input_shape: Sequence[int],
     context: RunContext,
-) -> SyntheticImages | None:
+) -> SyntheticImages:
     """Synthesise calibration images that start from dead leaves and from the stimuli of the deep layers.
 
     Parameters
@@ -144,8 +147,9 @@ def synthesise_images(
 
     Returns
     -------
-    SyntheticImages or None
-        None where nothing can be calibrated (`prune_viz.calibration.synthetic_images.calibrate`).
+    SyntheticImages
+        Where nothing can be calibrated (`prune_viz.calibration.synthetic_images.calibrate`), the images that
+        calibration would have started from.
     """
     channels, *size = input_shape
     widest = WIDEST[len(size)]
@@ -155,6 +159,9 @@ def synthesise_images(
     context.progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
     found = calibrate(model, starts, context)
     context.progress.finish()
+    if found is None:
+        images = torch.cat([kind.images.float() for kind in starts])
+        return SyntheticImages(images, None, None, 0)
     return found
 
 
@@ -288,6 +295,9 @@ def _gather(
 
         seen = gather_gram_matrices(model, groups, shown, context.budget)
         silent = {number: are_silent(consumers) for number, consumers in seen.items()}
+        if (others := calibration.unfitted) is not None and len(others):
+            unfitted = gather_gram_matrices(model, groups, lambda: _split([others]), context.budget)
+            silent = {number: silent[number] & are_silent(unfitted[number]) for number in silent}
         parts.append(seen)
         counts.append(len(examples))
     if not parts:

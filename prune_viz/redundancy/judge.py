@@ -113,7 +113,7 @@ def combine(consumers: Sequence[GramMatrices]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def order_channels(
-    fit: np.ndarray, held_out: np.ndarray, weight_gram: np.ndarray
+    fit: np.ndarray, held_out: np.ndarray, weight_gram: np.ndarray, first: Sequence[int] = ()
 ) -> tuple[list[int], list[float], np.ndarray]:
     """Order a group's channels by what removing them costs.
 
@@ -121,18 +121,20 @@ def order_channels(
     ----------
     fit, held_out, weight_gram : ndarray
         From `combine`.
+    first : sequence of int
+        Channels that go before all others, in this order.
 
     Returns
     -------
     order : list of int
-        Channels, the least missed first; the last to stay is left out.
+        Channels, the least missed first after `first`; the last to stay is left out.
     damage : list of float
         Predicted damage of having removed that channel and all before it.
     pooled : ndarray, shape (channels + 1, channels + 1)
         Second moments of the channels and a constant, over all calibration images and consumers.
     """
     pooled = (1 - HELD_OUT) * fit + HELD_OUT * held_out
-    return *eliminate(pooled, weight_gram, MERGE_RIDGE), pooled
+    return *eliminate(pooled, weight_gram, MERGE_RIDGE, first), pooled
 
 
 def rank(
@@ -166,6 +168,7 @@ def rank(
     -------
     GroupVerdicts
         With the order and its damage, every channel's damage, and the scores of kept ones measured anew.
+        What is flagged stands first in the order: dead channels, and then redundant ones by their damage.
         A redundant channel that costs the consumers or the network's output more than half of `TOLERANCE`
         is kept after all, and so is the last of a sign where both occur.
         Where nothing that reads the group varies, on these images or those of the verdicts, the order is
@@ -180,12 +183,11 @@ def rank(
         unranked = replace(verdicts, channels=unknown, order=[], order_damage=[], unit=unit)
         return unranked, np.array(gram_matrices[0].fit)
     fit, held_out, weight_gram = combine(consumers)
-    order, order_damage, pooled = order_channels(fit, held_out, weight_gram)
     costs, flagged = {}, []
     for one in verdicts.channels:
         if not one.verdict.flagged:
             continue
-        rebuilt = {one.channel: _weights(one, len(pooled))}
+        rebuilt = {one.channel: one.weights(len(fit))}
         costs[one.channel] = _damage(rebuilt, consumers)
         dearest = max(costs[one.channel], _damage(rebuilt, plain))
         if one.verdict is Verdict.DEAD or dearest <= TOLERANCE / _MARGIN:
@@ -195,6 +197,8 @@ def rank(
             signs, [c for c in flagged if verdicts.channels[c].verdict is not Verdict.DEAD]
         )
         flagged = [channel for channel in flagged if channel not in staying]
+    first = sorted(flagged, key=lambda one: (verdicts.channels[one].verdict is not Verdict.DEAD, costs[one]))
+    order, order_damage, pooled = order_channels(fit, held_out, weight_gram, first)
     kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
     damage = np.diag(weight_gram) * np.diag(pooled)[:-1] if ablations is None else ablations
@@ -206,14 +210,6 @@ def rank(
     ]
     ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
     return ranked, pooled
-
-
-def _weights(verdict: ChannelVerdict, size: int) -> np.ndarray:
-    """What rebuilds a flagged channel, as weights over the group's channels and a constant."""
-    weights = np.zeros(size)
-    weights[verdict.representatives] = verdict.coefficients
-    weights[-1] = verdict.constant
-    return weights
 
 
 def note_silent(verdicts: GroupVerdicts, silent: np.ndarray) -> GroupVerdicts:

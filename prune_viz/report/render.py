@@ -25,7 +25,7 @@ from prune_viz.report.layer_pages import LayerPage, Map, layer_page
 from prune_viz.report.pages import NetworkPage, layer_rows, network_page
 from prune_viz.report.panel_data import panel_data
 from prune_viz.report.run_data import run_data
-from prune_viz.report.savings import budgets, default_budget, draw_curve
+from prune_viz.report.savings import budgets, default_budget, draw_curve, measured_budgets
 from prune_viz.report.verdict_styles import verdict_styles
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.run_directory import LayerTensors, RunDirectory
@@ -109,10 +109,11 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         kept = ~tables[row.record.name].sort_values("filter")["verdict"].isin(FLAGGED).to_numpy()
         coherences.append(layer_coherence(row, tensors.images, kept))
         progress.advance()
-    known = budgets(decisions)
+    known, tried = budgets(decisions), measured_budgets(decisions)
     parts = {
-        "budgets": known,
-        "curve": draw_curve(known, default_budget(decisions, provenance.summary)),
+        "budgets": tried or known[1::2],
+        "curve": draw_curve(known, tried, default_budget(decisions, provenance.summary)),
+        "rough": decisions.rough,
         "coherence": draw_coherence([one for one in coherences if one is not None]),
     }
     _write_network(folder, network, strip, overview, shown, templates, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
@@ -59,6 +60,10 @@ def prediction_record(predicted: Damage | None) -> PredictionRecord | None:
     return None if predicted is None else PredictionRecord(predicted.value, predicted.unit)
 
 
+def _damage_of(record: PredictionRecord | None) -> Damage | None:
+    return None if record is None or record.damage is None else Damage(record.damage, record.unit)
+
+
 PassageRecord = tuple[str, Index, tuple[tuple[str, Index], ...]]  # of `groups.NormChannel`
 
 
@@ -78,6 +83,10 @@ class BesideMasks:
         Norm, channel, and the filters that write it, of each `prune_viz.channels.groups.NormChannel`.
     output : OutputKind or None
         What the network returns.
+    measured : PredictionRecord or None
+        What the masks were measured to cost, on images kept out of all fits.
+    rough : str
+        Why predictions are rough, and what would help; empty where they are not.
     """
 
     model_sha256: str | None
@@ -86,13 +95,18 @@ class BesideMasks:
     predicted: PredictionRecord | None = None
     passages: tuple[PassageRecord, ...] = ()
     output: OutputKind | None = None
+    measured: PredictionRecord | None = None
+    rough: str = ""
 
     @property
     def prediction(self) -> Damage | None:
         """Damage of removing and merging all that the masks remove, summed over groups, where it is known."""
-        if self.predicted is None or self.predicted.damage is None:
-            return None
-        return Damage(self.predicted.damage, self.predicted.unit)
+        return _damage_of(self.predicted)
+
+    @property
+    def measurement(self) -> Damage | None:
+        """The measured change of the output, where there is one."""
+        return _damage_of(self.measured)
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,40 @@ class RemovalOrder:
             raise ValueError("a removal order names each channel once, with its damage")
 
 
+class Allocation(StrEnum):
+    """How what a budget asks beyond the verdicts is shared among groups; the value is what files hold."""
+
+    DAMAGE = "damage"
+    """By predicted damage for what is saved, over the whole network."""
+    EVEN = "even"
+    """The same share of every group."""
+
+
+@dataclass(frozen=True)
+class MeasuredBudget:
+    """A budget that was tried when the run ended.
+
+    Attributes
+    ----------
+    allocation : Allocation
+        How it was shared.
+    saved : float
+        Share of the multiply-accumulates.
+    filters : int
+        How many filters went.
+    predicted : float
+        Sum of the groups' predicted damage.
+    measured : float
+        Change of the output on images kept out of all fits, in the run's unit of damage.
+    """
+
+    allocation: Allocation
+    saved: Share
+    filters: Amount
+    predicted: float
+    measured: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decisions(BesideMasks):
     """What `decisions.json` holds.
@@ -215,6 +263,8 @@ class Decisions(BesideMasks):
         What a verdict of redundant may cost.
     damage_unit : Unit
         Of every damage here but the groups' `readers_damage`.
+    budgets : tuple of MeasuredBudget
+        Budgets that were tried; empty where the output's change could not be measured.
     """
 
     format: int = FORMAT
@@ -225,6 +275,7 @@ class Decisions(BesideMasks):
     removal_order: tuple[RemovalOrder, ...]
     tolerance: float | None = None
     damage_unit: Unit = Unit.CONSUMERS
+    budgets: tuple[MeasuredBudget, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < sum(self.filters.values()) <= MOST_IN_ALL:

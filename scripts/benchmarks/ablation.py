@@ -17,7 +17,7 @@ from prune_viz.channels.groups import CouplingGroup, group_of_layer
 from prune_viz.network.layer_kinds import count_outputs
 from prune_viz.network.tracing import norms_behind
 from prune_viz.pruning.masks import Masks
-from prune_viz.pruning.remove import merge_filters
+from prune_viz.pruning.merging import merge_filters
 from prune_viz.redundancy.elimination import rebuild_all
 from prune_viz.runs.decisions_json import Merge
 

@@ -43,8 +43,8 @@ from prune_viz.channels import coupling
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.network.copies import plain_copy
+from prune_viz.pruning.compensation import compensate_filters
 from prune_viz.pruning.masks import Masks
-from prune_viz.pruning.remove import compensate_filters
 from prune_viz.redundancy.elimination import rebuild_all
 from prune_viz.redundancy.importance import CalibrationImages, measure_fisher, measure_groups
 from prune_viz.redundancy.judge import combine, order_channels

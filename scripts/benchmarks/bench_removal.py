@@ -36,9 +36,9 @@ import prune_viz as pv
 from prune_viz.channels.coupling import ChannelGraph, build_graph
 from prune_viz.channels.groups import hidden_layers
 from prune_viz.channels.labelling import UntraceableError
+from prune_viz.network.cost import count_cost
 from prune_viz.network.layer_kinds import count_outputs, layers_of
 from prune_viz.pruning.consistency import reconcile_with_groups
-from prune_viz.pruning.remove import count_cost
 from prune_viz.utils.nested_tensors import tensors_of
 
 EXACT = 1e-6  # of the largest output, in double precision

@@ -41,9 +41,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from trained import Trained
 
 import prune_viz as pv
+from prune_viz.network.cost import count_cost
 from prune_viz.pruning.budgets import write_masks
 from prune_viz.pruning.masks import Masks, load_masks
-from prune_viz.pruning.remove import count_cost
 
 SHARES = (0.5,)  # of the multiply-accumulates
 SEEDS = (0, 1, 2)

@@ -206,10 +206,15 @@ def efficientnet_weights() -> str:
 def efficientnet_lite0() -> Trained:
     """EfficientNet-lite0, crops of photographs, and crops of other photographs."""
     model = pv.load_model(efficientnet_weights(), arch=ARCH, arch_kwargs=ARCH_KWARGS)
+    images, unlabelled = photographs()
+    return Trained("EfficientNet-lite0, ImageNet", model, (3, SIDE, SIDE), images, None, unlabelled)
+
+
+def photographs() -> tuple[Tensor, Tensor]:
+    """Crops of photographs to measure on, and crops of others, as EfficientNet-lite takes them."""
     images = crops([*_scikit_learn(), *map(_scikit_image, MEASURED)], CROPS, seed=0)
     pair = [_scikit_image(name) for name in GIVEN]
-    unlabelled = crops(pair, UNLABELLED // len(pair), seed=1)
-    return Trained("EfficientNet-lite0, ImageNet", model, (3, SIDE, SIDE), images, None, unlabelled)
+    return images, crops(pair, UNLABELLED // len(pair), seed=1)
 
 
 def _scikit_learn() -> list[Image.Image]:

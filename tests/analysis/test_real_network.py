@@ -19,7 +19,7 @@ from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.pruning.budgets import macs_left, masks_for_counts, read_rankings
-from prune_viz.pruning.remove import count_cost
+from prune_viz.network.cost import count_cost
 from prune_viz.runs.fingerprint import Origin
 from prune_viz.runs.run_directory import RunDirectory
 

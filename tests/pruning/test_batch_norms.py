@@ -19,7 +19,9 @@ from prune_viz.pruning.batch_norms import change_on, recalibrate_norms
 from prune_viz.pruning.budgets import write_masks
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks, load_masks
-from prune_viz.pruning.remove import compensate_filters, merge_filters, remove_filters
+from prune_viz.pruning.compensation import compensate_filters
+from prune_viz.pruning.merging import merge_filters
+from prune_viz.pruning.remove import remove_filters
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.output_kind import OutputKind
 from prune_viz.runs.run_directory import RunDirectory

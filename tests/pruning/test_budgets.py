@@ -26,7 +26,8 @@ from prune_viz.pruning.budgets import (
     write_masks,
 )
 from prune_viz.pruning.masks import load_masks
-from prune_viz.pruning.remove import count_cost, remove_filters
+from prune_viz.network.cost import count_cost
+from prune_viz.pruning.remove import remove_filters
 from prune_viz.runs.ownership import claimed
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError

@@ -1,0 +1,201 @@
+"""What removal costs, measured: a curve for every coupling group, and whole budgets.
+
+What is predicted from second moments takes errors at different positions to be independent, and the output to
+answer in proportion. Neither holds far from nothing, so predictions were too low by a factor of ten and more.
+So some points of every group's curve are measured, on images that nothing was fitted to, and what lies
+between follows the predicted shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.copies import plain_copy
+from prune_viz.pruning.allocation import counts_for_share
+from prune_viz.pruning.compensation import ROUGH_MARGIN
+from prune_viz.pruning.measuring import OutputMeter
+from prune_viz.pruning.merging import GroupRemoval, Merger
+from prune_viz.pruning.rankings import Ranking, Saving
+from prune_viz.redundancy.channel_verdicts import GroupVerdicts
+from prune_viz.redundancy.elimination import rebuild_all
+from prune_viz.runs.decisions_json import Allocation, MeasuredBudget
+from prune_viz.utils.errors import UserError
+from prune_viz.utils.progress import Progress
+
+SHARES = (0.06, 0.12, 0.25, 0.5, 0.75, 0.95)  # of what is left of a group beside its flagged channels
+BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the multiply-accumulates
+_LEAST = 1e-15  # what a predicted or measured damage counts as at least
+_FACTORS = 1 / 4, 16.0  # between a sum of groups' damages and the damage of all
+
+
+def count_passes(groups: Sequence[CouplingGroup]) -> int:
+    """How often a network runs on all images to measure its curves and budgets."""
+    return 2 * (len(SHARES) + 1) * len(groups) + 2 * len(BUDGETS)
+
+
+def measure_curves(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    gram_matrices: Mapping[int, np.ndarray],
+    meter: OutputMeter,
+    rough: bool,
+    progress: Progress,
+) -> dict[int, GroupVerdicts]:
+    """Bring the predicted damage of every group's removal order to what is measured at some points.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole network in eval mode; left unchanged.
+    groups : sequence of CouplingGroup
+        Those to measure.
+    verdicts : mapping of int to GroupVerdicts
+        By the group's number, ranked.
+    gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
+        Second moments of the channels and a constant.
+    meter : OutputMeter
+        Measures the network.
+    rough : bool
+        Whether merging counts only where it is better by far (`prune_viz.pruning.compensation`).
+    progress : Progress
+        Shows how the work goes.
+
+    Returns
+    -------
+    dict of int to GroupVerdicts
+        Of all groups, `order_damage` in the meter's unit where it was measured.
+    """
+    trial = plain_copy(model)
+    merger = Merger(trial)
+    found = dict(verdicts)
+    progress.start("curves", len(groups))
+    for group in groups:
+        ranked = verdicts[group.number]
+        points = []
+        for count in _counts(ranked):
+            removal = removal_of(ranked, ranked.order[:count], gram_matrices[group.number])
+            changes = []
+            for option in (removal, removal.unmerged()) if rough else (removal,):
+                with merger.on_trial(group, option):
+                    changes.append(meter.change(trial))
+            merged = changes[0] * ROUGH_MARGIN <= changes[-1] if rough else True
+            points.append((count, changes[0 if merged else -1]))
+        found[group.number] = replace(ranked, order_damage=_corrected(ranked.order_damage, points))
+        progress.advance()
+    progress.finish()
+    return found
+
+
+def removal_of(verdicts: GroupVerdicts, gone: Sequence[int], gram: np.ndarray) -> GroupRemoval:
+    """What rebuilds channels that go: of flagged ones alone their representatives, else all that stays."""
+    channels = len(gram) - 1
+    if set(gone) <= set(verdicts.flagged):
+        rows = [verdicts.channels[channel].weights(channels + 1) for channel in gone]
+        return GroupRemoval(tuple(gone), torch.from_numpy(np.array(rows).reshape(len(gone), channels + 1)))
+    kept = sorted(set(range(channels)) - set(gone))
+    weights = np.zeros((len(gone), channels + 1))
+    weights[:, [*kept, channels]] = rebuild_all(gone, kept, gram)
+    return GroupRemoval(tuple(gone), torch.from_numpy(weights))
+
+
+def _counts(ranked: GroupVerdicts) -> list[int]:
+    """At how many channels a group's curve is measured."""
+    most, flagged = len(ranked.order), len(ranked.flagged)
+    counts = {flagged, *(flagged + round(share * (most - flagged)) for share in SHARES)}
+    return sorted(count for count in counts if 0 < count <= most)
+
+
+def _corrected(damage: Sequence[float], points: Sequence[tuple[int, float]]) -> list[float]:
+    """Predicted damage times what is measured of it, the logarithm of that share straight between points."""
+    known = [(count, measured) for count, measured in points if math.isfinite(measured)]
+    if not known:
+        return list(damage)
+    counts = [count for count, _ in known]
+    shares = [math.log(max(measured, _LEAST) / max(damage[count - 1], _LEAST)) for count, measured in known]
+    predicted = np.maximum(damage, _LEAST)
+    factors = np.exp(np.interp(np.arange(1, len(damage) + 1), counts, shares))
+    return [float(one) for one in np.maximum.accumulate(predicted * factors)]
+
+
+def measure_budgets(
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    verdicts: Mapping[int, GroupVerdicts],
+    gram_matrices: Mapping[int, np.ndarray],
+    rankings: Sequence[Ranking],
+    macs: Mapping[str, int],
+    meter: OutputMeter,
+    progress: Progress,
+) -> tuple[MeasuredBudget, ...]:
+    """Try budgets, shared in every way, each group merged as its curve was measured.
+
+    Parameters
+    ----------
+    rankings : sequence of Ranking
+        The groups' removal orders, with the damage that was measured.
+    macs : mapping of str to int
+        Multiply-accumulates of each module.
+    model, groups, verdicts, gram_matrices, meter, progress
+        As `measure_curves`.
+    """
+    saving = Saving(rankings, macs)
+    of_number = {group.number: group for group in groups}
+    tried: list[MeasuredBudget] = []
+    progress.start("budgets", len(BUDGETS) * len(Allocation))
+    for wanted in BUDGETS if saving.whole else ():
+        for allocation in Allocation:
+            progress.advance()
+            try:
+                counts = counts_for_share(saving, wanted, allocation)
+            except UserError:  # more than can go
+                continue
+            changed = plain_copy(model)
+            merger = Merger(changed)
+            for ranking in rankings:
+                gone = ranking.order[: counts[ranking.number]]
+                if gone:
+                    removal = removal_of(verdicts[ranking.number], gone, gram_matrices[ranking.number])
+                    merger.merge(of_number[ranking.number], removal)
+            measured = meter.change(changed)
+            if math.isfinite(measured):
+                predicted = sum(one.damage_of(counts) for one in rankings)
+                filters = saving.removed_filters(counts)
+                tried.append(MeasuredBudget(allocation, saving.of(counts), filters, predicted, measured))
+    progress.finish()
+    return tuple(tried)
+
+
+def preferred(tried: Sequence[MeasuredBudget], saved: float) -> Allocation:
+    """How to share a budget: evenly where that was measured to cost less at the nearest one tried."""
+    costs = {
+        allocation: min(own, key=lambda one: abs(one.saved - saved)).measured
+        for allocation in Allocation
+        if (own := [one for one in tried if one.allocation is allocation])
+    }
+    even = costs.get(Allocation.EVEN, math.inf)
+    return Allocation.EVEN if even < costs.get(Allocation.DAMAGE, math.inf) else Allocation.DAMAGE
+
+
+def predicted_total(damage: float, tried: Sequence[MeasuredBudget], allocation: Allocation) -> float:
+    """Damage of removing channels of several groups, from the sum of what each group alone costs.
+
+    What is measured of whole budgets says how much more, or less, all together cost than their sum.
+    """
+    own = sorted(
+        (math.log(max(one.predicted, _LEAST)), math.log(max(one.measured, _LEAST)))
+        for one in tried
+        if one.allocation is allocation
+    )
+    if not own or damage <= 0:
+        return damage
+    sums, factors = [one[0] for one in own], [one[1] - one[0] for one in own]
+    factor = math.exp(float(np.interp(math.log(damage), sums, factors)))
+    return damage * min(max(factor, _FACTORS[0]), _FACTORS[1])

@@ -1,0 +1,97 @@
+"""How far a change of a network moves its output, measured on images that no fit has seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prune_viz.network.outputs import output_change
+from prune_viz.runs.damage import Damage
+from prune_viz.runs.output_kind import OutputKind
+from prune_viz.utils.nested_tensors import tensors_of
+
+BATCH = 32
+FEWEST = 8  # images that are measured on, however dear that is
+_MOST_MACS = 1e12  # multiply-accumulates for all measurements of a kind: half a minute on two cores
+
+
+class OutputMeter:
+    """Measures changed networks against a whole one.
+
+    Parameters
+    ----------
+    whole : nn.Module
+        The network in eval mode.
+    images : Tensor, shape (N, C, *size)
+        Inputs in the model's own units.
+    kind : OutputKind
+        What the network returns.
+
+    Raises
+    ------
+    Exception
+        Whatever the network's forward pass raises.
+    """
+
+    def __init__(self, whole: nn.Module, images: Tensor, kind: OutputKind) -> None:
+        self.images, self.kind = images, kind
+        self._before = [_outputs(whole, batch) for batch in torch.split(images, BATCH)]
+
+    def change(self, changed: nn.Module) -> float:
+        """Mean change of the output over the images (`prune_viz.network.outputs.output_change`).
+
+        Infinite where the changed network does not run on them, or puts out what is not finite.
+        """
+        total = 0.0
+        try:
+            for batch, before in zip(torch.split(self.images, BATCH), self._before, strict=True):
+                after = _outputs(changed, batch)
+                total += len(batch) * output_change(before, after, self.kind, len(batch)).value
+        except Exception:  # whatever an untrusted forward pass raises
+            return math.inf
+        return total / len(self.images) if math.isfinite(total) else math.inf
+
+    def damage(self, changed: nn.Module) -> Damage | None:
+        """The same as `change` with its unit; None where that is infinite."""
+        change = self.change(changed)
+        return Damage(change, self.kind.task.unit) if math.isfinite(change) else None
+
+
+def meter_on(whole: nn.Module, images: Tensor | None, kind: OutputKind) -> OutputMeter | None:
+    """A meter on images; None without any, or where the network does not run on them."""
+    if images is None or not len(images):
+        return None
+    try:
+        return OutputMeter(whole, images, kind)
+    except Exception:  # whatever an untrusted forward pass raises
+        return None
+
+
+def affordable(images: Tensor, macs: int, size: Sequence[int], passes: int) -> Tensor:
+    """As many of the images, evenly spaced, as so many passes over them can afford.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, C, *size)
+        What there is.
+    macs : int
+        Multiply-accumulates for one input of spatial size `size`.
+    size : sequence of int
+        Of the input that was counted.
+    passes : int
+        How often a network runs on all of them.
+    """
+    each = macs * math.prod(images.shape[2:]) / max(math.prod(size), 1)
+    most = max(FEWEST, int(_MOST_MACS / max(each * passes, 1)))
+    if len(images) <= most:
+        return images
+    return images[torch.linspace(0, len(images) - 1, most).round().long()]
+
+
+def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return tensors_of(model(batch.to(device)))
