@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
-from prune_viz.analysis.measured import measured_decisions, measured_orders, run_meter
+from prune_viz.analysis.measured import measured_decisions, measured_orders, meter_for
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.image_files import (
@@ -31,6 +31,7 @@ from prune_viz.feature_visualization.top_patches import find_top_patches, write_
 from prune_viz.network.calls import blank_input
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost, count_macs
+from prune_viz.pruning.curves import BUDGET_PASSES, curve_passes
 from prune_viz.pruning.masks import Masks, write_plain_masks
 from prune_viz.pruning.measuring import OutputMeter
 from prune_viz.pruning.remove import remove_filters
@@ -123,7 +124,7 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     modules = dict(model.named_modules())
     with context.stage("budgets"):
         decisions = measured_decisions(
-            judged.whole, prepared.judged, judged.verdicts, judged.gram_matrices, judged.meter,
+            judged.whole, prepared.judged, judged.verdicts, judged.gram_matrices, judged.meter, judged.unseen,
             decisions_of(table, groups, judged.verdicts, masks, modules, macs, judged.unit),
             masks, context,
         )  # fmt: skip
@@ -152,8 +153,9 @@ class _Judged:
         The synthetic calibration images, and the user's that were kept out.
     whole : nn.Module
         A copy of the network to measure changes of, in single precision on the device.
-    meter : OutputMeter or None
-        Measures changes of it; None where damage is not one of the output, or there is nothing to measure on.
+    meter, unseen : OutputMeter or None
+        Measure changes of it on all images, and on those kept out of all fits; None where damage is not one
+        of the output, or there is nothing to measure on.
     rough : str
         Why predictions are rough; empty where they are not.
     basis : str or None
@@ -168,6 +170,7 @@ class _Judged:
     images: RunImages
     whole: nn.Module
     meter: OutputMeter | None
+    unseen: OutputMeter | None
     rough: str
     basis: str | None
     calibration: dict[str, Any] | None
@@ -208,8 +211,13 @@ def _judge(
     with context.stage("curves"):
         shape = prepared.network.input_shape
         whole = plain_copy(prepared.model).float().to(prepared.network.device)
-        meter = run_meter(whole, shape, judged, images, context) if fisher is not None else None
+        every = prepared.examples if images.are_real else images.synthetic
+        passes = curve_passes(judged, bool(rough)) + BUDGET_PASSES if judged and fisher is not None else 0
+        meter = meter_for(whole, shape, every, passes, context)
         verdicts = measured_orders(whole, judged, verdicts, gram_matrices, meter, rough, context)
+        unseen = None
+        if meter is not None:
+            unseen = meter_for(whole, shape, images.kept_out, BUDGET_PASSES, context)
     return _Judged(
         verdicts,
         gram_matrices,
@@ -217,6 +225,7 @@ def _judge(
         images,
         whole,
         meter,
+        unseen,
         rough,
         rests_on,
         basis.summary(calibrated, predicted),

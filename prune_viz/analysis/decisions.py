@@ -144,6 +144,11 @@ def explain(
         return "Silent: its own stimulus and every other calibration image leave its feature map at zero."
     if verdict.kind == "unread":
         return "Unread: every weight that reads it is zero."
+    if verdict.kind == "unreached":
+        return (
+            "Unread: what reads it does not reach the network's output, which depends on it on none of the "
+            "calibration images."
+        )
     if verdict.kind == "constant":
         return (
             f"Constant: its output is the same on every input, so {verdict.constant:.3g} in the bias of "

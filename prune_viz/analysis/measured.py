@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from prune_viz.calibration.image_files import RunImages
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost
 from prune_viz.pruning.compensation import compensate_filters
-from prune_viz.pruning.curves import count_passes, measure_budgets, measure_curves, predicted_total
+from prune_viz.pruning.curves import measure_budgets, measure_curves, predicted_total
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.measuring import OutputMeter, affordable, meter_on
 from prune_viz.pruning.rankings import read_rankings
@@ -23,20 +22,14 @@ from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import Allocation, Decisions, prediction_record
 
 
-def run_meter(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    groups: Sequence[CouplingGroup],
-    images: RunImages,
-    context: RunContext,
+def meter_for(
+    model: nn.Module, input_shape: Sequence[int], images: Tensor | None, passes: int, context: RunContext
 ) -> OutputMeter | None:
-    """A meter on the images that a run keeps out of its fits, as many as it can afford; None without any."""
-    chosen = images.kept_out
-    if chosen is None or not groups:
+    """A meter on images, shape (N, C, *size), as many as so many passes can afford; None without any."""
+    if images is None or not passes:
         return None
     macs = count_cost(model, input_shape)[1]
-    chosen = affordable(chosen, macs, input_shape[1:], count_passes(groups))
-    return meter_on(model, chosen, context.output)
+    return meter_on(model, affordable(images, macs, input_shape[1:], passes), context.output)
 
 
 def measured_orders(
@@ -61,6 +54,7 @@ def measured_decisions(
     verdicts: Mapping[int, GroupVerdicts],
     gram_matrices: Mapping[int, np.ndarray],
     meter: OutputMeter | None,
+    kept_out: OutputMeter | None,
     decisions: Decisions,
     masks: Masks,
     context: RunContext,
@@ -77,8 +71,9 @@ def measured_decisions(
         By the group's number.
     gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
         Second moments of the channels and a constant.
-    meter : OutputMeter or None
-        Measures the network; without one nothing is measured.
+    meter, kept_out : OutputMeter or None
+        Measure the network on all images, and on those kept out of all fits; without them nothing is
+        measured.
     decisions : Decisions
         What was decided.
     masks : Masks
@@ -86,11 +81,11 @@ def measured_decisions(
     context : RunContext
         What the stages of a run share.
     """
-    if meter is None or decisions.damage_unit is Unit.CONSUMERS:
+    if meter is None or kept_out is None or decisions.damage_unit is Unit.CONSUMERS:
         return decisions
     rankings = read_rankings(decisions)
     tried = measure_budgets(
-        model, groups, verdicts, gram_matrices, rankings, decisions.macs, meter, context.progress
+        model, groups, verdicts, gram_matrices, rankings, decisions.macs, meter, kept_out, context.progress
     )
     if masks.removed:
         flagged = sum(one.damage_of_first(one.flagged) for one in rankings)
@@ -98,7 +93,7 @@ def measured_decisions(
         masks.predicted = Damage(total, decisions.damage_unit)
         changed = plain_copy(model)
         compensate_filters(changed, masks, groups)
-        masks.measured = meter.damage(changed)
+        masks.measured = kept_out.damage(changed)
     return replace(
         decisions,
         budgets=tried,

@@ -19,7 +19,7 @@ from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
 from prune_viz.network.cost import count_cost
-from prune_viz.pruning.curves import count_passes
+from prune_viz.pruning.curves import BUDGET_PASSES, curve_passes
 from prune_viz.pruning.measuring import affordable
 from prune_viz.redundancy import importance
 from prune_viz.redundancy.fisher import gather_fisher
@@ -88,9 +88,10 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
     with torch.no_grad():
         forward = _seconds(lambda: twin(images)) / len(images)
-    macs, passes = count_cost(twin, network.input_shape)[1], count_passes(judged)
-    measured = kept_out(images.new_zeros(count, *images.shape[1:]))
-    found["curves"] = forward * passes * len(affordable(measured, macs, extents, passes))
+    macs, passes = count_cost(twin, network.input_shape)[1], curve_passes(judged, rough=False)
+    every = images.new_zeros(1, *images.shape[1:]).expand(max(examples, count), *images.shape[1:])
+    measured = len(affordable(every, macs, extents, passes)) * passes
+    found["curves"] = forward * (measured + len(kept_out(every)) * BUDGET_PASSES)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found

@@ -22,7 +22,9 @@ from prune_viz.utils.errors import UserError
 # Correlation of red, green and blue over natural photographs: grey varies most, hue little.
 _RGB_CORRELATION = ((1.00, 0.91, 0.79), (0.91, 1.00, 0.91), (0.79, 0.91, 1.00))
 PIXEL_DEVIATION = 0.25  # of the pixels of natural photographs, in [0, 1]
-SPECTRUM_EXPONENT = 0.8  # of natural inputs
+# Of natural inputs, by axes: signals are pink, of the same power in every octave; of pictures 0.8 shows best;
+# volumes have the same slope an axis.
+SPECTRUM_EXPONENTS = {1: 0.5, 2: 0.8, 3: 1.2}
 SCENE_EXPONENT = 1.2  # of whole photographs; nearer than 0.8 to what batch norms saw of them
 RADIUS = 0.5  # in standard deviations of a natural input
 FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker one is raised to
@@ -30,7 +32,14 @@ FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker 
 
 def settings() -> list[object]:
     """What priors depend on beside their arguments, for the keys of results."""
-    return [_RGB_CORRELATION, PIXEL_DEVIATION, SPECTRUM_EXPONENT, SCENE_EXPONENT, RADIUS, FLATTEST]
+    return [
+        _RGB_CORRELATION,
+        PIXEL_DEVIATION,
+        list(SPECTRUM_EXPONENTS.items()),
+        SCENE_EXPONENT,
+        RADIUS,
+        FLATTEST,
+    ]
 
 
 class Prior(Protocol):
@@ -112,15 +121,15 @@ def _mixed(images: Tensor, mix: Tensor | None) -> Tensor:
     return images if mix is None else torch.einsum("dc,bc...->bd...", mix, images)
 
 
-def natural_amplitude(canvas: tuple[int, ...], exponent: float = SPECTRUM_EXPONENT) -> Tensor:
+def natural_amplitude(canvas: tuple[int, ...], exponent: float | None = None) -> Tensor:
     """Amplitude spectrum ``1/f^a`` of natural images on a canvas, mean square 1.
 
     Parameters
     ----------
     canvas : tuple of int
         Spatial size; any number of axes.
-    exponent : float
-        The slope a; photographs have 0.8 to 1.2 (Field 1987).
+    exponent : float, optional
+        The slope a; photographs have 0.8 to 1.2 (Field 1987). By default that of `SPECTRUM_EXPONENTS`.
 
     Returns
     -------
@@ -128,6 +137,7 @@ def natural_amplitude(canvas: tuple[int, ...], exponent: float = SPECTRUM_EXPONE
         Amplitudes at the frequencies of `torch.fft.rfftn`. The constant is given the amplitude of the
         lowest other frequency.
     """
+    exponent = SPECTRUM_EXPONENTS[len(canvas)] if exponent is None else exponent
     grids = [torch.fft.fftfreq(size) for size in canvas]
     squared = torch.stack(torch.meshgrid(*grids, indexing="ij")).square().sum(dim=0)
     lowest = 1.0 / max(canvas)
@@ -142,7 +152,7 @@ def make_prior(
     canvas: tuple[int, ...],
     device: torch.device | str = "cpu",
     statistics: InputStatistics | None = None,
-    exponent: float = SPECTRUM_EXPONENT,
+    exponent: float | None = None,
 ) -> Prior:
     """Build a prior over inputs of a shape.
 
@@ -158,8 +168,8 @@ def make_prior(
         Where its tensors live.
     statistics : InputStatistics, optional
         What is known of the model's inputs.
-    exponent : float
-        Slope of the spectrum where none was measured.
+    exponent : float, optional
+        Slope of the spectrum where none was measured; by default that of `SPECTRUM_EXPONENTS`.
 
     Raises
     ------
@@ -216,7 +226,7 @@ def are_pictures(shape: Sequence[int]) -> bool:
 
 def scene_exponent(shape: Sequence[int]) -> float:
     """Slope of the spectrum of whole inputs of a shape (C, *size), as far as it is known."""
-    return SCENE_EXPONENT if are_photographs(shape) else SPECTRUM_EXPONENT
+    return SCENE_EXPONENT if are_photographs(shape) else SPECTRUM_EXPONENTS[len(shape) - 1]
 
 
 def _channel_covariance(channels: int, statistics: InputStatistics | None) -> Tensor:

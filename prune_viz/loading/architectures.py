@@ -6,18 +6,16 @@ import difflib
 import importlib
 import inspect
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from prune_viz.network.layer_kinds import is_convolution
 from prune_viz.utils.errors import UserError
+from prune_viz.utils.user_code import current_directory_importable
 
 LARGEST_INPUT = 2**26  # numbers that a file may say an input has
 
@@ -197,18 +195,3 @@ def _imported_factory(module_name: str, path: str) -> Callable[..., Any]:
 def _near(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-@contextmanager
-def current_directory_importable() -> Iterator[None]:
-    """Let modules of the current directory be imported, as under ``python -m``."""
-    here = str(Path.cwd())
-    if here in sys.path or "" in sys.path:
-        yield
-        return
-    # Last, so that a file of the user's cannot take the place of an installed package.
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from prune_viz.loading.architectures import current_directory_importable
 from prune_viz.loading.safe_unpickler import BoundsError
 from prune_viz.loading.torch_files import ZipEntry, check_entries, read_directory, read_legacy, read_zip
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.files import check_readable
+from prune_viz.utils.user_code import current_directory_importable
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 

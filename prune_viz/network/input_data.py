@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prune_viz.loading.architectures import current_directory_importable
 from prune_viz.network.inputs import (
     InputStatistics,
     describe_inputs,
@@ -26,6 +25,7 @@ from prune_viz.network.inputs import (
 from prune_viz.network.pictures import files_in, read_pictures
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.nested_tensors import tensors_of
+from prune_viz.utils.user_code import current_directory_importable
 
 MOST_INPUTS = 512  # that are used
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -249,7 +249,10 @@ def _fitting(stored: np.ndarray | Tensor, shape: tuple[int, ...], what: str) -> 
 
     It holds one or many, with or without an axis for a single channel.
     """
-    found = stored.detach().cpu() if isinstance(stored, Tensor) else torch.from_numpy(np.array(stored))
+    try:
+        found = stored.detach().cpu() if isinstance(stored, Tensor) else torch.from_numpy(np.array(stored))
+    except TypeError:
+        raise UserError(f"--data: {what} holds {stored.dtype}, not numbers of bytes or floats") from None
     if found.dtype != torch.uint8:
         if found.dtype == torch.bool or found.is_complex():
             raise UserError(f"--data: {what} holds {found.dtype}, not numbers of bytes or floats")

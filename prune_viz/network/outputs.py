@@ -11,10 +11,17 @@ from prune_viz.runs.damage import Damage
 from prune_viz.runs.output_kind import OutputKind, Task
 
 _LEAST = 1e-12  # of a probability of classes
+_LEAST_SQUARE = 1e-24  # of an output
 _LEAST_LABEL = 1e-6  # of a label's, and of its opposite: nearer to 1 single precision knows little
 
 
-def output_change(before: Sequence[Tensor], after: Sequence[Tensor], kind: OutputKind, count: int) -> Damage:
+def output_change(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    kind: OutputKind,
+    count: int,
+    sizes: Sequence[float] | None = None,
+) -> Damage:
     """What a change of a network did to its outputs on the same inputs.
 
     Parameters
@@ -25,6 +32,8 @@ def output_change(before: Sequence[Tensor], after: Sequence[Tensor], kind: Outpu
         What they are.
     count : int
         How many inputs there were.
+    sizes : sequence of float, optional
+        Mean square of each output, where that is known over more inputs than these (`mean_squares`).
 
     Returns
     -------
@@ -33,16 +42,18 @@ def output_change(before: Sequence[Tensor], after: Sequence[Tensor], kind: Outpu
         after from those before, a mean over inputs, positions and outputs, and summed over labels; of other
         values the squared change as a share of the square, a mean over outputs.
     """
-    pairs = [
-        (old.double(), new.double())
-        for old, new in zip(before, after, strict=True)
-        if old.is_floating_point() and old.numel()
-    ]
+    there = [index for index, old in enumerate(before) if old.is_floating_point() and old.numel()]
+    pairs = [(old.double(), new.double()) for old, new in zip(before, after, strict=True)]
+    pairs = [pairs[index] for index in there]
     if kind.task is not Task.VALUES:
         pairs = [(old, new) for old, new in pairs if len(by_inputs([old], count))]
     measure = {Task.CLASSES: _of_classes, Task.DENSE: _of_classes, Task.LABELS: _of_labels}.get(kind.task)
     if measure is None:
-        changes = [_of_values(old, new) for old, new in pairs]
+        known = mean_squares(before) if sizes is None else sizes
+        changes = [
+            float((old - new).square().mean()) / max(known[index], _LEAST_SQUARE)
+            for index, (old, new) in zip(there, pairs, strict=True)
+        ]
     else:
         changes = [measure(scores_of(old, kind), scores_of(new, kind)) for old, new in pairs]
     return Damage(max(0.0, sum(changes) / max(len(changes), 1)), kind.task.unit)
@@ -59,8 +70,12 @@ def _of_labels(before: Tensor, after: Tensor) -> float:
     return float((each.sum(dim=1) if each.ndim > 1 else each).mean())
 
 
-def _of_values(before: Tensor, after: Tensor) -> float:
-    return float((before - after).square().mean() / before.square().mean().clamp_min(1e-24))
+def mean_squares(outputs: Sequence[Tensor]) -> list[float]:
+    """Mean square of each output; 0 of what is empty or holds no numbers of floats."""
+    return [
+        float(one.double().square().mean()) if one.is_floating_point() and one.numel() else 0.0
+        for one in outputs
+    ]
 
 
 def by_inputs(outputs: Sequence[Tensor], count: int) -> list[Tensor]:

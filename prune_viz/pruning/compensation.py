@@ -82,7 +82,10 @@ def output_kind(model: nn.Module, masks: Masks) -> OutputKind:
     if masks.origin.output is not None or images is None:
         return masks.origin.output or OutputKind()
     device = next(model.parameters()).device
-    return find_output_kind(model, images[:2].float().to(device))
+    try:
+        return find_output_kind(model, images[:2].float().to(device))
+    except Exception:  # whatever an untrusted forward pass raises on images that are not its own
+        return OutputKind()
 
 
 def _where_it_helps(

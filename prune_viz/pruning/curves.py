@@ -2,8 +2,10 @@
 
 What is predicted from second moments takes errors at different positions to be independent, and the output to
 answer in proportion. Neither holds far from nothing, so predictions were too low by a factor of ten and more.
-So some points of every group's curve are measured, on images that nothing was fitted to, and what lies
-between follows the predicted shape.
+So some points of every group's curve are measured, and what lies between follows the predicted shape; so are
+some whole budgets. What is predicted from that rests on all images, those of the fits too: on few images a
+mean rests on the few of which the network is unsure, and groups that happen to look cheap on these would be
+chosen.
 """
 
 from __future__ import annotations
@@ -31,13 +33,17 @@ from prune_viz.utils.progress import Progress
 
 SHARES = (0.06, 0.12, 0.25, 0.5, 0.75, 0.95)  # of what is left of a group beside its flagged channels
 BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the multiply-accumulates
+CLEARLY = 1.25  # how much less even shares must cost
 _LEAST = 1e-15  # what a predicted or measured damage counts as at least
 _FACTORS = 1 / 4, 16.0  # between a sum of groups' damages and the damage of all
 
 
-def count_passes(groups: Sequence[CouplingGroup]) -> int:
-    """How often a network runs on all images to measure its curves and budgets."""
-    return 2 * (len(SHARES) + 1) * len(groups) + 2 * len(BUDGETS)
+BUDGET_PASSES = 2 * len(BUDGETS)  # over the images to measure budgets
+
+
+def curve_passes(groups: Sequence[CouplingGroup], rough: bool) -> int:
+    """How often a network runs on all images to measure the curves of groups."""
+    return (1 + rough) * (len(SHARES) + 1) * len(groups)
 
 
 def measure_curves(
@@ -114,15 +120,24 @@ def _counts(ranked: GroupVerdicts) -> list[int]:
 
 
 def _corrected(damage: Sequence[float], points: Sequence[tuple[int, float]]) -> list[float]:
-    """Predicted damage times what is measured of it, the logarithm of that share straight between points."""
+    """Predicted damage times what is measured of it, the logarithm of that share straight between points.
+
+    It never falls, and between two points it stays between what was measured at them.
+    """
     known = [(count, measured) for count, measured in points if math.isfinite(measured)]
     if not known:
         return list(damage)
     counts = [count for count, _ in known]
-    shares = [math.log(max(measured, _LEAST) / max(damage[count - 1], _LEAST)) for count, measured in known]
-    predicted = np.maximum(damage, _LEAST)
-    factors = np.exp(np.interp(np.arange(1, len(damage) + 1), counts, shares))
-    return [float(one) for one in np.maximum.accumulate(predicted * factors)]
+    measured = np.maximum.accumulate([max(one, _LEAST) for _, one in known])
+    shares = [
+        math.log(one / max(damage[count - 1], _LEAST)) for count, one in zip(counts, measured, strict=True)
+    ]
+    every = np.arange(1, len(damage) + 1)
+    found = np.maximum(damage, _LEAST) * np.exp(np.interp(every, counts, shares))
+    behind, ahead = np.searchsorted(counts, every, side="right"), np.searchsorted(counts, every)
+    least = np.concatenate([[0.0], measured])[behind]
+    most = np.concatenate([measured, [np.inf]])[ahead]
+    return [float(one) for one in np.maximum.accumulate(found.clip(least, most))]
 
 
 def measure_budgets(
@@ -133,6 +148,7 @@ def measure_budgets(
     rankings: Sequence[Ranking],
     macs: Mapping[str, int],
     meter: OutputMeter,
+    kept_out: OutputMeter,
     progress: Progress,
 ) -> tuple[MeasuredBudget, ...]:
     """Try budgets, shared in every way, each group merged as its curve was measured.
@@ -143,6 +159,8 @@ def measure_budgets(
         The groups' removal orders, with the damage that was measured.
     macs : mapping of str to int
         Multiply-accumulates of each module.
+    kept_out : OutputMeter
+        Measures the network on images that nothing was fitted to.
     model, groups, verdicts, gram_matrices, meter, progress
         As `measure_curves`.
     """
@@ -164,24 +182,24 @@ def measure_budgets(
                 if gone:
                     removal = removal_of(verdicts[ranking.number], gone, gram_matrices[ranking.number])
                     merger.merge(of_number[ranking.number], removal)
-            measured = meter.change(changed)
-            if math.isfinite(measured):
+            found = meter.change(changed), kept_out.change(changed)
+            if math.isfinite(sum(found)):
                 predicted = sum(one.damage_of(counts) for one in rankings)
                 filters = saving.removed_filters(counts)
-                tried.append(MeasuredBudget(allocation, saving.of(counts), filters, predicted, measured))
+                tried.append(MeasuredBudget(allocation, saving.of(counts), filters, predicted, *found))
     progress.finish()
     return tuple(tried)
 
 
 def preferred(tried: Sequence[MeasuredBudget], saved: float) -> Allocation:
-    """How to share a budget: evenly where that was measured to cost less at the nearest one tried."""
+    """How to share a budget: evenly where that costs clearly less at the nearest one that was tried."""
     costs = {
-        allocation: min(own, key=lambda one: abs(one.saved - saved)).measured
+        allocation: min(own, key=lambda one: abs(one.saved - saved)).seen
         for allocation in Allocation
         if (own := [one for one in tried if one.allocation is allocation])
     }
     even = costs.get(Allocation.EVEN, math.inf)
-    return Allocation.EVEN if even < costs.get(Allocation.DAMAGE, math.inf) else Allocation.DAMAGE
+    return Allocation.EVEN if CLEARLY * even < costs.get(Allocation.DAMAGE, math.inf) else Allocation.DAMAGE
 
 
 def predicted_total(damage: float, tried: Sequence[MeasuredBudget], allocation: Allocation) -> float:
@@ -190,7 +208,7 @@ def predicted_total(damage: float, tried: Sequence[MeasuredBudget], allocation: 
     What is measured of whole budgets says how much more, or less, all together cost than their sum.
     """
     own = sorted(
-        (math.log(max(one.predicted, _LEAST)), math.log(max(one.measured, _LEAST)))
+        (math.log(max(one.predicted, _LEAST)), math.log(max(one.seen, _LEAST)))
         for one in tried
         if one.allocation is allocation
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prune_viz.network.outputs import output_change
+from prune_viz.network.outputs import mean_squares, output_change
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.nested_tensors import tensors_of
@@ -39,6 +39,8 @@ class OutputMeter:
     def __init__(self, whole: nn.Module, images: Tensor, kind: OutputKind) -> None:
         self.images, self.kind = images, kind
         self._before = [_outputs(whole, batch) for batch in torch.split(images, BATCH)]
+        squares = [[len(one[0]) * size for size in mean_squares(one)] for one in self._before if one]
+        self._sizes = [sum(sizes) / len(images) for sizes in zip(*squares, strict=True)]
 
     def change(self, changed: nn.Module) -> float:
         """Mean change of the output over the images (`prune_viz.network.outputs.output_change`).
@@ -49,7 +51,8 @@ class OutputMeter:
         try:
             for batch, before in zip(torch.split(self.images, BATCH), self._before, strict=True):
                 after = _outputs(changed, batch)
-                total += len(batch) * output_change(before, after, self.kind, len(batch)).value
+                change = output_change(before, after, self.kind, len(batch), self._sizes)
+                total += len(batch) * change.value
         except Exception:  # whatever an untrusted forward pass raises
             return math.inf
         return total / len(self.images) if math.isfinite(total) else math.inf

@@ -171,7 +171,7 @@ def write_removed(
         warnings.simplefilter("ignore")  # the notes say the same
         consistent = reconcile_masks(checkpoint.model, masks, example)
         smaller, done = remove_and_compensate(checkpoint.model, consistent, example, compensate)
-    foreseen = compensate == "merge" and consistent == masks
+    foreseen = compensate == "merge" and not consistent.notes and consistent.removed == masks.removed
     consistent.predicted = masks.predicted if foreseen else None
     consistent.measured = _measured(checkpoint.model, smaller, masks)
     exported = "" if export is None else export_model(smaller, input_shape, export)

@@ -21,8 +21,8 @@ class ChannelVerdict:
         Which channel.
     verdict : Verdict
         What to do.
-    kind : {"", "silent", "constant", "unread"}
-        How a dead one is dead.
+    kind : {"", "silent", "constant", "unread", "unreached"}
+        How a dead one is dead; unreached, where what reads it does not reach the network's output.
     representatives : list of int
         Kept channels that rebuild it, the one that contributes most first.
     coefficients : list of float
@@ -97,6 +97,11 @@ def keep_channel(channel: int, score: float, damage: float) -> ChannelVerdict:
     return ChannelVerdict(channel, Verdict.KEEP, "", [], [], 0.0, score, damage)
 
 
+def dead_channel(channel: int, kind: str) -> ChannelVerdict:
+    """The verdict on a channel that is dead and that nothing need make up for."""
+    return ChannelVerdict(channel, Verdict.DEAD, kind, [], [], 0.0, 1.0, 0.0)
+
+
 def keep_whole_group(group: CouplingGroup) -> GroupVerdicts:
     """Verdicts for a group that cannot be judged: everything is kept."""
     nan = float("nan")
@@ -118,7 +123,8 @@ def keep_each_layer(group: CouplingGroup, verdicts: GroupVerdicts) -> GroupVerdi
     for places in group.producers:
         own = set(places.channels.tolist())
         if all(channels[channel].verdict.flagged for channel in own):
-            last = max(own, key=lambda channel: np.nan_to_num(channels[channel].damage))
+            place = {channel: step for step, (channel, _) in enumerate(ranked)}
+            last = max(own, key=lambda one: (np.nan_to_num(channels[one].damage), place.get(one, len(place))))
             channels[last] = keep_channel(last, channels[last].score, channels[last].damage)
             ranked = [one for one in ranked if one[0] != last]
         ends = [place for place, (channel, _) in enumerate(ranked) if channel in own]

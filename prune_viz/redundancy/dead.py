@@ -18,6 +18,11 @@ def are_silent(consumers: Sequence[GramMatrices]) -> np.ndarray:
     return np.asarray(peak <= _SILENT * max(float(np.median(peak)), 1e-30))
 
 
+def are_all_silent(consumers: Sequence[GramMatrices]) -> bool:
+    """Whether all channels stay zero on every calibration image."""
+    return not any(consumer.peak.any() for consumer in consumers)
+
+
 def dead_kinds(consumers: Sequence[GramMatrices]) -> list[str]:
     """How each channel is dead, as far as the consumers show; empty where it is not."""
     silent = are_silent(consumers)

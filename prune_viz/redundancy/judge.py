@@ -20,10 +20,11 @@ from prune_viz.channels.groups import CouplingGroup
 from prune_viz.redundancy.channel_verdicts import (
     ChannelVerdict,
     GroupVerdicts,
+    dead_channel,
     keep_channel,
     keep_whole_group,
 )
-from prune_viz.redundancy.dead import dead_kinds
+from prune_viz.redundancy.dead import are_all_silent, dead_kinds
 from prune_viz.redundancy.elimination import MERGE_RIDGE, RIDGE, eliminate, invert, rebuild
 from prune_viz.redundancy.gram_matrices import GramMatrices
 from prune_viz.redundancy.sign_pairs import last_of_their_sign
@@ -54,8 +55,12 @@ def judge(
     GroupVerdicts
     """
     consumers = [consumer for consumer in gram_matrices if consumer.output_variance > 0]
-    if not group.removable or not consumers:
+    if not group.removable or not gram_matrices:
         return keep_whole_group(group)
+    if not consumers:
+        # Nothing that reads it varies: no wonder where it is silent, and else there is nothing to judge by.
+        silent = are_all_silent(gram_matrices)
+        return _all_dead(group.number, group.channels, "silent") if silent else keep_whole_group(group)
     fit, held_out, weight_gram = combine(consumers)
     order, order_damage = eliminate(fit, weight_gram)
     proposed = [channel for channel, damage in zip(order, order_damage, strict=True) if damage <= tolerance]
@@ -87,6 +92,13 @@ def judge(
         else:
             channels.append(keep_channel(channel, float(score[channel]), float(damage[channel])))
     return GroupVerdicts(group.number, channels, order, order_damage, _damage(rebuilt, consumers))
+
+
+def _all_dead(number: int, channels: int, kind: str) -> GroupVerdicts:
+    """Verdicts for a group of which no channel does anything; `keep_each_layer` keeps one."""
+    found = [dead_channel(channel, kind) for channel in range(channels)]
+    order = list(range(channels - 1))
+    return GroupVerdicts(number, found, order, [0.0] * len(order), 0.0)
 
 
 def combine(consumers: Sequence[GramMatrices]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,6 +188,8 @@ def rank(
     ndarray, shape (channels + 1, channels + 1)
         From `order_channels`.
     """
+    if all(one.kind == "silent" for one in verdicts.channels):
+        return replace(verdicts, unit=unit), np.array(gram_matrices[0].fit)
     plain = [consumer for consumer in gram_matrices if consumer.output_variance > 0]
     consumers = [consumer for consumer in weighed if consumer.output_variance > 0]
     if not consumers or np.isnan(verdicts.channels[0].damage):
@@ -197,19 +211,32 @@ def rank(
             signs, [c for c in flagged if verdicts.channels[c].verdict is not Verdict.DEAD]
         )
         flagged = [channel for channel in flagged if channel not in staying]
-    first = sorted(flagged, key=lambda one: (verdicts.channels[one].verdict is not Verdict.DEAD, costs[one]))
+    unreached = set() if ablations is None else _unreached(ablations, weight_gram)
+    flagged = [channel for channel in flagged if channel not in unreached]
+    first = [
+        *sorted(unreached),
+        *sorted(flagged, key=lambda one: (verdicts.channels[one].verdict is not Verdict.DEAD, costs[one])),
+    ]
+    first = first[: len(fit) - 2]  # one stays
     order, order_damage, pooled = order_channels(fit, held_out, weight_gram, first)
-    kept = sorted(set(range(len(pooled) - 1)) - set(flagged))
+    kept = sorted(set(range(len(pooled) - 1)) - set(flagged) - unreached)
     score = _score_kept(kept, fit, held_out, MERGE_RIDGE)
     damage = np.diag(weight_gram) * np.diag(pooled)[:-1] if ablations is None else ablations
-    channels = [
-        replace(one, damage=costs[one.channel])
-        if one.channel in flagged
-        else keep_channel(one.channel, float(score[one.channel]), float(damage[one.channel]))
-        for one in verdicts.channels
-    ]
+    channels = []
+    for one in verdicts.channels:
+        if one.channel in unreached:
+            channels.append(dead_channel(one.channel, "unreached"))
+        elif one.channel in flagged:
+            channels.append(replace(one, damage=costs[one.channel]))
+        else:
+            channels.append(keep_channel(one.channel, float(score[one.channel]), float(damage[one.channel])))
     ranked = replace(verdicts, channels=channels, order=order, order_damage=order_damage, unit=unit)
     return ranked, pooled
+
+
+def _unreached(ablations: np.ndarray, weight_gram: np.ndarray) -> set[int]:
+    """Channels that are read, but by nothing that the output depends on, however little."""
+    return set(np.flatnonzero((ablations == 0) & (np.diag(weight_gram) == 0)).tolist())
 
 
 def note_silent(verdicts: GroupVerdicts, silent: np.ndarray) -> GroupVerdicts:

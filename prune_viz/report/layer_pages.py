@@ -107,6 +107,23 @@ class Representative:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Norms of the maps with which a copy and its scaled representative answer the same stimulus.
+
+    Attributes
+    ----------
+    stimulus : int
+        The filter whose stimulus it is.
+    own, other : float
+        The copy's, and the representative's times its weight.
+    """
+
+    stimulus: int
+    own: float
+    other: float
+
+
+@dataclass(frozen=True)
 class Flagged:
     """A redundant or dead filter and the evidence against it.
 
@@ -125,6 +142,8 @@ class Flagged:
         (empty for a dead filter).
     bins : int
         Bars of the profiles.
+    answers : list of Answers
+        Of a copy and what it is a copy of, to the stimulus of each; empty where several filters rebuild it.
     """
 
     card: FilterCard
@@ -134,6 +153,7 @@ class Flagged:
     profile: str
     other: str
     bins: int
+    answers: list[Answers]
 
 
 @dataclass(frozen=True)
@@ -279,6 +299,7 @@ class Profiles:
 
     def __init__(self, responses: np.ndarray, order: Sequence[int]) -> None:
         finite = np.nan_to_num(responses.astype(np.float32), posinf=0.0, neginf=0.0)
+        self._order = list(order)
         self._ordered = finite[np.asarray(order, dtype=int)]
         self.bins = min(_BINS, len(order))
         peaks = self._ordered.max(axis=0)
@@ -302,6 +323,18 @@ class Profiles:
         steps = "".join(f"V{_HALF + direction * height:.3g}h1" for height in heights)
         return f"M0 {_HALF}{steps}V{_HALF}Z"
 
+    def answers(self, number: int, other: int, weight: float) -> list[Answers]:
+        """What two filters answer to the stimulus of each, the other one's times a weight."""
+        place = {filter_: row for row, filter_ in enumerate(self._order)}
+        return [
+            Answers(
+                one,
+                float(self._ordered[place[one], number]),
+                abs(weight) * float(self._ordered[place[one], other]),
+            )
+            for one in (number, other)
+        ]
+
 
 def _flagged(
     card: FilterCard, listed: Sequence[int], verdict: VerdictRecord | None, profiles: Profiles
@@ -310,6 +343,8 @@ def _flagged(
     weights: list[float | None] = [] if verdict is None else list(verdict.coefficients)
     weights += [None] * (len(numbers) - len(weights))
     known = [Representative(*pair) for pair in zip(numbers, weights, strict=False) if pair[0] in profiles]
+    copied = known[0] if len(known) == 1 and known[0].coefficient is not None else None
+    weight = 0.0 if copied is None or copied.coefficient is None else copied.coefficient
     return Flagged(
         card=card,
         representatives=known[:_SHOWN],
@@ -318,6 +353,7 @@ def _flagged(
         profile=profiles.path(card.number, -1, dead=card.verdict is Verdict.DEAD),
         other=profiles.path(known[0].number, 1) if known else "",
         bins=profiles.bins,
+        answers=[] if copied is None else profiles.answers(card.number, copied.number, weight),
     )
 
 

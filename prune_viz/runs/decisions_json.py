@@ -230,14 +230,17 @@ class MeasuredBudget:
         How many filters went.
     predicted : float
         Sum of the groups' predicted damage.
+    seen : float
+        Change of the output on all images of the run, those of the fits too, in its unit of damage.
     measured : float
-        Change of the output on images kept out of all fits, in the run's unit of damage.
+        The same on images kept out of all fits.
     """
 
     allocation: Allocation
     saved: Share
     filters: Amount
     predicted: float
+    seen: float
     measured: float
 
 

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from trained import Trained
 
 import prune_viz as pv
-from prune_viz.calibration.images import load_synthetic_images
+from prune_viz.calibration.image_files import load_synthetic_images
+from prune_viz.calibration.images import fitted
 from prune_viz.channels import coupling
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
@@ -104,7 +105,7 @@ def analysed(network: Trained, groups: Sequence[CouplingGroup], run: Path | None
         calibrated = load_synthetic_images(directory.calibration_images_file)
         images = None if calibrated is None else calibrated.images
         free = Ranked(order, directory.read_gram_matrices(), images)
-    calibration = CalibrationImages(images, network.unlabelled, 0)
+    calibration = CalibrationImages(None if images is None else fitted(images), network.unlabelled, 0)
     context = RunContext(output=OutputKind(Task.CLASSES))
     fisher = measure_fisher(network.model, groups, calibration, context)
     measured = measure_groups(network.model, groups, {}, calibration, fisher, context)

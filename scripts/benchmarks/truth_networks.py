@@ -146,23 +146,23 @@ def _of_digits(name: str, model: nn.Module) -> TruthNetwork:
     model = _seeded(model)
     _fit(model, images, targets, F.cross_entropy, shift=2)
     return TruthNetwork(
-        name, model, (1, 28, 28), held[:MEASURED], images[:trained.UNLABELLED],
+        name, model, (1, 28, 28), held[:MEASURED], held[MEASURED:][: trained.UNLABELLED],
         accuracy(held_targets[:MEASURED]), "accuracy",
     )  # fmt: skip
 
 
 def segmentation() -> TruthNetwork:
     """Which digit is at every pixel, or none."""
-    images, targets, held, held_targets = _scenes(2)
+    scenes = _scenes(2)
     model = _seeded(Segmenter())
-    _fit(model, images, targets, _weighted)
+    _fit(model, scenes.images, scenes.pixels, _weighted)
+    wanted = scenes.held_pixels
 
     def score(outputs: Tensor) -> float:
-        digits = held_targets > 0
-        return float((outputs.argmax(dim=1) == held_targets)[digits].double().mean())
+        return float((outputs.argmax(dim=1) == wanted)[wanted > 0].double().mean())
 
     return TruthNetwork(
-        "segmentation", model, (1, CANVAS, CANVAS), held, images[:trained.UNLABELLED], score,
+        "segmentation", model, (1, CANVAS, CANVAS), scenes.held, scenes.unlabelled, score,
         "pixels of digits that are right",
     )  # fmt: skip
 
@@ -175,18 +175,17 @@ def _weighted(scores: Tensor, targets: Tensor) -> Tensor:
 
 def labels() -> TruthNetwork:
     """Which digits a picture holds, each for itself."""
-    images, targets, held, held_targets = (
-        part if part.ndim == 4 and part.shape[1] == 1 else _digits_in(part) for part in _scenes(2)
-    )
+    scenes = _scenes(2)
     model = _seeded(trained.VGGLike((24, 48, 96)))
-    _fit(model, images, targets, F.binary_cross_entropy_with_logits)
+    _fit(model, scenes.images, _digits_in(scenes.pixels), F.binary_cross_entropy_with_logits)
+    wanted = _digits_in(scenes.held_pixels) > 0.5
 
     def score(outputs: Tensor) -> float:
-        return float(((outputs > 0) == (held_targets > 0.5)).double().mean())
+        return float(((outputs > 0.5) == wanted).double().mean())
 
     return TruthNetwork(
-        "labels", nn.Sequential(model, nn.Sigmoid()).eval(), (1, CANVAS, CANVAS), held,
-        images[:trained.UNLABELLED], lambda outputs: score(outputs - 0.5), "labels that are right",
+        "labels", nn.Sequential(model, nn.Sigmoid()).eval(), (1, CANVAS, CANVAS), scenes.held,
+        scenes.unlabelled, score, "labels that are right",
     )  # fmt: skip
 
 
@@ -197,20 +196,19 @@ def _digits_in(targets: Tensor) -> Tensor:
 
 def regression() -> TruthNetwork:
     """Where in a picture a digit stands: its place across and down."""
-    images, targets, held, held_targets = (
-        part if part.ndim == 4 and part.shape[1] == 1 else _centres(part) for part in _scenes(1)
-    )
+    scenes = _scenes(1)
     model = _seeded(trained.VGGLike((16, 32, 64), classes=2))
     model[-3] = nn.Identity()  # where something is would be lost in a mean over positions
     model[-1] = nn.Linear(64 * (CANVAS // 4) ** 2, 2)
-    _fit(model, images, targets, F.mse_loss)
-    spread = (held_targets - held_targets.mean(dim=0)).square().mean()
+    _fit(model, scenes.images, _centres(scenes.pixels), F.mse_loss)
+    wanted = _centres(scenes.held_pixels)
+    spread = (wanted - wanted.mean(dim=0)).square().mean()
 
     def score(outputs: Tensor) -> float:
-        return float(1 - (outputs - held_targets).square().mean() / spread)
+        return float(1 - (outputs - wanted).square().mean() / spread)
 
     return TruthNetwork(
-        "regression", model, (1, CANVAS, CANVAS), held, images[:trained.UNLABELLED], score,
+        "regression", model, (1, CANVAS, CANVAS), scenes.held, scenes.unlabelled, score,
         "variance explained",
     )  # fmt: skip
 
@@ -225,8 +223,27 @@ def _centres(targets: Tensor) -> Tensor:
     return torch.stack([down, across], dim=1).float()
 
 
-def _scenes(digits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Digits at random places of pictures, and the digit plus one at every pixel; held-out ones too."""
+@dataclass(frozen=True)
+class Scenes:
+    """Digits at random places of pictures, to train on, to measure on, and others.
+
+    Attributes
+    ----------
+    images, held, unlabelled : Tensor, each shape (N, 1, CANVAS, CANVAS)
+        Those to measure on, and the others, are of digits that no network is trained on.
+    pixels, held_pixels : Tensor of int, each shape (N, CANVAS, CANVAS)
+        The digit at every pixel plus one; 0 for none.
+    """
+
+    images: Tensor
+    pixels: Tensor
+    held: Tensor
+    held_pixels: Tensor
+    unlabelled: Tensor
+
+
+def _scenes(digits: int) -> Scenes:
+    """Scenes of so many digits each."""
     images, targets, held, held_targets = trained.mnist()
     darkest = images.min()
     random = torch.Generator().manual_seed(0)
@@ -244,7 +261,8 @@ def _scenes(digits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 picture[window][digit > 0.5] = int(targets[chosen]) + 1
         return scenes, classes
 
-    return *composed(images, targets, 4000), *composed(held, held_targets, MEASURED)
+    seen, measured = composed(images, targets, 4000), composed(held, held_targets, MEASURED)
+    return Scenes(*seen, *measured, composed(held, held_targets, trained.UNLABELLED)[0])
 
 
 def _seeded(model: nn.Module) -> nn.Module:
@@ -353,7 +371,10 @@ def pitch_found(outputs: Tensor, pitches: np.ndarray) -> float:
 
 
 def _faces(name: str, side: int) -> TruthNetwork:
-    """One of MTCNN's networks, on crops of photographs; the score is agreement with itself on "a face"."""
+    """One of MTCNN's networks, on patches of photographs, of whose right halves an analysis may see some.
+
+    The score is agreement with the whole network on what is a face.
+    """
     folder = _package("facenet_pytorch")
     spec = importlib.util.spec_from_file_location("mtcnn_networks", folder / "models" / "mtcnn.py")
     source = (folder / "models" / "mtcnn.py").read_text().split("class MTCNN(")[0]
@@ -363,9 +384,10 @@ def _faces(name: str, side: int) -> TruthNetwork:
     model = getattr(module, name)(pretrained=False)
     weights = torch.load(folder / "data" / f"{name.lower()}.pt", weights_only=True)
     model.load_state_dict(weights)
-    photographs = trained.photographs()
-    inputs = _patches(photographs[0], side, MEASURED, 0)
-    unlabelled = _patches(photographs[1], side, trained.UNLABELLED, 1)
+    photographs = trained.photographs()[0]
+    half = photographs.shape[-1] // 2
+    inputs = _patches(photographs[..., :half], side, MEASURED, 0)
+    unlabelled = _patches(photographs[..., half:], side, trained.UNLABELLED, 1)
     with torch.no_grad():
         whole = model(inputs)[-1].argmax(dim=1)
     return TruthNetwork(
@@ -381,7 +403,8 @@ def _patches(images: Tensor, side: int, count: int, seed: int) -> Tensor:
     for _ in range(count):
         image = images[int(random.integers(len(images)))]
         extent = int(side * (image.shape[-1] / side) ** random.uniform(0, 1))
-        top, left = random.integers(0, image.shape[-1] - extent + 1, 2).tolist()
+        top = int(random.integers(image.shape[-2] - extent + 1))
+        left = int(random.integers(image.shape[-1] - extent + 1))
         patch = image[None, :, top : top + extent, left : left + extent]
         patches.append(F.interpolate(patch, (side, side), mode="bilinear", antialias=True))
     return torch.cat(patches)

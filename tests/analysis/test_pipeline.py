@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import Analysis, analyze
-from prune_viz.calibration.images import load_synthetic_images
+from prune_viz.calibration.image_files import load_synthetic_images
 from prune_viz.channels.coupling import find_groups
 from prune_viz.demo.digits import Digits, DigitsNet, Planted, accuracy, found, plant
 from prune_viz.execution import tasks
@@ -352,12 +352,12 @@ def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
 def test_user_images_join_calibration_images() -> None:
     model = randomise_norms(Plain()).requires_grad_(False)
     groups = find_groups(model, torch.zeros(1, 3, 16, 16))
-    images, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
+    synthetic, images = torch.randn(24, 3, 16, 16), 3 + torch.rand(24, 3, 16, 16)
     alone, both, seen = (
         measure_groups(
             model, groups, {}, CalibrationImages(calibrated, examples, 0), None, RunContext()
         ).gram_matrices
-        for calibrated, examples in ((images, None), (images, images), (None, images))
+        for calibrated, examples in ((synthetic, None), (synthetic, images), (None, images))
     )
     for number, consumers in both.items():
         for one, mixed, other in zip(alone[number], consumers, seen[number], strict=True):
@@ -365,7 +365,7 @@ def test_user_images_join_calibration_images() -> None:
             np.testing.assert_array_equal(mixed.peak, np.maximum(one.peak, other.peak))
     # Two images leave none to hold out; those that there are count whole.
     few = measure_groups(
-        model, groups, {}, CalibrationImages(images, images[:2], 0), None, RunContext()
+        model, groups, {}, CalibrationImages(synthetic, images[:2], 0), None, RunContext()
     ).gram_matrices
     for number, consumers in few.items():
         for one, mixed in zip(alone[number], consumers, strict=True):

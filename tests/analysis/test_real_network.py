@@ -17,10 +17,11 @@ from PIL import Image
 import prune_viz as pv
 from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.feature_visualization.stimuli import find_stimuli
-from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.pruning.budgets import macs_left, masks_for_counts, read_rankings
 from prune_viz.network.cost import count_cost
-from prune_viz.runs.fingerprint import Origin
+from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.pruning.budgets import masks_for_channels
+from prune_viz.pruning.rankings import Ranking, Saving, read_rankings
+from prune_viz.runs.damage import Damage
 from prune_viz.runs.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -138,18 +139,24 @@ def test_budget_beats_smallest_weights_on_photographs(run: RunDirectory, weights
     ]
     assert len(rankings) == 3  # blocks 1, 8 and 9
     counts = {ranking.number: ranking.count(0.3, 1) for ranking in rankings}
-    given = run.read_gram_matrices(), decisions.filters, Origin(decisions.model_sha256), "nats"
-    masks = masks_for_counts(rankings, counts, *given)
+    gram_matrices = run.read_gram_matrices()
+
+    def masks_of(rankings: list[Ranking]) -> pv.Masks:
+        channels = {one.number: one.order[: counts[one.number]] for one in rankings}
+        unknown = Damage(0.0, decisions.damage_unit)
+        return masks_for_channels(decisions, rankings, channels, gram_matrices, unknown)
+
+    masks = masks_of(rankings)
     smallest = []
     for ranking in rankings:
         sizes = model.get_submodule(next(iter(ranking.filters))).weight.abs().flatten(1).sum(dim=1)
-        smallest.append(replace(ranking, order=sizes.argsort()[:-1].tolist()))
-    by_weight = masks_for_counts(smallest, counts, *given)
+        smallest.append(replace(ranking, order=sizes.argsort()[:-1].tolist(), flagged=0))
+    by_weight = masks_of(smallest)
     assert by_weight.removed == masks.removed > 0
     ours = pv.remove_filters(model, masks, photographs[:1], compensate="merge")
     raw = pv.remove_filters(model, by_weight, photographs[:1])
     assert _divergence(model, ours, photographs) < 0.1 * _divergence(model, raw, photographs)
-    predicted = macs_left(rankings, counts, decisions.macs)
+    predicted = Saving(rankings, decisions.macs).left(counts)
     assert predicted == pytest.approx(count_cost(ours, (3, 224, 224))[1], rel=1e-6)
     # Batch norms were fed nearly as in training.
     calibration = run.read_provenance().calibration

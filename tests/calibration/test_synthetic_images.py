@@ -14,14 +14,8 @@ from scores import SCORES, SCORING
 from torch import Tensor, nn
 
 from prune_viz.calibration import synthetic_images as calibration
-from prune_viz.calibration.images import (
-    Start,
-    SyntheticImages,
-    calibration_starts,
-    load_synthetic_images,
-    natural_noise,
-    save_synthetic_images,
-)
+from prune_viz.calibration.image_files import RunImages, load_synthetic_images, write_run_images
+from prune_viz.calibration.images import Start, SyntheticImages, calibration_starts, natural_noise
 from prune_viz.calibration.losses import Watched
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, variants
 from prune_viz.execution.run_context import RunContext
@@ -221,7 +215,8 @@ def test_networks_fed_with_noise_are_near_from_the_start() -> None:
 def test_calibration_images_read_back_older_too(tmp_path: Path) -> None:
     images = torch.randn(3, 3, 8, 8)
     for kept in (None, 0.5):
-        save_synthetic_images(SyntheticImages(images, 0.5, 0.125, 7, kept), tmp_path / "images", "key")
+        made = SyntheticImages(images, 0.5, 0.125, 7, kept)
+        write_run_images(RunImages(images), tmp_path / "images", made, "key")
         found = load_synthetic_images(tmp_path / "images", "key")
         assert found is not None
         assert (found.before, found.distance, found.passes, found.activation_kept) == (0.5, 0.125, 7, kept)

@@ -19,7 +19,8 @@ from prune_viz.feature_visualization.top_patches import (
     write_top_patches,
 )
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.network.inputs import InputStatistics, normalise
+from prune_viz.network.input_data import normalise
+from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.run_directory import RunDirectory
 
 STATISTICS = InputStatistics(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))

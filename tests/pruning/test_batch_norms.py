@@ -15,11 +15,12 @@ from prune_viz.calibration.images import natural_noise
 from prune_viz.channels.coupling import find_groups
 from prune_viz.pruning import batch_norms as recalibration
 from prune_viz.pruning.apply import apply_masks
-from prune_viz.pruning.batch_norms import change_on, recalibrate_norms
+from prune_viz.pruning.batch_norms import recalibrate_norms
 from prune_viz.pruning.budgets import write_masks
+from prune_viz.pruning.compensation import compensate_filters
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks, load_masks
-from prune_viz.pruning.compensation import compensate_filters
+from prune_viz.pruning.measuring import OutputMeter, meter_on
 from prune_viz.pruning.merging import merge_filters
 from prune_viz.pruning.remove import remove_filters
 from prune_viz.runs.damage import Unit
@@ -38,10 +39,14 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
 
 
+def _meter(whole: nn.Module, images: Tensor | None = None, kind: OutputKind = SCORES) -> OutputMeter:
+    made = meter_on(whole, natural_noise(SHAPE, 24, seed=9) if images is None else images, kind)
+    assert made is not None
+    return made
+
+
 def _off(images: Tensor, whole: nn.Module, pruned: nn.Module) -> float:
-    found = change_on(images, whole, pruned, SCORES)
-    assert found is not None
-    return found.value
+    return _meter(whole, images).change(pruned)
 
 
 def _given(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -76,7 +81,7 @@ def test_norm_undoes_scale_and_shift() -> None:
     images = natural_noise(SHAPE, 24, seed=0)
     fresh = natural_noise(SHAPE, 24, seed=1)
     off = _off(fresh, whole, pruned)
-    assert recalibrate_norms(pruned, whole, images, SCORES)
+    assert recalibrate_norms(pruned, whole, images, _meter(whole))
     assert _off(fresh, whole, pruned) < 1e-4 * off
 
 
@@ -88,7 +93,7 @@ def test_each_norm_is_set_after_those_before_it() -> None:
         for module in pruned.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight[:, : module.weight.shape[1] // 3] = 0.0
-    assert recalibrate_norms(pruned, whole, images, SCORES)
+    assert recalibrate_norms(pruned, whole, images, _meter(whole))
     aims, found = _given(whole, images), _given(pruned, images)
     assert len(aims) > 2
     for name, aim in aims.items():
@@ -98,23 +103,25 @@ def test_each_norm_is_set_after_those_before_it() -> None:
 def test_where_nothing_is_to_be_gained_nothing_is_changed() -> None:
     whole = _whole()
     pruned = copy.deepcopy(whole)
-    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0), SCORES)
-    assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, 1, seed=0), SCORES)
+    for count in (16, 1):
+        assert not recalibrate_norms(pruned, whole, natural_noise(SHAPE, count, seed=0), _meter(whole))
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, _statistics(whole)[name])
 
 
 def test_norms_that_do_not_generalise_are_restored() -> None:
-    """What goes matters in one half of the calibration images and not in the other."""
+    """What goes matters in the images that are fitted to, and little in those that are measured on."""
     whole = _whole(Plain)
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.conv1.weight[:, 0] = 0.0
     images = 0.3 * natural_noise(SHAPE, 32, seed=0)
-    images[:16, 0] = 30 * images[:16, 0]
-    images[16:, 0] = 0
+    others = images[16:].clone()
+    images[:, 0] *= 30
+    others[:, 0] *= 0.1
     before = _statistics(pruned)
-    assert not recalibrate_norms(pruned, whole, images, SCORES)
+    assert _off(others, whole, pruned) > 0
+    assert not recalibrate_norms(pruned, whole, images[:16], _meter(whole, others))
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, before[name])
 
@@ -128,7 +135,7 @@ def test_a_norm_makes_up_for_no_more_than_its_eps_lets_it() -> None:
         pruned.conv2.weight *= 0.3
     images = natural_noise(SHAPE, 32, seed=0)
     aims = _given(whole, images)
-    recalibrate_norms(pruned, whole, images, SCORES)
+    recalibrate_norms(pruned, whole, images, _meter(whole))
     found = _given(pruned, images)
     torch.testing.assert_close(found["bn2"][0], aims["bn2"][0], rtol=0.01, atol=0.01)
     assert (found["bn2"][1] < aims["bn2"][1]).all()
@@ -149,12 +156,13 @@ def test_strange_outputs_are_compared_batch_by_batch(count: int) -> None:
     with torch.no_grad():
         pruned.conv2.weight *= 0.4
     images = natural_noise(SHAPE, count, seed=0)
-    found = change_on(images, whole, pruned, OutputKind())
+    meter = _meter(whole, natural_noise(SHAPE, count, seed=1), OutputKind())
+    found = meter.damage(pruned)
     assert found is not None
     assert found.value > 0
     assert found.unit is Unit.OUTPUT
-    assert recalibrate_norms(pruned, whole, images, OutputKind())
-    assert _off(images, whole, pruned) < 0.1 * found.value
+    assert recalibrate_norms(pruned, whole, images, meter)
+    assert meter.change(pruned) < 0.1 * found.value
 
 
 def test_images_that_do_not_fit_change_nothing() -> None:
@@ -162,8 +170,10 @@ def test_images_that_do_not_fit_change_nothing() -> None:
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.stem.weight *= 0.4
-    assert not recalibrate_norms(pruned, whole, torch.zeros(8, 5, 16, 16), SCORES)
-    assert change_on(torch.zeros(8, 5, 16, 16), whole, pruned, SCORES) is None
+    unfit = torch.zeros(8, 5, 16, 16)
+    assert not recalibrate_norms(pruned, whole, unfit, _meter(whole))
+    for images in (unfit, unfit[:0], None):
+        assert meter_on(whole, images, SCORES) is None
     for name, value in _statistics(pruned).items():
         assert torch.equal(value, _statistics(whole)[name])
 
@@ -182,13 +192,12 @@ def test_out_of_memory_uses_fewer_images(monkeypatch: pytest.MonkeyPatch) -> Non
         run(model, norms, images, see)
 
     monkeypatch.setattr(recalibration, "_run", scarce)
-    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 32, seed=0), SCORES)
-    assert tried[:2] == [16, 8]
-    assert tried[-1] == 8
+    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 32, seed=0), _meter(whole))
+    assert tried == [32, 16, 8, 8]  # the whole network, and then the pruned one
 
 
 def test_weights_of_other_precision_come_back_to_the_bit(run: Path) -> None:
-    write_masks(run, run / "some.pt", ratio=0.4)
+    write_masks(run, run / "some.pt", macs=0.4)
     masks, whole = load_masks(run / "some.pt"), _whole().double()
     with torch.no_grad():
         whole.stem.weight += 1e-12
@@ -196,7 +205,7 @@ def test_weights_of_other_precision_come_back_to_the_bit(run: Path) -> None:
     groups = find_groups(_whole(), example.float())
     consistent = reconcile_masks(whole, masks, example)
     changed = copy.deepcopy(whole)
-    assert compensate_filters(changed, consistent, groups)
+    assert compensate_filters(changed, consistent, groups).norms
     assert torch.equal(changed.stem.weight, whole.stem.weight)
 
 
@@ -220,7 +229,7 @@ def test_a_norm_that_runs_twice_is_left_as_it_is() -> None:
     pruned = copy.deepcopy(whole)
     with torch.no_grad():
         pruned.other.weight *= 0.3
-    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0), SCORES)
+    assert recalibrate_norms(pruned, whole, natural_noise(SHAPE, 16, seed=0), _meter(whole))
     assert torch.equal(pruned.norm.running_mean, whole.norm.running_mean)
     assert not torch.equal(pruned.last.running_mean, whole.last.running_mean)
 
@@ -234,14 +243,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_smaller_network_is_merged_with_norms_set(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    write_masks(run, tmp_path / "masks.pt", ratio=0.4)
+    write_masks(run, tmp_path / "masks.pt", macs=0.4)
     masks = load_masks(tmp_path / "masks.pt")
     whole, example = _whole().to(dtype), torch.zeros(1, *SHAPE)
     consistent = reconcile_masks(whole, masks, example)
     groups = find_groups(_whole(), example)
     merged = merge_filters(copy.deepcopy(whole), consistent, groups)
     changed = copy.deepcopy(whole)
-    assert compensate_filters(changed, consistent, groups)
+    assert compensate_filters(changed, consistent, groups).norms
     images = masks.calibration_images
     assert images is not None
     smaller = remove_filters(whole, masks, example.to(dtype), compensate="merge")

@@ -15,19 +15,18 @@ from typer.testing import CliRunner
 from prune_viz import cli
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.calibration.images import natural_noise
-from prune_viz.pruning.apply import apply_masks
-from prune_viz.pruning.budgets import (
-    Ranking,
-    counts_for_macs,
-    counts_for_tolerance,
-    macs_left,
-    read_rankings,
-    removed_filters,
-    write_masks,
-)
-from prune_viz.pruning.masks import load_masks
+from prune_viz.channels.coupling import find_groups
 from prune_viz.network.cost import count_cost
+from prune_viz.pruning.allocation import counts_for_share, counts_for_tolerance
+from prune_viz.pruning.apply import apply_masks
+from prune_viz.pruning.budgets import write_masks
+from prune_viz.pruning.compensation import compensate_filters
+from prune_viz.pruning.masks import load_masks
+from prune_viz.pruning.measuring import OutputMeter
+from prune_viz.pruning.merging import merge_filters
+from prune_viz.pruning.rankings import Ranking, Saving, read_rankings
 from prune_viz.pruning.remove import remove_filters
+from prune_viz.runs.decisions_json import Allocation
 from prune_viz.runs.ownership import claimed
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError
@@ -78,7 +77,7 @@ def test_a_share_of_the_macs_is_saved_as_predicted(
     counts = {r.number: sum(not bool(masks[layer][f]) for layer in [next(iter(r.filters))]
                             for f in r.filters[layer][r.filters[layer] >= 0]) for r in rankings}  # fmt: skip
     if name != "concatenating":  # there a group's first layer does not hold all of its channels
-        assert macs_left(rankings, counts, decisions.macs) == pytest.approx(after)
+        assert Saving(rankings, decisions.macs).left(counts) == pytest.approx(after)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,12 +132,14 @@ def test_what_stays_of_a_group_is_a_multiple(
         assert coarse.removed / coarse.filters >= 0.3
 
 
-def _groups(costs: tuple[int, ...], damages: tuple[float, ...]) -> tuple[list[Ranking], dict[str, int]]:
+def _groups(
+    costs: tuple[int, ...], damages: tuple[float, ...], flagged: int = 0
+) -> tuple[list[Ranking], dict[str, int]]:
     """Groups of eight channels, one layer each, every channel of a group costing the same damage."""
     rankings = [
         Ranking(
             number, 8, list(range(7)), [damage * (place + 1) for place in range(7)],
-            {f"layer{number}": np.arange(8)}, {}, [],
+            {f"layer{number}": np.arange(8)[:, None]}, {}, [], flagged,
         )
         for number, damage in enumerate(damages)
     ]  # fmt: skip
@@ -146,11 +147,11 @@ def _groups(costs: tuple[int, ...], damages: tuple[float, ...]) -> tuple[list[Ra
 
 
 def test_rounding_gives_back_the_most_missed() -> None:
-    rankings, costs = _groups((800, 800, 100), (1.0, 5.0, 3.0))
+    saving = Saving(*_groups((800, 800, 100), (1.0, 5.0, 3.0)))
     # Every group must go down to 4 for 30%, which saves 50%; one dear group can have its 4 back.
-    assert counts_for_macs(rankings, 0.3, costs, round_to=4) == {0: 4, 1: 4, 2: 0}
-    assert counts_for_macs(rankings, 0.2, costs, round_to=4) == {0: 4, 1: 0, 2: 0}
-    assert counts_for_macs(rankings, 0.5, costs, round_to=4) == {0: 4, 1: 4, 2: 4}
+    for wanted, counts in ((0.3, (4, 4, 0)), (0.2, (4, 0, 0)), (0.5, (4, 4, 4))):
+        found = counts_for_share(saving, wanted, Allocation.EVEN, round_to=4)
+        assert found == dict(enumerate(counts))
 
 
 def test_a_group_smaller_than_the_multiple_is_kept_whole() -> None:
@@ -159,12 +160,60 @@ def test_a_group_smaller_than_the_multiple_is_kept_whole() -> None:
     assert counts_for_tolerance(rankings, 100.0, round_to=3) == {0: 5, 1: 5}
     assert counts_for_tolerance(rankings, 3.5) == {0: 3, 1: 3}
     with pytest.raises(UserError, match="can go and leave multiples of 16; ask"):
-        counts_for_macs(rankings, 0.1, costs, round_to=16)
+        counts_for_share(Saving(rankings, costs), 0.1, round_to=16)
+
+
+def test_the_cheapest_damage_goes_first_and_far() -> None:
+    saving = Saving(*_groups((800, 800, 100), (1.0, 5.0, 3.0)))
+    for wanted, counts in (
+        (0.3, (6, 0, 0)),  # of 1700: 600
+        (0.5, (7, 2, 0)),  # 900
+        (0.85, (7, 7, 4)),  # 1450
+    ):
+        assert counts_for_share(saving, wanted, Allocation.DAMAGE) == dict(enumerate(counts))
+
+
+def test_a_dear_channel_does_not_stop_a_group() -> None:
+    rankings, costs = _groups((800, 800), (1.0, 2.0))
+    rankings[0].damage[:] = [5.0] * 7  # the first is dear, and the others with it free
+    assert counts_for_share(Saving(rankings, costs), 0.4) == {0: 7, 1: 0}
+
+
+@pytest.mark.parametrize("allocation", Allocation)
+def test_flagged_channels_go_before_all_others(allocation: Allocation) -> None:
+    saving = Saving(*_groups((800, 800, 100), (1.0, 50.0, 30.0), flagged=2))
+    # Two of eight of each are a quarter of all; for less, only flagged ones go, the cheapest of them.
+    assert counts_for_share(saving, 0.25, allocation) == {0: 2, 1: 2, 2: 2}
+    assert counts_for_share(saving, 0.1, allocation) == {0: 2, 1: 0, 2: 0}
+    more = counts_for_share(saving, 0.5, allocation)
+    assert min(more.values()) >= 2
+
+
+def test_rough_runs_merge_only_what_helps_a_lot(run_of: Callable[[str], Path], tmp_path: Path) -> None:
+    write_masks(run_of("flattening"), tmp_path / "masks.pt", ratio=0.3)
+    masks, model = load_masks(tmp_path / "masks.pt"), _model("flattening")
+    assert "no batch norm shows what the training inputs were like" in masks.rough
+    meter = OutputMeter(model, masks.images.kept_out, masks.origin.output)
+    example = torch.zeros(1, *SHAPES["flattening"])
+    groups = find_groups(model, example)
+    raw = meter.change(remove_filters(model, masks, example))
+    merged = meter.change(merge_filters(_model("flattening"), masks, groups))
+    done = compensate_filters(_model("flattening"), masks, groups)
+    assert merged < raw < 2 * merged
+    assert (done.merged, done.unmerged) == ((), ("conv",))
+    masks.rough = ""
+    done = compensate_filters(_model("flattening"), masks, groups)
+    assert (done.merged, done.unmerged) == (("conv",), ())
 
 
 @pytest.mark.parametrize("name", ["residual", "flattening"])
 def test_merging_comes_nearer_than_removing(run_of: Callable[[str], Path], name: str, tmp_path: Path) -> None:
-    write_masks(run_of(name), tmp_path / "masks.pt", ratio=0.3)
+    run = run_of(name)
+    if name == "flattening":  # without norms, merging needs inputs to rest on
+        run = tmp_path / "run"
+        inputs = natural_noise(SHAPES[name], 128, seed=7)
+        analyze(_model(name), input_shape=SHAPES[name], out=run, steps=8, data=inputs)
+    write_masks(run, tmp_path / "masks.pt", ratio=0.3)
     masks, model = load_masks(tmp_path / "masks.pt"), _model(name)
     inputs = natural_noise(SHAPES[name], 64, seed=99)
     with torch.no_grad():
@@ -266,4 +315,4 @@ def test_partial_layers_count_their_channels(run_of: Callable[[str], Path]) -> N
         for count in range(len(ranking.order) + 1):
             counts[ranking.number] = count
             held = np.concatenate([placed[ranking.order[:count]] for placed in ranking.filters.values()])
-            assert removed_filters(rankings, counts) == (held >= 0).sum()
+            assert Saving(rankings).removed_filters(counts) == (held >= 0).sum()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.loading.smaller_networks import resize_to
+from prune_viz.network.cost import count_cost, count_macs
 from prune_viz.pruning.apply import apply_masks
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.masks import Masks
-from prune_viz.network.cost import count_cost, count_macs
 from prune_viz.pruning.merging import merge_filters
 from prune_viz.pruning.remove import remove_filters
 from prune_viz.runs.decisions_json import Merge

@@ -36,7 +36,7 @@ def _flagged(run: RunDirectory) -> dict[str, list[int]]:
 
 
 def test_undecided_filters_follow_their_verdicts(run: RunDirectory) -> None:
-    masks = reviewed_masks(run, _review(run, {}))
+    masks = reviewed_masks(run, _review(run, {})).masks
     assert masks == pv.load_masks(run.masks_file)
     assert masks.removed >= 2
 
@@ -44,7 +44,7 @@ def test_undecided_filters_follow_their_verdicts(run: RunDirectory) -> None:
 def test_masks_follow_what_was_decided(run: RunDirectory) -> None:
     (copy,) = {1, 5} & set(_flagged(run)["inner"])
     decisions = {("inner", copy): "keep", ("inner", 7): "remove", ("inner", 0): "remove"}
-    masks = reviewed_masks(run, _review(run, decisions))
+    masks = reviewed_masks(run, _review(run, decisions)).masks
     assert masks["inner"].tolist() == [number not in (0, 7) for number in range(8)]
     merged = {merge.filter for merge in masks.merges if merge.layer == "inner"}
     assert merged == {0, 7}
@@ -58,7 +58,7 @@ def test_masks_follow_what_was_decided(run: RunDirectory) -> None:
 
 
 def test_filters_of_one_channel_are_decided_together(run: RunDirectory) -> None:
-    masks = reviewed_masks(run, _review(run, {("outer", 3): "remove"}))
+    masks = reviewed_masks(run, _review(run, {("outer", 3): "remove"})).masks
     assert [layer for layer in ("stem", "outer", "project") if not masks[layer][3]] == [
         "stem",
         "outer",

@@ -61,6 +61,18 @@ def test_each_step_removes_the_least_missed() -> None:
     assert order[0] == int(np.argmin(single))
 
 
+def test_channels_named_first_go_before_all_others() -> None:
+    samples = np.random.default_rng(3).normal(size=(400, 6))
+    weights = np.random.default_rng(4).normal(size=(8, 6))
+    gram, weight_gram = _gram_matrix_of(samples), weights.T @ weights
+    free, _ = eliminate(gram, weight_gram)
+    last = [channel for channel in range(6) if channel not in free]
+    order, damage = eliminate(gram, weight_gram, first=[*last, free[3]])
+    assert order[:2] == [*last, free[3]]
+    assert len(set(order)) == len(order) == 5
+    assert damage == sorted(damage)
+
+
 def test_rebuild_finds_the_mix() -> None:
     random = np.random.default_rng(0)
     samples = random.normal(size=(500, 6))

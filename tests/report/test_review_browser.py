@@ -13,7 +13,7 @@ import pytest
 from browser import Watched
 from marks import slow
 
-from prune_viz.pruning.budgets import macs_left, read_rankings
+from prune_viz.pruning.rankings import Saving, read_rankings
 from prune_viz.pruning.review import identity, read_review, reviewed_masks
 from prune_viz.report.review_server import ReviewServer
 from prune_viz.runs.run_directory import RunDirectory
@@ -40,7 +40,7 @@ def totals(page: Any) -> dict[str, str]:
 
 def expected_totals(run: RunDirectory, review: Path) -> tuple[int, float]:
     """Filters that go and the share of MACs that saves, as Python counts them."""
-    masks = reviewed_masks(run, read_review(review, run))
+    masks = reviewed_masks(run, read_review(review, run)).masks
     decisions = run.read_decisions()
     rankings = read_rankings(decisions)
     counts = {}
@@ -49,7 +49,7 @@ def expected_totals(run: RunDirectory, review: Path) -> tuple[int, float]:
         gone = [channel for channel in range(ranking.channels) if not masks[layer][placed[channel]]]
         ranking.order[:] = [*gone, *(c for c in ranking.order if c not in gone)]
         counts[ranking.number] = len(gone)
-    return masks.removed, 1 - macs_left(rankings, counts, decisions.macs) / sum(decisions.macs.values())
+    return masks.removed, Saving(rankings, decisions.macs).of(counts)
 
 
 def saved(page: Any, path: Path) -> Path:
@@ -91,7 +91,7 @@ def test_deciding_by_mouse_and_keys_gives_the_masks(
     assert "1 of them added" in shown["filters"]
     assert shown["macs"].startswith(f"{100 * macs:.1f} %")
     assert "of" in shown["damage"] or "nats" in shown["damage"]
-    masks = reviewed_masks(run, read_review(review, run))
+    masks = reviewed_masks(run, read_review(review, run)).masks
     assert [number for number in range(8) if not masks["inner"][number]] == sorted((gone, other))
 
 

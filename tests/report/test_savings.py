@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from report_fixture import write_run
 
-from prune_viz.pruning.budgets import counts_for_macs, read_rankings
+from prune_viz.pruning.allocation import counts_for_share
+from prune_viz.pruning.rankings import Saving, read_rankings
 from prune_viz.report import write_report
-from prune_viz.report.savings import Budget, budgets, default_budget, draw_curve
+from prune_viz.report.savings import Budget, budgets, default_budget, draw_curve, measured_budgets
 from prune_viz.report.wording import magnitude
 from prune_viz.runs.damage import Unit
-from prune_viz.runs.decisions_json import PredictionRecord
+from prune_viz.runs.decisions_json import Allocation, MeasuredBudget, PredictionRecord
 from prune_viz.runs.run_directory import RunDirectory
 
 
@@ -36,7 +37,7 @@ def test_budgets_are_those_of_the_command_line(run: RunDirectory) -> None:
     rankings = read_rankings(decisions)
     assert len(found) > 5
     for share, budget in zip((0.05, 0.1, 0.15), found, strict=False):
-        counts = counts_for_macs(rankings, share, decisions.macs)
+        counts = counts_for_share(Saving(rankings, decisions.macs), share)
         assert budget.saved >= share
         assert budget.filters == sum(counts.values())
         assert budget.damage == pytest.approx(sum(ranking.damage_of(counts) for ranking in rankings))
@@ -46,16 +47,23 @@ def test_budgets_are_those_of_the_command_line(run: RunDirectory) -> None:
 
 def test_the_curve_is_drawn_where_its_figures_say(run: RunDirectory) -> None:
     known = [Budget(0.1, 3, 1e-4), Budget(0.2, 6, 1e-3), Budget(0.4, 9, 1e-2)]
-    curve = draw_curve(known, Budget(0.2, 5, 1e-3))
+    tried = [Budget(0.2, 6, 1e-3, measured=1e-2)]
+    curve = draw_curve(known, tried, Budget(0.2, 5, 1e-3))
     assert curve is not None
     assert [tick.value for tick in curve.up] == pytest.approx([1e-4, 1e-3, 1e-2])
     assert [tick.value for tick in curve.across] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     for (x, y, _), across, up in zip(curve.points, (1, 2, 4), (0, 1, 2), strict=True):
         assert (x, y) == pytest.approx((curve.across[across].place, curve.up[up].place), abs=0.2)
     assert curve.default == curve.points[1][:2]
+    ((x, y, budget),) = curve.measured
+    assert (x, y) == pytest.approx((curve.across[2].place, curve.up[2].place), abs=0.2)
+    assert budget is tried[0]
+    measured = draw_curve(known, [], Budget(0.2, 5, 1e-3, measured=1e-4))
+    assert measured is not None
+    assert measured.default == pytest.approx((curve.across[2].place, curve.up[0].place), abs=0.2)
     assert curve.up[-1].place == curve.top
-    assert draw_curve(known[:1], None) is None
-    nothing = draw_curve([Budget(0.1, 3, 0.0), Budget(0.2, 6, 0.0)], None)
+    assert draw_curve(known[:1], [], None) is None
+    nothing = draw_curve([Budget(0.1, 3, 0.0), Budget(0.2, 6, 0.0)], [], None)
     assert nothing is not None
     assert {y for _, y, _ in nothing.points} == {nothing.bottom}
 
@@ -67,6 +75,35 @@ def test_the_default_is_what_the_verdicts_take(run: RunDirectory) -> None:
     assert default_budget(replace(decisions, predicted=None), summary) is None
     assert default_budget(replace(decisions, verdicts=()), summary) is None
     assert default_budget(decisions, replace(summary, macs_after=None)) is None
+
+
+TRIED = (
+    MeasuredBudget(Allocation.DAMAGE, 0.11, 30, 1e-4, 2e-4, 3e-4),
+    MeasuredBudget(Allocation.EVEN, 0.10, 40, 2e-4, 4e-4, 1e-4),
+    MeasuredBudget(Allocation.DAMAGE, 0.21, 60, 1e-3, 8e-3, 1e-3),
+    MeasuredBudget(Allocation.EVEN, 0.20, 70, 2e-3, 4e-3, 5e-3),
+)
+
+
+def test_budgets_tried_stand_as_masks_would_share_them(run: RunDirectory) -> None:
+    decisions = replace(run.read_decisions(), budgets=TRIED)
+    found = measured_budgets(decisions)
+    assert [(one.saved, one.filters, one.measured) for one in found] == [(0.11, 30, 3e-4), (0.2, 70, 5e-3)]
+    assert [one.damage for one in found] == pytest.approx([2e-4, 4e-3])  # as all together cost
+    saving = Saving(read_rankings(decisions), decisions.macs)
+    predicted = budgets(decisions)
+    for place, share, allocation in ((1, 0.1, Allocation.DAMAGE), (3, 0.2, Allocation.EVEN)):
+        counts = counts_for_share(saving, share, allocation)
+        assert (predicted[place].saved, predicted[place].filters) == (
+            saving.of(counts), saving.removed_filters(counts),
+        )  # fmt: skip
+
+
+def test_the_default_has_what_was_measured_too(run: RunDirectory) -> None:
+    decisions = replace(run.read_decisions(), measured=PredictionRecord(3e-5, Unit.NATS))
+    default = default_budget(decisions, run.read_provenance().summary)
+    assert default is not None
+    assert (default.damage, default.measured) == (2e-5, 3e-5)
 
 
 def test_the_page_has_the_curve_and_its_figures(run: RunDirectory) -> None:

@@ -1,0 +1,180 @@
+"""The commands that act on what a run found: `masks` and `apply`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_viz.cli.arguments import check_budget, parse_kwargs, parse_shapes
+from prune_viz.cli.console import exit_codes, make_console
+from prune_viz.cli.options import (
+    Arch,
+    ArchKwargs,
+    AsJson,
+    Code,
+    Compensate,
+    Example,
+    Force,
+    InputShapes,
+    Key,
+    Mode,
+    ModelFile,
+    RunArgument,
+    TrustPickle,
+)
+from prune_viz.utils.destinations import check_destination
+from prune_viz.utils.errors import UserError, one_line
+
+
+@exit_codes
+def masks(
+    run: RunArgument,
+    ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="Share of the filters to remove, 0 to 1.")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(metavar="R", help="Share of the multiply-accumulates to remove, 0 to 1.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T", help="Damage allowed to each group, in the run's own unit: nats for classifiers."
+        ),
+    ] = None,
+    round_to: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With a budget: leave layers a multiple of N filters; hardware is fastest at 8 or 16.",
+        ),
+    ] = 1,
+    review: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What was decided in the report of RUN: its review.json."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default="RUN/masks.pt")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that was analysed, on which the masks are measured.",
+            show_default="where it was then",
+        ),
+    ] = None,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
+    trust_pickle: TrustPickle = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts.
+
+    They are carried out on a copy of the model, and the change of its output is measured on images that
+    nothing was fitted to.
+    """
+    budget = check_budget(ratio=ratio, macs=macs, tolerance=tolerance)
+    if round_to != 1 and not budget:
+        raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
+    if review is not None and budget:
+        raise UserError(f"give --review or --{next(iter(budget))}, not both")
+
+    from prune_viz.runs.run_directory import RunDirectory
+
+    RunDirectory(run).check_masks_destination(out, review, force)
+
+    from prune_viz.cli.model_options import ModelOptions, analysed_model
+    from prune_viz.pruning.budgets import write_masks
+    from prune_viz.pruning.review import write_reviewed_masks
+
+    options = ModelOptions(model, arch, parse_kwargs(arch_kwargs), code, key, trust_pickle)
+    network, unmeasured = analysed_model(run, options)
+    if review is None:
+        outcome, lines = write_masks(run, out, round_to=round_to, model=network, **budget), []
+    else:
+        outcome, decided = write_reviewed_masks(run, review, out, model=network)
+        lines = [decided]
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+        return
+    lines += outcome.lines()
+    if outcome.measured is None and unmeasured:
+        lines.append(f"note: {unmeasured}")
+    console = make_console()
+    for line in [*lines, f"written to {outcome.out}"]:
+        console.print(one_line(line), soft_wrap=True)
+
+
+@exit_codes
+def apply(
+    model: ModelFile,
+    masks: Annotated[Path, typer.Argument(metavar="MASKS", help="masks.pt of a run.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the pruned model.", show_default=False)
+    ],
+    mode: Annotated[
+        Mode, typer.Option(help="Set the filters to zero, or take them out of the network.")
+    ] = Mode.zero,
+    compensate: Annotated[
+        Compensate | None,
+        typer.Option(
+            help="With --mode remove: make up for them in the weights and batch norms left, or not.",
+            show_default="merge, where the masks carry merges fitted to MODEL",
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the pruned network itself too: FILE.pt2 or FILE.onnx."),
+    ] = None,
+    arch: Arch = None,
+    arch_kwargs: ArchKwargs = None,
+    code: Code = None,
+    key: Key = None,
+    trust_pickle: TrustPickle = False,
+    input_shapes: InputShapes = None,
+    example: Example = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Apply MASKS to MODEL and write the result to a new file."""
+    kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
+    if mode is Mode.zero and compensate is Compensate.merge:
+        raise UserError("--compensate merge needs --mode remove")
+    from prune_viz.runs.run_directory import calibration_images_beside, merges_beside
+
+    inputs = (model, masks, merges_beside(masks), calibration_images_beside(masks))
+    check_destination("--out", out, inputs, force)
+    if export is not None:
+        check_destination("--export", export, inputs, force)
+        if export.absolute() == out.absolute():
+            raise UserError(f"--export {export} is the file that --out names; name another")
+
+        from prune_viz.pruning.export import check_export
+
+        check_export(export)
+
+    from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
+    from prune_viz.pruning.write import write_removed, write_zeroed
+
+    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent=as_json)
+    checkpoint = hold_as_told(checkpoint, shapes, example)
+    shape = input_shape_of(checkpoint) if export or mode is Mode.remove else ()
+    if mode is Mode.zero:
+        applied = write_zeroed(checkpoint, masks, out, export, shape)
+    else:
+        how = None if compensate is None else compensate.value
+        applied = write_removed(checkpoint, masks, shape, out, how, export)
+    if as_json:
+        print(json.dumps(applied.as_json()))
+        return
+    console = make_console()
+    for line in applied.lines():
+        console.print(one_line(line), soft_wrap=True)
+    console.print(f"written to {one_line(out)}", soft_wrap=True)

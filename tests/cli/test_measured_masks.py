@@ -1,0 +1,115 @@
+"""What `masks` and `apply` measure on the model that was analysed, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from networks import Residual, residual_with_a_copy
+from typer.testing import CliRunner
+
+from prune_viz import cli
+from prune_viz.network.cost import count_cost
+
+ARCH = ["--arch", "networks:Residual"]
+SHAPE = (3, 16, 16)
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(one) for one in arguments])
+
+
+def _said(*arguments: object) -> str:
+    done = _run(*arguments)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def _object(*arguments: object) -> dict[str, Any]:
+    """The only line that a command printed."""
+    (line,) = _said(*arguments, "--json").splitlines()
+    return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and its run."""
+    home = tmp_path_factory.mktemp("home")
+    torch.save(residual_with_a_copy().state_dict(), home / "model.pt")
+    given = ["analyze", home / "model.pt", *ARCH, "--input-shape", "3,16,16", "--steps", "12"]
+    _said(*given, "--out", home / "run")
+    return home
+
+
+def test_masks_are_measured_on_the_model_named(home: Path, tmp_path: Path) -> None:
+    said = _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt", *ARCH).splitlines()
+    (line,) = [line for line in said if line.startswith("change of the output: ")]
+    assert "predicted" in line
+    assert line.endswith("nats on 8 synthetic images kept out of every fit")
+    assert any(line.startswith("note: both are rough: ") for line in said)
+    assert said[-1] == f"written to {tmp_path / 'a.pt'}"
+    (home / "model.pt").rename(home / "moved.pt")
+    try:
+        given = ["masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "b.pt", *ARCH]
+        assert "not measured: the model is not where it was; --model names it" in _said(*given)
+        assert line in _said(*given, "--model", home / "moved.pt", "--force").splitlines()
+    finally:
+        (home / "moved.pt").rename(home / "model.pt")
+
+
+def test_a_run_builds_no_code_without_being_told(home: Path, tmp_path: Path) -> None:
+    said = _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt")
+    assert "note: not measured: --arch networks:Residual would build the model" in said
+    assert "change of the output: predicted" in said
+    assert "measured on" not in said
+
+
+def test_masks_of_another_model_are_not_measured(home: Path, tmp_path: Path) -> None:
+    torch.save(Residual().state_dict(), tmp_path / "other.pt")
+    given = ["masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt", *ARCH]
+    refused = _run(*given, "--model", tmp_path / "other.pt")
+    assert refused.exit_code == 2
+    assert "other.pt is not the model that was analysed: its SHA-256 differs" in refused.stderr
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_masks_and_apply_tell_programs_the_same(home: Path, tmp_path: Path) -> None:
+    masks, out = tmp_path / "masks.pt", tmp_path / "small.pt"
+    made = _object("masks", home / "run", "--macs", "0.4", "--out", masks, *ARCH)
+    removed = sum(int((~mask).sum()) for mask in torch.load(masks, weights_only=True).values())
+    assert made["filters_removed"] == removed > 0
+    assert made["macs_saved"] >= 0.4
+    assert made["unit"] == "nats"
+    assert made["predicted_total"] > 0
+    assert made["measured_total"] > 0
+    assert made["measured_on"] == "8 synthetic images kept out of every fit"
+    assert made["out"] == str(masks)
+    given = ["apply", home / "model.pt", masks, *ARCH, "--input-shape", "3,16,16", "--mode", "remove"]
+    done = _object(*given, "--out", out)
+    assert done["out"] == str(out)
+    same = ("filters_removed", "filters", "predicted_total", "unit", "measured_on", "rough")
+    assert {name: done[name] for name in same} == {name: made[name] for name in same}
+    assert done["measured_total"] == pytest.approx(made["measured_total"], rel=1e-2)
+    assert done["macs_saved"] == pytest.approx(made["macs_saved"])
+    assert (done["parameters"], done["macs"]) == count_cost(Residual(), SHAPE)
+    assert done["macs_after"] == pytest.approx((1 - done["macs_saved"]) * done["macs"])
+    assert done["parameters_after"] < done["parameters"]
+
+
+def test_what_was_not_merged_has_no_prediction(home: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks.pt"
+    merged = _object("masks", home / "run", "--macs", "0.4", "--out", masks, *ARCH)
+    given = ["apply", home / "model.pt", masks, *ARCH, "--input-shape", "3,16,16"]
+    bare = _object(*given, "--mode", "remove", "--compensate", "none", "--out", tmp_path / "bare.pt")
+    zeroed = _object(*given, "--mode", "zero", "--out", tmp_path / "zeroed.pt")
+    for one in (bare, zeroed):
+        assert one["predicted_total"] is None
+        assert one["measured_total"] > merged["measured_total"]
+    assert zeroed["measured_total"] == pytest.approx(bare["measured_total"], rel=1e-2)
+    assert zeroed["parameters_after"] is None
+    said = _said(*given, "--mode", "zero", "--out", tmp_path / "zeroed.pt", "--force")
+    assert "change of the output: measured" in said
