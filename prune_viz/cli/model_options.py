@@ -17,6 +17,8 @@ from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError, one_line
 from prune_viz.utils.memory import check_input_size
 
+_BUILT = ("torchvision:", "timm:", "prune_viz.demo:DigitsNet")  # architectures that a run may name
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -33,8 +35,8 @@ class ModelOptions:
 def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, str]:
     """The model that a run analysed, as the options say or else as the run holds it.
 
-    A run is not trusted more than a model file is: of what it names, only torchvision's and timm's
-    architectures are built without being asked for.
+    A run is not trusted more than a model file is: of what it names, only torchvision's, timm's and the
+    demo's architectures are built without being asked for.
 
     Parameters
     ----------
@@ -61,7 +63,7 @@ def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, 
     if not named and (record.path is None or not path.is_file()):
         return None, "not measured: the model is not where it was; --model names it"
     arch = options.arch
-    if arch is None and record.arch is not None and record.arch.startswith(("torchvision:", "timm:")):
+    if arch is None and record.arch is not None and record.arch.startswith(_BUILT):
         arch = record.arch
     if arch is None and record.arch is not None:
         return None, f"not measured: --arch {record.arch} would build the model"
