@@ -168,7 +168,7 @@ def explain(
             return f"Not judged: it is tied to {', '.join(missing)}, which this run did not analyse."
         return "Not judged: the output of the layers that read it never varies."
     rebuilt = f"all others together reconstruct {_percent(verdict.score)} of it"
-    silent = "" if verdict.fires else " It never fires on the images of --data, which is no proof."
+    silent = "" if verdict.fires else " It never fires on the inputs of --data, which is no proof."
     return f"Kept: {rebuilt}; removing it with nothing in its place {cost}.{silent}"
 
 

@@ -9,7 +9,7 @@ from typing import Any, Required, TypedDict
 
 from prune_viz.execution.tasks import StimulusSettings
 from prune_viz.feature_visualization.stimuli import STEPS, check_options
-from prune_viz.network.input_data import Data, describe_data
+from prune_viz.loading.input_data import Data, describe_data
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.redundancy.judge import TOLERANCE
 from prune_viz.runs.output_kind import Task
@@ -69,7 +69,7 @@ class AnalysisOptions:
     mean, std : float or sequence of float, optional
         The model's normalisation, of pixels in 0..1.
     data : path, str, Tensor, ndarray or iterable of batches, optional
-        Example inputs (`prune_viz.network.input_data.read_inputs`). The statistics of the natural prior are
+        Example inputs (`prune_viz.loading.input_data.read_inputs`). The statistics of the natural prior are
         measured on them, of pictures mean and std too unless given; filters are compared on most of them, and
         on the others the change of the output is measured.
     engine : {"local", "ray"}

@@ -12,10 +12,10 @@ from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.channels.coupling import ChannelGraph, build_graph
 from prune_viz.channels.groups import CouplingGroup, group_of_layer, hidden_layers
 from prune_viz.channels.labelling import UntraceableError
+from prune_viz.loading.input_data import read_inputs
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.calls import blank_input, ordinary_input
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.network.input_data import read_inputs
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.layers import Layer, select_layers
 from prune_viz.network.output_kinds import find_output_kind

@@ -66,7 +66,7 @@ def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, 
     if arch is None and record.arch is not None and record.arch.startswith(_BUILT):
         arch = record.arch
     if arch is None and record.arch is not None:
-        return None, f"not measured: --arch {record.arch} would build the model"
+        return None, f"not measured: the model is of a class of yours; --arch {record.arch} builds it"
     if record.trust_pickle and not options.trust_pickle and arch is None:
         return None, "not measured: reading the model needs --trust-pickle"
     if record.held_inputs is not None:

@@ -89,7 +89,7 @@ class Outcome:
 def describe_images(masks: Masks) -> str:
     """What masks are measured on, in words."""
     images = masks.images.kept_out
-    kind = "images of --data" if masks.images.are_real else "synthetic images"
+    kind = "inputs of --data" if masks.images.are_real else "synthetic images"
     return "" if images is None else f"{len(images)} {kind} kept out of every fit"
 
 
@@ -105,7 +105,7 @@ def describe_change(predicted: Damage | None, measured: Damage | None, images: s
         times = f"a factor of {factor:.1f}" if factor < 1e3 else "more than a factor of 1,000"
         lines.append(f"note: these differ by {times}; go by what was measured")
     if rough and parts:
-        lines.append(f"note: both are rough: {rough}")
+        lines.append(f"note: {'both are' if len(parts) > 1 else 'this is'} rough: {rough}")
     return lines
 
 

@@ -92,7 +92,7 @@ def describe(
         "damage is a share of the output of the layers that read them.",
         Unit.OUTPUT: " Damage is the squared change of the network's outputs as a share of their square.",
     }
-    images = f"the {examples:,} images of --data"
+    images = f"the {examples:,} inputs of --data"
     if calibrated is not None and calibrated.distance is not None:
         also = f" and {images}" if examples else ""
         looks = ""

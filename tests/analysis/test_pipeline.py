@@ -331,7 +331,7 @@ def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
     without = analyze(model, **options).filters.set_index(["layer", "filter"])
     out = tmp_path / "run"
     found = analyze(model, **options, data=pictures, out=out).filters.set_index(["layer", "filter"])
-    told = found["reason"].str.contains("never fires on the images of --data")
+    told = found["reason"].str.contains("never fires on the inputs of --data")
     assert found.loc[("conv1", 3), "verdict"] == "keep"
     images = torch.stack(
         [torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) / 255 for path in pictures.iterdir()]
@@ -345,7 +345,7 @@ def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
     assert told[("conv1", 3)]
     assert not without["reason"].str.contains("--data").any()
     assert any(
-        "the 12 images of --data" in note for note in json.loads((out / "run.json").read_text())["notes"]
+        "the 12 inputs of --data" in note for note in json.loads((out / "run.json").read_text())["notes"]
     )
 
 

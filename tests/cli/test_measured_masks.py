@@ -63,7 +63,7 @@ def test_masks_are_measured_on_the_model_named(home: Path, tmp_path: Path) -> No
 
 def test_a_run_builds_no_code_without_being_told(home: Path, tmp_path: Path) -> None:
     said = _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt")
-    assert "note: not measured: --arch networks:Residual would build the model" in said
+    assert "note: not measured: the model is of a class of yours; --arch networks:Residual builds it" in said
     assert "change of the output: predicted" in said
     assert "measured on" not in said
 

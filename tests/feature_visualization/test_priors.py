@@ -146,8 +146,16 @@ def test_statistics_of_other_inputs_are_refused() -> None:
 
 
 def test_scenes_of_photographs_have_the_steeper_spectrum() -> None:
-    assert scene_exponent((3, 32, 32)) > scene_exponent((1, 32, 32)) == scene_exponent((3, 64))
+    assert scene_exponent((3, 32, 32)) > scene_exponent((1, 32, 32)) > scene_exponent((3, 64))
     steep = make_prior("natural", 1, (32, 32), exponent=1.2)
     torch.testing.assert_close(steep.amplitude, natural_amplitude((32, 32), 1.2))
     measured = make_prior("natural", 1, (32, 32), statistics=_known(1, 0, 1.4), exponent=1.2)
     torch.testing.assert_close(measured.amplitude, natural_amplitude((32, 32), 1.4))
+
+
+@pytest.mark.parametrize(("axes", "slope"), [(1, 0.5), (2, 0.8), (3, 1.2)])
+def test_spectra_fall_by_the_kind_of_input(axes: int, slope: float) -> None:
+    size = (32,) * axes
+    torch.testing.assert_close(make_prior("natural", 1, size).amplitude, natural_amplitude(size, slope))
+    octaves = make_prior("natural", 1, size).amplitude.flatten()[[1, 2, 4, 8]]
+    torch.testing.assert_close(octaves[:-1] / octaves[1:], torch.full((3,), 2.0**slope))

@@ -18,8 +18,8 @@ from prune_viz.feature_visualization.top_patches import (
     read_top_patches,
     write_top_patches,
 )
+from prune_viz.loading.input_data import normalise
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.network.input_data import normalise
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.run_directory import RunDirectory
 

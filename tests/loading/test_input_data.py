@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from prune_viz.network.input_data import MOST_INPUTS, describe_data, normalise, read_inputs
+from prune_viz.loading.input_data import MOST_INPUTS, describe_data, normalise, read_inputs
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.utils.errors import UserError
 
@@ -282,7 +282,7 @@ def _text(path: Path) -> None:
         ("a.safetensors", _text, "cannot be read"),
         ("a.npz", np.savez, "holds no array"),
         ("b.pt", lambda path: torch.save({}, path), "holds no array"),
-        ("c.pt", lambda path: torch.save(Path("a"), path), "cannot be read"),  # would be unpickled
+        ("c.pt", lambda path: torch.save(Path("a"), path), "holds no array"),  # is not unpickled
         ("b.npy", lambda path: np.save(path, np.full((2, *SHAPE), np.nan)), "not finite"),
         ("c.npy", lambda path: np.save(path, np.zeros((2, 3, 8, 8))), "c.npy is 2 x 3 x 8 x 8"),
         ("a.wav", _text, "is a sound, and the model takes inputs of"),

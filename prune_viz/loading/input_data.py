@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prune_viz.loading.formats import read_content
+from prune_viz.loading.pictures import files_in, read_pictures
 from prune_viz.network.inputs import (
     InputStatistics,
     describe_inputs,
     measure_own_units,
     measure_statistics,
 )
-from prune_viz.network.pictures import files_in, read_pictures
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.nested_tensors import tensors_of
 from prune_viz.utils.user_code import current_directory_importable
@@ -170,17 +171,13 @@ def _from_file(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _stored(path: Path, suffix: str) -> np.ndarray | Tensor | None:
-    """The first array of a file; nothing is unpickled but tensors."""
+    """The first array of a file; nothing is unpickled but plain data."""
     if suffix == ".npy":
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     if suffix == ".npz":
         with np.load(path, allow_pickle=False) as held:
             return next((np.asarray(held[name]) for name in held.files), None)
-    if suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return next(iter(load_file(path).values()), None)
-    return next(iter(tensors_of(torch.load(path, map_location="cpu", weights_only=True))), None)
+    return next(iter(tensors_of(read_content(path))), None)
 
 
 def _from_sound(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prune_viz.network.pictures import read_pictures
+from prune_viz.loading.pictures import read_pictures
 from prune_viz.utils.errors import UserError
 
 
