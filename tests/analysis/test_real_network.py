@@ -19,7 +19,7 @@ from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.cost import count_cost
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.pruning.budgets import masks_for_channels
+from prune_viz.pruning.budgets import masks_for_channels, write_masks
 from prune_viz.pruning.rankings import Ranking, Saving, read_rankings
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.run_directory import RunDirectory
@@ -99,6 +99,20 @@ def test_flagged_filters_cost_photographs_nothing(run: RunDirectory, weights: Pa
     assert float(divergence.max()) < 1e-3
     assert torch.equal(before.argmax(dim=1), after.argmax(dim=1))
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_budget_of_the_verdicts_takes_the_verdicts(
+    run: RunDirectory, weights: Path, tmp_path: Path
+) -> None:
+    model = pv.load_model(weights, arch=ARCH, arch_kwargs=KWARGS)
+    verdicts = write_masks(run.path, tmp_path / "verdicts.pt", model=model)
+    assert verdicts.saved
+    budget = write_masks(run.path, tmp_path / "budget.pt", macs=verdicts.saved, model=model)
+    for outcome in (verdicts, budget):
+        assert outcome.measured is not None
+        assert outcome.measured.value < 1e-3
+    flagged, asked = (pv.load_masks(tmp_path / f"{name}.pt") for name in ("verdicts", "budget"))
+    assert not any(bool((~asked[name] & flagged[name]).any()) for name in flagged)
 
 
 @pytest.mark.parametrize(("name", "size"), [("PNet", 12), ("RNet", 24), ("ONet", 48)])
