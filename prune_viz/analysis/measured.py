@@ -15,11 +15,12 @@ from prune_viz.network.cost import count_cost
 from prune_viz.pruning.compensation import compensate_filters
 from prune_viz.pruning.curves import measure_budgets, measure_curves, predicted_total
 from prune_viz.pruning.masks import Masks
-from prune_viz.pruning.measuring import OutputMeter, affordable, meter_on
+from prune_viz.pruning.measuring import BATCH, OutputMeter, affordable, meter_on
 from prune_viz.pruning.rankings import read_rankings
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import Allocation, Decisions, prediction_record
+from prune_viz.utils.memory import RowLimit
 
 
 def meter_for(
@@ -29,7 +30,9 @@ def meter_for(
     if images is None or not passes:
         return None
     macs = count_cost(model, input_shape)[1]
-    return meter_on(model, affordable(images, macs, input_shape[1:], passes), context.output)
+    chosen = affordable(images, macs, input_shape[1:], passes)
+    rows = RowLimit(context.budget, model, backward=False).rows(chosen.shape[1:], BATCH)
+    return meter_on(model, chosen, context.output, rows)
 
 
 def measured_orders(
@@ -85,8 +88,9 @@ def measured_decisions(
         return decisions
     rankings = read_rankings(decisions)
     tried = measure_budgets(
-        model, groups, verdicts, gram_matrices, rankings, decisions.macs, meter, kept_out, context.progress
-    )
+        model, groups, verdicts, gram_matrices, rankings, decisions.macs, meter, kept_out,
+        bool(masks.rough), context.progress,
+    )  # fmt: skip
     if masks.removed:
         flagged = sum(one.damage_of_first(one.flagged) for one in rankings)
         total = predicted_total(flagged, tried, Allocation.DAMAGE)

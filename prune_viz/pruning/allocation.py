@@ -101,7 +101,7 @@ def _least_damage(
     """Go on from `start` where a step costs least damage for what it saves, until what is wanted is saved.
 
     A step takes up to a part in `_STEPS` of a group's channels; of several ahead, the one with the best price
-    counts, so that a dear channel before cheap ones does not stop a group for good.
+    counts, so that one costly channel before cheap ones does not stop a group for good.
     """
     counts, saved = dict(start), saving.of(start)
 

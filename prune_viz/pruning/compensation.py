@@ -9,10 +9,11 @@ from torch import nn
 
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.cost import count_cost
 from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.masks import Masks
-from prune_viz.pruning.measuring import OutputMeter, meter_on
+from prune_viz.pruning.measuring import OutputMeter, affordable, meter_on
 from prune_viz.pruning.merging import GroupRemoval, Merger, removals_of
 from prune_viz.runs.output_kind import OutputKind
 
@@ -61,7 +62,7 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
     """
     removals = removals_of(masks, groups)
     whole = plain_copy(model).float()
-    meter = meter_on(whole, masks.images.kept_out, output_kind(whole, masks)) if removals else None
+    meter = _meter(whole, masks, passes=2 * len(removals) + 3) if removals else None
     margin = ROUGH_MARGIN if masks.rough else 1.0
     chosen = removals if meter is None else _where_it_helps(whole, groups, removals, meter, margin)
     _merge(model, groups, chosen)
@@ -74,6 +75,19 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
         return done
     copy_statistics(merged, model)
     return replace(done, norms=True)
+
+
+def _meter(whole: nn.Module, masks: Masks, passes: int) -> OutputMeter | None:
+    """A meter on as many of the images kept out as so many passes can afford; None without any."""
+    images = masks.images.kept_out
+    if images is None:
+        return None
+    try:
+        macs = count_cost(whole, images.shape[1:])[1]
+    except Exception:  # whatever an untrusted forward pass raises on images that are not its own
+        return None
+    chosen = affordable(images, macs, images.shape[2:], passes)
+    return meter_on(whole, chosen, output_kind(whole, masks))
 
 
 def output_kind(model: nn.Module, masks: Masks) -> OutputKind:

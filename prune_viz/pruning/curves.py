@@ -36,8 +36,6 @@ BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the multiply-accumulates
 CLEARLY = 1.25  # how much less even shares must cost
 _LEAST = 1e-15  # what a predicted or measured damage counts as at least
 _FACTORS = 1 / 4, 16.0  # between a sum of groups' damages and the damage of all
-
-
 BUDGET_PASSES = 2 * len(BUDGETS)  # over the images to measure budgets
 
 
@@ -89,15 +87,25 @@ def measure_curves(
         for count in _counts(ranked):
             removal = removal_of(ranked, ranked.order[:count], gram_matrices[group.number])
             changes = []
-            for option in (removal, removal.unmerged()) if rough else (removal,):
-                with merger.on_trial(group, option):
+            for option in _options([removal], rough):
+                with merger.on_trial(group, option[0]):
                     changes.append(meter.change(trial))
-            merged = changes[0] * ROUGH_MARGIN <= changes[-1] if rough else True
-            points.append((count, changes[0 if merged else -1]))
+            points.append((count, changes[_better(changes)]))
         found[group.number] = replace(ranked, order_damage=_corrected(ranked.order_damage, points))
         progress.advance()
     progress.finish()
     return found
+
+
+def _options(removals: Sequence[GroupRemoval], rough: bool) -> list[list[GroupRemoval]]:
+    """What is measured of removals: merged, and, where that is rough, with nothing in their place too."""
+    unmerged = [removal.unmerged() for removal in removals]
+    return [list(removals), unmerged] if rough else [list(removals)]
+
+
+def _better(changes: Sequence[float]) -> int:
+    """Which of `_options` would be applied, by what they change: merging where it is better by far."""
+    return len(changes) - 1 if changes[0] * ROUGH_MARGIN > changes[-1] else 0
 
 
 def removal_of(verdicts: GroupVerdicts, gone: Sequence[int], gram: np.ndarray) -> GroupRemoval:
@@ -149,9 +157,10 @@ def measure_budgets(
     macs: Mapping[str, int],
     meter: OutputMeter,
     kept_out: OutputMeter,
+    rough: bool,
     progress: Progress,
 ) -> tuple[MeasuredBudget, ...]:
-    """Try budgets, shared in every way, each group merged as its curve was measured.
+    """Try budgets, shared in every way.
 
     Parameters
     ----------
@@ -161,7 +170,7 @@ def measure_budgets(
         Multiply-accumulates of each module.
     kept_out : OutputMeter
         Measures the network on images that nothing was fitted to.
-    model, groups, verdicts, gram_matrices, meter, progress
+    model, groups, verdicts, gram_matrices, meter, rough, progress
         As `measure_curves`.
     """
     saving = Saving(rankings, macs)
@@ -175,14 +184,19 @@ def measure_budgets(
                 counts = counts_for_share(saving, wanted, allocation)
             except UserError:  # more than can go
                 continue
-            changed = plain_copy(model)
-            merger = Merger(changed)
-            for ranking in rankings:
-                gone = ranking.order[: counts[ranking.number]]
-                if gone:
-                    removal = removal_of(verdicts[ranking.number], gone, gram_matrices[ranking.number])
-                    merger.merge(of_number[ranking.number], removal)
-            found = meter.change(changed), kept_out.change(changed)
+            losing = [one for one in rankings if counts[one.number]]
+            removals = [
+                removal_of(verdicts[one.number], one.order[: counts[one.number]], gram_matrices[one.number])
+                for one in losing
+            ]
+            changes = []
+            for option in _options(removals, rough):
+                changed = plain_copy(model)
+                merger = Merger(changed)
+                for one, removal in zip(losing, option, strict=True):
+                    merger.merge(of_number[one.number], removal)
+                changes.append((meter.change(changed), kept_out.change(changed)))
+            found = changes[_better([change for change, _ in changes])]
             if math.isfinite(sum(found)):
                 predicted = sum(one.damage_of(counts) for one in rankings)
                 filters = saving.removed_filters(counts)

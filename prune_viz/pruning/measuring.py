@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from prune_viz.network.outputs import mean_squares, output_change
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.output_kind import OutputKind
+from prune_viz.utils.devices import is_out_of_memory
 from prune_viz.utils.nested_tensors import tensors_of
 
 BATCH = 32
-FEWEST = 8  # images that are measured on, however dear that is
+FEWEST = 8  # images that are measured on, however long that takes
 _MOST_MACS = 1e12  # multiply-accumulates for all measurements of a kind: half a minute on two cores
 
 
@@ -29,6 +30,8 @@ class OutputMeter:
         Inputs in the model's own units.
     kind : OutputKind
         What the network returns.
+    rows : int
+        Images that run at a time.
 
     Raises
     ------
@@ -36,9 +39,10 @@ class OutputMeter:
         Whatever the network's forward pass raises.
     """
 
-    def __init__(self, whole: nn.Module, images: Tensor, kind: OutputKind) -> None:
+    def __init__(self, whole: nn.Module, images: Tensor, kind: OutputKind, rows: int = BATCH) -> None:
         self.images, self.kind = images, kind
-        self._before = [_outputs(whole, batch) for batch in torch.split(images, BATCH)]
+        self._batches = torch.split(images, max(rows, 1))
+        self._before = [_outputs(whole, batch) for batch in self._batches]
         squares = [[len(one[0]) * size for size in mean_squares(one)] for one in self._before if one]
         self._sizes = [sum(sizes) / len(images) for sizes in zip(*squares, strict=True)]
 
@@ -49,11 +53,13 @@ class OutputMeter:
         """
         total = 0.0
         try:
-            for batch, before in zip(torch.split(self.images, BATCH), self._before, strict=True):
+            for batch, before in zip(self._batches, self._before, strict=True):
                 after = _outputs(changed, batch)
                 change = output_change(before, after, self.kind, len(batch), self._sizes)
                 total += len(batch) * change.value
-        except Exception:  # whatever an untrusted forward pass raises
+        except Exception as error:  # whatever an untrusted forward pass raises
+            if is_out_of_memory(error):
+                raise
             return math.inf
         return total / len(self.images) if math.isfinite(total) else math.inf
 
@@ -63,13 +69,17 @@ class OutputMeter:
         return Damage(change, self.kind.task.unit) if math.isfinite(change) else None
 
 
-def meter_on(whole: nn.Module, images: Tensor | None, kind: OutputKind) -> OutputMeter | None:
+def meter_on(
+    whole: nn.Module, images: Tensor | None, kind: OutputKind, rows: int = BATCH
+) -> OutputMeter | None:
     """A meter on images; None without any, or where the network does not run on them."""
     if images is None or not len(images):
         return None
     try:
-        return OutputMeter(whole, images, kind)
-    except Exception:  # whatever an untrusted forward pass raises
+        return OutputMeter(whole, images, kind, rows)
+    except Exception as error:  # whatever an untrusted forward pass raises
+        if is_out_of_memory(error):
+            raise
         return None
 
 

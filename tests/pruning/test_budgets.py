@@ -175,7 +175,7 @@ def test_the_cheapest_damage_goes_first_and_far() -> None:
 
 def test_a_dear_channel_does_not_stop_a_group() -> None:
     rankings, costs = _groups((800, 800), (1.0, 2.0))
-    rankings[0].damage[:] = [5.0] * 7  # the first is dear, and the others with it free
+    rankings[0].damage[:] = [5.0] * 7  # the first is costly, and the others with it free
     assert counts_for_share(Saving(rankings, costs), 0.4) == {0: 7, 1: 0}
 
 

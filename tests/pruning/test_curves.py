@@ -37,7 +37,7 @@ class Run:
         self.model = random_residual()
         stored = load_masks(self.directory.masks_file)
         self.rough = bool(stored.rough)
-        # What choices rest on is measured on all images, what is told on those that nothing was fitted to.
+        # Choices rest on all images, what is reported on those that nothing was fitted to.
         self.every = OutputMeter(self.model, stored.images.synthetic, stored.origin.output)
         self.kept_out = OutputMeter(self.model, stored.images.kept_out, stored.origin.output)
 
