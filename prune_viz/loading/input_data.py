@@ -78,7 +78,11 @@ def read_inputs(
             f"--data: the run directory {out} lies in {data}, so its pictures would be read; move --out"
         )
     found, skipped = _read(data, input_shape)
-    notes = [f"{skipped} files of the example inputs could not be read and were left out."] if skipped else []
+    notes = (
+        [f"Example inputs that could not be read and were left out: {skipped} of the files."]
+        if skipped
+        else []
+    )
     if found.dtype == torch.uint8:
         statistics = measure_statistics(found, mean, std)
         return statistics, normalise(found, statistics), notes
@@ -185,9 +189,9 @@ def _from_sound(path: Path, shape: tuple[int, ...]) -> Tensor:
     if len(shape) != 2:
         raise UserError(f"--data: {path} is a sound, and the model takes inputs of shape {shape}")
     try:
-        import soundfile  # type: ignore[import-not-found]
+        import soundfile
     except ImportError:
-        raise UserError("--data: sounds need soundfile: pip install soundfile") from None
+        raise UserError("--data: sounds need soundfile: pip install 'prune-viz[sound]'") from None
     try:
         with soundfile.SoundFile(path) as sound:
             if sound.channels < shape[0] or sound.frames < shape[1]:

@@ -95,7 +95,7 @@ def test_pictures_are_pixels(tmp_path: Path) -> None:
     statistics, examples, notes = read_inputs(SHAPE, None, None, tmp_path, None)
     assert statistics is not None
     assert torch.equal(examples, normalise(_pixels(), statistics))
-    assert notes == ["1 files of the example inputs could not be read and were left out."]
+    assert notes == ["Example inputs that could not be read and were left out: 1 of the files."]
 
 
 def test_floats_are_measured_in_their_own_units() -> None:
@@ -150,7 +150,7 @@ def test_larger_arrays_are_cropped_about_the_centre(tmp_path: Path, shape: tuple
         expected += [centre, centre]
     assert torch.equal(examples, normalise(torch.from_numpy(np.stack(expected)), statistics))
     left_out = 6 - (shape[0] == 1)
-    assert notes == [f"{left_out} files of the example inputs could not be read and were left out."]
+    assert notes == [f"Example inputs that could not be read and were left out: {left_out} of the files."]
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (1, 4, 6), (1, 4, 5, 6)])
@@ -324,3 +324,21 @@ def test_data_are_described_for_the_run(tmp_path: Path) -> None:
     assert describe_data(torch.zeros(2, 3)) == "Tensor (2, 3)"
     assert describe_data(np.zeros((2, 3))) == "ndarray (2, 3)"
     assert describe_data([1]) == "list"
+
+
+def test_frames_are_cut_from_sounds(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    wave = np.sin(np.arange(4000) / 20).astype(np.float32) / 2
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, -wave], axis=1), 8000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.flac", wave[:10], 8000)
+    _, frames, notes = read_inputs((1, 500), None, None, tmp_path, None)
+    assert frames is not None
+    assert frames.shape == (8, 1, 500)
+    assert notes == ["Example inputs that could not be read and were left out: 1 of the files."]
+    starts = np.linspace(0, 3500, 8).astype(int)
+    for frame, start in zip(frames[:, 0].numpy(), starts, strict=True):
+        np.testing.assert_array_equal(frame, wave[start : start + 500])
+    with pytest.raises(UserError, match=r"short.flac is shorter, or of fewer channels"):
+        read_inputs((1, 500), None, None, tmp_path / "short.flac", None)
+    with pytest.raises(UserError, match=r"a.wav is a sound, and the model takes inputs of"):
+        read_inputs(SHAPE, None, None, tmp_path / "a.wav", None)
