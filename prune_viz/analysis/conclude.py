@@ -13,7 +13,13 @@ import pandas as pd
 from torch import nn
 
 from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
-from prune_viz.analysis.measured import measured_decisions, measured_orders, meter_for
+from prune_viz.analysis.measured import (
+    NO_METERS,
+    Meters,
+    make_meters,
+    measured_decisions,
+    measured_orders,
+)
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.image_files import (
@@ -29,11 +35,8 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import are_photographs
 from prune_viz.feature_visualization.top_patches import find_top_patches, write_top_patches
 from prune_viz.network.calls import blank_input
-from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost, count_macs
-from prune_viz.pruning.curves import BUDGET_PASSES, curve_passes
 from prune_viz.pruning.masks import Masks, write_plain_masks
-from prune_viz.pruning.measuring import OutputMeter
 from prune_viz.pruning.remove import remove_filters
 from prune_viz.redundancy import basis
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_each_layer
@@ -124,7 +127,7 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     modules = dict(model.named_modules())
     with context.stage("budgets"):
         decisions = measured_decisions(
-            judged.whole, prepared.judged, judged.verdicts, judged.gram_matrices, judged.meter, judged.unseen,
+            judged.meters, prepared.judged, judged.verdicts, judged.gram_matrices,
             decisions_of(table, groups, judged.verdicts, masks, modules, macs, judged.unit),
             masks, context,
         )  # fmt: skip
@@ -151,11 +154,8 @@ class _Judged:
         Of damage.
     images : RunImages
         The synthetic calibration images, and the user's that were kept out.
-    whole : nn.Module
-        A copy of the network to measure changes of, in single precision on the device.
-    meter, unseen : OutputMeter or None
-        Measure changes of it on all images, and on those kept out of all fits; None where damage is not one
-        of the output, or there is nothing to measure on.
+    meters : Meters
+        What measures the change of the network's output.
     rough : str
         Why predictions are rough; empty where they are not.
     basis : str or None
@@ -168,9 +168,7 @@ class _Judged:
     gram_matrices: dict[int, np.ndarray]
     unit: Unit
     images: RunImages
-    whole: nn.Module
-    meter: OutputMeter | None
-    unseen: OutputMeter | None
+    meters: Meters
     rough: str
     basis: str | None
     calibration: dict[str, Any] | None
@@ -209,27 +207,12 @@ def _judge(
     rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
     rough = basis.why_rough(calibrated, count, prepared.network.input_shape)
     with context.stage("curves"):
-        shape = prepared.network.input_shape
-        whole = plain_copy(prepared.model).float().to(prepared.network.device)
-        every = prepared.examples if images.are_real else images.synthetic
-        passes = curve_passes(judged, bool(rough)) + BUDGET_PASSES if judged and fisher is not None else 0
-        meter = meter_for(whole, shape, every, passes, context)
-        verdicts = measured_orders(whole, judged, verdicts, gram_matrices, meter, rough, context)
-        unseen = None
-        if meter is not None:
-            unseen = meter_for(whole, shape, images.kept_out, BUDGET_PASSES, context)
-    return _Judged(
-        verdicts,
-        gram_matrices,
-        unit,
-        images,
-        whole,
-        meter,
-        unseen,
-        rough,
-        rests_on,
-        basis.summary(calibrated, predicted),
-    )
+        meters = make_meters(prepared, images, bool(rough), context) if fisher is not None else NO_METERS
+        verdicts = measured_orders(meters, judged, verdicts, gram_matrices, rough, context)
+    if fisher is not None and meters.every is None:
+        rough = rough or basis.UNMEASURED
+    summary = basis.summary(calibrated, predicted)
+    return _Judged(verdicts, gram_matrices, unit, images, meters, rough, rests_on, summary)
 
 
 def _judge_part(

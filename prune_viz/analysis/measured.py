@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 
+from prune_viz.analysis.prepare import Prepared
+from prune_viz.calibration.image_files import RunImages
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost
 from prune_viz.pruning.compensation import compensate_filters
-from prune_viz.pruning.curves import measure_budgets, measure_curves, predicted_total
+from prune_viz.pruning.curves import (
+    BUDGET_PASSES,
+    curve_passes,
+    measure_budgets,
+    measure_curves,
+    predicted_total,
+)
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.measuring import BATCH, OutputMeter, affordable, meter_on
 from prune_viz.pruning.rankings import read_rankings
@@ -23,41 +31,81 @@ from prune_viz.runs.decisions_json import Allocation, Decisions, prediction_reco
 from prune_viz.utils.memory import RowLimit
 
 
-def meter_for(
-    model: nn.Module, input_shape: Sequence[int], images: Tensor | None, passes: int, context: RunContext
-) -> OutputMeter | None:
-    """A meter on images, shape (N, C, *size), as many as so many passes can afford; None without any."""
-    if images is None or not passes:
-        return None
-    macs = count_cost(model, input_shape)[1]
-    chosen = affordable(images, macs, input_shape[1:], passes)
-    rows = RowLimit(context.budget, model, backward=False).rows(chosen.shape[1:], BATCH)
-    return meter_on(model, chosen, context.output, rows)
+@dataclass(frozen=True)
+class Meters:
+    """What measures changes of a network.
+
+    Attributes
+    ----------
+    whole : nn.Module or None
+        A copy of the network, in single precision on the run's device.
+    every, unseen : OutputMeter or None
+        On all images of the run, and on those kept out of all fits; None where nothing can be measured, or
+        where that would take too long.
+    """
+
+    whole: nn.Module | None
+    every: OutputMeter | None
+    unseen: OutputMeter | None
+
+
+NO_METERS = Meters(None, None, None)
+
+
+def make_meters(prepared: Prepared, images: RunImages, rough: bool, context: RunContext) -> Meters:
+    """Meters for what is analysed.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        What is analysed.
+    images : RunImages
+        The run's images.
+    rough : bool
+        Whether more is measured, as measurements are rough (`prune_viz.pruning.curves`).
+    context : RunContext
+        What the stages of a run share.
+    """
+    every = prepared.examples if images.are_real else images.synthetic
+    if every is None or images.kept_out is None or not prepared.judged:
+        return NO_METERS
+    shape = prepared.network.input_shape
+    whole = plain_copy(prepared.model).float().to(prepared.network.device)
+    macs = count_cost(whole, shape)[1]
+
+    def meter(given: Tensor, passes: int) -> OutputMeter | None:
+        chosen = affordable(given, macs, shape[1:], passes)
+        if chosen is None:
+            return None
+        rows = RowLimit(context.budget, whole, backward=False).rows(chosen.shape[1:], BATCH)
+        return meter_on(whole, chosen, context.output, rows)
+
+    passes = curve_passes(prepared.judged, rough) + BUDGET_PASSES
+    return Meters(whole, meter(every, passes), meter(images.kept_out, BUDGET_PASSES))
 
 
 def measured_orders(
-    model: nn.Module,
+    meters: Meters,
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     gram_matrices: Mapping[int, np.ndarray],
-    meter: OutputMeter | None,
     rough: str,
     context: RunContext,
 ) -> dict[int, GroupVerdicts]:
     """Verdicts of all groups whose removal orders cost what was measured (`curves.measure_curves`)."""
-    ranked = [group for group in groups if verdicts[group.number].order]
-    if meter is None:
+    if meters.whole is None or meters.every is None:
         return dict(verdicts)
-    return measure_curves(model, ranked, verdicts, gram_matrices, meter, bool(rough), context.progress)
+    ranked = [group for group in groups if verdicts[group.number].order]
+    return measure_curves(
+        meters.whole, ranked, verdicts, gram_matrices, meters.every, bool(rough), context.progress
+    )
 
 
 def measured_decisions(
-    model: nn.Module,
+    meters: Meters,
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     gram_matrices: Mapping[int, np.ndarray],
-    meter: OutputMeter | None,
-    kept_out: OutputMeter | None,
     decisions: Decisions,
     masks: Masks,
     context: RunContext,
@@ -66,17 +114,14 @@ def measured_decisions(
 
     Parameters
     ----------
-    model : nn.Module
-        The whole network in eval mode; left unchanged.
+    meters : Meters
+        What measures the network.
     groups : sequence of CouplingGroup
         Those that were judged.
     verdicts : mapping of int to GroupVerdicts
         By the group's number.
     gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
         Second moments of the channels and a constant.
-    meter, kept_out : OutputMeter or None
-        Measure the network on all images, and on those kept out of all fits; without them nothing is
-        measured.
     decisions : Decisions
         What was decided.
     masks : Masks
@@ -84,20 +129,21 @@ def measured_decisions(
     context : RunContext
         What the stages of a run share.
     """
-    if meter is None or kept_out is None or decisions.damage_unit is Unit.CONSUMERS:
+    whole, every, unseen = meters.whole, meters.every, meters.unseen
+    if whole is None or every is None or unseen is None or decisions.damage_unit is Unit.CONSUMERS:
         return decisions
-    rankings = read_rankings(decisions)
+    rankings, rough = read_rankings(decisions), bool(masks.rough)
     tried = measure_budgets(
-        model, groups, verdicts, gram_matrices, rankings, decisions.macs, meter, kept_out,
-        bool(masks.rough), context.progress,
+        whole, groups, verdicts, gram_matrices, rankings, decisions.macs, every, unseen, rough,
+        context.progress,
     )  # fmt: skip
     if masks.removed:
         flagged = sum(one.damage_of_first(one.flagged) for one in rankings)
         total = predicted_total(flagged, tried, Allocation.DAMAGE)
         masks.predicted = Damage(total, decisions.damage_unit)
-        changed = plain_copy(model)
+        changed = plain_copy(whole)
         compensate_filters(changed, masks, groups)
-        masks.measured = kept_out.damage(changed)
+        masks.measured = unseen.damage(changed)
     return replace(
         decisions,
         budgets=tried,

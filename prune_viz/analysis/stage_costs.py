@@ -90,8 +90,9 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         forward = _seconds(lambda: twin(images)) / len(images)
     macs, passes = count_cost(twin, network.input_shape)[1], curve_passes(judged, rough=False)
     every = images.new_zeros(1, *images.shape[1:]).expand(max(examples, count), *images.shape[1:])
-    measured = len(affordable(every, macs, extents, passes)) * passes
-    found["curves"] = forward * (measured + len(kept_out(every)) * BUDGET_PASSES)
+    chosen = affordable(every, macs, extents, passes)
+    if chosen is not None:
+        found["curves"] = forward * (len(chosen) * passes + len(kept_out(every)) * BUDGET_PASSES)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found

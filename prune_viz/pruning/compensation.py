@@ -86,7 +86,7 @@ def _meter(whole: nn.Module, masks: Masks, passes: int) -> OutputMeter | None:
         macs = count_cost(whole, images.shape[1:])[1]
     except Exception:  # whatever an untrusted forward pass raises on images that are not its own
         return None
-    chosen = affordable(images, macs, images.shape[2:], passes)
+    chosen = affordable(images, macs, images.shape[2:], passes)  # None leaves no meter: all is merged then
     return meter_on(whole, chosen, output_kind(whole, masks))
 
 

@@ -16,7 +16,8 @@ from prune_viz.utils.nested_tensors import tensors_of
 
 BATCH = 32
 FEWEST = 8  # images that are measured on, however long that takes
-_MOST_MACS = 1e12  # multiply-accumulates for all measurements of a kind: half a minute on two cores
+_MACS = 1e12  # multiply-accumulates for all measurements of a kind: half a minute on two cores
+_MOST_MACS = 3e13  # of `FEWEST` images; above that nothing is measured
 
 
 class OutputMeter:
@@ -83,8 +84,10 @@ def meter_on(
         return None
 
 
-def affordable(images: Tensor, macs: int, size: Sequence[int], passes: int) -> Tensor:
+def affordable(images: Tensor, macs: int, size: Sequence[int], passes: int) -> Tensor | None:
     """As many of the images, evenly spaced, as so many passes over them can afford.
+
+    At least `FEWEST`, or None where that would take too long.
 
     Parameters
     ----------
@@ -97,8 +100,10 @@ def affordable(images: Tensor, macs: int, size: Sequence[int], passes: int) -> T
     passes : int
         How often a network runs on all of them.
     """
-    each = macs * math.prod(images.shape[2:]) / max(math.prod(size), 1)
-    most = max(FEWEST, int(_MOST_MACS / max(each * passes, 1)))
+    each = passes * macs * math.prod(images.shape[2:]) / max(math.prod(size), 1)
+    if each * min(FEWEST, len(images)) > _MOST_MACS:
+        return None
+    most = max(FEWEST, int(_MACS / max(each, 1)))
     if len(images) <= most:
         return images
     return images[torch.linspace(0, len(images) - 1, most).round().long()]

@@ -20,6 +20,10 @@ from prune_viz.utils.nested_tensors import tensors_of
 
 ENOUGH_EXAMPLES = 32  # of the user's inputs, from which on predictions are not called rough
 ADVISED_EXAMPLES = 128
+UNMEASURED = (
+    "the change of the output could not be measured, as the network is too large for that or runs on no "
+    "calibration images"
+)
 FAR = 0.2  # distance of batch norms' statistics from those of training
 
 

@@ -88,7 +88,9 @@ def _left(unjudged: int, tied: int) -> str:
     return f" {', and '.join(said)}." if said else ""
 
 
-def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:
+def certainty(
+    filters: pd.DataFrame, predicted: Damage | None, measured: Damage | None = None, rough: str = ""
+) -> str:
     """Say how sure the finding is: how well redundant filters are reconstructed, and what removal will cost.
 
     Parameters
@@ -97,6 +99,10 @@ def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:
         `filters.csv`.
     predicted : Damage or None
         What the run's masks cost, where that was predicted.
+    measured : Damage, optional
+        What they were measured to cost, on images kept out of all fits.
+    rough : str
+        Why that is rough; empty where it is not.
     """
     sentences = []
     scores = filters.loc[filters["verdict"] == Verdict.REDUNDANT, "score"].dropna()
@@ -110,5 +116,8 @@ def certainty(filters: pd.DataFrame, predicted: Damage | None) -> str:
     if predicted is not None and filters["verdict"].isin(FLAGGED).any():
         size = wording.damage(predicted.value, predicted.unit)
         whose = "what reads the filters" if predicted.unit is Unit.CONSUMERS else "the output"
-        sentences.append(f"Removing all that can go is predicted to move {whose} by {size}.")
+        found = f"Removing all that can go is predicted to move {whose} by {size}"
+        if measured is not None:
+            found += f", and measured to move it by {wording.damage(measured.value, measured.unit)}"
+        sentences.append(f"{found}{' (rough: the notes say why)' if rough else ''}.")
     return " ".join(sentences)

@@ -122,6 +122,14 @@ class Answers:
     own: float
     other: float
 
+    def text(self, number: int, representative: Representative) -> str:
+        """A line for people: ``on stimulus 3: 12.2 from filter 3, 12.2 from 2 x filter 7``."""
+        weight = f"{representative.coefficient:.3g} x " if representative.coefficient is not None else ""
+        return (
+            f"On stimulus {self.stimulus}: {wording.activation(self.own)} from filter {number}, "
+            f"{wording.activation(self.other)} from {weight}filter {representative.number}"
+        )
+
 
 @dataclass(frozen=True)
 class Flagged:
@@ -154,6 +162,11 @@ class Flagged:
     other: str
     bins: int
     answers: list[Answers]
+
+    @property
+    def proof(self) -> list[str]:
+        """The answers, a line for people each."""
+        return [answer.text(self.card.number, self.representatives[0]) for answer in self.answers]
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def network_page(
             f"input {wording.size(model.input_shape)}",
         ],
         finding=finding(counts, count_tied(filters)),
-        certainty=certainty(filters, decisions.prediction),
+        certainty=certainty(filters, decisions.prediction, decisions.measurement, decisions.rough),
         counts=counts,
         savings=savings,
         notes=list(provenance.notes),

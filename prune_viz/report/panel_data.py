@@ -41,7 +41,8 @@ def panel_data(
     Returns
     -------
     dict
-        Each with an entry a filter, by number: ``reasons``; ``figures``, pairs of a name and the filters'
+        ``answers``: of copies, by number, lines on how they and their original answer the same stimuli.
+        Others with an entry a filter, by number: ``reasons``; ``figures``, pairs of a name and the filters'
         texts; ``fires`` and ``alike``, pairs of another filter and how much, the most first; and
         ``crops``, triples of a picture, left and upper edge in thousandths (None without example images).
         Of all filters: ``consumers``, pairs of a name and a place (-1 for none); ``weights``, whether theirs
@@ -53,6 +54,7 @@ def panel_data(
     )
     return {
         "reasons": [wording.printable(card.reason) for card in cards],
+        "answers": {one.card.number: one.proof for one in page.redundant if one.proof},
         "figures": [
             ("Verdict", [card.verdict for card in cards]),
             ("Activation", [wording.activation(card.activation) for card in cards]),

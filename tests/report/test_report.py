@@ -588,6 +588,10 @@ def test_certainty_names_worst_score_and_damage() -> None:
     told = certainty(table, Damage(0.0045, Unit.NATS))
     assert "R² of at least 0.9912." in told
     assert told.endswith("move the output by 0.0045\u202fnats.")
+    both = certainty(table, Damage(0.0045, Unit.NATS), Damage(0.006, Unit.NATS), "no batch norm")
+    assert both.endswith(
+        "by 0.0045\u202fnats, and measured to move it by 0.006\u202fnats (rough: the notes say why)."
+    )
     assert "R² of 0.9991." in certainty(table.iloc[[0, 3]], None)
     assert certainty(table.iloc[[3]], Damage(0.0, Unit.NATS)) == ""
     assert "move what reads the filters by 10\u202f%" in certainty(table, Damage(0.1, Unit.CONSUMERS))

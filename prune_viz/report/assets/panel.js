@@ -56,6 +56,7 @@
     part("layer").textContent = run.layers[place].shown;
     part("picture").replaceChildren(tile("t", number, "Stimulus"));
     part("reason").textContent = data.reasons[number];
+    part("answers").replaceChildren(...(data.answers[number] || []).map(function (line) { return make("li", line); }));
     part("figures").replaceChildren(...data.figures.map(function (pair) {
       return make("div", [make("dt", pair[0]), make("dd", pair[1][number])]);
     }));
