@@ -228,6 +228,15 @@ def summary(rows: pd.DataFrame) -> dict[str, Any]:
     return found
 
 
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_rows(rows: pd.DataFrame) -> None:
     """Print a table a network and kind of analysis."""
     header = ("saved", "predicted", "measured", *METHODS)
@@ -274,7 +283,7 @@ def main() -> None:
                     print(json.dumps(shown), file=sys.stderr, flush=True)
     table = pd.DataFrame(rows)
     print_rows(table)
-    print(json.dumps({"quick": options.quick, **summary(table), "rows": rows}))
+    print(json.dumps(finite({"quick": options.quick, **summary(table), "rows": rows})))
 
 
 if __name__ == "__main__":

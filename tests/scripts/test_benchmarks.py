@@ -208,6 +208,29 @@ def test_bench_redundancy_gives_its_figures(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("flat_maps")
+def test_bench_truth_gives_how_far_figures_are_off(cut: Callable[[str], Cut], small: Any) -> None:
+    bench = cut("bench_truth")
+    shape, images = small.input_shape, small.images[:64]
+    network = bench.module.TruthNetwork(
+        "digits", small.model, shape, images, small.unlabelled,
+        lambda outputs: float((outputs.argmax(dim=1) == small.labels[:64]).double().mean()), "accuracy",
+    )  # fmt: skip
+    bench.to(NETWORKS={"rnet": lambda: network}, STEPS=3, SINGLES=12)
+    found = bench.figures("--quick", "--inputs", "0", "64")
+    methods = {row["method"] for row in found["rows"]}
+    assert methods == {*bench.module.METHODS, "single filters"}
+    for inputs in (0, 64):
+        figures = found[f"with {inputs} inputs"]
+        assert figures["budgets"] == 2
+        assert 1 <= figures["measured_off_median"] <= figures["measured_off_nine_of_ten"]
+        assert figures["spearman_least"] > 0
+    ours = [row for row in found["rows"] if row["method"] == "ours"]
+    bare = [row for row in found["rows"] if row["method"] == bench.module.METHODS[1]]
+    assert sum(row["real"] for row in ours) < sum(row["real"] for row in bare)
+
+
+@pytest.mark.slow
 def test_bench_removal_finds_removal_exact(cut: Callable[[str], Cut]) -> None:
     found = cut("bench_removal").figures("squeezenet1_1", "--kind", "classification")
     assert found["networks"] == found["traced"] == found["smaller"] == 1
