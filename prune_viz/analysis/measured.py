@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration.image_files import RunImages
+from prune_viz.calibration.images import fitted
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost
 from prune_viz.pruning.compensation import compensate_filters
 from prune_viz.pruning.curves import (
-    BUDGET_PASSES,
+    budget_passes,
     curve_passes,
     measure_budgets,
     measure_curves,
@@ -40,7 +41,7 @@ class Meters:
     whole : nn.Module or None
         A copy of the network, in single precision on the run's device.
     every, unseen : OutputMeter or None
-        On all images of the run, and on those kept out of all fits; None where nothing can be measured, or
+        On the images of the fits, and on those that no fit saw; None where nothing can be measured, or
         where that would take too long.
     """
 
@@ -66,7 +67,9 @@ def make_meters(prepared: Prepared, images: RunImages, rough: bool, context: Run
     context : RunContext
         What the stages of a run share.
     """
-    every = prepared.examples if images.are_real else images.synthetic
+    every = images.fitted
+    if images.are_real and prepared.examples is not None:
+        every = fitted(prepared.examples)
     if every is None or images.kept_out is None or not prepared.judged:
         return NO_METERS
     shape = prepared.network.input_shape
@@ -80,8 +83,9 @@ def make_meters(prepared: Prepared, images: RunImages, rough: bool, context: Run
         rows = RowLimit(context.budget, whole, backward=False).rows(chosen.shape[1:], BATCH)
         return meter_on(whole, chosen, context.output, rows)
 
-    passes = curve_passes(prepared.judged, rough) + BUDGET_PASSES
-    return Meters(whole, meter(every, passes), meter(images.kept_out, BUDGET_PASSES))
+    budgets = budget_passes(rough)
+    passes = curve_passes(prepared.judged, rough) + budgets
+    return Meters(whole, meter(every, passes), meter(images.kept_out, budgets))
 
 
 def measured_orders(
@@ -142,11 +146,13 @@ def measured_decisions(
         total = predicted_total(flagged, tried, Allocation.DAMAGE)
         masks.predicted = Damage(total, decisions.damage_unit)
         changed = plain_copy(whole)
-        compensate_filters(changed, masks, groups)
+        compensate_filters(changed, masks, groups, unseen)
         masks.measured = unseen.damage(changed)
+        masks.measured_on = unseen.describe(masks.images.are_real)
     return replace(
         decisions,
         budgets=tried,
         predicted=prediction_record(masks.predicted),
         measured=prediction_record(masks.measured),
+        measured_on=masks.measured_on,
     )

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.images import BATCH, Start, calibration_size, kept_out, natural_noise
+from prune_viz.calibration.images import BATCH, Start, calibration_size, fitted, kept_out, natural_noise
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, synthetic_count
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
 from prune_viz.network.cost import count_cost
-from prune_viz.pruning.curves import BUDGET_PASSES, curve_passes
+from prune_viz.pruning.curves import budget_passes, curve_passes
 from prune_viz.pruning.measuring import affordable
-from prune_viz.redundancy import importance
+from prune_viz.redundancy import basis, importance
 from prune_viz.redundancy.fisher import gather_fisher
 from prune_viz.redundancy.gram_matrices import gather_gram_matrices, rounds
 from prune_viz.redundancy.judge import judge
@@ -88,11 +88,13 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
     with torch.no_grad():
         forward = _seconds(lambda: twin(images)) / len(images)
-    macs, passes = count_cost(twin, network.input_shape)[1], curve_passes(judged, rough=False)
+    rough = not found["calibration"] and examples < basis.ENOUGH_EXAMPLES
     every = images.new_zeros(1, *images.shape[1:]).expand(max(examples, count), *images.shape[1:])
-    chosen = affordable(every, macs, extents, passes)
+    budgets = budget_passes(rough)
+    passes = curve_passes(judged, rough) + budgets
+    chosen = affordable(fitted(every), count_cost(twin, network.input_shape)[1], extents, passes)
     if chosen is not None:
-        found["curves"] = forward * (len(chosen) * passes + len(kept_out(every)) * BUDGET_PASSES)
+        found["curves"] = forward * (len(chosen) * passes + len(kept_out(every)) * budgets)
     found["verdicts"] = sum(judging(group.channels) for group in judged)
     found["ranking"] = found.get("ranking", 0) + found["verdicts"]
     return found

@@ -28,7 +28,7 @@ def fitted(images: Tensor) -> Tensor:
 
 
 def kept_out(images: Tensor) -> Tensor:
-    """The images, shape (N, C, *size), on which only the finished change of the output is measured."""
+    """The images, shape (N, C, *size), on which it is measured what merging and removal do to the output."""
     return images[KEPT_OUT - 1 :: KEPT_OUT]
 
 

@@ -130,7 +130,7 @@ def analyze(
         typer.Option(
             metavar="DATA",
             help="Example inputs, unlabelled: a folder of pictures, arrays or sounds, a file of arrays "
-            "(.npy, .npz, .pt, .safetensors), or module:function that gives batches.",
+            "(.npy, .npz, .pt, .safetensors), or module:function that returns batches.",
         ),
     ] = None,
     engine: Engine = EngineName.local,

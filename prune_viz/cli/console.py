@@ -45,7 +45,7 @@ def make_progress(silent: bool = False) -> Progress:
 
 def print_summary(result: Analysis, out: Path, console: Console) -> None:
     """Print what an analysis found, what it would save, what it took and where things lie."""
-    from prune_viz.pruning.outcome import describe_change, describe_images
+    from prune_viz.pruning.outcome import describe_change
     from prune_viz.runs.run_directory import RunDirectory
     from prune_viz.runs.verdicts import Verdict
 
@@ -66,7 +66,7 @@ def print_summary(result: Analysis, out: Path, console: Console) -> None:
         console.print(str(result.masks.origin.output))
     if result.masks.measured is not None:
         masks = result.masks
-        for line in describe_change(masks.predicted, masks.measured, describe_images(masks), masks.rough):
+        for line in describe_change(masks.predicted, masks.measured, masks.measured_on, masks.rough):
             console.print(one_line(line))
     elif result.masks.rough:
         console.print(f"note: what is predicted is rough: {result.masks.rough}")

@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from prune_viz.cli.arguments import parse_shapes
 from prune_viz.cli.console import make_console
 from prune_viz.loading.architectures import default_input_shape
-from prune_viz.loading.checkpoints import Checkpoint, load_checkpoint
+from prune_viz.loading.checkpoints import Checkpoint, architecture_of, load_checkpoint
 from prune_viz.loading.fixed_inputs import fixed_at_noise, read_example
+from prune_viz.runs.fingerprint import Origin
 from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.runs.run_json import ModelRecord
 from prune_viz.utils.errors import UserError, one_line
 from prune_viz.utils.memory import check_input_size
-
-_BUILT = ("torchvision:", "timm:", "prune_viz.demo:DigitsNet")  # architectures that a run may name
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class ModelOptions:
 def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, str]:
     """The model that a run analysed, as the options say or else as the run holds it.
 
-    A run is not trusted more than a model file is: of what it names, only torchvision's, timm's and the
-    demo's architectures are built without being asked for.
+    A run is not trusted more than a model file is: of what it names, only what
+    `prune_viz.loading.checkpoints.architecture_of` finds safe is built.
 
     Parameters
     ----------
@@ -61,29 +62,42 @@ def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, 
     named = options.model is not None
     path = options.model if options.model is not None else Path(record.path or "")
     if not named and (record.path is None or not path.is_file()):
-        return None, "not measured: the model is not where it was; --model names it"
-    arch = options.arch
-    if arch is None and record.arch is not None and record.arch.startswith(_BUILT):
-        arch = record.arch
-    if arch is None and record.arch is not None:
-        return None, f"not measured: the model is of a class of yours; --arch {record.arch} builds it"
-    if record.trust_pickle and not options.trust_pickle and arch is None:
+        return None, "not measured: the model file is not there; --model FILE names it"
+    if record.trust_pickle and not options.trust_pickle and options.arch is None and record.arch is None:
         return None, "not measured: reading the model needs --trust-pickle"
-    if record.held_inputs is not None:
-        return None, "not measured: the model takes several inputs"
-    kwargs = options.kwargs if options.kwargs is not None else record.arch_kwargs
+    about = {"arch": record.arch, "arch_kwargs": record.arch_kwargs}
     key = options.key if options.key is not None else record.key or None
     try:
+        arch, kwargs = architecture_of(path, about, options.arch, options.kwargs)
         checkpoint = load_as_told(path, arch, kwargs, options.code, key, options.trust_pickle, silent=True)
+        checkpoint = _held_as_then(checkpoint, record)
     except UserError as error:
         if named:
             raise
         return None, f"not measured: {error}"
-    if checkpoint.sha256 != record.sha256:
+    if not Origin(record.sha256, record.weights).is_of(checkpoint.model, checkpoint.sha256):
         if named:
-            raise UserError(f"{path} is not the model that was analysed: its SHA-256 differs")
+            raise UserError(f"{path} is not the model that was analysed: its weights differ")
         return None, f"not measured: {path} has changed since it was analysed"
     return checkpoint.model, ""
+
+
+def _held_as_then(checkpoint: Checkpoint, record: ModelRecord) -> Checkpoint:
+    """A checkpoint whose network takes one input, as it did when it was analysed.
+
+    Raises
+    ------
+    UserError
+        If that cannot be had from what the run holds.
+    """
+    if record.held_inputs is None:
+        return checkpoint
+    words = list(record.inputs_said)
+    shapes = parse_shapes(words[1::2]) if set(words[::2]) == {"--input-shape"} else []
+    held = hold_as_told(checkpoint, shapes, None) if shapes else checkpoint
+    if held.held is None or held.held.digest != record.held_inputs:
+        raise UserError("the model was called with an --example, which the run does not hold")
+    return held
 
 
 def load_as_told(

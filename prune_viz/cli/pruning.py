@@ -77,8 +77,8 @@ def masks(
 ) -> None:
     """Write masks for a budget from RUN, or as a review says; by default, those of its verdicts.
 
-    They are carried out on a copy of the model, and the change of its output
-    is measured on images that nothing was fitted to.
+    They are applied to a copy of the model, and the change of its output is
+    measured on images that no fit saw.
     """
     budget = check_budget(ratio=ratio, macs=macs, tolerance=tolerance)
     if round_to != 1 and not budget:

@@ -196,7 +196,7 @@ def _load(
         model = _unwrap(weights)
     else:
         state = tensors_in(_unwrap(weights).state_dict()) if isinstance(weights, nn.Module) else weights
-        named, kwargs = _architecture_of(path, about, arch, arch_kwargs)
+        named, kwargs = architecture_of(path, about, arch, arch_kwargs)
         if named is None:
             recognised = True
             named, kwargs = _recognised(path, state, about.get("arch"), kwargs, strange)
@@ -237,10 +237,31 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return _unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
-def _architecture_of(
+def architecture_of(
     path: Path, about: Mapping[str, Any], arch: str | None, kwargs: Mapping[str, Any] | None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Choose the architecture to build: the caller's, else the file's own where that is safe, else none."""
+    """Choose the architecture to build: the caller's, else the one named for the file where that is safe.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    about : mapping
+        What the file, or a run of it, says: ``arch`` and ``arch_kwargs``. It is not trusted.
+    arch, kwargs : str and mapping, optional
+        The caller's.
+
+    Returns
+    -------
+    arch : str or None
+        None where there is none.
+    kwargs : dict
+
+    Raises
+    ------
+    UserError
+        If what is named would run code, or asks for far more than the file holds.
+    """
     said, said_kwargs = about.get("arch"), about.get("arch_kwargs")
     if arch is None:
         if not isinstance(said, str) or ":" not in said:

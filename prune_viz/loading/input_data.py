@@ -7,6 +7,7 @@ floats, sounds and what a function yields are taken to be in the model's own uni
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_inputs(
         The normalisation.
     data : path, str, Tensor, ndarray or iterable, optional
         Example inputs: a folder of pictures, arrays or sounds; a file of arrays or a sound; the name of a
-        function, ``module:function``, that gives a DataLoader or another iterable of batches; or a tensor,
+        function, ``module:function``, that returns a DataLoader or another iterable of batches; or a tensor,
         an array or such an iterable itself. Of a batch that is a tuple or dict, the first tensor counts.
     out : path, optional
         The run directory, which may not lie in `data`.
@@ -141,9 +142,11 @@ def _from_folder(folder: Path, shape: tuple[int, ...]) -> tuple[Tensor, int]:
     for suffixes in kinds:
         parts: list[Tensor] = []
         paths = files_in(folder, suffixes)
+        if suffixes is _SOUNDS and paths:
+            _check_soundfile()
         for path in paths:
             try:
-                parts.append(_from_file(path, shape))
+                parts.append(_some(_from_file(path, shape), -(-MOST_INPUTS // len(paths))))
             except UserError:
                 continue
         tried += len(paths)
@@ -151,7 +154,7 @@ def _from_folder(folder: Path, shape: tuple[int, ...]) -> tuple[Tensor, int]:
             pixels = {part.dtype == torch.uint8 for part in parts}
             if len(pixels) > 1:
                 raise UserError(f"--data: some arrays in {folder} are bytes, others floats; use one kind")
-            return _some(torch.cat(parts)), len(paths) - len(parts)
+            return _some(torch.cat(parts)), skipped + len(paths) - len(parts)
     wanted = f"inputs of shape {shape} or larger"
     raise UserError(
         f"--data: no file in {folder} holds {wanted} ({tried} tried): pictures for one or three channels on "
@@ -184,14 +187,18 @@ def _stored(path: Path, suffix: str) -> np.ndarray | Tensor | None:
     return next(iter(tensors_of(read_content(path))), None)
 
 
+def _check_soundfile() -> None:
+    if importlib.util.find_spec("soundfile") is None:
+        raise UserError("--data: sounds need soundfile: pip install 'prune-viz[sound]'")
+
+
 def _from_sound(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Frames of a sound file, evenly spaced, of its first channels."""
     if len(shape) != 2:
         raise UserError(f"--data: {path} is a sound, and the model takes inputs of shape {shape}")
-    try:
-        import soundfile
-    except ImportError:
-        raise UserError("--data: sounds need soundfile: pip install 'prune-viz[sound]'") from None
+    _check_soundfile()
+    import soundfile
+
     try:
         with soundfile.SoundFile(path) as sound:
             if sound.channels < shape[0] or sound.frames < shape[1]:
@@ -210,14 +217,14 @@ def _from_sound(path: Path, shape: tuple[int, ...]) -> Tensor:
 def _from_factory(name: str, shape: tuple[int, ...]) -> Tensor:
     """What the batches hold that a function of the user's yields."""
     module_name, function = name.split(":")
-    try:
-        with current_directory_importable():
+    with current_directory_importable():  # while it yields too: what it imports may come then
+        try:
             made = getattr(importlib.import_module(module_name), function)()
-    except Exception as error:  # whatever the user's own code raises
-        raise UserError(f"--data {name} failed: {brief(error)}") from None
-    if isinstance(made, (np.ndarray, Tensor)):
-        return _fitting(made, shape, f"what --data {name} gives")
-    return _from_batches(made, shape, f"--data {name}")
+        except Exception as error:  # whatever the user's own code raises
+            raise UserError(f"--data {name} failed: {brief(error)}") from None
+        if isinstance(made, (np.ndarray, Tensor)):
+            return _fitting(made, shape, f"what --data {name} returns")
+        return _from_batches(made, shape, f"--data {name}")
 
 
 def _from_batches(batches: Iterable[Any], shape: tuple[int, ...], what: str) -> Tensor:
@@ -250,10 +257,14 @@ def _fitting(stored: np.ndarray | Tensor, shape: tuple[int, ...], what: str) -> 
 
     It holds one or many, with or without an axis for a single channel.
     """
-    try:
-        found = stored.detach().cpu() if isinstance(stored, Tensor) else torch.from_numpy(np.array(stored))
-    except TypeError:
-        raise UserError(f"--data: {what} holds {stored.dtype}, not numbers of bytes or floats") from None
+    if stored.ndim == len(shape) + 1 and len(stored) > MOST_INPUTS:
+        stored = stored[np.linspace(0, len(stored) - 1, MOST_INPUTS).round().astype(int)]
+    if isinstance(stored, Tensor):
+        found = stored.detach().cpu()
+    elif stored.dtype.kind not in "iuf" or stored.dtype.itemsize > 8:
+        raise UserError(f"--data: {what} holds {stored.dtype}, not numbers of bytes or floats")
+    else:
+        found = torch.from_numpy(np.array(stored, dtype=stored.dtype.newbyteorder("=")))
     if found.dtype != torch.uint8:
         if found.dtype == torch.bool or found.is_complex():
             raise UserError(f"--data: {what} holds {found.dtype}, not numbers of bytes or floats")
@@ -279,8 +290,8 @@ def _covers(size: Sequence[int], wanted: Sequence[int]) -> bool:
     return len(size) == len(wanted) and all(have >= want for have, want in zip(size, wanted, strict=True))
 
 
-def _some(inputs: Tensor) -> Tensor:
-    """At most `MOST_INPUTS` of many, evenly spaced."""
-    if len(inputs) <= MOST_INPUTS:
+def _some(inputs: Tensor, most: int = MOST_INPUTS) -> Tensor:
+    """At most so many of the inputs, evenly spaced."""
+    if len(inputs) <= most:
         return inputs
-    return inputs[torch.linspace(0, len(inputs) - 1, MOST_INPUTS).round().long()]
+    return inputs[torch.linspace(0, len(inputs) - 1, most).round().long()]

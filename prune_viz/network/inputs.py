@@ -24,7 +24,7 @@ FEWEST_IMAGES = 8
 SMALLEST_SIDE = 12  # leaves three frequencies below the highest
 _FLAT = 1e-12  # variance of pixels in [0, 1] that is rounding alone
 _BATCH_VALUES = 2**21
-_LARGEST_STATISTIC = 1e9
+_LARGEST_STATISTIC = 1e30
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,7 @@ def finish_masks(
     """
     masks.images = read_run_images(directory.calibration_images_file)
     images = masks.images
-    if model is not None:
-        masks.measured = measure_masks(model, masks)
+    unmeasured = "" if model is None else measure_masks(model, masks)
     if out.resolve().parent == directory.path.resolve():
         masks.images = RunImages()  # they are there already
     save_masks(masks, out)
@@ -135,7 +134,8 @@ def finish_masks(
         merges_beside(out).unlink(missing_ok=True)
     masks.images = images
     saving = saving_of_channels(rankings, channels, decisions.macs)
-    return Outcome.of(masks, out, saved=saving, whole=sum(decisions.macs.values()))
+    outcome = Outcome.of(masks, out, saved=saving, whole=sum(decisions.macs.values()))
+    return replace(outcome, unmeasured=unmeasured)
 
 
 def saving_of_channels(

@@ -41,7 +41,9 @@ class Compensation:
     norms: bool = False
 
 
-def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup]) -> Compensation:
+def compensate_filters(
+    model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup], meter: OutputMeter | None = None
+) -> Compensation:
     """Make up for what masks remove: merge it, then set batch norms anew, each where that helps.
 
     Whether it helps is measured on `RunImages.kept_out`, images that nothing was fitted to: for each group
@@ -55,6 +57,8 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
         Consistent masks, with merges and `Masks.images`.
     groups : sequence of CouplingGroup
         The model's groups.
+    meter : OutputMeter, optional
+        Measures the network, in single precision, on such images; made where it is not given.
 
     Returns
     -------
@@ -62,7 +66,8 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
     """
     removals = removals_of(masks, groups)
     whole = plain_copy(model).float()
-    meter = _meter(whole, masks, passes=2 * len(removals) + 3) if removals else None
+    if meter is None and removals:
+        meter = meter_for(whole, masks, passes=2 * len(removals) + 3)
     margin = ROUGH_MARGIN if masks.rough else 1.0
     chosen = removals if meter is None else _where_it_helps(whole, groups, removals, meter, margin)
     _merge(model, groups, chosen)
@@ -77,8 +82,11 @@ def compensate_filters(model: nn.Module, masks: Masks, groups: Sequence[Coupling
     return replace(done, norms=True)
 
 
-def _meter(whole: nn.Module, masks: Masks, passes: int) -> OutputMeter | None:
-    """A meter on as many of the images kept out as so many passes can afford; None without any."""
+def meter_for(whole: nn.Module, masks: Masks, passes: int = 2) -> OutputMeter | None:
+    """A meter on as many of the masks' images that no fit saw as so many passes can afford.
+
+    None without any, where the network does not run on them, or where that would take too long.
+    """
     images = masks.images.kept_out
     if images is None:
         return None
@@ -86,8 +94,7 @@ def _meter(whole: nn.Module, masks: Masks, passes: int) -> OutputMeter | None:
         macs = count_cost(whole, images.shape[1:])[1]
     except Exception:  # whatever an untrusted forward pass raises on images that are not its own
         return None
-    chosen = affordable(images, macs, images.shape[2:], passes)  # None leaves no meter: all is merged then
-    return meter_on(whole, chosen, output_kind(whole, masks))
+    return meter_on(whole, affordable(images, macs, images.shape[2:], passes), output_kind(whole, masks))
 
 
 def output_kind(model: nn.Module, masks: Masks) -> OutputKind:

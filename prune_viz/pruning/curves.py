@@ -1,11 +1,11 @@
 """What removal costs, measured: a curve for every coupling group, and whole budgets.
 
 What is predicted from second moments takes errors at different positions to be independent, and the output to
-answer in proportion. Neither holds far from nothing, so predictions were too low by a factor of ten and more.
-So some points of every group's curve are measured, and what lies between follows the predicted shape; so are
-some whole budgets. What is predicted from that rests on all images, those of the fits too: on few images a
-mean rests on the few of which the network is unsure, and groups that happen to look cheap on these would be
-chosen.
+answer in proportion. Neither holds for large removals, so predictions were too low by a factor of ten and
+more. So some points of every group's curve are measured, and what lies between follows the predicted shape;
+so are some whole budgets. What is predicted from that rests on the images of the fits, as there are most of
+these: on few images a mean rests on the few of which the network is unsure, and groups that happen to look
+cheap on these would be chosen. What is measured on images that no fit saw stands beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the multiply-accumulates
 CLEARLY = 1.25  # how much less even shares must cost
 _LEAST = 1e-15  # what a predicted or measured damage counts as at least
 _FACTORS = 1 / 4, 16.0  # between a sum of groups' damages and the damage of all
-BUDGET_PASSES = 2 * len(BUDGETS)  # over the images to measure budgets
+
+
+def budget_passes(rough: bool) -> int:
+    """How often a network runs on all images to measure budgets."""
+    return (1 + rough) * len(Allocation) * len(BUDGETS)
 
 
 def curve_passes(groups: Sequence[CouplingGroup], rough: bool) -> int:

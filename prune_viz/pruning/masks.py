@@ -46,7 +46,7 @@ class Masks(dict[str, Tensor]):
     predicted : Damage, optional
         What they are predicted to cost.
     measured : Damage, optional
-        What that was measured to be, on images kept out of all fits.
+        What that was measured to be, on images that no fit saw.
     rough : str
         Why that is rough, and what would help; empty where it is not.
     norm_channels : sequence of NormChannel, optional
@@ -57,8 +57,10 @@ class Masks(dict[str, Tensor]):
     merges : tuple of Merge
     origin : Origin
     images : RunImages
-        Synthetic calibration images, and the user's that were kept out of all fits.
+        Synthetic calibration images, and the user's that no fit saw.
     predicted, measured : Damage or None
+    measured_on : str
+        What `measured` was measured on, for people.
     rough : str
     norm_channels : list of NormChannel
     notes : list of str
@@ -81,6 +83,7 @@ class Masks(dict[str, Tensor]):
         self.origin = origin or Origin()
         self.images = RunImages(calibration_images)
         self.predicted, self.measured, self.rough = predicted, measured, rough
+        self.measured_on = ""
         self.norm_channels = list(norm_channels)
         self.notes: list[str] = []
 
@@ -270,6 +273,7 @@ def beside_masks(masks: Masks) -> BesideMasks:
         weights_sha256=masks.origin.weights,
         predicted=prediction_record(masks.predicted),
         measured=prediction_record(masks.measured),
+        measured_on=masks.measured_on,
         rough=masks.rough,
         passages=tuple(astuple(one) for one in masks.norm_channels),
         output=masks.origin.output,
@@ -327,7 +331,7 @@ def read_beside(path: Path) -> Masks:
 
 def masks_as_stored(beside: BesideMasks) -> Masks:
     """What files say of masks beside the masks themselves."""
-    return Masks(
+    masks = Masks(
         merges=beside.merges,
         origin=Origin(beside.model_sha256, beside.weights_sha256, beside.output),
         predicted=beside.prediction,
@@ -335,6 +339,8 @@ def masks_as_stored(beside: BesideMasks) -> Masks:
         measured=beside.measurement,
         rough=beside.rough,
     )
+    masks.measured_on = beside.measured_on
+    return masks
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -44,8 +44,16 @@ class OutputMeter:
         self.images, self.kind = images, kind
         self._batches = torch.split(images, max(rows, 1))
         self._before = [_outputs(whole, batch) for batch in self._batches]
-        squares = [[len(one[0]) * size for size in mean_squares(one)] for one in self._before if one]
+        squares = [
+            [len(batch) * size for size in mean_squares(before)]
+            for batch, before in zip(self._batches, self._before, strict=True)
+        ]
         self._sizes = [sum(sizes) / len(images) for sizes in zip(*squares, strict=True)]
+
+    def describe(self, real: bool) -> str:
+        """What is measured on, for people: so many of the user's inputs, or of the synthetic images."""
+        kind = "inputs of --data" if real else "synthetic images"
+        return f"{len(self.images)} {kind} that no fit saw"
 
     def change(self, changed: nn.Module) -> float:
         """Mean change of the output over the images (`prune_viz.network.outputs.output_change`).

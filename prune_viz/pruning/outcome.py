@@ -9,10 +9,10 @@ from typing import Any, Self
 from torch import nn
 
 from prune_viz.network.copies import plain_copy
-from prune_viz.pruning.compensation import output_kind
+from prune_viz.pruning.compensation import meter_for
 from prune_viz.pruning.masks import Masks, check_masks
-from prune_viz.pruning.measuring import meter_on
 from prune_viz.pruning.remove import compensated
+from prune_viz.redundancy.basis import UNMEASURED
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.utils.errors import UserError
 
@@ -34,13 +34,15 @@ class Outcome:
     whole : int
         Multiply-accumulates of the whole network.
     predicted, measured : Damage or None
-        Change of the output: predicted from the analysis, and measured on images kept out of all fits.
+        Change of the output: predicted from the analysis, and measured on images that no fit saw.
     images : str
         What it was measured on, for people; empty where it was not.
     rough : str
         Why predictions are rough, and what would help.
     out : Path
         Where the masks were written.
+    unmeasured : str
+        Why nothing was measured, for people; empty where that was not asked for, or it was.
     """
 
     removed: int
@@ -52,26 +54,28 @@ class Outcome:
     images: str
     rough: str
     out: Path
+    unmeasured: str = ""
 
     @classmethod
     def of(cls, masks: Masks, out: Path, saved: float | None, whole: int) -> Self:
         """What such masks do."""
-        images = "" if masks.measured is None else describe_images(masks)
         return cls(
-            masks.removed, masks.filters, saved, whole, masks.predicted, masks.measured, images,
+            masks.removed, masks.filters, saved, whole, masks.predicted, masks.measured, masks.measured_on,
             masks.rough, out,
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """One object for programs."""
-        unit = (self.measured or self.predicted or Damage(0.0, Unit.CONSUMERS)).unit
+        known = self.measured or self.predicted
+        of_output = self.predicted is not None and self.predicted.unit is not Unit.CONSUMERS
+        predicted = self.predicted if of_output or self.measured is None else None
         return {
             "filters_removed": self.removed,
             "filters": self.filters,
             "macs_saved": self.saved,
-            "predicted_total": None if self.predicted is None else self.predicted.value,
+            "predicted_total": None if predicted is None else predicted.value,
             "measured_total": None if self.measured is None else self.measured.value,
-            "unit": unit.value,
+            "unit": None if known is None else known.unit.value,
             "measured_on": self.images or None,
             "rough": self.rough or None,
             "out": str(self.out),
@@ -83,14 +87,8 @@ class Outcome:
         lines = [f"{self.removed:,} of {self.filters:,} filters go ({share:.1%})"]
         if self.saved is not None and self.whole:
             lines.append(f"that saves {self.saved:.1%} of {self.whole:,} multiply-accumulates")
-        return [*lines, *describe_change(self.predicted, self.measured, self.images, self.rough)]
-
-
-def describe_images(masks: Masks) -> str:
-    """What masks are measured on, in words."""
-    images = masks.images.kept_out
-    kind = "inputs of --data" if masks.images.are_real else "synthetic images"
-    return "" if images is None else f"{len(images)} {kind} kept out of every fit"
+        lines += describe_change(self.predicted, self.measured, self.images, self.rough)
+        return [*lines, *([f"note: {self.unmeasured}"] if self.unmeasured else [])]
 
 
 def describe_change(predicted: Damage | None, measured: Damage | None, images: str, rough: str) -> list[str]:
@@ -103,7 +101,7 @@ def describe_change(predicted: Damage | None, measured: Damage | None, images: s
     if predicted is not None and measured is not None and differ(predicted, measured):
         factor = max(predicted.value, measured.value) / max(min(predicted.value, measured.value), 1e-300)
         times = f"a factor of {factor:.1f}" if factor < 1e3 else "more than a factor of 1,000"
-        lines.append(f"note: these differ by {times}; go by what was measured")
+        lines.append(f"note: these differ by {times}; trust the measured one")
     if rough and parts:
         lines.append(f"note: {'both are' if len(parts) > 1 else 'this is'} rough: {rough}")
     return lines
@@ -115,20 +113,20 @@ def differ(predicted: Damage, measured: Damage) -> bool:
     return high > _NOTHING.get(measured.unit, _NOTHING_ELSE) and high > FAR * low
 
 
-def measure_masks(model: nn.Module, masks: Masks) -> Damage | None:
-    """Carry masks out on a copy of the model, and measure the change of its output on images kept out.
+def measure_masks(model: nn.Module, masks: Masks) -> str:
+    """Apply masks to a copy of the model, and measure the change of its output on images that no fit saw.
 
     Parameters
     ----------
     model : nn.Module
         The network that was analysed; left unchanged.
     masks : Masks
-        Consistent masks, with merges and images.
+        Consistent masks, with merges and images; `measured` and `measured_on` are set.
 
     Returns
     -------
-    Damage or None
-        None without images, or where the network does not run on them.
+    str
+        For people: why it could not be measured; empty where it was.
 
     Raises
     ------
@@ -139,8 +137,21 @@ def measure_masks(model: nn.Module, masks: Masks) -> Damage | None:
     if not masks.origin.has_weights_of(model):
         raise UserError("the model is not the one that was analysed: its weights differ")
     images = masks.images.kept_out
-    whole = plain_copy(model).float()
-    meter = meter_on(whole, images, output_kind(whole, masks))
-    if meter is None or images is None:
-        return None
-    return meter.damage(compensated(whole, masks, images[:1]))
+    if images is None:
+        return "not measured: the run has no images to measure on"
+    try:
+        changed = compensated(plain_copy(model).float(), masks, images[:1])
+    except UserError as error:
+        return f"not measured: {error}"
+    measure_change(model, changed, masks)
+    return "" if masks.measured is not None else f"not measured: {UNMEASURED}"
+
+
+def measure_change(model: nn.Module, changed: nn.Module, masks: Masks) -> None:
+    """Measure how far a network's output moves, on the masks' images, and note it there."""
+    whole, after = (plain_copy(network).float() for network in (model, changed))
+    meter = meter_for(whole, masks)
+    masks.measured = None if meter is None else meter.damage(after)
+    masks.measured_on = ""
+    if meter is not None and masks.measured is not None:
+        masks.measured_on = meter.describe(masks.images.are_real)

@@ -45,9 +45,8 @@ class Ranking:
     flagged: int = 0
 
     def count(self, share: float, round_to: int) -> int:
-        """How many channels to remove for a share of them to go, a multiple of `round_to` staying."""
-        left = round_to * round((1 - share) * self.channels / round_to)
-        return self.channels - min(max(left, round_to, self.channels - len(self.order)), self.channels)
+        """How many channels can go for at most a share of them, a multiple of `round_to` staying."""
+        return self.lower_count(min(round(share * self.channels), len(self.order)) + 1, round_to)
 
     def lower_count(self, count: int, round_to: int) -> int:
         """The next smaller number of channels to remove, of those that leave a multiple of `round_to`."""

@@ -17,14 +17,12 @@ from prune_viz.network.calls import does_not_run
 from prune_viz.network.copies import parametrised, plain_copy
 from prune_viz.network.cost import count_cost
 from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
-from prune_viz.pruning.compensation import Compensation, output_kind
+from prune_viz.pruning.compensation import Compensation
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.export import export_model
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
-from prune_viz.pruning.measuring import meter_on
-from prune_viz.pruning.outcome import Outcome, describe_change
+from prune_viz.pruning.outcome import Outcome, describe_change, measure_change
 from prune_viz.pruning.remove import remove_and_compensate
-from prune_viz.runs.damage import Damage
 from prune_viz.utils.errors import UserError, few
 from prune_viz.utils.files import write_torch
 
@@ -108,7 +106,8 @@ def write_zeroed(
     check_plain(checkpoint.model)
     whole = plain_copy(checkpoint.model)
     model = make_permanent(apply_masks(checkpoint.model, masks))
-    masks.predicted, masks.measured = None, _measured(whole, model, masks)  # the prediction is of merging
+    masks.predicted = None  # of merging
+    measure_change(whole, model, masks)
     exported = "" if export is None else export_model(model, input_shape, export)
     if checkpoint.pruning:
         save_checkpoint(checkpoint, model, out, checkpoint.input_shape or ())
@@ -173,7 +172,7 @@ def write_removed(
         smaller, done = remove_and_compensate(checkpoint.model, consistent, example, compensate)
     foreseen = compensate == "merge" and not consistent.notes and consistent.removed == masks.removed
     consistent.predicted = masks.predicted if foreseen else None
-    consistent.measured = _measured(checkpoint.model, smaller, masks)
+    measure_change(checkpoint.model, smaller, consistent)
     exported = "" if export is None else export_model(smaller, input_shape, export)
     steps = compose_steps([*checkpoint.pruning, consistent])
     save_checkpoint(replace(checkpoint, pruning=[steps]), smaller, out, input_shape)
@@ -182,7 +181,7 @@ def write_removed(
         notes.append("the model was pickled whole; loading the new file needs --arch")
     before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
     saved = 1 - after[1] / before[1] if before[1] else None
-    how = f"removed, {'what they gave merged into the rest' if done.merged else 'nothing in their place'}"
+    how = f"removed, {'merged into the rest' if done.merged else 'nothing in their place'}"
     return Applied(Outcome.of(consistent, out, saved, 0), how, tuple(notes), (before, after), exported)
 
 
@@ -191,7 +190,7 @@ def _left_unmerged(done: Compensation) -> list[str]:
     if not done.unmerged:
         return []
     where = few(list(done.unmerged))
-    return [f"nothing takes the place of what goes in {where}: that was measured to be better than merging"]
+    return [f"removed without merging, which measured better: {where}"]
 
 
 def check_origin(checkpoint: Checkpoint, masks: Masks, masks_file: Path, merge: bool = False) -> None:
@@ -233,19 +232,12 @@ def check_plain(model: nn.Module) -> None:
 
     A parametrised tensor (weight norm, spectral norm) is made from others, of which none need be zero.
     """
-    laid_over = parametrised(model)
-    if laid_over:
+    derived = parametrised(model)
+    if derived:
         raise UserError(
-            f"{laid_over[0]} is made from other tensors, so it cannot be saved at zero; make it plain first "
+            f"{derived[0]} is made from other tensors, so it cannot be saved at zero; make it plain first "
             "(prune_viz.make_permanent), or use --mode remove"
         )
-
-
-def _measured(model: nn.Module, changed: nn.Module, masks: Masks) -> Damage | None:
-    """The measured change of the output from one network to another, on the masks' images."""
-    whole, after = (plain_copy(network).float() for network in (model, changed))
-    meter = meter_on(whole, masks.images.kept_out, output_kind(whole, masks))
-    return None if meter is None else meter.damage(after)
 
 
 def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_shape: Sequence[int]) -> None:

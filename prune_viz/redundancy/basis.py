@@ -139,7 +139,7 @@ def why_rough(calibrated: SyntheticImages | None, examples: int, shape: Sequence
         return ""
     reasons = []
     if not are_pictures(shape):
-        reasons.append("the inputs are no pictures")
+        reasons.append("the inputs are not pictures")
     if calibrated is None or calibrated.distance is None:
         reasons.append("no batch norm shows what the training inputs were like")
     elif calibrated.distance > FAR:

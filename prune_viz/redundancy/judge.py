@@ -203,8 +203,8 @@ def rank(
             continue
         rebuilt = {one.channel: one.weights(len(fit))}
         costs[one.channel] = _damage(rebuilt, consumers)
-        dearest = max(costs[one.channel], _damage(rebuilt, plain))
-        if one.verdict is Verdict.DEAD or dearest <= TOLERANCE / _MARGIN:
+        highest = max(costs[one.channel], _damage(rebuilt, plain))
+        if one.verdict is Verdict.DEAD or highest <= TOLERANCE / _MARGIN:
             flagged.append(one.channel)
     if signs is not None:
         staying = last_of_their_sign(

@@ -100,7 +100,7 @@ def certainty(
     predicted : Damage or None
         What the run's masks cost, where that was predicted.
     measured : Damage, optional
-        What they were measured to cost, on images kept out of all fits.
+        What they were measured to cost, on images that no fit saw.
     rough : str
         Why that is rough; empty where it is not.
     """

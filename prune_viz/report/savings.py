@@ -34,7 +34,7 @@ class Budget:
     damage : float
         Predicted change of the output by all of them together, in the run's unit of damage.
     measured : float or None
-        What it was measured to be, on images kept out of all fits; None where it was not.
+        What it was measured to be, on images that no fit saw; None where it was not.
     """
 
     saved: float

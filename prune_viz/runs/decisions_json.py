@@ -84,7 +84,9 @@ class BesideMasks:
     output : OutputKind or None
         What the network returns.
     measured : PredictionRecord or None
-        What the masks were measured to cost, on images kept out of all fits.
+        What the masks were measured to cost, on images that no fit saw.
+    measured_on : str
+        What that was measured on, for people.
     rough : str
         Why predictions are rough, and what would help; empty where they are not.
     """
@@ -96,6 +98,7 @@ class BesideMasks:
     passages: tuple[PassageRecord, ...] = ()
     output: OutputKind | None = None
     measured: PredictionRecord | None = None
+    measured_on: str = ""
     rough: str = ""
 
     @property
@@ -231,9 +234,9 @@ class MeasuredBudget:
     predicted : float
         Sum of the groups' predicted damage.
     seen : float
-        Change of the output on all images of the run, those of the fits too, in its unit of damage.
+        Change of the output on the images of the fits, in the run's unit of damage.
     measured : float
-        The same on images kept out of all fits.
+        The same on images that no fit saw.
     """
 
     allocation: Allocation

@@ -290,7 +290,7 @@ def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
     covariance = np.array(stored["inputs"]["covariance"])
     assert covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]) > 0.9
     assert stored["inputs"]["exponent"] == pytest.approx(0.5, abs=0.01)  # white noise, at the lower bound
-    assert any("1 files" in note for note in stored["notes"])
+    assert any("left out: 1 of the files" in note for note in stored["notes"])
     assert (out / "report" / "index.html").exists()
     measured = found.layers["conv1"].images
     plain = analyze(model, input_shape=(3, 16, 16), steps=3)

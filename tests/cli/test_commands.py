@@ -381,7 +381,7 @@ def test_apply_remove_writes_a_smaller_model_that_loads(
     merged = run("apply", "model.pt", "masks.pt", "--out", "small.pt", "--mode", "remove")
     assert merged.exit_code == 0, merged.output
     assert merged.stderr == ""
-    assert "10 of 94 filters removed, what they gave merged into the rest" in merged.stdout
+    assert "10 of 94 filters removed, merged into the rest" in merged.stdout
     assert "\nchange of the output: predicted 0.25 nats\n" in merged.stdout
     assert "parameters: 15,472 -> 12,702 (-17.9%)" in merged.stdout
     small = load("small.pt")

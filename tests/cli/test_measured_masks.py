@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from networks import Residual, residual_with_a_copy
 from typer.testing import CliRunner
 
 from prune_viz import cli
+from prune_viz.analysis.pipeline import analyze
 from prune_viz.network.cost import count_cost
 
 ARCH = ["--arch", "networks:Residual"]
@@ -49,13 +51,13 @@ def test_masks_are_measured_on_the_model_named(home: Path, tmp_path: Path) -> No
     said = _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt", *ARCH).splitlines()
     (line,) = [line for line in said if line.startswith("change of the output: ")]
     assert "predicted" in line
-    assert line.endswith("nats on 8 synthetic images kept out of every fit")
+    assert line.endswith("nats on 8 synthetic images that no fit saw")
     assert any(line.startswith("note: both are rough: ") for line in said)
     assert said[-1] == f"written to {tmp_path / 'a.pt'}"
     (home / "model.pt").rename(home / "moved.pt")
     try:
         given = ["masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "b.pt", *ARCH]
-        assert "not measured: the model is not where it was; --model names it" in _said(*given)
+        assert "not measured: the model file is not there; --model FILE names it" in _said(*given)
         assert line in _said(*given, "--model", home / "moved.pt", "--force").splitlines()
     finally:
         (home / "moved.pt").rename(home / "model.pt")
@@ -63,7 +65,7 @@ def test_masks_are_measured_on_the_model_named(home: Path, tmp_path: Path) -> No
 
 def test_a_run_builds_no_code_without_being_told(home: Path, tmp_path: Path) -> None:
     said = _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt")
-    assert "note: not measured: the model is of a class of yours; --arch networks:Residual builds it" in said
+    assert "asks for code, networks:Residual: pass --arch networks:Residual if you trust it" in said
     assert "change of the output: predicted" in said
     assert "measured on" not in said
 
@@ -73,7 +75,7 @@ def test_masks_of_another_model_are_not_measured(home: Path, tmp_path: Path) -> 
     given = ["masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt", *ARCH]
     refused = _run(*given, "--model", tmp_path / "other.pt")
     assert refused.exit_code == 2
-    assert "other.pt is not the model that was analysed: its SHA-256 differs" in refused.stderr
+    assert "other.pt is not the model that was analysed: its weights differ" in refused.stderr
     assert not (tmp_path / "a.pt").exists()
 
 
@@ -86,7 +88,7 @@ def test_masks_and_apply_tell_programs_the_same(home: Path, tmp_path: Path) -> N
     assert made["unit"] == "nats"
     assert made["predicted_total"] > 0
     assert made["measured_total"] > 0
-    assert made["measured_on"] == "8 synthetic images kept out of every fit"
+    assert made["measured_on"] == "8 synthetic images that no fit saw"
     assert made["out"] == str(masks)
     given = ["apply", home / "model.pt", masks, *ARCH, "--input-shape", "3,16,16", "--mode", "remove"]
     done = _object(*given, "--out", out)
@@ -113,3 +115,23 @@ def test_what_was_not_merged_has_no_prediction(home: Path, tmp_path: Path) -> No
     assert zeroed["parameters_after"] is None
     said = _said(*given, "--mode", "zero", "--out", tmp_path / "zeroed.pt", "--force")
     assert "change of the output: measured" in said
+
+
+def test_runs_from_python_are_measured_on_a_file(tmp_path: Path) -> None:
+    model = residual_with_a_copy()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    analyze(model, input_shape=SHAPE, steps=4, out=tmp_path / "run")
+    given = ["masks", tmp_path / "run", "--ratio", "0.3", "--out", tmp_path / "a.pt", *ARCH]
+    assert "not measured: the model file is not there" in _said(*given)
+    assert "measured" in _said(*given, "--model", tmp_path / "model.pt", "--force").splitlines()[2]
+
+
+def test_a_run_may_not_ask_for_a_huge_network(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home / "run", run)
+    stored = json.loads((run / "run.json").read_text())
+    stored["model"] |= {"arch": "torchvision:resnet18", "arch_kwargs": {"num_classes": 20_000_000}}
+    (run / "run.json").write_text(json.dumps(stored))
+    said = _said("masks", run, "--ratio", "0.4", "--out", tmp_path / "a.pt")
+    assert "which is far larger than the file" in said
+    assert "measured on" not in said

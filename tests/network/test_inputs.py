@@ -11,6 +11,7 @@ import torch
 from prune_viz.network.inputs import (
     InputStatistics,
     given_statistics,
+    measure_own_units,
     measure_statistics,
     stored_statistics,
 )
@@ -186,3 +187,14 @@ def test_unsuitable_images_are_refused(images: np.ndarray) -> None:
         measure_statistics(images)
     with pytest.raises(UserError, match="--mean and --std"):
         measure_statistics(np.zeros((2, 3, 8, 8)), mean=[0.5])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_inputs_of_any_range_are_measured_and_stored(scale: float) -> None:
+    inputs = scale * (3 + torch.randn(40, 2, 24, 24, generator=torch.Generator().manual_seed(0)))
+    found = measure_own_units(inputs)
+    np.testing.assert_allclose(np.sqrt(np.diagonal(found.covariance)), scale, rtol=0.02)
+    shown = inputs * torch.tensor(found.std).view(2, 1, 1) + torch.tensor(found.mean).view(2, 1, 1)
+    assert float(shown.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(shown.std()) == pytest.approx(0.25, abs=0.01)
+    assert stored_statistics(json.loads(json.dumps(asdict(found))), 2) == found

@@ -173,7 +173,7 @@ def test_the_cheapest_damage_goes_first_and_far() -> None:
         assert counts_for_share(saving, wanted, Allocation.DAMAGE) == dict(enumerate(counts))
 
 
-def test_a_dear_channel_does_not_stop_a_group() -> None:
+def test_a_costly_channel_does_not_stop_a_group() -> None:
     rankings, costs = _groups((800, 800), (1.0, 2.0))
     rankings[0].damage[:] = [5.0] * 7  # the first is costly, and the others with it free
     assert counts_for_share(Saving(rankings, costs), 0.4) == {0: 7, 1: 0}
@@ -316,3 +316,17 @@ def test_partial_layers_count_their_channels(run_of: Callable[[str], Path]) -> N
             counts[ranking.number] = count
             held = np.concatenate([placed[ranking.order[:count]] for placed in ranking.filters.values()])
             assert Saving(rankings).removed_filters(counts) == (held >= 0).sum()
+
+
+@pytest.mark.parametrize("allocation", list(Allocation))
+def test_multiples_stay_where_the_order_is_short(allocation: Allocation) -> None:
+    """Of a layer that must keep some filters, only whole steps of eight go, or none."""
+    filters = {"conv": np.arange(16)[:, None]}
+    short = Ranking(0, 16, list(range(5)), [0.1] * 5, filters, {}, [])
+    longer = Ranking(
+        1, 16, list(range(11)), [0.1 * step for step in range(11)], {"b": filters["conv"]}, {}, []
+    )
+    saving = Saving([short, longer], None, 32)
+    assert counts_for_share(saving, 0.2, allocation, round_to=8) == {0: 0, 1: 8}
+    with pytest.raises(UserError, match=r"at most 25.0% .* leave multiples of 8"):
+        counts_for_share(saving, 0.3, allocation, round_to=8)

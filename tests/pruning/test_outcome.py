@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import mask_without, random_residual
+from torch import Tensor, nn
 
 from prune_viz.pruning.masks import Masks
+from prune_viz.pruning.measuring import OutputMeter
 from prune_viz.pruning.outcome import describe_change, differ, measure_masks
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.fingerprint import Origin
-from prune_viz.runs.output_kind import OutputKind
+from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.utils.errors import UserError
 
 
@@ -33,7 +35,7 @@ def test_predicted_and_measured_stand_side_by_side() -> None:
 def test_large_differences_and_rough_ones_are_said() -> None:
     lines = describe_change(_nats(0.1), _nats(0.5), "8 images", "no data")
     assert lines[1:] == [
-        "note: these differ by a factor of 5.0; go by what was measured", "note: both are rough: no data"
+        "note: these differ by a factor of 5.0; trust the measured one", "note: both are rough: no data"
     ]  # fmt: skip
     assert "more than a factor of 1,000" in describe_change(_nats(0), _nats(0.5), "8 images", "")[1]
 
@@ -53,16 +55,52 @@ def test_masks_are_measured_on_their_own_model_only() -> None:
         measure_masks(model, masks)
     masks.origin = Origin()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = measure_masks(model, masks)
-    assert found is not None
-    assert found.value > 0
+    assert measure_masks(model, masks) == ""
+    assert masks.measured is not None
+    assert masks.measured.value > 0
+    assert masks.measured_on == "2 synthetic images that no fit saw"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     masks.calibration_images = None
-    assert measure_masks(model, masks) is None
+    assert "no images to measure on" in measure_masks(model, masks)
 
 
 @pytest.mark.parametrize("output", [OutputKind(), None])
 def test_images_that_do_not_fit_measure_nothing(output: OutputKind | None) -> None:
     masks = Masks({"inner": mask_without(8, 1, 2)}, origin=Origin(output=output))
     masks.calibration_images = torch.randn(8, 5, 16, 16)
-    assert measure_masks(random_residual(), masks) is None
+    assert "does not run on an input of shape 5,16,16" in measure_masks(random_residual(), masks)
+    assert masks.measured is None
+
+
+class Frames(nn.Module):
+    """Returns frames before inputs, as a recurrent network may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs).movedim(1, 0)
+
+
+@pytest.mark.parametrize("rows", [3, 32])
+@pytest.mark.parametrize("frames", [5, 80])
+def test_a_network_at_zero_changes_all_of_its_output(frames: int, rows: int) -> None:
+    whole, zero = Frames(), Frames()
+    nn.init.zeros_(zero.layer.weight)
+    nn.init.zeros_(zero.layer.bias)
+    meter = OutputMeter(whole, torch.randn(10, frames, 4), OutputKind(Task.VALUES), rows)
+    assert meter.change(zero) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_single_number_for_all_inputs_is_measured() -> None:
+    class Mean(nn.Conv2d):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).mean()
+
+    whole = Mean(3, 4, 3)
+    zero = Mean(3, 4, 3)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)
+    meter = OutputMeter(whole, torch.randn(6, 3, 8, 8), OutputKind(Task.VALUES), rows=2)
+    assert meter.change(zero) == pytest.approx(1.0, rel=1e-5)
