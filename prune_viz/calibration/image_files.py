@@ -70,7 +70,7 @@ def write_run_images(
     synthetic: SyntheticImages | None = None,
     key: str = "",
 ) -> None:
-    """Write images; without any, remove the file.
+    """Write images; without any, remove the file, and leave one that holds the same as it is.
 
     Parameters
     ----------
@@ -91,11 +91,21 @@ def write_run_images(
     if not arrays:
         path.unlink(missing_ok=True)
         return
+    if key and _holds(path, arrays, key):
+        return
     numbers = {}
     if synthetic is not None:
         names = ("before", "distance", "passes", "activation_kept")
         numbers = {name: repr(getattr(synthetic, name)) for name in names}
     write_arrays(path, arrays, {"key": key, **numbers} if key else numbers)
+
+
+def _holds(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> bool:
+    """Whether a file holds just these arrays under that key."""
+    read = read_arrays(path)
+    if read is None or read[1].get("key") != key or read[0].keys() != arrays.keys():
+        return False
+    return all(np.array_equal(read[0][name], array) for name, array in arrays.items())
 
 
 def load_synthetic_images(path: Path, key: str | None = None) -> SyntheticImages | None:

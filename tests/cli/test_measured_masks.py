@@ -117,6 +117,7 @@ def test_what_was_not_merged_has_no_prediction(home: Path, tmp_path: Path) -> No
     assert "change of the output: measured" in said
 
 
+@pytest.mark.slow
 def test_runs_from_python_are_measured_on_a_file(tmp_path: Path) -> None:
     model = residual_with_a_copy()
     torch.save(model.state_dict(), tmp_path / "model.pt")

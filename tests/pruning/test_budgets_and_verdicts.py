@@ -28,6 +28,7 @@ def analysed(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return model, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.95, 1.0])
 def test_a_budget_is_no_worse_than_the_verdicts(
     analysed: tuple[DigitsNet, Path], digits: Digits, tmp_path: Path, share: float

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import analyze
@@ -57,7 +58,7 @@ def inputs(seed: int, count: int = 96) -> Tensor:
     return 3 + 2 * nn.functional.interpolate(coarse, (12, 12), mode="bilinear")
 
 
-@pytest.fixture(scope="module", params=list(NETWORKS))
+@pytest.fixture(scope="module", params=[next(iter(NETWORKS)), *map(slow, list(NETWORKS)[1:])])
 def pruned(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[nn.Module, Path]:

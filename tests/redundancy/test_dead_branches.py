@@ -58,6 +58,7 @@ def test_a_branch_without_effect_goes_first(analysed: Analysis, tmp_path: Path) 
     assert outcome.measured.value == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_layer_that_never_fires_is_dead_but_for_one() -> None:
     torch.manual_seed(1)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
