@@ -91,19 +91,19 @@ def write_run_images(
     if not arrays:
         path.unlink(missing_ok=True)
         return
-    if key and _holds(path, arrays, key):
-        return
     numbers = {}
     if synthetic is not None:
         names = ("before", "distance", "passes", "activation_kept")
         numbers = {name: repr(getattr(synthetic, name)) for name in names}
-    write_arrays(path, arrays, {"key": key, **numbers} if key else numbers)
+    metadata = {"key": key, **numbers} if key else numbers
+    if not _holds(path, arrays, metadata):
+        write_arrays(path, arrays, metadata)
 
 
-def _holds(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> bool:
-    """Whether a file holds just these arrays under that key."""
+def _holds(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bool:
+    """Whether a file holds just these arrays, and says the same of them."""
     read = read_arrays(path)
-    if read is None or read[1].get("key") != key or read[0].keys() != arrays.keys():
+    if read is None or read[0].keys() != arrays.keys() or not metadata.items() <= read[1].items():
         return False
     return all(np.array_equal(read[0][name], array) for name, array in arrays.items())
 
