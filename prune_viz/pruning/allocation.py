@@ -2,7 +2,7 @@
 
 What is dead or redundant stands first in every group's removal order, and goes first of all. What more is
 asked goes where it costs least damage for what it saves, over the whole network. Where measuring a run's
-budgets says otherwise, every group loses the same share of what is left of it instead.
+budgets says otherwise, every group loses the same share of its channels instead, its flagged ones at least.
 """
 
 from __future__ import annotations

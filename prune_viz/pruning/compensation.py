@@ -14,7 +14,7 @@ from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.measuring import OutputMeter, affordable, meter_on
-from prune_viz.pruning.merging import GroupRemoval, Merger, removals_of
+from prune_viz.pruning.merging import GroupRemoval, Merger, merge_removals, removals_of
 from prune_viz.runs.output_kind import OutputKind
 
 ROUGH_MARGIN = 2.0  # by which merging must be better where measurements are rough
@@ -70,7 +70,7 @@ def compensate_filters(
         meter = meter_for(whole, masks, passes=2 * len(removals) + 3)
     margin = ROUGH_MARGIN if masks.rough else 1.0
     chosen = removals if meter is None else _where_it_helps(whole, groups, removals, meter, margin)
-    _merge(model, groups, chosen)
+    merge_removals(model, groups, chosen)
     done = _described(groups, removals, chosen)
     fitted = masks.images.fitted
     if meter is None or fitted is None:
@@ -123,9 +123,7 @@ def _where_it_helps(
     unmerged = {number: removal.unmerged() for number, removal in removals.items()}
 
     def change(chosen: Mapping[int, GroupRemoval]) -> float:
-        changed = plain_copy(whole)
-        _merge(changed, groups, chosen)
-        return meter.change(changed)
+        return meter.change(merge_removals(plain_copy(whole), groups, chosen))
 
     all_merged = change(removals)
     if all_merged <= _NOTHING or not any(removal.is_merged for removal in removals.values()):
@@ -149,13 +147,6 @@ def _where_it_helps(
     if any(mixed[number].is_merged != removal.is_merged for number, removal in removals.items()):
         options.append((change(mixed), mixed))
     return min(options, key=lambda option: option[0])[1]
-
-
-def _merge(model: nn.Module, groups: Sequence[CouplingGroup], removals: Mapping[int, GroupRemoval]) -> None:
-    merger = Merger(model)
-    for group in groups:
-        if group.number in removals:
-            merger.merge(group, removals[group.number])
 
 
 def _described(

@@ -1,11 +1,11 @@
 """What removal costs, measured: a curve for every coupling group, and whole budgets.
 
-What is predicted from second moments takes errors at different positions to be independent, and the output to
-answer in proportion. Neither holds for large removals, so predictions were too low by a factor of ten and
-more. So some points of every group's curve are measured, and what lies between follows the predicted shape;
-so are some whole budgets. What is predicted from that rests on the images of the fits, as there are most of
-these: on few images a mean rests on the few of which the network is unsure, and groups that happen to look
-cheap on these would be chosen. What is measured on images that no fit saw stands beside it.
+What is predicted from second moments takes errors at different positions to be independent, and the
+output to answer in proportion. Neither holds for large removals, so such predictions are far too low. So
+some points of every group's curve are measured, and what lies between follows the predicted shape; so
+are some whole budgets. What is predicted from that rests on the images of the fits, as there are most of
+these: on few images a mean rests on the few of which the network is unsure, and groups that happen to
+look cheap on these would be chosen. What is measured on images that no fit saw stands beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.allocation import counts_for_share
 from prune_viz.pruning.compensation import ROUGH_MARGIN
 from prune_viz.pruning.measuring import OutputMeter
-from prune_viz.pruning.merging import GroupRemoval, Merger
+from prune_viz.pruning.merging import GroupRemoval, Merger, merge_removals
 from prune_viz.pruning.rankings import Ranking, Saving
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.redundancy.elimination import rebuild_all
@@ -178,7 +178,6 @@ def measure_budgets(
         As `measure_curves`.
     """
     saving = Saving(rankings, macs)
-    of_number = {group.number: group for group in groups}
     tried: list[MeasuredBudget] = []
     progress.start("budgets", len(BUDGETS) * len(Allocation))
     for wanted in BUDGETS if saving.whole else ():
@@ -195,10 +194,8 @@ def measure_budgets(
             ]
             changes = []
             for option in _options(removals, rough):
-                changed = plain_copy(model)
-                merger = Merger(changed)
-                for one, removal in zip(losing, option, strict=True):
-                    merger.merge(of_number[one.number], removal)
+                numbered = {one.number: removal for one, removal in zip(losing, option, strict=True)}
+                changed = merge_removals(plain_copy(model), groups, numbered)
                 changes.append((meter.change(changed), kept_out.change(changed)))
             found = changes[_better([change for change, _ in changes])]
             if math.isfinite(sum(found)):

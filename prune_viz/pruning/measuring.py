@@ -16,7 +16,7 @@ from prune_viz.utils.nested_tensors import tensors_of
 
 BATCH = 32
 FEWEST = 8  # images that are measured on, however long that takes
-_MACS = 1e12  # multiply-accumulates for all measurements of a kind: half a minute on two cores
+_MACS = 1e12  # multiply-accumulates for all measurements of a kind
 _MOST_MACS = 3e13  # of `FEWEST` images; above that nothing is measured
 
 

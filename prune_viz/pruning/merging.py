@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +158,14 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
     nn.Module
         `model`.
     """
+    return merge_removals(model, groups, removals_of(masks, groups))
+
+
+def merge_removals(
+    model: nn.Module, groups: Sequence[CouplingGroup], removals: Mapping[int, GroupRemoval]
+) -> nn.Module:
+    """Merge what goes of several groups, by their numbers; the model is changed in place and returned."""
     merger = Merger(model)
-    removals = removals_of(masks, groups)
     for group in groups:
         if group.number in removals:
             merger.merge(group, removals[group.number])

@@ -112,7 +112,7 @@ def write_zeroed(
     if checkpoint.pruning:
         save_checkpoint(checkpoint, model, out, checkpoint.input_shape or ())
     else:
-        _save(model.state_dict(), out)
+        write_torch(out, model.state_dict())
     return Applied(Outcome.of(masks, out, None, 0), "set to zero", exported=exported)
 
 
@@ -254,7 +254,7 @@ def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_s
     input_shape : sequence of int
         Shape of one input, (C, *spatial).
     """
-    content = {
+    content: dict[str, Any] = {
         "arch": checkpoint.arch,
         "arch_kwargs": checkpoint.arch_kwargs,
         "input_shape": list(input_shape),
@@ -263,7 +263,7 @@ def save_checkpoint(checkpoint: Checkpoint, model: nn.Module, out: Path, input_s
     }
     if checkpoint.held is not None:
         content["held_inputs"] = asdict(checkpoint.held)
-    _save(content, out)
+    write_torch(out, content)
 
 
 def _check_input(model: nn.Module, example: torch.Tensor) -> None:
@@ -272,7 +272,3 @@ def _check_input(model: nn.Module, example: torch.Tensor) -> None:
             model(example)
     except Exception as error:
         raise does_not_run(example.shape[1:], error, "; give the right --input-shape") from error
-
-
-def _save(content: dict[str, Any], out: Path) -> None:
-    write_torch(out, content)
