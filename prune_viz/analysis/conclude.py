@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from prune_viz.analysis.decisions import decisions_of, filter_table, masks_of
+from prune_viz.analysis.decisions import decisions_of, masks_of
+from prune_viz.analysis.filter_rows import filter_table
 from prune_viz.analysis.measured import (
     NO_METERS,
     Meters,

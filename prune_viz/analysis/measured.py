@@ -83,9 +83,8 @@ def make_meters(prepared: Prepared, images: RunImages, rough: bool, context: Run
         rows = RowLimit(context.budget, whole, backward=False).rows(chosen.shape[1:], BATCH)
         return meter_on(whole, chosen, context.output, rows)
 
-    budgets = budget_passes(rough)
-    passes = curve_passes(prepared.judged, rough) + budgets
-    return Meters(whole, meter(every, passes), meter(images.kept_out, budgets))
+    passes = curve_passes(prepared.judged, rough) + budget_passes(rough)
+    return Meters(whole, meter(every, passes), meter(images.kept_out, passes))
 
 
 def measured_orders(
@@ -101,7 +100,14 @@ def measured_orders(
         return dict(verdicts)
     ranked = [group for group in groups if verdicts[group.number].order]
     return measure_curves(
-        meters.whole, ranked, verdicts, gram_matrices, meters.every, bool(rough), context.progress
+        meters.whole,
+        ranked,
+        verdicts,
+        gram_matrices,
+        meters.every,
+        meters.unseen,
+        bool(rough),
+        context.progress,
     )
 
 

@@ -92,7 +92,7 @@ def masks(
 
     from prune_viz.cli.model_options import ModelOptions, analysed_model
     from prune_viz.pruning.budgets import write_masks
-    from prune_viz.pruning.review import write_reviewed_masks
+    from prune_viz.pruning.reviewed_masks import write_reviewed_masks
 
     options = ModelOptions(model, arch, parse_kwargs(arch_kwargs), code, key, trust_pickle)
     network, unmeasured = analysed_model(run, options)

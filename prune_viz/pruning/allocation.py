@@ -8,6 +8,7 @@ budgets says otherwise, every group loses the same share of its channels instead
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -128,11 +129,28 @@ def _least_damage(
         if heap and found > heap[0]:
             heapq.heappush(heap, found)
             continue
-        counts[found[1]] = found[2]
-        saved = saving.of(counts)
+        reached = {**counts, found[1]: found[2]}
+        saved = saving.of(reached)
+        counts = reached if saved < wanted else _last_step(saving, wanted, counts, most, round_to)
         if after := offer(of_number[found[1]]):
             heapq.heappush(heap, after)
     return counts
+
+
+def _last_step(
+    saving: Saving, wanted: float, counts: Counts, most: Mapping[int, int], round_to: int
+) -> Counts:
+    """Counts raised in the one group where reaching what is wanted costs least."""
+    found = []
+    for one in saving.rankings:
+        now = counts[one.number]
+        every = sorted({one.raise_count(count, round_to) for count in range(now + 1, most[one.number] + 1)})
+        place = bisect_left(every, wanted, key=lambda count: saving.of({**counts, one.number: count}))
+        if place < len(every):
+            cost = one.damage_of_first(every[place]) - one.damage_of_first(now)
+            found.append((cost, one.number, every[place]))
+    _, number, count = min(found)
+    return {**counts, number: count}
 
 
 def _keep_what_can_stay(

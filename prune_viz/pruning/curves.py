@@ -3,9 +3,10 @@
 What is predicted from second moments takes errors at different positions to be independent, and the
 output to answer in proportion. Neither holds for large removals, so such predictions are far too low. So
 some points of every group's curve are measured, and what lies between follows the predicted shape; so
-are some whole budgets. What is predicted from that rests on the images of the fits, as there are most of
-these: on few images a mean rests on the few of which the network is unsure, and groups that happen to
-look cheap on these would be chosen. What is measured on images that no fit saw stands beside it.
+are some whole budgets, each on the images of the fits and on those that no fit saw. The larger of the two
+counts. On the images of the fits a group looks too cheap where these are few for its many channels, as
+almost anything can then be rebuilt from the rest. On the others, of which there are fewer, a mean rests on
+the few of which the network is unsure, and groups that happen to look cheap on these would be chosen.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def measure_curves(
     verdicts: Mapping[int, GroupVerdicts],
     gram_matrices: Mapping[int, np.ndarray],
     meter: OutputMeter,
+    kept_out: OutputMeter | None,
     rough: bool,
     progress: Progress,
 ) -> dict[int, GroupVerdicts]:
@@ -70,7 +72,9 @@ def measure_curves(
     gram_matrices : mapping of int to ndarray, each shape (channels + 1, channels + 1)
         Second moments of the channels and a constant.
     meter : OutputMeter
-        Measures the network.
+        Measures the network on the images of the fits.
+    kept_out : OutputMeter or None
+        Measures it on images that nothing was fitted to.
     rough : bool
         Whether merging counts only where it is better by far (`prune_viz.pruning.compensation`).
     progress : Progress
@@ -83,6 +87,7 @@ def measure_curves(
     """
     trial = plain_copy(model)
     merger = Merger(trial)
+    meters = [meter] if kept_out is None else [meter, kept_out]
     found = dict(verdicts)
     progress.start("curves", len(groups))
     for group in groups:
@@ -93,7 +98,7 @@ def measure_curves(
             changes = []
             for option in _options([removal], rough):
                 with merger.on_trial(group, option[0]):
-                    changes.append(meter.change(trial))
+                    changes.append(max(one.change(trial) for one in meters))
             points.append((count, changes[_better(changes)]))
         found[group.number] = replace(ranked, order_damage=_corrected(ranked.order_damage, points))
         progress.advance()
@@ -172,9 +177,7 @@ def measure_budgets(
         The groups' removal orders, with the damage that was measured.
     macs : mapping of str to int
         Multiply-accumulates of each module.
-    kept_out : OutputMeter
-        Measures the network on images that nothing was fitted to.
-    model, groups, verdicts, gram_matrices, meter, rough, progress
+    model, groups, verdicts, gram_matrices, meter, kept_out, rough, progress
         As `measure_curves`.
     """
     saving = Saving(rankings, macs)
@@ -197,7 +200,7 @@ def measure_budgets(
                 numbered = {one.number: removal for one, removal in zip(losing, option, strict=True)}
                 changed = merge_removals(plain_copy(model), groups, numbered)
                 changes.append((meter.change(changed), kept_out.change(changed)))
-            found = changes[_better([change for change, _ in changes])]
+            found = changes[_better([max(change) for change in changes])]
             if math.isfinite(sum(found)):
                 predicted = sum(one.damage_of(counts) for one in rankings)
                 filters = saving.removed_filters(counts)
@@ -209,7 +212,7 @@ def measure_budgets(
 def preferred(tried: Sequence[MeasuredBudget], saved: float) -> Allocation:
     """How to share a budget: evenly where that costs clearly less at the nearest one that was tried."""
     costs = {
-        allocation: min(own, key=lambda one: abs(one.saved - saved)).seen
+        allocation: min(own, key=lambda one: abs(one.saved - saved)).cost
         for allocation in Allocation
         if (own := [one for one in tried if one.allocation is allocation])
     }
@@ -223,7 +226,7 @@ def predicted_total(damage: float, tried: Sequence[MeasuredBudget], allocation: 
     What is measured of whole budgets says how much more, or less, all together cost than their sum.
     """
     own = sorted(
-        (math.log(max(one.predicted, _LEAST)), math.log(max(one.seen, _LEAST)))
+        (math.log(max(one.predicted, _LEAST)), math.log(max(one.cost, _LEAST)))
         for one in tried
         if one.allocation is allocation
     )

@@ -246,6 +246,11 @@ class MeasuredBudget:
     seen: float
     measured: float
 
+    @property
+    def cost(self) -> float:
+        """What it is taken to cost: the larger of what was measured on the two sets of images."""
+        return max(self.seen, self.measured)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions(BesideMasks):

@@ -34,7 +34,8 @@ import torch
 from scipy.stats import spearmanr
 from tables import print_table
 from torch import Tensor, nn
-from truth_networks import NETWORKS, TruthNetwork
+from truth_network import TruthNetwork
+from truth_networks import NETWORKS
 
 import prune_viz as pv
 from prune_viz.channels.coupling import find_groups

@@ -179,6 +179,12 @@ def test_a_costly_channel_does_not_stop_a_group() -> None:
     assert counts_for_share(Saving(rankings, costs), 0.4) == {0: 7, 1: 0}
 
 
+def test_the_last_step_is_the_cheapest_that_suffices() -> None:
+    rankings, costs = _groups((1600, 800), (3.0, 2.0))  # a channel of the first saves twice as much
+    assert counts_for_share(Saving(rankings, costs), 0.1) == {0: 1, 1: 1}
+    assert counts_for_share(Saving(rankings, costs), 0.08) == {0: 1, 1: 0}
+
+
 @pytest.mark.parametrize("allocation", Allocation)
 def test_flagged_channels_go_before_all_others(allocation: Allocation) -> None:
     saving = Saving(*_groups((800, 800, 100), (1.0, 50.0, 30.0), flagged=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,6 @@ class Run:
         self.model = random_residual()
         stored = load_masks(self.directory.masks_file)
         self.rough = bool(stored.rough)
-        # Choices rest on the images of the fits; beside them stands what others say.
         self.every = OutputMeter(self.model, stored.images.fitted, stored.origin.output)
         self.kept_out = OutputMeter(self.model, stored.images.kept_out, stored.origin.output)
 
@@ -49,6 +49,10 @@ class Run:
 
     def merged(self, counts: dict[int, int]) -> nn.Module:
         return merge_filters(random_residual(), self.masks(counts), find_groups(self.model, EXAMPLE))
+
+    def cost(self, model: nn.Module) -> float:
+        """The larger change of the two."""
+        return max(self.every.change(model), self.kept_out.change(model))
 
     def raw(self, counts: dict[int, int]) -> nn.Module:
         return remove_filters(self.model, self.masks(counts), EXAMPLE)
@@ -69,7 +73,7 @@ def test_points_of_a_curve_are_what_they_cost(run: Run) -> None:
         highest = 0.0
         for count in filter(None, _points(ranking)):
             counts = {ranking.number: count}
-            merged, raw = (run.every.change(model) for model in (run.merged(counts), run.raw(counts)))
+            merged, raw = (run.cost(model) for model in (run.merged(counts), run.raw(counts)))
             if run.rough and merged * ROUGH_MARGIN > raw:
                 merged = raw
             highest = max(highest, merged)  # more never costs less
@@ -86,14 +90,14 @@ def test_budgets_tried_are_what_they_cost(run: Run) -> None:
         (one,) = [one for one in tried if one.allocation is allocation and one.saved == saving.of(counts)]
         assert one.filters == saving.removed_filters(counts)
         merged, raw = run.merged(counts), run.raw(counts)
-        if run.rough and run.every.change(merged) * ROUGH_MARGIN > run.every.change(raw):
+        if run.rough and run.cost(merged) * ROUGH_MARGIN > run.cost(raw):
             merged = raw
         for found, meter in ((one.seen, run.every), (one.measured, run.kept_out)):
             assert found == pytest.approx(meter.change(merged), rel=1e-2, abs=1e-9)
 
 
-def _tried(allocation: Allocation, saved: float, predicted: float, seen: float) -> MeasuredBudget:
-    return MeasuredBudget(allocation, saved, 1, predicted, seen, measured=9.0)
+def _tried(allocation: Allocation, saved: float, predicted: float, cost: float) -> MeasuredBudget:
+    return MeasuredBudget(allocation, saved, 1, predicted, seen=cost, measured=cost / 2)
 
 
 def test_a_budget_is_shared_as_cost_least_near_it() -> None:
@@ -105,6 +109,8 @@ def test_a_budget_is_shared_as_cost_least_near_it() -> None:
     assert preferred(tried, 0.9) is Allocation.EVEN
     close = [tried[0], _tried(Allocation.EVEN, 0.1, 1, 0.9)]  # not clearly less
     assert preferred(close, 0.1) is Allocation.DAMAGE
+    unseen_says_more = replace(close[1], seen=0.1, measured=2.0)
+    assert preferred([tried[0], unseen_says_more], 0.1) is Allocation.DAMAGE
     assert preferred(tried[:1], 0.9) is preferred([], 0.5) is Allocation.DAMAGE
 
 

@@ -14,7 +14,11 @@ from typer.testing import CliRunner
 
 import prune_viz as pv
 from prune_viz import cli
-from prune_viz.pruning.review import Review, identity, read_review, reviewed_masks, write_review
+from prune_viz.pruning.curves import predicted_total
+from prune_viz.pruning.rankings import read_rankings
+from prune_viz.pruning.review import Review, identity, read_review, write_review
+from prune_viz.pruning.reviewed_masks import reviewed_masks
+from prune_viz.runs.decisions_json import Allocation
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError
 
@@ -55,6 +59,26 @@ def test_masks_follow_what_was_decided(run: RunDirectory) -> None:
     assert smaller.inner.out_channels == 6
     with torch.no_grad():
         torch.testing.assert_close(smaller(images).shape, model(images).shape)
+
+
+def test_following_all_verdicts_is_predicted_as_their_masks_are(run: RunDirectory) -> None:
+    decided, own = reviewed_masks(run, _review(run, {})).masks, pv.load_masks(run.masks_file)
+    assert decided.predicted is not None
+    assert own.predicted is not None
+    assert decided.predicted.value == pytest.approx(own.predicted.value, rel=1e-3)
+
+
+def test_chosen_filters_cost_no_less_than_the_first_in_order(run: RunDirectory) -> None:
+    ranking = next(one for one in read_rankings(run.read_decisions()) if "inner" in one.filters)
+    chosen = ranking.filters["inner"][ranking.order[-3:], 0].tolist()
+    others = {(one.layer, one.filter): "keep" for one in run.read_decisions().verdicts}
+    removed = {("inner", number): "remove" for number in chosen}
+    masks = reviewed_masks(run, _review(run, {**others, **removed})).masks
+    assert masks.predicted is not None
+    alone = run.read_filters().set_index(["layer", "filter"]).loc["inner"].loc[chosen, "damage"]
+    least = max(ranking.damage_of_first(3), float(alone.sum()))
+    total = predicted_total(least, run.read_decisions().budgets, Allocation.DAMAGE)
+    assert masks.predicted.value == pytest.approx(total, rel=1e-6)
 
 
 def test_filters_of_one_channel_are_decided_together(run: RunDirectory) -> None:

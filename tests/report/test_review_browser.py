@@ -14,7 +14,8 @@ from browser import Watched
 from marks import slow
 
 from prune_viz.pruning.rankings import Saving, read_rankings
-from prune_viz.pruning.review import identity, read_review, reviewed_masks
+from prune_viz.pruning.review import identity, read_review
+from prune_viz.pruning.reviewed_masks import reviewed_masks
 from prune_viz.report.review_server import ReviewServer
 from prune_viz.runs.run_directory import RunDirectory
 

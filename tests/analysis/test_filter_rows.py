@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prune_viz.analysis.decisions import explain
+from prune_viz.analysis.filter_rows import explain
 from prune_viz.channels.groups import CouplingGroup, Places
 from prune_viz.redundancy.channel_verdicts import ChannelVerdict
 from prune_viz.runs.damage import Unit
