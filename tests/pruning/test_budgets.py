@@ -148,7 +148,7 @@ def _groups(
 
 def test_rounding_gives_back_the_most_missed() -> None:
     saving = Saving(*_groups((800, 800, 100), (1.0, 5.0, 3.0)))
-    # Every group must go down to 4 for 30%, which saves 50%; one dear group can have its 4 back.
+    # Every group must go down to 4 for 30%, which saves 50%; one costly group can have its 4 back.
     for wanted, counts in ((0.3, (4, 4, 0)), (0.2, (4, 0, 0)), (0.5, (4, 4, 4))):
         found = counts_for_share(saving, wanted, Allocation.EVEN, round_to=4)
         assert found == dict(enumerate(counts))
