@@ -192,6 +192,7 @@ def _judge(
         None if examples is None else fitted(examples),
         context.seed,
         None if examples is None else kept_out(examples),
+        context.statistics,
     )
     with context.stage("fisher"):
         fisher = measure_fisher(twin, judged, calibration, context)
@@ -206,7 +207,7 @@ def _judge(
     predicted = basis.predictions_on(twin, calibrated, context.output)
     count = 0 if examples is None else len(examples)
     rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
-    rough = basis.why_rough(calibrated, count, prepared.network.input_shape)
+    rough = basis.why_rough(calibrated, count, prepared.network.input_shape, context.statistics)
     with context.stage("curves"):
         meters = make_meters(prepared, images, bool(rough), context) if fisher is not None else NO_METERS
         verdicts = measured_orders(meters, judged, verdicts, gram_matrices, rough, context)

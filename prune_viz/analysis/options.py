@@ -56,7 +56,7 @@ class AnalysisOptions:
         Shell patterns of the names of layers to analyse; all layers by default.
     task : {"classes", "labels", "dense", "values"}, optional
         What the network returns (`prune_viz.runs.output_kind.Task`); by default it is found out.
-    prior : {"natural", "none"}
+    prior : {"natural", "spectrogram", "none"}
         What bounds stimuli (`prune_viz.maximize`).
     steps : int
         Most steps of the optimiser for each stimulus.

@@ -16,7 +16,7 @@ from prune_viz.loading.input_data import read_inputs
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.calls import blank_input, ordinary_input
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.network.inputs import InputStatistics
+from prune_viz.network.inputs import InputStatistics, as_spectrograms
 from prune_viz.network.layers import Layer, select_layers
 from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.runs.fingerprint import Origin, hash_model
@@ -109,6 +109,8 @@ def prepare(
     statistics, examples, unread = read_inputs(
         network.input_shape, options.mean, options.std, options.data, out
     )
+    if options.prior == "spectrogram":
+        statistics = as_spectrograms(statistics, network.input_shape)
     task = None if options.task is None else Task(options.task)
     output = find_output_kind(model, _noise(model, network), task)
     notes = [str(output), *_notes(network, graph)]

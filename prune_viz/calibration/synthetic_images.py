@@ -35,6 +35,7 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization import priors
 from prune_viz.feature_visualization.optimiser import roll, unit
 from prune_viz.feature_visualization.priors import are_photographs, make_prior, scene_exponent
+from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
@@ -117,7 +118,7 @@ def _calibrate(
         "natural", shape[0], tuple(shape[1:]), device, context.statistics, scene_exponent(shape)
     )
     random = torch.Generator().manual_seed(context.seed)
-    photographs = are_photographs(shape)
+    photographs = are_photographs(shape, context.statistics)
 
     def images(chunk: Tensor, contrast: float) -> Tensor:
         return contrast * prior.colour(chunk)
@@ -331,7 +332,9 @@ def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> tuple[Tenso
     return moved, mirrored
 
 
-def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
+def variants(
+    images: Tensor, enlarge: bool, seed: int = 0, statistics: InputStatistics | None = None
+) -> Iterator[Tensor]:
     """Give `VARIANTS` copies of images, each shifted at random; of photographs, mirrored and enlarged too.
 
     Calibration shifts and mirrors alike as it goes, so that these feed the batch norms as well as the images
@@ -345,13 +348,15 @@ def variants(images: Tensor, enlarge: bool, seed: int = 0) -> Iterator[Tensor]:
         Whether the network takes inputs `ENLARGED` times as large.
     seed : int
         Seed of the shifts.
+    statistics : InputStatistics, optional
+        What is known of the model's inputs: spectrograms are no photographs.
 
     Yields
     ------
     Tensor, shape (N, C, *size), or larger for some copies of photographs
     """
     random = torch.Generator().manual_seed(seed)
-    photographs = are_photographs(images.shape[1:])
+    photographs = are_photographs(images.shape[1:], statistics)
     for number in range(VARIANTS):
         moved, _ = _shift(images, random, photographs)
         if enlarge and photographs and number % 2:

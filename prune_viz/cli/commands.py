@@ -104,7 +104,7 @@ def analyze(
         Path | None, typer.Option(metavar="DIR", help="Run directory.", show_default="reports/MODEL's stem")
     ] = None,
     prior: Annotated[
-        Prior, typer.Option(help="Bound stimuli as natural pictures, or by their norm alone.")
+        Prior, typer.Option(help="Bound stimuli as natural inputs, as spectrograms, or by their norm alone.")
     ] = (Prior.natural),
     steps: Annotated[
         int | None,

@@ -13,6 +13,7 @@ class Prior(StrEnum):
     """Which inputs count as equally likely."""
 
     natural = "natural"
+    spectrogram = "spectrogram"
     none = "none"
 
 

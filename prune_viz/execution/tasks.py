@@ -75,7 +75,7 @@ class StimulusSettings:
 
     Attributes
     ----------
-    prior : {"natural", "none"}
+    prior : {"natural", "spectrogram", "none"}
         What bounds them.
     steps : int
         Most steps of the optimiser.

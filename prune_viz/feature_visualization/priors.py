@@ -19,12 +19,15 @@ from torch import Tensor
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.utils.errors import UserError
 
+NAMES = ("natural", "spectrogram", "none")
 # Correlation of red, green and blue over natural photographs: grey varies most, hue little.
 _RGB_CORRELATION = ((1.00, 0.91, 0.79), (0.91, 1.00, 0.91), (0.79, 0.91, 1.00))
+_BAND_CORRELATION = 0.9  # of neighbouring bands of pictures with more than three, about that of red and green
 PIXEL_DEVIATION = 0.25  # of the pixels of natural photographs, in [0, 1]
 # Of natural inputs, by axes: signals are pink, of the same power in every octave; of pictures 0.8 shows best;
 # volumes have the same slope an axis.
 SPECTRUM_EXPONENTS = {1: 0.5, 2: 0.8, 3: 1.2}
+SEPARABLE_EXPONENT = 0.5  # along each axis of a spectrogram, which is pink too
 SCENE_EXPONENT = 1.2  # of whole photographs; nearer than 0.8 to what batch norms saw of them
 RADIUS = 0.5  # in standard deviations of a natural input
 FLATTEST = 1e-6  # of the strongest channel direction's variance; what a weaker one is raised to
@@ -34,8 +37,10 @@ def settings() -> list[object]:
     """What priors depend on beside their arguments, for the keys of results."""
     return [
         _RGB_CORRELATION,
+        _BAND_CORRELATION,
         PIXEL_DEVIATION,
         list(SPECTRUM_EXPONENTS.items()),
+        SEPARABLE_EXPONENT,
         SCENE_EXPONENT,
         RADIUS,
         FLATTEST,
@@ -79,7 +84,7 @@ class NoPrior:
 
 @dataclass(frozen=True)
 class NaturalPrior:
-    """S is the covariance of natural images: a ``1/f^(2a)`` spectrum times a channel covariance.
+    """S is the covariance of natural inputs: a falling spectrum times a channel covariance.
 
     Attributes
     ----------
@@ -141,9 +146,22 @@ def natural_amplitude(canvas: tuple[int, ...], exponent: float | None = None) ->
     grids = [torch.fft.fftfreq(size) for size in canvas]
     squared = torch.stack(torch.meshgrid(*grids, indexing="ij")).square().sum(dim=0)
     lowest = 1.0 / max(canvas)
-    amplitude = squared.clamp_min(lowest**2) ** (-exponent / 2)
+    return _of_mean_square_1(squared.clamp_min(lowest**2) ** (-exponent / 2))
+
+
+def separable_amplitude(canvas: tuple[int, ...], exponent: float = SEPARABLE_EXPONENT) -> Tensor:
+    """Amplitude spectrum that is a product of slopes ``1/f^a``, one along each axis, mean square 1.
+
+    Parameters and result are those of `natural_amplitude`.
+    """
+    along = [torch.fft.fftfreq(size).abs().clamp_min(1.0 / size) ** -exponent for size in canvas]
+    return _of_mean_square_1(torch.stack(torch.meshgrid(*along, indexing="ij")).prod(dim=0))
+
+
+def _of_mean_square_1(amplitude: Tensor) -> Tensor:
+    """Amplitudes at all frequencies, scaled, at those of a real FFT."""
     amplitude = amplitude / amplitude.square().mean().sqrt()
-    return amplitude[..., : canvas[-1] // 2 + 1].contiguous()
+    return amplitude[..., : amplitude.shape[-1] // 2 + 1].contiguous()
 
 
 def make_prior(
@@ -158,8 +176,9 @@ def make_prior(
 
     Parameters
     ----------
-    name : {"natural", "none"}
-        Which one.
+    name : {"natural", "spectrogram", "none"}
+        Which one. That of spectrograms is the natural one with a separable spectrum
+        (`prune_viz.network.inputs.InputStatistics`).
     channels : int
         Input channels.
     canvas : tuple of int
@@ -169,7 +188,8 @@ def make_prior(
     statistics : InputStatistics, optional
         What is known of the model's inputs.
     exponent : float, optional
-        Slope of the spectrum where none was measured; by default that of `SPECTRUM_EXPONENTS`.
+        Slope of the spectrum where none was measured; by default that of `SPECTRUM_EXPONENTS`. Separable
+        ones have `SEPARABLE_EXPONENT` then.
 
     Raises
     ------
@@ -185,8 +205,9 @@ def make_prior(
     - else each channel has variance 1.
 
     In the last two cases three channels are taken to be red, green and blue, correlated as in
-    photographs, whatever the number of axes; channels of any other number, a single grey one among
-    them, are independent. The spectrum is the measured one or ``1/f^exponent``.
+    photographs, whatever the number of axes. More channels of pictures are taken to be bands in order,
+    of which neighbours vary together. Other channels are independent. The spectrum is the measured one or
+    ``1/f^exponent``.
 
     A natural input's standard deviation is the root of its mean variance over the channels. In these
     units the radius of ``none`` is that of noise of standard deviation 1 a pixel. That of ``natural``
@@ -194,16 +215,19 @@ def make_prior(
     photographs), reach a root mean square of `RADIUS`, and every other pattern as much as is equally
     likely.
     """
-    if name not in ("natural", "none"):
-        raise UserError(f"--prior is natural or none, not {name!r}")
+    check_name(name)
     pixels = channels * math.prod(canvas)
-    covariance = _channel_covariance(channels, statistics)
+    covariance = _channel_covariance(channels, len(canvas), statistics)
     variance = float(covariance.diagonal().mean())
     if name == "none":
         return NoPrior(radius=math.sqrt(pixels * variance))
     if statistics is not None and statistics.exponent is not None:
         exponent = statistics.exponent
-    amplitude = natural_amplitude(canvas, exponent).to(device)
+    if name == "spectrogram" or (statistics is not None and statistics.separable):
+        known = statistics.exponent if statistics is not None and statistics.separable else None
+        amplitude = separable_amplitude(canvas, SEPARABLE_EXPONENT if known is None else known).to(device)
+    else:
+        amplitude = natural_amplitude(canvas, exponent).to(device)
     mix = None
     strongest = float(amplitude.max()) ** 2
     if not torch.equal(covariance, torch.eye(channels, dtype=torch.float64)):
@@ -214,14 +238,22 @@ def make_prior(
     return NaturalPrior(amplitude, mix, radius=RADIUS * math.sqrt(pixels * variance / strongest))
 
 
-def are_photographs(shape: Sequence[int]) -> bool:
+def check_name(name: str) -> None:
+    """Raise `UserError` if there is no such prior."""
+    if name not in NAMES:
+        raise UserError(f"--prior is {', '.join(NAMES[:-1])} or {NAMES[-1]}, not {name!r}")
+
+
+def are_photographs(shape: Sequence[int], statistics: InputStatistics | None = None) -> bool:
     """Whether inputs of a shape (C, *size) are taken to be photographs."""
-    return len(shape) == 3 and shape[0] == 3
+    separable = statistics is not None and statistics.separable
+    return len(shape) == 3 and shape[0] == 3 and not separable
 
 
-def are_pictures(shape: Sequence[int]) -> bool:
+def are_pictures(shape: Sequence[int], statistics: InputStatistics | None = None) -> bool:
     """Whether inputs of a shape (C, *size) are taken to be pictures, grey ones too."""
-    return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
+    separable = statistics is not None and statistics.separable
+    return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1 and not separable
 
 
 def scene_exponent(shape: Sequence[int]) -> float:
@@ -229,7 +261,7 @@ def scene_exponent(shape: Sequence[int]) -> float:
     return SCENE_EXPONENT if are_photographs(shape) else SPECTRUM_EXPONENTS[len(shape) - 1]
 
 
-def _channel_covariance(channels: int, statistics: InputStatistics | None) -> Tensor:
+def _channel_covariance(channels: int, axes: int, statistics: InputStatistics | None) -> Tensor:
     """Covariance of an input's channels, float64, shape (C, C)."""
     if statistics is not None and len(statistics.mean) != channels:
         raise UserError(f"the input has {channels} channels, its statistics {len(statistics.mean)}")
@@ -238,6 +270,9 @@ def _channel_covariance(channels: int, statistics: InputStatistics | None) -> Te
     covariance = torch.eye(channels, dtype=torch.float64)
     if channels == 3:
         covariance = torch.tensor(_RGB_CORRELATION, dtype=torch.float64)
+    elif channels > 3 and axes == 2:
+        bands = torch.arange(channels, dtype=torch.float64)
+        covariance = _BAND_CORRELATION ** (bands[:, None] - bands).abs()
     if statistics is not None:
         deviation = PIXEL_DEVIATION / torch.tensor(statistics.std, dtype=torch.float64)
         covariance = deviation[:, None] * covariance * deviation

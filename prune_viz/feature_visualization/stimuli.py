@@ -34,7 +34,7 @@ from prune_viz.feature_visualization.optimiser import (
     rounds,
     until,
 )
-from prune_viz.feature_visualization.priors import make_prior, tile
+from prune_viz.feature_visualization.priors import check_name, make_prior, tile
 from prune_viz.feature_visualization.rendering import plot_pictures
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.filter_network import FilterNetwork
@@ -123,8 +123,9 @@ def maximize(
         Which filters; all of the layer's by default.
     input_shape : sequence of int
         Shape of one input of the model, channels first: ``(3, 224, 224)``.
-    prior : {"natural", "none"}
-        Bound the input by the covariance of natural images, or by its L2 norm alone.
+    prior : {"natural", "spectrogram", "none"}
+        Bound the input by the covariance of natural inputs, by that of spectrograms (C, frequencies, times),
+        or by its L2 norm alone.
     steps : int
         Most steps an optimisation may take, at least 1; nearly all take fewer.
     canvas : int, optional
@@ -246,8 +247,7 @@ def check_options(prior: str, steps: int) -> None:
     """Raise `UserError` if the prior is unknown or there is no step to take."""
     if steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}")
-    if prior not in ("natural", "none"):
-        raise UserError(f"--prior is natural or none, not {prior!r}")
+    check_name(prior)
 
 
 def as_stored(images: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from prune_viz.utils.errors import UserError
 from prune_viz.utils.json_files import convert_json
 
 EXPONENTS = (0.5, 1.5)  # photographs have 0.8 to 1.2
+SEPARABLE_EXPONENTS = (0.2, 1.5)
+_CLEARLY = 0.7  # how much better a separable spectrum must fit; of photographs and digits it fits far worse
 HIGHEST_FREQUENCY = 0.35  # cycles a pixel; above it scaling and compression bend the spectrum
 FEWEST_IMAGES = 8
 SMALLEST_SIDE = 12  # leaves three frequencies below the highest
@@ -40,12 +42,36 @@ class InputStatistics:
         unknown.
     exponent : float or None
         The slope a of the amplitude spectrum ``1/f^a`` of natural inputs; None if unknown.
+    separable : bool
+        Whether the spectrum is a product of such slopes, one along each axis, and not alike in all
+        directions. Spectrograms are so: tones hardly vary along time, and clicks hardly along frequency
+        (Singh and Theunissen 2003, "Modulation spectra of natural sounds and ethological theories of
+        auditory processing").
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...] | None = None
     exponent: float | None = None
+    separable: bool = False
+
+
+def as_spectrograms(statistics: InputStatistics | None, shape: Sequence[int]) -> InputStatistics:
+    """The same for inputs that are spectrograms, of shape (C, frequencies, times).
+
+    What is not known of the normalisation is taken to be a mean of 0 and a variance of 1.
+
+    Raises
+    ------
+    UserError
+        If inputs of that shape are not of two axes.
+    """
+    if len(shape) != 3:
+        raise UserError("--prior spectrogram is for inputs of two axes, frequency and time")
+    if statistics is None:
+        channels = shape[0]
+        statistics = InputStatistics((0.5,) * channels, (0.25,) * channels)  # two deviations are 0 and 1
+    return statistics if statistics.separable else replace(statistics, exponent=None, separable=True)
 
 
 def describe_inputs(
@@ -191,11 +217,13 @@ def measure_statistics(
     scale = np.array(known.std)
     covariance = covariance / np.outer(scale, scale)
     power = power / (scale**2).reshape(-1, *[1] * len(size))
+    exponent, separable = _slope(power.sum(axis=0), size) if varies_within else (None, False)
     return InputStatistics(
         known.mean,
         known.std,
         tuple(tuple(row) for row in covariance.tolist()) if variance.max() > _FLAT else None,
-        _slope(power.sum(axis=0), size) if varies_within else None,
+        exponent,
+        separable,
     )
 
 
@@ -232,7 +260,9 @@ def measure_own_units(
         deviation = flat.std(dim=1, correction=0)
         shown = 1 / (4 * torch.where(deviation > 1e-9, deviation, 1.0))
         known = InputStatistics(tuple((0.5 - flat.mean(dim=1) * shown).tolist()), tuple(shown.tolist()))
-    return replace(known, covariance=measured.covariance, exponent=measured.exponent)
+    return replace(
+        known, covariance=measured.covariance, exponent=measured.exponent, separable=measured.separable
+    )
 
 
 def _hann(size: Sequence[int]) -> np.ndarray:
@@ -243,20 +273,36 @@ def _hann(size: Sequence[int]) -> np.ndarray:
     return window
 
 
-def _slope(power: np.ndarray, size: Sequence[int]) -> float | None:
-    """The exponent a that fits a power spectrum ``1/f^(2a)`` at the frequencies of a real FFT."""
+def _slope(power: np.ndarray, size: Sequence[int]) -> tuple[float | None, bool]:
+    """The exponent a that fits a power spectrum at the frequencies of a real FFT, and if it is separable.
+
+    Alike in all directions it is ``1/f^(2a)``, of two axes and separable ``1/(f1 f2)^(2a)``.
+    """
     shortest = min(size)
     if shortest < SMALLEST_SIDE:
-        return None
-    grids = [*(np.fft.fftfreq(extent) for extent in size[:-1]), np.fft.rfftfreq(size[-1])]
-    frequency = np.sqrt(sum(grid**2 for grid in np.meshgrid(*grids, indexing="ij")))
+        return None, False
+    grids = [*(np.abs(np.fft.fftfreq(extent)) for extent in size[:-1]), np.fft.rfftfreq(size[-1])]
+    along = np.meshgrid(*grids, indexing="ij")
+    frequency = np.sqrt(sum(grid**2 for grid in along))
     # From the second frequency on, since the window spreads the constant over the first.
     used = (frequency >= 2 / shortest - 1e-9) & (frequency <= HIGHEST_FREQUENCY)
+    smallest = np.finfo(float).tiny
+    if len(size) == 2:
+        amplitudes = 0.5 * np.log(np.maximum(power[used], smallest))
+        product = np.prod([np.maximum(grid, 1 / extent) for grid, extent in zip(along, size, strict=True)], 0)
+        slope, left = _line(np.log(product[used]), amplitudes)
+        if left < _CLEARLY * _line(np.log(frequency[used]), amplitudes)[1]:
+            return float(np.clip(-slope, *SEPARABLE_EXPONENTS)), True
     rings = np.rint(frequency[used] * shortest).astype(int)
     members = np.bincount(rings)
     there = members > 0
     levels = np.bincount(rings, power[used])[there] / members[there]
     places = np.bincount(rings, np.log(frequency[used]))[there] / members[there]
-    amplitudes = 0.5 * np.log(np.maximum(levels, np.finfo(float).tiny))
-    slope = np.polyfit(places, amplitudes, 1)[0]
-    return float(np.clip(-slope, *EXPONENTS))
+    slope, _ = _line(places, 0.5 * np.log(np.maximum(levels, smallest)))
+    return float(np.clip(-slope, *EXPONENTS)), False
+
+
+def _line(places: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Slope of the straight line through points, and the variance that it leaves."""
+    slope, start = np.polyfit(places, values, 1)
+    return float(slope), float(np.var(values - start - slope * places))

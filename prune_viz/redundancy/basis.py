@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_viz.calibration.images import BATCH, SyntheticImages
 from prune_viz.feature_visualization.priors import are_pictures
+from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.output_kind import OutputKind, Task
@@ -123,7 +124,12 @@ def describe(
     )
 
 
-def why_rough(calibrated: SyntheticImages | None, examples: int, shape: Sequence[int]) -> str:
+def why_rough(
+    calibrated: SyntheticImages | None,
+    examples: int,
+    shape: Sequence[int],
+    statistics: InputStatistics | None = None,
+) -> str:
     """Say why what is predicted and measured is rough, and what would help; empty where it is not.
 
     Parameters
@@ -134,11 +140,13 @@ def why_rough(calibrated: SyntheticImages | None, examples: int, shape: Sequence
         How many inputs the user gave.
     shape : sequence of int
         (C, *size) of one input.
+    statistics : InputStatistics, optional
+        What is known of the inputs.
     """
     if examples >= ENOUGH_EXAMPLES:
         return ""
     reasons = []
-    if not are_pictures(shape):
+    if not are_pictures(shape, statistics):
         reasons.append("the inputs are not pictures")
     if calibrated is None or calibrated.distance is None:
         reasons.append("no batch norm shows what the training inputs were like")

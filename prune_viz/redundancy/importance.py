@@ -27,6 +27,7 @@ from prune_viz.calibration.images import (
 from prune_viz.calibration.synthetic_images import calibrate, enlarged, synthetic_count, variants
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
+from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.tracing import norms_behind
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.redundancy.dead import are_silent
@@ -62,12 +63,15 @@ class CalibrationImages:
         Seed of all that is random when they are used.
     unfitted : Tensor or None, shape (N, C, *size)
         Others of the user's images, on which it is only watched which channels are silent.
+    statistics : InputStatistics or None
+        What is known of the model's inputs.
     """
 
     synthetic: Tensor | None
     examples: Tensor | None
     seed: int
     unfitted: Tensor | None = None
+    statistics: InputStatistics | None = None
 
     def any(self) -> bool:
         """Whether there are inputs at all."""
@@ -78,7 +82,7 @@ class CalibrationImages:
         if self.synthetic is not None:
             images = self.synthetic
             larger = runs_on(model, images.shape[1], enlarged(images.shape[2:]))
-            yield from variants(images, larger, self.seed)
+            yield from variants(images, larger, self.seed, self.statistics)
 
 
 @dataclass(frozen=True)

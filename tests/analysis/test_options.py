@@ -36,7 +36,7 @@ def test_command_line_has_the_same_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"prior": "nature"}, "--prior is natural or none, not 'nature'"),
+        ({"prior": "nature"}, "--prior is natural, spectrogram or none, not 'nature'"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"canvas": 0}, "--canvas must be at least 1"),
         ({"engine": "dask"}, "--engine is local or ray, not 'dask'"),

@@ -271,6 +271,17 @@ def test_signals_and_volumes() -> None:
 
 
 @pytest.mark.slow
+def test_spectrograms_are_no_pictures(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.LazyLinear(3))
+    model(torch.zeros(1, 1, 16, 20))
+    analyze(model, input_shape=(1, 16, 20), prior="spectrogram", steps=2, out=tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["inputs"]["separable"]
+    assert "the inputs are not pictures" in RunDirectory(tmp_path / "run").read_decisions().rough
+    with pytest.raises(UserError, match="--prior spectrogram is for inputs of two axes"):
+        analyze(Plain(), input_shape=(3, 16, 16, 16), prior="spectrogram")
+
+
 def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pictures = tmp_path / "pictures"

@@ -20,6 +20,7 @@ from prune_viz.calibration.losses import Watched
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, variants
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import make_prior, scene_exponent
+from prune_viz.network.inputs import as_spectrograms
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils import memory
 from prune_viz.utils.errors import UserError
@@ -155,6 +156,8 @@ def test_variants_are_shifted_mirrored_and_enlarged() -> None:
     sizes = [moved.shape[2] for moved in variants(pictures, enlarge=True)]
     assert sizes == [16, 20] * (VARIANTS // 2)
     assert {moved.shape[2] for moved in variants(pictures, enlarge=False)} == {16}
+    spectrograms = as_spectrograms(None, (3, 16, 16))
+    assert {moved.shape[2] for moved in variants(pictures, enlarge=True, statistics=spectrograms)} == {16}
 
 
 def test_half_of_starts_are_deep_live_stimuli() -> None:

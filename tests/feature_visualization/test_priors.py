@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from prune_viz.feature_visualization.priors import (
     make_prior,
     natural_amplitude,
     scene_exponent,
+    separable_amplitude,
 )
-from prune_viz.network.inputs import InputStatistics
+from prune_viz.network.inputs import InputStatistics, as_spectrograms
 from prune_viz.utils.errors import UserError
 
 IMAGENET = InputStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -46,9 +48,10 @@ def test_without_statistics_priors_are_as_ever() -> None:
     squared = colour.mix @ colour.mix
     torch.testing.assert_close(squared.diagonal(), torch.ones(3))
     assert float(squared[0, 2]) == pytest.approx(0.79)
-    other = make_prior("natural", 4, (24, 20))
-    assert isinstance(other, NaturalPrior)
-    assert other.mix is None
+    for channels, canvas in ((2, (24, 20)), (4, (24,)), (4, (6, 6, 6))):
+        other = make_prior("natural", channels, canvas)
+        assert isinstance(other, NaturalPrior)
+        assert other.mix is None
     assert make_prior("none", 4, (24, 20)).radius == math.sqrt(4 * 24 * 20)
 
 
@@ -77,7 +80,7 @@ def test_the_map_is_symmetric() -> None:
     seed=st.integers(0, 1000),
     exponent=st.one_of(st.none(), st.floats(0.5, 1.5)),
     covariance=st.booleans(),
-    name=st.sampled_from(["natural", "none"]),
+    name=st.sampled_from(["natural", "spectrogram", "none"]),
 )
 def test_whiten_undoes_colour(
     canvas: tuple[int, ...], channels: int, seed: int, exponent: float | None, covariance: bool, name: str
@@ -118,6 +121,46 @@ def test_a_normalisation_gives_the_deviation_of_pixels() -> None:
         covariance = prior.mix @ prior.mix
         assert float(covariance[0, 0]) == pytest.approx((0.25 / 0.5) ** 2, rel=1e-4)
         assert float(covariance[0, 1]) == pytest.approx(correlation * 0.5 * 2.5, rel=1e-4, abs=1e-5)
+
+
+def test_neighbouring_bands_vary_together() -> None:
+    prior = make_prior("natural", 6, (8, 8))
+    assert isinstance(prior, NaturalPrior)
+    covariance = prior.mix @ prior.mix
+    expected = torch.tensor([[0.9 ** abs(one - other) for other in range(6)] for one in range(6)])
+    torch.testing.assert_close(covariance, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("canvas", [(16, 12), (9, 15)])
+def test_spectrograms_fall_along_each_axis(canvas: tuple[int, int]) -> None:
+    amplitude = separable_amplitude(canvas, 0.7)
+    rows, columns = canvas
+    for row, column in ((1, 1), (2, 4), (3, 1)):
+        fall = float(amplitude[row, column] / amplitude[1, 1])
+        assert fall == pytest.approx((row * column) ** -0.7, rel=1e-4)
+        assert float(amplitude[-row, column]) == pytest.approx(float(amplitude[row, column]))
+    # A tone, constant along time, is as strong as one that varies once along it.
+    assert torch.equal(amplitude[:, 0], amplitude[:, 1])
+    whole = make_prior("none", 1, canvas).whiten(torch.eye(rows * columns).view(-1, 1, *canvas))
+    prior = make_prior("spectrogram", 1, canvas)
+    power = prior.colour(whole).square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(power, torch.ones(rows * columns), rtol=1e-4, atol=1e-4)
+
+
+def test_separable_statistics_make_priors_of_spectrograms() -> None:
+    known = as_spectrograms(None, (1, 16, 16))
+    plain, asked = (make_prior(name, 1, (16, 16), statistics=known) for name in ("natural", "spectrogram"))
+    bare = make_prior("spectrogram", 1, (16, 16))
+    assert torch.equal(plain.amplitude, bare.amplitude)
+    assert torch.equal(asked.amplitude, bare.amplitude)
+    assert plain.radius == bare.radius
+    photographs = as_spectrograms(_known(1, 0, 1.4), (1, 16, 16))
+    assert photographs.exponent is None  # that was measured as of pictures
+    measured = replace(photographs, exponent=0.8)
+    steep = make_prior("spectrogram", 1, (16, 16), statistics=measured)
+    assert torch.equal(steep.amplitude, separable_amplitude((16, 16), 0.8))
+    with pytest.raises(UserError, match="of two axes"):
+        as_spectrograms(None, (1, 1024))
 
 
 def test_the_measured_exponent_is_used() -> None:

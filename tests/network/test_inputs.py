@@ -6,8 +6,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
+from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.network.inputs import (
     InputStatistics,
     given_statistics,
@@ -120,6 +122,44 @@ def test_mean_std_and_covariance_are_measured_back() -> None:
 def test_the_exponent_is_measured_back(exponent: float, size: tuple[int, ...]) -> None:
     images = _images(exponent, np.diag([0.01, 0.004]), size)
     assert measure_statistics(images).exponent == pytest.approx(exponent, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("exponent", [0.4, 0.6, 1.0])
+def test_separable_spectra_are_known_from_round_ones(exponent: float, size: tuple[int, int]) -> None:
+    white = torch.randn(32, 1, *size, generator=torch.Generator().manual_seed(0))
+    statistics = InputStatistics((0.5,), (0.25,), None, exponent, separable=True)
+    images = make_prior("natural", 1, size, statistics=statistics).colour(white)
+    measured = measure_own_units(images)
+    assert measured.separable
+    assert measured.exponent == pytest.approx(exponent, abs=TOLERANCE)
+    assert not measure_own_units(make_prior("natural", 1, size).colour(white)).separable
+
+
+def test_photographs_and_digits_are_no_spectrograms() -> None:
+    photographs = np.stack([sklearn.datasets.load_sample_image(name) for name in ("china.jpg", "flower.jpg")])
+    crops = [
+        photographs[:, top : top + 96, left : left + 96] for top in (0, 150, 300) for left in (0, 250, 500)
+    ]
+    assert not measure_statistics(np.moveaxis(np.concatenate(crops), 3, 1)).separable
+
+
+def test_tones_and_clicks_make_spectrograms() -> None:
+    random = torch.Generator().manual_seed(0)
+    times = torch.arange(8000) / 8000
+    pictures = []
+    for _ in range(32):
+        sound = 0.02 * torch.randn(8000, generator=random)
+        for start, pitch in zip(
+            torch.rand(5, generator=random), torch.rand(5, generator=random), strict=True
+        ):
+            there = (times >= start) & (times < start + 0.2)
+            sound += there * sum(
+                torch.sin(2 * math.pi * k * (80 + 400 * pitch) * times) / k for k in range(1, 8)
+            )
+        levels = torch.stft(sound, 256, 120, window=torch.hann_window(256), return_complex=True).abs()
+        pictures.append((levels + 1e-3).log()[None, :64, :64])
+    assert measure_own_units(torch.stack(pictures)).separable
 
 
 @pytest.mark.parametrize("exponent", [0.7, 1.0, 1.3])
