@@ -112,6 +112,8 @@ def channels_of(call: Call, labels: Tensor, axis: int) -> Tensor:
     """One label for each index of an axis, shape (size,); those that differ along other axes unite."""
     axis %= labels.ndim
     others = [other for other in range(labels.ndim) if other != axis]
+    if not labels.numel():
+        return blank([labels.shape[axis]])
     if is_constant(labels, others):
         return first_along(labels, others).reshape(-1)
     (small,) = shrunk([labels])

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from prune_viz.channels.calls import Call
 from prune_viz.channels.label_sets import LabelSets, blank, compact, shrunk
 from prune_viz.channels.operations import FREE, RULES, elementwise, move, reshape, unknown
-from prune_viz.channels.parameter_axes import AmbiguousError, ParameterAxes, ParameterView
+from prune_viz.channels.parameter_axes import WRITTEN, AmbiguousError, ParameterAxes, ParameterView
 from prune_viz.network.copies import as_it_was, attached
 from prune_viz.network.layer_kinds import reads_channels
 from prune_viz.utils.errors import brief
@@ -223,7 +223,17 @@ class _Labelling(TorchDispatchMode):
         labels = RULES.get(name, unknown)(call)
         for output, own in zip(outputs, [labels] if isinstance(labels, Tensor) else labels, strict=True):
             self.put(output, own, in_place)
+        if outputs and not any(output.numel() for output in outputs):
+            self._refuse_all(call, carrying, shown)
         return made
+
+    def _refuse_all(self, call: Call, carrying: list[Tensor], shown: list[Tensor]) -> None:
+        """Refuse what goes into an operation and what its weights write: nothing shows what becomes of it."""
+        call.refuse([self.labels(one) for one in carrying], _NOTHING)
+        numbers = {self._axes.number(one) for one in shown}
+        for (number, axis), roles in self._axes.roles.items():
+            if number in numbers and WRITTEN in roles:
+                self._sets.refuse(self._axes.labels[number, axis], _NOTHING)
 
     def put(self, output: Tensor, labels: Tensor, in_place: bool = False) -> None:
         """Note the labels of an activation."""
@@ -282,4 +292,5 @@ def _numbers(labels: Tensor) -> int:
 _MOVING = {rule for name, rule in RULES.items() if rule in (move, reshape) or name in ("split", "slice")}
 _WEIGHING = {RULES["convolution"], RULES["mm"]}
 _SAME_VALUES = {"clone", "alias", "detach", "contiguous", "_to_copy", "to", "lift_fresh"}
+_NOTHING = "nothing is found on the input that it is traced on, such as no box, so what reads it is not known"
 _PART = "it is written into a part of another map"

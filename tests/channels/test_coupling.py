@@ -63,6 +63,32 @@ def test_frozen_training_models_are_traced_unchanged() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+class FindsNothing(nn.Module):
+    """A detector whose heads see only what it finds, which is nothing on noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.neck = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.inner, self.outer = nn.Conv2d(6, 5, 3), nn.Conv2d(5, 2, 1)
+        self.whole = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = torch.relu(self.stem(images))
+        regions = torch.relu(self.neck(maps))
+        regions = regions[images.mean(dim=(1, 2, 3)) > 1e6]
+        return self.whole(maps), self.outer(torch.relu(self.inner(regions)))
+
+
+def test_what_only_sees_findings_is_kept_where_there_are_none() -> None:
+    groups = group_of_layer(find_groups(FindsNothing(), IMAGE))
+    assert groups["stem"].removable
+    assert {consumer.module for consumer in groups["stem"].consumers} == {"neck", "whole"}
+    for name in ("neck", "inner", "outer"):
+        assert not groups[name].removable
+    for name in ("neck", "inner"):
+        assert groups[name].note.startswith("nothing is found on the input that it is traced on")
+
+
 def test_a_model_that_does_not_run_is_untraceable() -> None:
     with pytest.raises(UntraceableError):
         find_groups(Plain(), torch.zeros(1, 5, 16, 16))
