@@ -16,6 +16,7 @@ import numpy as np
 MAX_REPRESENTATIVES = 8
 MERGE_RIDGE = 1e-4  # of a kept channel's own mean square, where all of them rebuild what is removed
 RIDGE = 1e-9  # of a channel's own mean square
+_BLOCK = 64  # channels that go before the matrices are brought up to date
 
 
 def eliminate(
@@ -44,31 +45,72 @@ def eliminate(
     count = len(weight_gram)
     inverse = invert(gram, ridge)
     weight_gram = np.pad(weight_gram, (0, 1)).astype(np.float64)
-    alive = np.ones(count + 1, dtype=bool)
-    alive[-1] = False
+    left = np.arange(count + 1)  # channels of the rows that are left, and the constant
     order: list[int] = []
-    total, damages = 0.0, []
-    for step in range(count - 1):
-        residual = 1.0 / np.maximum(np.diag(inverse), 1e-300)
-        loss = np.where(alive, np.diag(weight_gram).clip(min=0) * residual, np.inf)
-        gone = int(first[step]) if step < len(first) else int(loss.argmin())
-        total += float(loss[gone])
-        order.append(gone)
-        damages.append(total)
-        alive[gone] = False
-        column = inverse[:, gone].copy()
+    damages: list[float] = []
+    while len(order) < count - 1:
+        steps = min(_BLOCK, count - 1 - len(order))
+        ahead = [int(np.searchsorted(left, one)) for one in first[len(order) : len(order) + steps]]
+        gone, losses = _eliminate_block(inverse, weight_gram, steps, ahead)
+        order += left[gone].tolist()
+        damages += losses
+        stays = np.delete(np.arange(len(left)), gone)
+        left, inverse, weight_gram = (
+            left[stays],
+            *(one[np.ix_(stays, stays)] for one in (inverse, weight_gram)),
+        )
+    return order, np.cumsum(damages).tolist()
+
+
+def _eliminate_block(
+    inverse: np.ndarray, weight_gram: np.ndarray, steps: int, first: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """Eliminate some channels; both matrices are brought up to date in place once all are gone.
+
+    A step needs the diagonals and one column of each matrix. So its changes, of rank one and two, are kept
+    aside, and the columns are corrected by them: many changes at once are a product of matrices, and a
+    matrix too large for the cache is not written at every step.
+
+    Returns
+    -------
+    gone : list of int
+        Rows in the order in which they go.
+    losses : list of float
+        What each adds to the damage.
+    """
+    size = len(inverse)
+    columns, weights, shares = (np.zeros((size, steps)) for _ in range(3))
+    pivots = np.ones(steps)
+    residual, felt = np.diag(inverse).copy(), np.diag(weight_gram).copy()
+    alive = np.ones(size, dtype=bool)
+    alive[-1] = False
+    gone: list[int] = []
+    losses: list[float] = []
+    for step in range(steps):
+        loss = np.where(alive, felt.clip(min=0) / np.maximum(residual, 1e-300), np.inf)
+        one = first[step] if step < len(first) else int(loss.argmin())
+        losses.append(float(loss[one]))
+        before = slice(step)
+        column = inverse[:, one] - columns[:, before] @ (columns[one, before] / pivots[before])
+        shared = weight_gram[:, one] + weights[:, before] @ shares[one, before]
+        shared += shares[:, before] @ weights[one, before]
+        alive[one] = False
+        column[gone] = shared[gone] = 0.0
         # What rebuilds it: the regression of the removed channel on all that is left.
-        weights = -column / column[gone]
-        weights[gone] = 0.0
-        inverse -= np.outer(column, column) / column[gone]
-        inverse[gone, :] = inverse[:, gone] = 0.0
-        inverse[gone, gone] = 1e-300
-        shared = weight_gram[:, gone].copy()
-        shared[gone] = 0.0
-        weight_gram += np.outer(weights, shared) + np.outer(shared, weights)
-        weight_gram += weight_gram[gone, gone] * np.outer(weights, weights)
-        weight_gram[gone, :] = weight_gram[:, gone] = 0.0
-    return order, damages
+        weight = -column / column[one]
+        weight[one] = 0.0
+        own = shared[one]
+        shared[one] = 0.0
+        share = shared + own / 2 * weight
+        columns[:, step], pivots[step], weights[:, step], shares[:, step] = column, column[one], weight, share
+        residual -= column**2 / column[one]
+        felt += 2 * weight * share
+        gone.append(one)
+    inverse -= (columns / pivots) @ columns.T
+    moved = weights @ shares.T
+    weight_gram += moved
+    weight_gram += moved.T
+    return gone, losses
 
 
 def invert(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:

@@ -57,7 +57,7 @@ from prune_viz.utils.nested_tensors import tensors_of
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 STEPS = 24  # of the stimuli, instead of 176
-SINGLES = 60  # filters that are removed alone
+SINGLES = 120  # filters that are removed alone
 METHODS = ("ours", "ours, nothing in their place", "even shares", "L1", "L1 merged")
 LEAST = 1e-5  # change of an output below which two of them count as the same
 BATCH = 64

@@ -52,6 +52,21 @@ def test_order_damage_equals_least_squares(seed: int, count: int) -> None:
         assert damage[step - 1] == pytest.approx(expected, rel=1e-3, abs=1e-6 * damage[-1])
 
 
+@pytest.mark.parametrize("first", [(), (7, 2, 11, 5, 0)])
+def test_blocks_change_nothing_but_rounding(first: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(5)
+    samples = random.normal(size=(300, 23)) @ random.normal(size=(23, 23))
+    weights = random.normal(size=(9, 23))
+    gram, weight_gram = _gram_matrix_of(samples), weights.T @ weights
+    order, damage = eliminate(gram, weight_gram, first=first)
+    assert order[: len(first)] == list(first)
+    for block in (1, 2, 7, 22):
+        monkeypatch.setattr("prune_viz.redundancy.elimination._BLOCK", block)
+        again, same = eliminate(gram, weight_gram, first=first)
+        assert again == order
+        np.testing.assert_allclose(same, damage, rtol=1e-9)
+
+
 def test_each_step_removes_the_least_missed() -> None:
     random = np.random.default_rng(3)
     samples = random.normal(size=(300, 6)) @ random.normal(size=(6, 6))
