@@ -1,5 +1,4 @@
-"""From an untrusted checkpoint to a model: formats, the safe unpickler, state dicts, architectures."""
+"""From an untrusted checkpoint to a model: formats, the safe unpickler, state dicts, architectures.
 
-from prune_viz.loading.checkpoints import Checkpoint, load_checkpoint, load_model
-
-__all__ = ["Checkpoint", "load_checkpoint", "load_model"]
+Nothing is imported here: what a file is (`file_kinds`) is found before PyTorch is imported.
+"""
