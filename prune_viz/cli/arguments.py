@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.json_files import decode_json
+from prune_viz.utils.user_code import split_spec
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any] | None:
@@ -71,6 +73,18 @@ def check_budget(**given: float | None) -> dict[str, float]:
         if name != "tolerance" and value >= 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {value:g}")
     return budget
+
+
+def check_code(folder: Path | None) -> None:
+    """Raise `UserError` unless what ``--code`` names is a directory, if anything."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--code {folder} is not a directory")
+
+
+def check_spec(spec: str | None) -> None:
+    """Raise `UserError` unless ``--arch`` has the form of a SPEC, if it is given."""
+    if spec is not None:
+        split_spec(spec)
 
 
 def check_device(name: str) -> None:

@@ -13,7 +13,9 @@ import typer
 
 from prune_viz import __version__
 from prune_viz.cli.arguments import (
+    check_code,
     check_device,
+    check_spec,
     parse_kwargs,
     parse_memory,
     parse_numbers,
@@ -24,6 +26,7 @@ from prune_viz.cli.console import (
     make_console,
     make_progress,
     print_estimate,
+    print_start,
     print_status,
     print_summary,
 )
@@ -154,15 +157,21 @@ def analyze(
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
     check_device(device)
+    check_spec(arch)
+    check_code(code)
     budget = parse_memory(memory)
     if dry_run and engine is not EngineName.local:
         raise UserError("--dry-run estimates a run on this machine: leave out --engine")
     out = out or Path("reports") / model.stem
     check_writable(out)
 
+    from prune_viz.loading.file_kinds import identify
     from prune_viz.runs.ownership import check_run_directory
 
     check_run_directory(out)
+    identify(model, trust_pickle)
+    silent = quiet or as_json
+    print_start(model, silent)
 
     from prune_viz.analysis import analyze as run_analysis
     from prune_viz.analysis import estimate as estimate_analysis
@@ -171,7 +180,6 @@ def analyze(
     from prune_viz.feature_visualization.stimuli import STEPS
     from prune_viz.loading.architectures import default_normalisation
 
-    silent = quiet or as_json
     checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent)
     checkpoint = hold_as_told(checkpoint, shapes, example, budget)
     shape = input_shape_of(checkpoint)

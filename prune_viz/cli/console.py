@@ -43,6 +43,12 @@ def make_progress(silent: bool = False) -> Progress:
     return BarProgress() if sys.stderr.isatty() else PlainProgress()
 
 
+def print_start(path: Path, silent: bool = False) -> None:
+    """Print at once, on standard error, what a command begins with: importing PyTorch alone takes seconds."""
+    if not silent:
+        print(f"loading {one_line(path)}", file=sys.stderr, flush=True)
+
+
 def print_summary(result: Analysis, out: Path, console: Console) -> None:
     """Print what an analysis found, what it would save, what it took and where things lie."""
     from prune_viz.pruning.outcome import describe_change

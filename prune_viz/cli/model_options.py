@@ -111,8 +111,6 @@ def load_as_told(
 ) -> Checkpoint:
     """Read a model, and say what reading it decided by itself."""
     if code is not None:
-        if not code.is_dir():
-            raise UserError(f"--code {code} is not a directory")
         sys.path.append(str(code.absolute()))  # last, see current_directory_importable
     checkpoint = load_checkpoint(model, arch, kwargs, trust_pickle, key)
     console = make_console(silent)

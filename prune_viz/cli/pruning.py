@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from prune_viz.cli.arguments import check_budget, parse_kwargs, parse_shapes
-from prune_viz.cli.console import exit_codes, make_console
+from prune_viz.cli.arguments import check_budget, check_code, check_spec, parse_kwargs, parse_shapes
+from prune_viz.cli.console import exit_codes, make_console, print_start
 from prune_viz.cli.options import (
     Arch,
     ArchKwargs,
@@ -27,6 +27,7 @@ from prune_viz.cli.options import (
 )
 from prune_viz.utils.destinations import check_destination
 from prune_viz.utils.errors import UserError, one_line
+from prune_viz.utils.files import check_readable
 
 
 @exit_codes
@@ -85,16 +86,25 @@ def masks(
         raise UserError("--round-to needs a budget: --ratio, --macs or --tolerance")
     if review is not None and budget:
         raise UserError(f"give --review or --{next(iter(budget))}, not both")
+    check_spec(arch)
+    check_code(code)
+    kwargs = parse_kwargs(arch_kwargs)
 
+    from prune_viz.loading.file_kinds import identify
     from prune_viz.runs.run_directory import RunDirectory
 
+    RunDirectory(run).read_provenance()
     RunDirectory(run).check_masks_destination(out, review, force)
+    if review is not None:
+        check_readable(review)
+    if model is not None:
+        identify(model, trust_pickle)
 
     from prune_viz.cli.model_options import ModelOptions, analysed_model
     from prune_viz.pruning.budgets import write_masks
     from prune_viz.pruning.reviewed_masks import write_reviewed_masks
 
-    options = ModelOptions(model, arch, parse_kwargs(arch_kwargs), code, key, trust_pickle)
+    options = ModelOptions(model, arch, kwargs, code, key, trust_pickle)
     network, unmeasured = analysed_model(run, options)
     if review is None:
         outcome, lines = write_masks(run, out, round_to=round_to, model=network, **budget), []
@@ -147,6 +157,10 @@ def apply(
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")
+    check_spec(arch)
+    check_code(code)
+
+    from prune_viz.loading.file_kinds import identify
     from prune_viz.runs.run_directory import calibration_images_beside, merges_beside
 
     inputs = (model, masks, merges_beside(masks), calibration_images_beside(masks))
@@ -155,7 +169,10 @@ def apply(
         check_destination("--export", export, inputs, force)
         if export.absolute() == out.absolute():
             raise UserError(f"--export {export} is the file that --out names; name another")
-
+    identify(model, trust_pickle)
+    check_readable(masks)
+    print_start(model, as_json)
+    if export is not None:
         from prune_viz.pruning.export import check_export
 
         check_export(export)

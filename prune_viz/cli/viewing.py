@@ -26,8 +26,6 @@ def report(
     force: Force = False,
 ) -> None:
     """Write the report of RUN again, from what the run directory holds."""
-    from prune_viz.report import write_report
-    from prune_viz.report.single_file import write_single_file
     from prune_viz.runs.run_directory import RunDirectory
 
     if single_file is not None:
@@ -35,6 +33,11 @@ def report(
             raise UserError(f"--single-file {single_file} lies in the run directory; name a file elsewhere")
         check_destination("--single-file", single_file, force=force)
     directory = RunDirectory(run)
+    directory.read_provenance()
+
+    from prune_viz.report import write_report
+    from prune_viz.report.single_file import write_single_file
+
     with make_progress() as progress:
         page = write_report(directory, progress)
     console = make_console()
@@ -58,7 +61,9 @@ def figure(
     """Draw stimuli of RUN for a paper: a layer's in cluster order, or some of every depth."""
     from prune_viz.runs.run_directory import RunDirectory
 
-    check_destination("--out", out, RunDirectory(run).files, force)
+    directory = RunDirectory(run)
+    directory.read_provenance()
+    check_destination("--out", out, directory.files, force)
 
     from prune_viz.report.figures import write_figure
 
@@ -74,11 +79,14 @@ def review(
     ] = 0,
 ) -> None:
     """Serve the report of RUN to this machine alone; what is decided in it is saved as RUN/review.json."""
-    from prune_viz.report.review_server import ReviewServer
     from prune_viz.runs.run_directory import RunDirectory
 
     directory = RunDirectory(run)
+    directory.read_provenance()
     directory.read_decisions()
+
+    from prune_viz.report.review_server import ReviewServer
+
     console = make_console()
     with ReviewServer(directory, port) as server:
         console.print(f"open {server.url}", soft_wrap=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from prune_viz.network.layer_kinds import is_convolution
 from prune_viz.utils.errors import UserError
-from prune_viz.utils.user_code import current_directory_importable
+from prune_viz.utils.user_code import current_directory_importable, split_spec
 
 LARGEST_INPUT = 2**26  # numbers that a file may say an input has
 
@@ -92,9 +92,7 @@ def resolve_architecture(spec: str, kwargs: Mapping[str, Any] | None = None) -> 
         If there is no such architecture, or building it fails.
     """
     kwargs = dict(kwargs or {})
-    home, _, name = spec.partition(":")
-    if not home or not name:
-        raise UserError(f"--arch {spec}: expected torchvision:NAME, timm:NAME or package.module:factory")
+    home, name = split_spec(spec)
     downloads = [key for key in kwargs if key.startswith(("weights", "pretrained"))]
     if home in ("torchvision", "timm") and downloads:
         raise UserError(f"--arch-kwargs: leave out {downloads[0]}; the weights come from the model file")

@@ -7,6 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prune_viz.utils.errors import UserError
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split an architecture's SPEC into its library or module, and its name there.
+
+    Raises
+    ------
+    UserError
+        If it has not that form.
+    """
+    home, _, name = spec.partition(":")
+    if not home or not name:
+        raise UserError(f"--arch {spec}: expected torchvision:NAME, timm:NAME or package.module:factory")
+    return home, name
+
 
 @contextmanager
 def current_directory_importable() -> Iterator[None]:

@@ -28,11 +28,17 @@ def run(*arguments: object):
 def assert_refused(result, *says: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    lines = without_start(result.stderr)
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     for text in says:
         assert text in lines[0]
+
+
+def without_start(stderr: str) -> list[str]:
+    """The lines of standard error but for the one that says what is loaded."""
+    lines = stderr.splitlines()
+    return lines[1:] if lines and lines[0].startswith("loading ") else lines
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +82,58 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert result.returncode == 0
     assert "Usage: prune-viz" in result.stdout
     assert "HEAVY set()" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("analyze model.pt --nonsense", "--nonsense"),
+        ("analyze model.pt --steps 0", "--steps"),
+        ("analyze missing.pt", "missing.pt does not exist"),
+        ("analyze text.pt", "is not a PyTorch checkpoint"),
+        ("analyze cut.pt", "was cut short"),
+        ("analyze .", "is a directory"),
+        ("analyze model.pt --arch resnet18", "expected torchvision:NAME"),
+        ("analyze model.pt --code nowhere", "--code nowhere is not a directory"),
+        ("analyze model.pt --out text.pt", "is not a directory"),
+        ("apply missing.pt masks.pt --out new.pt", "missing.pt does not exist"),
+        ("apply model.pt missing.pt --out new.pt", "missing.pt does not exist"),
+        ("status nowhere", "nowhere is not a prune-viz run"),
+        ("masks nowhere", "nowhere is not a prune-viz run"),
+        ("report nowhere", "nowhere is not a prune-viz run"),
+        ("figure nowhere --out new.svg", "nowhere is not a prune-viz run"),
+        ("review nowhere", "nowhere is not a prune-viz run"),
+    ],
+)
+def test_what_is_plainly_wrong_is_refused_before_torch_is_imported(
+    here: Path, weights: Path, command: str, says: str
+) -> None:
+    Path("text.pt").write_text("just some text that is no model")
+    Path("cut.pt").write_bytes(weights.read_bytes()[:-30])
+    code = (
+        "import atexit, sys\nfrom prune_viz import cli\n"
+        "atexit.register(lambda: print('HEAVY', sorted(HEAVY & set(sys.modules))))\n"
+        "HEAVY = {'torch', 'torchvision', 'pandas', 'sklearn', 'matplotlib', 'umap'}\ncli.main()\n"
+    )
+    result = python("-c", code, *command.split())
+    assert (result.returncode, result.stdout) == (2, "HEAVY []\n")
+    assert len(result.stderr.splitlines()) == 1
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"], ["--json"]])
+def test_what_is_loaded_is_said_before_torch_is_imported(weights: Path, options: list[str]) -> None:
+    code = (
+        "import sys\nfrom prune_viz import cli\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': sys.exit('torch is imported')\n"
+        "sys.meta_path.insert(0, Finder())\ncli.main()\n"
+    )
+    said = [] if options else ["loading model.pt"]
+    assert python("-c", code, "analyze", "model.pt", *options).stderr.splitlines() == [
+        *said, "torch is imported"
+    ]  # fmt: skip
 
 
 def test_version() -> None:
@@ -169,7 +227,7 @@ def test_warnings_of_a_crafted_file_stay_silent(here: Path) -> None:
     for name in ("sparse.pt", "complex.pt"):
         result = python("-W", "always", "-m", "prune_viz", "analyze", name, *DIGITS, "--out", "run")
         assert result.returncode == 2
-        assert result.stderr.count("\n") == 1, result.stderr
+        assert len(without_start(result.stderr)) == 1, result.stderr
 
 
 @pytest.mark.slow
@@ -181,8 +239,8 @@ def test_pickled_code_is_refused_and_never_runs(here: Path) -> None:
     torch.save(Hostile(), "model.pt")
     result = python("-m", "prune_viz", "analyze", "model.pt")
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: model.pt holds pickled code")
+    (line,) = without_start(result.stderr)
+    assert line.startswith("error: model.pt holds pickled code")
     assert "--trust-pickle" in result.stderr
     assert written(here) == {"model.pt"}
 
@@ -287,7 +345,7 @@ def test_what_only_the_analysis_can_see(
     assert caught.value.code == 2
     shown = capsys.readouterr()
     assert says in shown.err
-    assert shown.err.count("\n") == 1
+    assert len(without_start(shown.err)) == 1
     assert written(here) == {"model.pt"}
 
 
@@ -305,7 +363,7 @@ def test_analyze_reports_and_guards_its_directory(here: Path, trained: DigitsNet
     torch.save(trained.state_dict(), "digits.pt")
     result = run("analyze", "digits.pt", *DIGITS, "--layers", "conv1", "--steps", "4")
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert result.stderr == "loading digits.pt\n"
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["filters", "12"]
     parameters = f"{sum(parameter.numel() for parameter in trained.parameters()):,}"
@@ -380,7 +438,7 @@ def test_apply_remove_writes_a_smaller_model_that_loads(
 ) -> None:
     merged = run("apply", "model.pt", "masks.pt", "--out", "small.pt", "--mode", "remove")
     assert merged.exit_code == 0, merged.output
-    assert merged.stderr == ""
+    assert merged.stderr == "loading model.pt\n"
     assert "10 of 94 filters removed, merged into the rest" in merged.stdout
     assert "\nchange of the output: predicted 0.25 nats\n" in merged.stdout
     assert "parameters: 15,472 -> 12,702 (-17.9%)" in merged.stdout
