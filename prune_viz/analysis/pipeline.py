@@ -1,41 +1,31 @@
-"""The whole way from a model to a run directory: `analyze`."""
+"""The whole way from a model to a run directory: `analyze`.
+
+What is asked is checked before the stages are imported: they bring libraries that take seconds.
+"""
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-import pandas as pd
-import torch
 from torch import nn
 
-from prune_viz.analysis.conclude import conclude
-from prune_viz.analysis.dry_run import Estimate, estimate_run
 from prune_viz.analysis.options import AnalysisOptions, OptionFields
-from prune_viz.analysis.prepare import Prepared, prepare
-from prune_viz.execution.executors import Engine, LocalEngine, run_tasks
-from prune_viz.execution.memory_plan import MemoryPlan
-from prune_viz.execution.run_context import RunContext
-from prune_viz.execution.task_results import TaskResults
-from prune_viz.execution.tasks import Task, plan_tasks, stimuli_key
-from prune_viz.network.copies import plain_copy
-from prune_viz.network.cost import count_cost
-from prune_viz.pruning.masks import Masks
-from prune_viz.report import write_report
-from prune_viz.runs.log import RunLog, now
-from prune_viz.runs.ownership import check_run_directory, claimed
-from prune_viz.runs.run_directory import LayerFiles, LayerTensors, RunDirectory
-from prune_viz.runs.stages import Log, Stages, peak_mib, versions
-from prune_viz.utils.errors import RunInterruptedError, UserError, one_line
-from prune_viz.utils.memory import Budget
+from prune_viz.analysis.prepare import prepare
+from prune_viz.runs.ownership import check_run_directory
+from prune_viz.runs.run_directory import LayerTensors, RunDirectory
+from prune_viz.utils.errors import UserError
 from prune_viz.utils.progress import Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from prune_viz.analysis.dry_run import Estimate
+    from prune_viz.pruning.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -114,24 +104,14 @@ def analyze(
     prepared = prepare(model, asked, out, source.get("sha256"))
     for sentence in prepared.warnings:
         progress.say(sentence)
-    provenance = _provenance(prepared, source, asked)
-    make_engine = _engine_maker(prepared, asked, progress)
 
-    def run_in(folder: Path, report: bool) -> Analysis:
-        context = RunContext(
-            asked.seed,
-            prepared.statistics,
-            prepared.output,
-            replace(Budget.of(prepared.network.device, asked.memory), folder=folder),
-            progress,
-            Stages(RunLog(RunDirectory(folder).log_file)),
-        )
-        return _run(prepared, RunDirectory(folder), provenance, make_engine, context, fresh, report)
+    from prune_viz.analysis.planned_run import PlannedRun
 
+    planned = PlannedRun(prepared, asked, source, progress)
     if out is not None:
-        return run_in(Path(out), report=True)
+        return planned.write(RunDirectory(Path(out)), fresh, report=True)
     with tempfile.TemporaryDirectory(prefix="prune-viz-") as folder:
-        result = run_in(Path(folder), report=False)
+        result = planned.write(RunDirectory(Path(folder)), fresh, report=False)
         return replace(result, layers=dict(result.layers), out=None)
 
 
@@ -157,148 +137,9 @@ def estimate(
     start = time.perf_counter()
     prepared = prepare(model, asked, out, None)
     preparation = time.perf_counter() - start
+
+    from prune_viz.analysis.dry_run import estimate_run
+
     with progress or Progress() as shown:
         found = estimate_run(prepared, asked, shown)
     return replace(found, seconds={"preparation": preparation, **found.seconds})
-
-
-def _engine_maker(prepared: Prepared, options: AnalysisOptions, progress: Progress) -> Callable[[], Engine]:
-    """Return a factory of the engine.
-
-    This machine's memory is planned at once, so that too little is reported before anything of an earlier run
-    is cleared away.
-    """
-    settings = options.stimulus_settings(prepared.statistics)
-    network = prepared.network
-    if options.engine == "local":
-        plan = MemoryPlan(network, options.memory, options.workers)
-        return lambda: LocalEngine(network, settings, plan.workers, plan.batch, progress)
-
-    def on_cluster() -> Engine:
-        from prune_viz.execution.ray_executor import RayEngine, Work
-
-        plain = plain_copy(prepared.model).cpu()  # parametrisations cannot be sent
-        work = Work(plain, network.input_shape, options.canvas, network.device.type, settings, network.linear)
-        return RayEngine(work, options.workers, options.gpus_per_task, progress)
-
-    return on_cluster
-
-
-def _run(
-    prepared: Prepared,
-    run: RunDirectory,
-    provenance: dict[str, Any],
-    make_engine: Callable[[], Engine],
-    context: RunContext,
-    fresh: bool,
-    report: bool,
-) -> Analysis:
-    """Fill a run directory, or take up where an earlier process stopped."""
-    stages, log = context.stages, context.stages.log
-    key = stimuli_key(provenance, AnalysisOptions.of_stimuli(provenance["options"]))
-    tasks = plan_tasks(prepared.network, prepared.records, key)
-    provenance = {**provenance, "key": key, "tasks": len(tasks)}
-    with (
-        claimed(run, str(prepared.origin.file), fresh),
-        _recording_state(run, provenance, log),
-        context.progress,
-    ):
-        with stages.timed("stimuli"):
-            provenance["notes"] += _find_stimuli(prepared, run, tasks, key, make_engine, context)
-        concluded = conclude(prepared, run, key, context)
-        provenance["notes"] += concluded.notes
-        provenance.update(concluded.provenance, stages=stages.listed(), finished=now())
-        run.write_provenance(provenance)  # which the report shows
-        if report:
-            with stages.timed("report"):
-                write_report(run, context.progress)
-        provenance["stages"] = stages.listed()
-    summary = {**concluded.provenance["summary"], "seconds": stages.total(), "peak_mib": peak_mib()}
-    found = LayerFiles(run, prepared.records)
-    return Analysis(concluded.filters, concluded.masks, found, summary, run.path)
-
-
-@contextmanager
-def _recording_state(run: RunDirectory, provenance: dict[str, Any], log: Log) -> Iterator[None]:
-    """Keep in `run.json` and the log how a run stands: running, then complete or stopped by what.
-
-    A process that is killed leaves it at running; the directory's lock shows whether it still is.
-    """
-    provenance["state"] = "running"
-    run.write_provenance(provenance)
-    log("run started", tasks=provenance["tasks"], process=os.getpid())
-    try:
-        yield
-    except BaseException as error:
-        what = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-        with suppress(UserError):  # the disk may be full
-            run.write_provenance({**provenance, "state": "stopped", "stopped_by": what})
-            log("run stopped", why=what)
-        if isinstance(error, KeyboardInterrupt):
-            raise RunInterruptedError from None
-        raise
-    provenance["state"] = "complete"
-    run.write_provenance(provenance)
-    log("run complete")
-
-
-def _find_stimuli(
-    prepared: Prepared,
-    run: RunDirectory,
-    tasks: Sequence[Task],
-    key: str,
-    make_engine: Callable[[], Engine],
-    context: RunContext,
-) -> list[str]:
-    """Have every layer's stimuli and responses found that the run directory does not hold yet.
-
-    Returns a note on each layer that cannot be analysed, or has filters whose optimisation diverged.
-    """
-    progress = context.progress
-
-    def weights(name: str) -> np.ndarray | None:
-        found = prepared.network.input_weights(name)
-        return None if found is None else found.float().cpu().numpy()
-
-    results = TaskResults(run, prepared.records, tasks, key, weights)
-    progress.start("stimuli", sum(record.filters for record in prepared.records))
-    progress.advance(sum(task.filters for task in results.done))
-    if len(results.done) < len(tasks):
-        with make_engine() as engine:
-            run_tasks(tasks, results, engine, context.stages.log, lambda task: progress.note(task.layer))
-    progress.finish()
-    results.tidy()
-    notes = []
-    for name, metadata in results.metadata.items():
-        if metadata["failed"]:
-            notes.append(f"{name} could not be analysed: {metadata['failed']}.")
-        if metadata["diverged"]:
-            notes.append(
-                f"{name}: the optimisation of filters {metadata['diverged']} diverged; their "
-                "stimuli are the best finite ones found, if any."
-            )
-    return notes
-
-
-def _provenance(prepared: Prepared, source: Mapping[str, Any], options: AnalysisOptions) -> dict[str, Any]:
-    """What `run.json` holds before anything is found."""
-    cost = count_cost(prepared.model, prepared.network.input_shape)
-    return {
-        "model": {
-            "path": None, "arch": None, "arch_kwargs": {}, "trust_pickle": False, "held_inputs": None,
-            **source, "sha256": prepared.origin.file, "weights": prepared.origin.weights,
-            "structure": prepared.network.structure,
-            "class_name": type(prepared.model).__name__, "parameters": cost[0], "macs": cost[1],
-            "input_shape": list(prepared.network.input_shape),
-        },
-        "output": asdict(prepared.output),
-        "inputs": None if prepared.statistics is None else asdict(prepared.statistics),
-        "options": options.recorded(str(prepared.network.device)),
-        "seed": options.seed,
-        "versions": versions(),
-        "device": str(prepared.network.device),
-        "threads": torch.get_num_threads(),
-        "started": now(),
-        "layers": [asdict(record) for record in prepared.records],
-        "notes": list(prepared.notes),
-    }  # fmt: skip

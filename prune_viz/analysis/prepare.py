@@ -17,7 +17,7 @@ from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.calls import blank_input, ordinary_input
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, as_spectrograms
-from prune_viz.network.layers import Layer, select_layers
+from prune_viz.network.layers import Layer, check_patterns, select_layers
 from prune_viz.network.output_kinds import find_output_kind
 from prune_viz.runs.fingerprint import Origin, hash_model
 from prune_viz.runs.output_kind import OutputKind, Task
@@ -95,6 +95,7 @@ def prepare(
     file_sha256 : str, optional
         SHA-256 of the file that the model came from, if it did.
     """
+    check_patterns(model, options.layers)
     check_finite(model)
     graph, untraced = _couple(model, options)
     groups, hidden = graph.groups, hidden_layers(model, graph.groups)

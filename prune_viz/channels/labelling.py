@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -27,6 +26,7 @@ from prune_viz.channels.label_sets import LabelSets, blank, compact, shrunk
 from prune_viz.channels.operations import FREE, RULES, elementwise, move, reshape, unknown
 from prune_viz.channels.parameter_axes import WRITTEN, AmbiguousError, ParameterAxes, ParameterView
 from prune_viz.network.copies import as_it_was, attached
+from prune_viz.network.dispatch import DispatchMode
 from prune_viz.network.layer_kinds import reads_channels
 from prune_viz.utils.errors import brief
 from prune_viz.utils.nested_tensors import tensors_of
@@ -164,31 +164,27 @@ def _drops(module: nn.Module) -> bool:
     return "drop" in kind or "stochastic" in kind
 
 
-class _WithoutDropout(TorchDispatchMode):
+class _WithoutDropout(DispatchMode):
     """Drops nothing, whatever drops values at random."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what an operation does, unless it drops values."""
         name = func._schema.name
         if name == "aten::bernoulli_" and func._overloadname == "float":
-            kept = args[1] if len(args) > 1 else (kwargs or {}).get("p", 0.5)
+            kept = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             return args[0].fill_(kept)  # by which it is divided then
         if name == "aten::native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-class _Labelling(TorchDispatchMode):
+class _Labelling(DispatchMode):
     """Carries labels beside the values of a forward pass."""
 
     def __init__(
         self, sets: LabelSets, axes: ParameterAxes, by_position: frozenset[int], deadline: float
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._sets, self._axes, self._by_position = sets, axes, by_position
         self._deadline = deadline
         self._labels: Any = WeakIdKeyDictionary()
@@ -200,10 +196,8 @@ class _Labelling(TorchDispatchMode):
         found: Tensor | None = self._labels.get(tensor)
         return blank(tensor.shape) if found is None else found
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what an operation does, and the same to labels."""
         made = func(*args, **kwargs)
         if time.monotonic() > self._deadline:
             raise UntraceableError("following its channels takes too long")

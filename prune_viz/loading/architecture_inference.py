@@ -25,6 +25,7 @@ from prune_viz.loading.state_dicts import (
     readings,
     tensors_in,
 )
+from prune_viz.loading.torchvision_models import torchvision_models
 from prune_viz.utils.errors import UserError
 
 _ALIKE = 0.2  # share of names, numbers left out, that a file of architectures must have in common
@@ -86,14 +87,13 @@ def recognise(state: StateDict, said: str | None = None) -> list[Candidate]:
 
 
 def _torchvision() -> dict[str, list[str]]:
-    """SPECs by the file that defines them."""
-    from torchvision import models
-
+    """SPECs by the file that defines them, those of classifiers first: they are built soonest."""
+    models = torchvision_models()
     files: dict[str, list[str]] = {}
     # Quantised ones have the names of the others, and no weights of theirs that could be analysed.
     for name in (name for name in models.list_models() if not name.startswith("quantized_")):
         files.setdefault(models.get_model_builder(name).__module__, []).append(f"torchvision:{name}")
-    return files
+    return dict(sorted(files.items(), key=lambda item: item[0].count(".")))
 
 
 def _timm() -> dict[str, list[str]]:
@@ -109,13 +109,22 @@ def _timm() -> dict[str, list[str]]:
 
 
 def _candidates(named: Sequence[StateDict], files: Mapping[str, Sequence[str]]) -> Iterator[Candidate]:
-    """What of a library's architectures is alike, from the files that are most so."""
+    """What of a library's architectures is alike, from the files that are most so.
+
+    A file whose names are all the weights' is tried as soon as it is found.
+    """
     shapes = [_without_numbers(names) for names in named]
-    likeness = {}
+    likeness: dict[str, float] = {}
     for file, specs in files.items():
         own = _without_numbers(shapes_of(specs[0], {}))
         likeness[file] = max((len(own & other) / len(own | other) for other in shapes), default=0.0)
-    nearest = sorted((file for file in files if likeness[file] >= _ALIKE), key=lambda file: -likeness[file])
+        if likeness[file] == 1:
+            del likeness[file]
+            for spec in specs:
+                yield _nearest_variant(named, spec)
+    nearest = sorted(
+        (file for file in likeness if likeness[file] >= _ALIKE), key=lambda file: -likeness[file]
+    )
     for file in nearest[:_FILES]:
         for spec in files[file]:
             yield _nearest_variant(named, spec)
@@ -159,8 +168,11 @@ class _Weightless(TorchFunctionMode):
     _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.randn)
     _FILLERS = (
         Tensor.fill_, Tensor.zero_, Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_,
-        Tensor.clamp_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.trunc_normal_,
+        Tensor.clamp_, nn.init.constant_, nn.init.ones_, nn.init.zeros_, nn.init.normal_, nn.init.uniform_,
+        nn.init.trunc_normal_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_normal_,
+        nn.init.xavier_uniform_,
     )  # fmt: skip
+    _SCALERS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -170,6 +182,8 @@ class _Weightless(TorchFunctionMode):
             kwargs["device"] = "meta"
         if func in self._FILLERS and (filled := args[0] if args else kwargs["tensor"]).is_meta:
             return filled
+        if func in self._SCALERS and args[0].is_meta and isinstance(args[1], (int, float)):
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
         return func(*args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from prune_viz.loading.torchvision_models import torchvision_models
 from prune_viz.network.layer_kinds import is_convolution
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.user_code import current_directory_importable, split_spec
@@ -114,7 +115,7 @@ def resolve_architecture(spec: str, kwargs: Mapping[str, Any] | None = None) -> 
 
 
 def _torchvision_factory(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    from torchvision import models
+    models = torchvision_models()
 
     try:
         builder = models.get_model_builder(name)
@@ -141,7 +142,7 @@ class _Inputs:
 def _published_inputs(arch: str | None) -> _Inputs:
     home, _, name = (arch or "").partition(":")
     if home == "torchvision":
-        from torchvision import models
+        models = torchvision_models()
 
         try:
             transforms = models.get_model_weights(name).DEFAULT.transforms()

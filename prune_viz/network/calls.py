@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_viz.network.copies import as_it_was, attached, have_same_parameters, plain_copy
+from prune_viz.network.dispatch import DispatchMode
 from prune_viz.network.layer_kinds import is_convolution, layers_of
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.memory import Budget, in_words
@@ -91,17 +91,16 @@ def largest_tensor(model: nn.Module, input_shape: Sequence[int]) -> int:
     return sizes.largest
 
 
-class _Sizes(TorchDispatchMode):
+class _Sizes(DispatchMode):
     """Notes the largest tensor that any operation makes, in bytes."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.largest = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what an operation does, and note how large what it made is."""
+        made = func(*args, **kwargs)
         self.largest = max([self.largest, *(one.numel() * one.element_size() for one in tensors_of(made))])
         return made
 

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prune_viz.network.layer_kinds import count_inputs, is_convolution, is_depthwise, is_transposed
+from torch import nn
+
+from prune_viz.network.layer_kinds import (
+    convolutions_of,
+    count_inputs,
+    is_convolution,
+    is_depthwise,
+    is_transposed,
+    reads_channels,
+)
 from prune_viz.utils.errors import UserError
 
 # A stimulus is at least this large and at most that, by number of spatial axes: pictures, signals, volumes.
@@ -131,6 +140,27 @@ def select_layers(
     return [
         layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)
     ]
+
+
+def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Refuse at once what can match no layer, whichever of a model's layers turn out to have filters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it does not run.
+    patterns : sequence of str
+        Shell patterns of the names of layers.
+
+    Raises
+    ------
+    UserError
+        If a pattern matches neither a convolution nor a linear layer.
+    """
+    readers = [name for name, module in model.named_modules() if reads_channels(module)]
+    for pattern in patterns:
+        if not fnmatch.filter(readers, pattern):
+            raise UserError(no_layer_message(pattern, list(convolutions_of(model)) or readers))
 
 
 def no_layer_message(wanted: str, names: Sequence[str]) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.dispatch import DispatchMode
 from prune_viz.network.outputs import by_inputs
 from prune_viz.runs.output_kind import Evidence, OutputKind, Task
 from prune_viz.utils.errors import UserError, few
@@ -118,21 +118,20 @@ def _check(task: Task, outputs: Sequence[Tensor]) -> None:
         )
 
 
-class _LastOperations(TorchDispatchMode):
+class _LastOperations(DispatchMode):
     """Notes the operation that made each tensor, and hands it on to those that are the same values."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._made: Any = WeakIdKeyDictionary()
 
     def of(self, tensor: Tensor) -> str:
         """The operation that made a tensor; empty where none did."""
         return str(self._made.get(tensor, ""))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what an operation does, and note what it made."""
+        made = func(*args, **kwargs)
         name = func._schema.name.rpartition("::")[2]
         name = name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name
         if name in _PASSED and args and isinstance(args[0], Tensor):

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from prune_viz import __version__
@@ -19,6 +18,8 @@ from prune_viz import __version__
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
+    import pandas as pd  # late: what comes before a run's stages does without
+
     return {
         "prune_viz": __version__,
         "python": platform.python_version(),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from torch import nn
+from torchvision import models
 from typer.testing import CliRunner
 
 from prune_viz import __version__, cli
@@ -84,6 +86,21 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert "HEAVY set()" in result.stdout
 
 
+# The compiler takes as long to import as the rest of torch.
+LATE = {"torch._dynamo", "pandas", "sklearn", "matplotlib", "umap"}
+
+
+def refused_without(modules: set[str], *arguments: str) -> list[str]:
+    """The lines on standard error of a command that is refused before any of the modules is imported."""
+    code = (
+        "import atexit, sys\nfrom prune_viz import cli\n"
+        f"atexit.register(lambda: print('imported', sorted({modules!r} & set(sys.modules))))\ncli.main()\n"
+    )
+    result = python("-c", code, *arguments)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (2, "imported []")
+    return result.stderr.splitlines()
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -110,15 +127,24 @@ def test_what_is_plainly_wrong_is_refused_before_torch_is_imported(
 ) -> None:
     Path("text.pt").write_text("just some text that is no model")
     Path("cut.pt").write_bytes(weights.read_bytes()[:-30])
-    code = (
-        "import atexit, sys\nfrom prune_viz import cli\n"
-        "atexit.register(lambda: print('HEAVY', sorted(HEAVY & set(sys.modules))))\n"
-        "HEAVY = {'torch', 'torchvision', 'pandas', 'sklearn', 'matplotlib', 'umap'}\ncli.main()\n"
-    )
-    result = python("-c", code, *command.split())
-    assert (result.returncode, result.stdout) == (2, "HEAVY []\n")
-    assert len(result.stderr.splitlines()) == 1
-    assert says in result.stderr
+    (line,) = refused_without({"torch", "torchvision", *LATE}, *command.split())
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--arch", "torchvision:squeezenet1_2"], "did you mean squeezenet1_1"),
+        (["--arch", "torchvision:squeezenet1_1", "--layers", "nope*"], "no layer of filters matches 'nope*'"),
+        (["--arch", "torchvision:squeezenet1_1", "--input-shape", "1,64,64"], "does not run on an input"),
+        slow(["--layers", "nope*"], "no layer of filters matches 'nope*'"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_refused_before_more_than_torch_is_imported(
+    here: Path, options: list[str], says: str
+) -> None:
+    torch.save(models.squeezenet1_1().state_dict(), "model.pt")
+    assert says in refused_without(LATE, "analyze", "model.pt", *options)[-1]
 
 
 @pytest.mark.parametrize("options", [[], ["--quiet"], ["--json"]])

@@ -223,7 +223,7 @@ def test_moved_run_goes_on(out: Path, tmp_path: Path) -> None:
 
 def test_clock_that_goes_back_harms_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prune_viz.runs.log.now", lambda: "1970-01-01T00:00:00+00:00")
-    monkeypatch.setattr("prune_viz.analysis.pipeline.now", lambda: "1970-01-01T00:00:00+00:00")
+    monkeypatch.setattr("prune_viz.analysis.planned_run.now", lambda: "1970-01-01T00:00:00+00:00")
     _analyze(out)
     assert read_status(RunDirectory(out))["state"] == "complete"
     assert read_status(RunDirectory(out))["failed"] == []
