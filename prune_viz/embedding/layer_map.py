@@ -1,8 +1,9 @@
 """Where a layer's filters stand towards each other: joint features, clusters, a map.
 
-A filter's feature joins what the stimuli that excite it look like and how it responds to all stimuli. UMAP
-draws the features in two dimensions; clusters are found in the features themselves, never in the drawing.
-Filters that respond to nothing have no feature: they are in no cluster, and set apart on the map.
+A filter's feature joins what the stimuli that excite it look like and how it responds to all stimuli. t-SNE,
+or UMAP where filters are many, draws the features in two dimensions; clusters are found in the features
+themselves, never in the drawing. Filters that respond to nothing have no feature: they are in no cluster, and
+set apart on the map.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import numpy as np
 
 from prune_viz.embedding.features import pictures_of, responding, response_profiles, scaled_pictures
 
+HANDFUL = 20  # filters of which principal components show more than neighbourhoods
+FEW = 300  # filters that t-SNE draws in a second or two; to import and compile UMAP takes many
 NEIGHBOURS = 15
+PERPLEXITY, ITERATIONS = 10, 500  # of t-SNE
 EPOCHS = 200
 PICTURE_SHARE = 0.2  # of the squared distance between unrelated filters; their responses have the rest
 CLUSTER_DIAMETER = 0.35  # unrelated filters are about 1.4 apart
@@ -48,7 +52,7 @@ def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embe
         ``[i, j]``: how strongly filter j fires on stimulus i, not negative. Where it is not finite it
         counts as none.
     seed : int
-        Of UMAP.
+        Of t-SNE and UMAP.
 
     Returns
     -------
@@ -83,7 +87,7 @@ def join(pictures: np.ndarray, profiles: np.ndarray, picture_share: float) -> np
 
 
 def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
-    """Draw features in two dimensions: UMAP, or principal components for a handful of filters.
+    """Draw features in two dimensions: principal components of a handful, t-SNE of up to `FEW`, UMAP of more.
 
     Parameters
     ----------
@@ -96,10 +100,12 @@ def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
         Positions, the same for the same features and seed.
     """
     count = len(features)
-    if count <= 5 or np.ptp(features, axis=0).max() < 1e-6:
+    if count <= HANDFUL or np.ptp(features, axis=0).max() < 1e-6:
         return _flattened(features)
+    if count <= FEW:
+        return _draw_few(features, seed)
     import torch
-    import umap
+    import umap  # late: it takes many seconds, and small networks do without
 
     threads = torch.get_num_threads()
     neighbours = min(NEIGHBOURS, count - 1)
@@ -118,6 +124,21 @@ def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
         positions = np.asarray(mapper.fit_transform(features), dtype=np.float64)
     torch.set_num_threads(threads)  # numba shares the thread pool and resets its size
     return positions
+
+
+def _draw_few(features: np.ndarray, seed: int) -> np.ndarray:
+    """The map of so few filters that t-SNE takes all their distances as they are."""
+    from sklearn.manifold import TSNE
+
+    start = _flattened(features)
+    mapper = TSNE(
+        perplexity=min(PERPLEXITY, (len(features) - 1) / 3),
+        max_iter=ITERATIONS,
+        init=1e-4 * start / start[:, 0].std(),
+        method="exact",
+        random_state=seed,
+    )
+    return np.asarray(mapper.fit_transform(features.astype(np.float64)), dtype=np.float64)
 
 
 def _flattened(features: np.ndarray) -> np.ndarray:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +22,7 @@ from prune_viz.embedding.features import (
 )
 from prune_viz.embedding.layer_map import (
     CLUSTER_DIAMETER,
+    FEW,
     draw_map,
     embed,
     find_clusters,
@@ -188,14 +194,27 @@ def test_clusters_are_numbered_by_size() -> None:
 # --- the map -----------------------------------------------------------------------------------------
 
 
-def test_map_is_deterministic_and_keeps_neighbours() -> None:
+@pytest.mark.parametrize("count", [3, 8, FEW // 6 + 1])
+def test_map_is_deterministic_and_keeps_neighbours(count: int) -> None:
     random = np.random.default_rng(0)
-    features = np.repeat(random.normal(size=(6, 5)) * 10, 8, axis=0) + random.normal(size=(48, 5)) * 0.1
+    groups = np.repeat(random.normal(size=(6, 5)) * 10, count, axis=0)
+    features = groups + random.normal(size=groups.shape) * 0.1
     positions = draw_map(features, seed=0)
     assert np.array_equal(positions, draw_map(features, seed=0))
-    spread = positions.reshape(6, 8, 2)
+    spread = positions.reshape(6, count, 2)
     inside = np.linalg.norm(spread - spread.mean(axis=1, keepdims=True), axis=2).mean()
     assert inside < 0.3 * np.linalg.norm(positions - positions.mean(axis=0), axis=1).mean()
+
+
+def test_maps_of_few_filters_do_without_umap() -> None:
+    code = (
+        "import sys, numpy as np\nfrom prune_viz.embedding.layer_map import FEW, draw_map\n"
+        "for count in (10, FEW): assert draw_map(np.random.default_rng(0).normal(size=(count, 9)), 0).any()\n"
+        "print({'umap', 'numba'} & set(sys.modules))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_nearest_neighbours_are_exact() -> None:
