@@ -16,6 +16,7 @@ from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.images import BATCH, Start, calibration_size, fitted, kept_out, natural_noise
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, synthetic_count
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.embedding.layer_map import FEW
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import tile
 from prune_viz.network.cost import count_cost
@@ -29,8 +30,8 @@ from prune_viz.utils.memory import Budget
 
 REPEATED_SECONDS, MOST_REPEATS = 1.0, 8  # of a pass of images: what it takes more each time counts
 TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
-# What maps and report take, in seconds, once and a filter.
-FIXED_SECONDS, SECONDS_PER_FILTER = 8.0, 0.003
+# What maps and report take, in seconds: once, once more where UMAP draws, and a filter.
+FIXED_SECONDS, UMAP_SECONDS, SECONDS_PER_FILTER = 2.0, 6.0, 0.003
 
 
 def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContext) -> dict[str, float]:
@@ -48,7 +49,8 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     network, judged, budget = prepared.network, prepared.judged, context.budget
     examples = 0 if prepared.examples is None else len(prepared.examples)
     filters = sum(layer.filters for layer in prepared.layers)
-    found = {"embedding and report": FIXED_SECONDS + SECONDS_PER_FILTER * filters}
+    once = FIXED_SECONDS + (UMAP_SECONDS if filters > FEW else 0.0)
+    found = {"embedding and report": once + SECONDS_PER_FILTER * filters}
     if not judged:
         return found
     channels, *extents = network.input_shape
