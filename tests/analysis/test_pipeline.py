@@ -313,6 +313,7 @@ def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
         "std": [0.2] * 3,
         "covariance": None,
         "exponent": None,
+        "separable": False,
     }
     assert not np.allclose(again.layers["conv1"].images, measured, atol=1e-2)
 

@@ -134,9 +134,9 @@ def test_what_is_plainly_wrong_is_refused_before_torch_is_imported(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--arch", "torchvision:squeezenet1_2"], "did you mean squeezenet1_1"),
+        slow(["--arch", "torchvision:squeezenet1_2"], "did you mean squeezenet1_1"),
         (["--arch", "torchvision:squeezenet1_1", "--layers", "nope*"], "no layer of filters matches 'nope*'"),
-        (["--arch", "torchvision:squeezenet1_1", "--input-shape", "1,64,64"], "does not run on an input"),
+        slow(["--arch", "torchvision:squeezenet1_1", "--input-shape", "1,64,64"], "does not run on an input"),
         slow(["--layers", "nope*"], "no layer of filters matches 'nope*'"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from sklearn.metrics import adjusted_rand_score
 
 from prune_viz.embedding.features import (
@@ -194,7 +195,7 @@ def test_clusters_are_numbered_by_size() -> None:
 # --- the map -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [3, 8, FEW // 6 + 1])
+@pytest.mark.parametrize("count", [3, 8, slow(FEW // 6 + 1)])
 def test_map_is_deterministic_and_keeps_neighbours(count: int) -> None:
     random = np.random.default_rng(0)
     groups = np.repeat(random.normal(size=(6, 5)) * 10, count, axis=0)
@@ -206,6 +207,7 @@ def test_map_is_deterministic_and_keeps_neighbours(count: int) -> None:
     assert inside < 0.3 * np.linalg.norm(positions - positions.mean(axis=0), axis=1).mean()
 
 
+@pytest.mark.slow
 def test_maps_of_few_filters_do_without_umap() -> None:
     code = (
         "import sys, numpy as np\nfrom prune_viz.embedding.layer_map import FEW, draw_map\n"

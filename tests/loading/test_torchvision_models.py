@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys, torch
 from prune_viz.loading.torchvision_models import _LateCompiler, torchvision_models
@@ -22,6 +24,7 @@ print(torchvision_models() is models)
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_comes_when_it_is_asked() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)

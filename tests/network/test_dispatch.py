@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys, torch
 from torch import nn
@@ -33,6 +35,7 @@ print(seen(torch.compile(model, backend="eager")) == before == seen(model))
 """
 
 
+@pytest.mark.slow
 def test_operations_are_seen_without_the_compiler_and_with_it() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)

@@ -68,6 +68,7 @@ def _points(ranking: Ranking) -> list[int]:
     return [flagged + round(share * (most - flagged)) for share in SHARES]
 
 
+@pytest.mark.slow
 def test_points_of_a_curve_are_what_they_cost(run: Run) -> None:
     for ranking in run.rankings:
         highest = 0.0
