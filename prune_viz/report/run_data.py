@@ -37,7 +37,7 @@ def run_data(
         ``layers``: ``name``, how that is ``shown``, ``page``, ``group`` (None for none), ``channels`` (of the
         filters; None where the numbers are the same), ``verdicts`` (a letter a filter) and
         ``damage`` (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of
-        each module; ``run``; ``unit``, how damage is written; ``verdicts``: by letter, the name and whether
+        each module; ``run``; ``predicted``, the damage of all that is flagged (None where unknown); ``unit``, how damage is written; ``verdicts``: by letter, the name and whether
         it is flagged; ``filters``, how many.
     """
     places = {
@@ -65,6 +65,7 @@ def run_data(
         )
     return {
         "run": run,
+        "predicted": None if decisions.predicted is None else decisions.predicted.damage,
         "unit": {name: getattr(decisions.damage_unit, name) for name in ("symbol", "scale", "least", "of")},
         "verdicts": {verdict.look.letter: [verdict, verdict.flagged] for verdict in Verdict},
         "filters": sum(decisions.filters.values()),

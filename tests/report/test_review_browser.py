@@ -68,6 +68,9 @@ def test_deciding_by_mouse_and_keys_gives_the_masks(
     assert len(flagged) == 2
     page = watched.open(page_of(run, "inner"))
     assert totals(page)["reviewed"].startswith("0 of ")
+    predicted = run.read_decisions().prediction
+    assert predicted is not None
+    assert totals(page)["damage"] == f"damage {predicted.text(' ')}"
     kept, gone = flagged
     case = page.locator(f".case[data-filter='{kept}']")
     case.get_by_role("button", name="Keep").click()

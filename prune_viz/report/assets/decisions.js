@@ -99,6 +99,11 @@
     return true;
   };
 
+  // What all that is flagged costs together, over the sum of what each costs alone.
+  let alone = 0;
+  channels.forEach(function (one) { if (one.flagged) alone += one.damage; });
+  const together = run.predicted && alone ? run.predicted / alone : 1;
+
   // Totals, as prune_viz.budgets counts them.
   const totals = function () {
     let filters = 0, damage = 0, reviewed = 0, added = 0;
@@ -108,7 +113,7 @@
       if (decision && one.flagged) reviewed += 1;
       if (!(decision ? decision === "remove" : one.flagged)) return;
       filters += one.size;
-      damage += one.damage;
+      damage += one.damage * (one.flagged ? together : 1);
       if (!one.flagged) added += one.size;
       gone.set(one.group, (gone.get(one.group) || 0) + 1);
     });
