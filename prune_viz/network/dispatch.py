@@ -29,7 +29,7 @@ class DispatchMode(TorchDispatchMode):
         return False
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what an operation does, and give what it gives."""
+        """Carry out an operation, or something else in its place, and return the result."""
         raise NotImplementedError
 
     @cached_property
