@@ -55,8 +55,8 @@ def main() -> None:
         finetune(parse(), console)
     except UserError as error:
         # From a process that reads pictures it comes with that one's traceback before it.
-        told = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
-        console.print(f"error: {one_line(told)}", soft_wrap=True)
+        said = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
+        console.print(f"error: {one_line(said)}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on after the last whole epoch")
@@ -127,8 +127,8 @@ def finetune(options: argparse.Namespace, console: Console) -> None:
         console.print("    0           -  " + described(*validate(model, val, options, device)))
     while training.epoch < options.epochs:
         loss = train_epoch(training, train, options, device, console)
-        told = described(*validate(model, val, options, device))
-        console.print(f"{training.epoch:>5}  {loss:>10.4f}  {told}")
+        said = described(*validate(model, val, options, device))
+        console.print(f"{training.epoch:>5}  {loss:>10.4f}  {said}")
         check_finite(model)  # rather than write what nothing can be made of
         training.save()
     make_permanent(model.cpu().eval())

@@ -15,10 +15,10 @@ def assert_equal(one: Path, other: Path) -> None:
     assert files == sorted(str(file.relative_to(other)) for file in other.rglob("*") if file.is_file())
     for file in files:
         if file.endswith(".safetensors"):
-            (first, told), (second, same) = read_arrays(one / file), read_arrays(other / file)
-            for times in (told, same):
+            (first, said), (second, same) = read_arrays(one / file), read_arrays(other / file)
+            for times in (said, same):
                 times.pop("seconds", None)
-            assert told == same, file
+            assert said == same, file
             assert first.keys() == second.keys()
             assert all(np.array_equal(first[name], second[name], equal_nan=True) for name in first), file
         elif file not in ("log.jsonl", "run.json") and not file.startswith("report/"):

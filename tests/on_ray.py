@@ -71,7 +71,7 @@ def at(out: Path, filters: int, event: Callable[[], object], workers: int = 1) -
             time.sleep(0.05)
             if (out / "run.json").exists() and read_status(RunDirectory(out))["done"] >= filters:
                 log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-                if len({told["worker"] for told in log if told["event"] == "task done"}) >= workers:
+                if len({said["worker"] for said in log if said["event"] == "task done"}) >= workers:
                     event()
                     return
 

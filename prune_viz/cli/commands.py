@@ -176,12 +176,12 @@ def analyze(
     from prune_viz.analysis import analyze as run_analysis
     from prune_viz.analysis import estimate as estimate_analysis
     from prune_viz.analysis.options import OptionFields
-    from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
+    from prune_viz.cli.model_options import hold_as_asked, input_shape_of, load_as_asked
     from prune_viz.feature_visualization.stimuli import STEPS
     from prune_viz.loading.architectures import default_normalisation
 
-    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent)
-    checkpoint = hold_as_told(checkpoint, shapes, example, budget)
+    checkpoint = load_as_asked(model, arch, kwargs, code, key, trust_pickle, silent)
+    checkpoint = hold_as_asked(checkpoint, shapes, example, budget)
     shape = input_shape_of(checkpoint)
     if normalisation == (None, None):
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation

@@ -69,7 +69,7 @@ def analysed_model(run: Path, options: ModelOptions) -> tuple[nn.Module | None, 
     key = options.key if options.key is not None else record.key or None
     try:
         arch, kwargs = architecture_of(path, about, options.arch, options.kwargs)
-        checkpoint = load_as_told(path, arch, kwargs, options.code, key, options.trust_pickle, silent=True)
+        checkpoint = load_as_asked(path, arch, kwargs, options.code, key, options.trust_pickle, silent=True)
         checkpoint = _held_as_then(checkpoint, record)
     except UserError as error:
         if named:
@@ -94,13 +94,13 @@ def _held_as_then(checkpoint: Checkpoint, record: ModelRecord) -> Checkpoint:
         return checkpoint
     words = list(record.inputs_said)
     shapes = parse_shapes(words[1::2]) if set(words[::2]) == {"--input-shape"} else []
-    held = hold_as_told(checkpoint, shapes, None) if shapes else checkpoint
+    held = hold_as_asked(checkpoint, shapes, None) if shapes else checkpoint
     if held.held is None or held.held.digest != record.held_inputs:
         raise UserError("the model was called with an --example, which the run does not hold")
     return held
 
 
-def load_as_told(
+def load_as_asked(
     model: Path,
     arch: str | None,
     kwargs: dict[str, Any] | None,
@@ -119,7 +119,7 @@ def load_as_told(
     return checkpoint
 
 
-def hold_as_told(
+def hold_as_asked(
     checkpoint: Checkpoint, shapes: list[tuple[int, ...]], example: Path | None, memory: int | None = None
 ) -> Checkpoint:
     """A checkpoint whose network takes one input, of the shape that was given, if one was.

@@ -177,11 +177,11 @@ def apply(
 
         check_export(export)
 
-    from prune_viz.cli.model_options import hold_as_told, input_shape_of, load_as_told
+    from prune_viz.cli.model_options import hold_as_asked, input_shape_of, load_as_asked
     from prune_viz.pruning.write import write_removed, write_zeroed
 
-    checkpoint = load_as_told(model, arch, kwargs, code, key, trust_pickle, silent=as_json)
-    checkpoint = hold_as_told(checkpoint, shapes, example)
+    checkpoint = load_as_asked(model, arch, kwargs, code, key, trust_pickle, silent=as_json)
+    checkpoint = hold_as_asked(checkpoint, shapes, example)
     shape = input_shape_of(checkpoint) if export or mode is Mode.remove else ()
     if mode is Mode.zero:
         applied = write_zeroed(checkpoint, masks, out, export, shape)

@@ -37,8 +37,9 @@ def run_data(
         ``layers``: ``name``, how that is ``shown``, ``page``, ``group`` (None for none), ``channels`` (of the
         filters; None where the numbers are the same), ``verdicts`` (a letter a filter) and
         ``damage`` (`packed` float32); ``groups``: ``id, channels, removable, layers, reads``; ``macs`` of
-        each module; ``run``; ``predicted``, the damage of all that is flagged (None where unknown); ``unit``, how damage is written; ``verdicts``: by letter, the name and whether
-        it is flagged; ``filters``, how many.
+        each module; ``run``; ``predicted``, the damage of all that is flagged, None where unknown;
+        ``unit``, how damage is written; ``verdicts``: by letter, the name and whether it is flagged;
+        ``filters``, how many.
     """
     places = {
         producer.layer: (group.id, dict(zip(producer.filters, producer.channels, strict=True)))

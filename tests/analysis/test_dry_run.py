@@ -81,7 +81,7 @@ def test_responses_count_by_the_square() -> None:
     assert two - one == 1000 * (2 * 3 * 64 + 4 + REPORT_BYTES[1]) + 4 * (2000**2 - 1000**2)
 
 
-def test_every_layer_and_stage_is_told_and_nothing_written(tmp_path: Path) -> None:
+def test_every_layer_and_stage_is_listed_and_nothing_written(tmp_path: Path) -> None:
     save_demo_model(DigitsNet(), [], tmp_path / "model.pt")
     before = set(tmp_path.rglob("*"))
     options = ["analyze", str(tmp_path / "model.pt"), "--out", str(tmp_path / "run"), "--dry-run"]

@@ -136,10 +136,10 @@ def test_the_run_directory_holds_the_contract(run: Analysis, planted) -> None:
         shares = planted[0](images).softmax(dim=1)
     assert calibration["confidence"] == pytest.approx(float(shares.amax(dim=1).mean()), rel=1e-4)
     assert calibration["classes"] == len(shares.argmax(dim=1).unique())
-    (told,) = [note for note in provenance.notes if note.startswith("The removal order")]
-    assert f"for {calibration['classes']} classes" in told
+    (said,) = [note for note in provenance.notes if note.startswith("The removal order")]
+    assert f"for {calibration['classes']} classes" in said
     assert 0.3 < calibration["activation_kept"] < 2
-    assert f"still activate their filters at {calibration['activation_kept']:.2f} (median) of before" in told
+    assert f"still activate their filters at {calibration['activation_kept']:.2f} (median) of before" in said
     decisions = files.read_decisions()
     assert len(decisions.verdicts) == (table["verdict"] != "keep").sum()
     for order in decisions.removal_order:
@@ -343,7 +343,7 @@ def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
     without = analyze(model, **options).filters.set_index(["layer", "filter"])
     out = tmp_path / "run"
     found = analyze(model, **options, data=pictures, out=out).filters.set_index(["layer", "filter"])
-    told = found["reason"].str.contains("never fires on the inputs of --data")
+    said = found["reason"].str.contains("never fires on the inputs of --data")
     assert found.loc[("conv1", 3), "verdict"] == "keep"
     images = torch.stack(
         [torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) / 255 for path in pictures.iterdir()]
@@ -353,8 +353,8 @@ def test_silent_on_user_images_is_not_dead(tmp_path: Path) -> None:
         second = torch.relu(model.bn2(model.conv2(first)))
         maps = {"conv1": first, "conv2": second, "conv3": torch.relu(model.conv3(second))}
     for layer, filter_ in found.index[found["verdict"] == "keep"]:
-        assert told[(layer, filter_)] == (float(maps[layer][:, filter_].abs().max()) == 0)
-    assert told[("conv1", 3)]
+        assert said[(layer, filter_)] == (float(maps[layer][:, filter_].abs().max()) == 0)
+    assert said[("conv1", 3)]
     assert not without["reason"].str.contains("--data").any()
     assert any(
         "the 12 inputs of --data" in note for note in json.loads((out / "run.json").read_text())["notes"]

@@ -225,8 +225,8 @@ def test_calibration_images_read_back_older_too(tmp_path: Path) -> None:
         assert (found.before, found.distance, found.passes, found.activation_kept) == (0.5, 0.125, 7, kept)
         assert torch.equal(found.images, images)
         assert load_synthetic_images(tmp_path / "images", "other key") is None
-    told = {"key": "key", "before": "0.5", "distance": "0.125", "passes": "7"}
-    save_file({"images": images}, tmp_path / "earlier", told)
+    said = {"key": "key", "before": "0.5", "distance": "0.125", "passes": "7"}
+    save_file({"images": images}, tmp_path / "earlier", said)
     earlier = load_synthetic_images(tmp_path / "earlier")
     assert earlier is not None
     assert earlier.activation_kept is None

@@ -621,7 +621,7 @@ def test_scripts_get_json_alone_or_nothing(digits: Digits, trained: DigitsNet, h
     assert (here / "one" / "filters.csv").read_bytes() == (here / "two" / "filters.csv").read_bytes()
 
 
-def test_status_is_told_to_people_and_to_scripts(trained: DigitsNet, here: Path) -> None:
+def test_status_is_for_people_and_for_scripts(trained: DigitsNet, here: Path) -> None:
     save_demo_model(trained, [], here / "model.pt")
     assert run("analyze", "model.pt", "--steps", 2, "--quiet", "--out", "run").exit_code == 0
     shown = run("status", "run")
@@ -629,8 +629,8 @@ def test_status_is_told_to_people_and_to_scripts(trained: DigitsNet, here: Path)
     lines = shown.stdout.splitlines()
     assert lines[0] == "complete"
     assert lines[2] == "layers:  4 of 4"
-    told = json.loads(run("status", "run", "--json").stdout)
-    assert (told["state"], told["left"], told["failed"]) == ("complete", 0, [])
+    said = json.loads(run("status", "run", "--json").stdout)
+    assert (said["state"], said["left"], said["failed"]) == ("complete", 0, [])
     assert_refused(run("status", "nowhere"), "not a prune-viz run")
 
 

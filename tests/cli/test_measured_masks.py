@@ -63,7 +63,7 @@ def test_masks_are_measured_on_the_model_named(home: Path, tmp_path: Path) -> No
         (home / "moved.pt").rename(home / "model.pt")
 
 
-def test_a_run_builds_no_code_without_being_told(home: Path, tmp_path: Path) -> None:
+def test_a_run_builds_no_code_without_being_asked(home: Path, tmp_path: Path) -> None:
     said = _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt")
     assert "asks for code, networks:Residual: pass --arch networks:Residual if you trust it" in said
     assert "change of the output: predicted" in said

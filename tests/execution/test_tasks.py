@@ -234,10 +234,10 @@ def test_a_task_that_fails_costs_only_what_starts_from_it(
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
     results = TaskResults(run, records(network), planned, "key", lambda name: None)
     log = RunLog(run.log_file)
-    with _Failing(network, error, "0.expand") as engine, pytest.raises(kind) as told:
+    with _Failing(network, error, "0.expand") as engine, pytest.raises(kind) as said:
         run_tasks(planned, results, engine, log, lambda task: None)
-    assert "1 of 7 tasks failed (blocks.0.expand, filters 0 to 23: " in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "1 of 7 tasks failed (blocks.0.expand, filters 0 to 23: " in str(said.value)
+    assert "\n" not in str(said.value)
     assert results.whole == {layer.name for layer in network.layers} - {
         "blocks.0.expand",
         "blocks.0.depthwise",
@@ -424,7 +424,7 @@ def test_a_run_that_died_in_its_report_goes_on(tmp_path: Path) -> None:
     assert not [file for file in out.iterdir() if file.name.startswith(".") and file.name != ".lock"]
 
 
-def test_a_backward_pass_that_fails_is_told_of_its_layer(tmp_path: Path) -> None:
+def test_a_backward_pass_that_fails_names_its_layer(tmp_path: Path) -> None:
     class OneWay(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x: torch.Tensor) -> torch.Tensor:

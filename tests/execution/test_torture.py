@@ -257,7 +257,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(undisturbed: Path, tmp_path: 
     assert_equal(undisturbed, Path(f"{disk}.run"))
 
 
-def test_what_stands_in_the_way_is_told_in_one_line(killed: Path) -> None:
+def test_what_stands_in_the_way_is_said_in_one_line(killed: Path) -> None:
     shutil.rmtree(killed / "tasks")
     (killed / "tasks").write_text("")
     process = start(killed, "1")

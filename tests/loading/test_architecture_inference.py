@@ -1,4 +1,4 @@
-"""Architectures told by the names and shapes of their weights."""
+"""Architectures recognised by the names and shapes of their weights."""
 
 from __future__ import annotations
 

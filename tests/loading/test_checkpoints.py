@@ -136,7 +136,7 @@ def test_half_precision_comes_out_as_float32_in_eval_mode(file: Path) -> None:
     assert not model.norm.training
 
 
-def test_safetensors_are_told_by_content(tmp_path: Path) -> None:
+def test_safetensors_are_recognised_by_content(tmp_path: Path) -> None:
     net, path = seeded(), tmp_path / "weights.bin"
     safetensors.torch.save_file(net.state_dict(), path)
     checkpoint = load_checkpoint(path, NET, {"width": 4})

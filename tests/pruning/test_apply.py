@@ -109,7 +109,7 @@ def test_norm_without_scale_stays_at_zero() -> None:
     assert (model.eval()[1](model[0](x))[:, 1] == 0).all()
 
 
-def test_whether_filters_are_at_zero_is_told() -> None:
+def test_filters_at_zero_are_recognised() -> None:
     model = randomise_norms(Plain())
     masks = {"conv1": mask_without(8, 2), "conv3": mask_without(8, 0)}
     assert not are_zero(model, masks)

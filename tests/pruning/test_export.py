@@ -33,8 +33,8 @@ def _run(path: Path, inputs: torch.Tensor) -> list[torch.Tensor]:
 def test_an_exported_network_gives_the_same_for_any_batch(tmp_path: Path, name: str, ending: str) -> None:
     make, shape = NETWORKS[name]
     model, path = randomise_norms(make()), tmp_path / f"network{ending}"
-    told = export_model(model, shape, path)
-    assert f"exported to {path}, for batches of any size" in told
+    said = export_model(model, shape, path)
+    assert f"exported to {path}, for batches of any size" in said
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # no data beside it
     inputs = torch.randn(5, *shape)
     with torch.no_grad():
@@ -58,8 +58,8 @@ class Branching(Flattening):
 
 def test_a_network_for_single_inputs_is_exported_for_them(tmp_path: Path) -> None:
     model, path = OneByOne().eval(), tmp_path / "network.pt2"
-    told = export_model(model, (1, 8, 8), path)
-    assert "for batches of one" in told
+    said = export_model(model, (1, 8, 8), path)
+    assert "for batches of one" in said
     inputs = torch.randn(1, 1, 8, 8)
     torch.testing.assert_close(_run(path, inputs)[0], model(inputs))
 

@@ -186,7 +186,7 @@ def test_an_origin_knows_its_model_by_file_or_by_weights() -> None:
     assert Origin("file", hash_model(model)).has_weights_of(model)
     assert not Origin("file", hash_model(model)).has_weights_of(other)
     assert Origin("file").has_weights_of(other)  # written before weights had digests of their own
-    assert Origin("file", hash_model(model)).has_weights_of(other.half())  # cannot be told
+    assert Origin("file", hash_model(model)).has_weights_of(other.half())  # which cannot be checked
 
 
 def _laden(*gone: int, origin: str = "a") -> Masks:

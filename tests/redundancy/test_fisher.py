@@ -184,7 +184,7 @@ class _Odd(Plain):
         (lambda y: torch.cat([y, y]), None),
     ],
 )
-def test_any_output_is_told_in_its_unit_or_not_at_all(
+def test_any_output_is_measured_in_its_unit_or_not_at_all(
     ending: Callable[[Tensor], object], unit: str | None
 ) -> None:
     torch.manual_seed(0)

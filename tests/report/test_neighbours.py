@@ -9,12 +9,12 @@ from prune_viz.report.neighbours import SHOWN, firing, similar
 from prune_viz.report.wording import nearness
 
 
-def test_who_fires_is_told_by_its_own_strongest_response() -> None:
+def test_who_fires_is_known_by_its_own_strongest_response() -> None:
     responses = np.array([[4.0, 1.0, 0.0], [2.0, 2.0, 0.0], [1.0, 0.5, 0.0]])
     assert firing(responses) == [[(1, 0.5)], [(0, 0.5)], [(0, 0.25), (1, 0.25)]]
 
 
-def test_who_responds_alike_is_told_whatever_its_strength() -> None:
+def test_who_responds_alike_is_known_whatever_its_strength() -> None:
     responses = np.random.default_rng(0).random((9, 9))
     responses[:, 4] = 3 * responses[:, 7]
     found = similar(responses)

@@ -444,8 +444,8 @@ def test_the_map_of_the_network_shows_every_filter_once(run: RunDirectory) -> No
     packed = np.frombuffer(base64.b64decode(page.data["places"]), "<u2").reshape(-1, 2)
     assert len(packed) == len(filters)
     drawn = {tuple(place) for place in places.tolist()}
-    told = np.round(packed[: own.sum()][(kept["filter"]).to_numpy()] / 65534 * page.width)
-    assert all((abs(np.array(list(drawn)) - place).max(axis=1) <= 1).any() for place in told)
+    said = np.round(packed[: own.sum()][(kept["filter"]).to_numpy()] / 65534 * page.width)
+    assert all((abs(np.array(list(drawn)) - place).max(axis=1) <= 1).any() for place in said)
     clusters = np.frombuffer(base64.b64decode(page.data["clusters"]), "<i2")
     assert clusters.tolist() == filters["cluster"].tolist()
     overview = pages(run)["index.html"]
@@ -585,9 +585,9 @@ def test_certainty_names_worst_score_and_damage() -> None:
     table = pd.DataFrame(
         {"verdict": ["redundant", "redundant", "dead", "keep"], "score": [0.9991, 0.99123, np.nan, 0.2]}
     )
-    told = certainty(table, Damage(0.0045, Unit.NATS))
-    assert "R² of at least 0.9912." in told
-    assert told.endswith("move the output by 0.0045\u202fnats.")
+    said = certainty(table, Damage(0.0045, Unit.NATS))
+    assert "R² of at least 0.9912." in said
+    assert said.endswith("move the output by 0.0045\u202fnats.")
     both = certainty(table, Damage(0.0045, Unit.NATS), Damage(0.006, Unit.NATS), "no batch norm")
     assert both.endswith(
         "by 0.0045\u202fnats, and measured to move it by 0.006\u202fnats (rough: the notes say why)."

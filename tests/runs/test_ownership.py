@@ -252,8 +252,8 @@ def test_other_users_run_is_left_alone(out: Path) -> None:
         os.write(writing, "\n".join(said).encode())
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as told:
-        lines = told.read().splitlines()
+    with os.fdopen(reading) as said:
+        lines = said.read().splitlines()
     os.wait()
     assert len(lines) == 2
     assert all("cannot be written" in line for line in lines)

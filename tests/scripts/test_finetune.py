@@ -56,8 +56,8 @@ def _run(pictures: Path, *arguments: str | Path) -> subprocess.CompletedProcess[
     return subprocess.run(_command(pictures, *arguments), capture_output=True, text=True, check=False)
 
 
-def _losses(told: str) -> list[float]:
-    rows = [line.split() for line in told.splitlines()]
+def _losses(said: str) -> list[float]:
+    rows = [line.split() for line in said.splitlines()]
     return [float(row[2]) for row in rows if len(row) == 4 and row[0].isdigit()]
 
 

@@ -17,7 +17,7 @@ def test_pick_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (MemoryError(), True),
@@ -31,8 +31,8 @@ def test_pick_device() -> None:
         (ValueError("out of memory"), False),
     ],
 )  # fmt: skip
-def test_out_of_memory_is_told_from_other_errors(error: Exception, told: bool) -> None:
-    assert is_out_of_memory(error) == told
+def test_out_of_memory_is_told_from_other_errors(error: Exception, said: bool) -> None:
+    assert is_out_of_memory(error) == said
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_only_what_a_budget_does_not_hold_goes_to_a_file() -> None:
     assert not whole.any()
 
 
-def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_disk_without_room_is_said_in_one_line(tmp_path: Path) -> None:
     store = ScratchArrays(Budget(CPU, 0, tmp_path))
     with pytest.raises(UserError, match=rf"GiB that memory does not hold cannot be kept in {tmp_path}: .+;"):
         store.zeros((2**30, 2**26))
