@@ -142,13 +142,18 @@ def rebuild(channel: int, kept: np.ndarray, gram: np.ndarray) -> np.ndarray:
     """
     constant = len(gram) - 1
     mean = gram[:, constant]
-    covariance = gram - np.outer(mean, mean)
-    target = covariance[channel, channel]
+
+    def covariance(channels: Sequence[int]) -> np.ndarray:
+        """Some rows of the covariance; all of it would cost far more than what is made of them."""
+        return gram[channels] - np.outer(mean[channels], mean)
+
+    own = covariance([channel])[0]
+    target = own[channel]
     weights = np.zeros(len(gram))
-    deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
+    deviation = np.sqrt(np.maximum(np.diag(gram) - mean**2, 0))
     usable = kept[deviation[kept] > 1e-6 * max(float(deviation.max()), 1e-30)]
     chosen: list[int] = []
-    left = covariance[channel].copy()
+    left = own
     solution = np.zeros(0)
     residual = target
     while len(chosen) < MAX_REPRESENTATIVES and len(usable) and residual > 1e-7 * target and target > 0:
@@ -158,11 +163,12 @@ def rebuild(channel: int, kept: np.ndarray, gram: np.ndarray) -> np.ndarray:
         if gain.max() <= 1e-6 * deviation[channel]:
             break
         chosen.append(best)
-        block = covariance[np.ix_(chosen, chosen)]
+        named = covariance(chosen)
+        block, wanted = named[:, chosen], named[:, channel]
         steady = block + RIDGE * np.diag(np.diag(block))
-        solution = np.linalg.solve(steady, covariance[chosen, channel])
-        left = covariance[channel] - solution @ covariance[chosen]
-        residual = target - 2 * solution @ covariance[chosen, channel] + solution @ block @ solution
+        solution = np.linalg.solve(steady, wanted)
+        left = own - solution @ named
+        residual = target - 2 * solution @ wanted + solution @ block @ solution
     weights[chosen] = solution
     weights[constant] = mean[channel] - weights[:constant] @ mean[:constant]
     return weights

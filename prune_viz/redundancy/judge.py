@@ -333,7 +333,8 @@ def _score(channel: int, weights: np.ndarray, gram: np.ndarray) -> float:
     """Share of a channel's variance that the weights rebuild, by the Gram matrices given, 0 to 1."""
     variance = gram[channel, channel] - gram[channel, -1] ** 2
     row = _residuals({channel: weights}, len(gram))[0]
-    lost = float(row @ gram @ row)
+    named = np.flatnonzero(row)  # few
+    lost = float(row[named] @ gram[np.ix_(named, named)] @ row[named])
     return 1.0 if variance <= 1e-30 else float(np.clip(1 - lost / variance, 0, 1))
 
 
@@ -346,7 +347,7 @@ def _score_kept(kept: Sequence[int], fit: np.ndarray, held_out: np.ndarray, ridg
     inverse = invert(fit[np.ix_(basis, basis)], ridge)
     diagonal = np.maximum(np.diag(inverse), 1e-300)
     rows = inverse / diagonal[:, None]  # each row: one channel minus its regression on the others
-    lost = np.einsum("ij,jk,ik->i", rows, held_out[np.ix_(basis, basis)], rows)[:-1].clip(min=0)
+    lost = ((rows @ held_out[np.ix_(basis, basis)]) * rows).sum(axis=1)[:-1].clip(min=0)
     variance = (np.diag(held_out)[kept] - held_out[kept, -1] ** 2).clip(min=1e-30)
     score[kept] = np.clip(1 - lost / variance, 0, 1)
     return score
