@@ -86,15 +86,16 @@ def _eliminate_block(
     alive[-1] = False
     gone: list[int] = []
     losses: list[float] = []
+    loss = np.full(size, np.inf)
     for step in range(steps):
-        loss = np.where(alive, felt.clip(min=0) / np.maximum(residual, 1e-300), np.inf)
+        loss[alive] = felt[alive].clip(min=0) / np.maximum(residual[alive], 1e-300)
         one = first[step] if step < len(first) else int(loss.argmin())
         losses.append(float(loss[one]))
         before = slice(step)
         column = inverse[:, one] - columns[:, before] @ (columns[one, before] / pivots[before])
         shared = weight_gram[:, one] + weights[:, before] @ shares[one, before]
         shared += shares[:, before] @ weights[one, before]
-        alive[one] = False
+        alive[one], loss[one] = False, np.inf
         column[gone] = shared[gone] = 0.0
         # What rebuilds it: the regression of the removed channel on all that is left.
         weight = -column / column[one]
