@@ -208,6 +208,13 @@ def test_bench_redundancy_gives_its_figures(
 
 
 @pytest.mark.slow
+def test_bench_judging_finds_the_copies(cut: Callable[[str], Cut]) -> None:
+    (row,) = cut("bench_judging").figures("--channels", "64")["rows"]
+    assert (row["channels"], row["flagged"]) == (64, 8)
+    assert min(row["judging"], row["ranking"]) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("flat_maps")
 def test_bench_truth_gives_how_far_figures_are_off(cut: Callable[[str], Cut], small: Any) -> None:
     bench = cut("bench_truth")
