@@ -82,6 +82,7 @@ def test_points_of_a_curve_are_what_they_cost(run: Run) -> None:
         assert ranking.damage == sorted(ranking.damage)
 
 
+@pytest.mark.slow
 def test_budgets_tried_are_what_they_cost(run: Run) -> None:
     saving = Saving(run.rankings, run.decisions.macs)
     tried = run.decisions.budgets

@@ -27,14 +27,14 @@ ARRAYS = {
 
 
 def test_arrays_come_back_as_they_went(tmp_path: Path) -> None:
-    write_arrays(tmp_path / "file", ARRAYS, {"said": "ä\n"})
-    found, said = read_arrays(tmp_path / "file")
-    assert said == {"said": "ä\n"}
+    write_arrays(tmp_path / "file", ARRAYS, {"told": "ä\n"})
+    found, told = read_arrays(tmp_path / "file")
+    assert told == {"told": "ä\n"}
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         assert found[name].dtype == array.dtype
         assert np.array_equal(found[name], array)
-    assert read_header(tmp_path / "file")["said"] == "ä\n"
+    assert read_header(tmp_path / "file")["told"] == "ä\n"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -53,8 +53,8 @@ def test_parts_make_the_file_of_the_whole(
         for index, length in enumerate(lengths)
     ]
     others = {"bytes": np.arange(3, dtype=np.uint8), "wide": np.arange(3.0)}
-    write_arrays(folder / "parts", {"array": parts, **others}, {"said": "x"})
-    write_arrays(folder / "whole", {"array": np.concatenate(parts), **others}, {"said": "x"})
+    write_arrays(folder / "parts", {"array": parts, **others}, {"told": "x"})
+    write_arrays(folder / "whole", {"array": np.concatenate(parts), **others}, {"told": "x"})
     assert (folder / "parts").read_bytes() == (folder / "whole").read_bytes()
     by_library = load_file(folder / "parts")
     assert by_library.keys() == {"array", *others}
@@ -68,10 +68,10 @@ def test_parts_make_the_file_of_the_whole(
 
 def test_what_the_library_wrote_with_the_digest_is_read(tmp_path: Path) -> None:
     """As versions before wrote it."""
-    write_arrays(tmp_path / "now", ARRAYS, {"said": "x"})
+    write_arrays(tmp_path / "now", ARRAYS, {"told": "x"})
     whole = {name: np.ascontiguousarray(array) for name, array in ARRAYS.items()}
     save_file(whole, tmp_path / "before", read_header(tmp_path / "now"))
-    assert read_arrays(tmp_path / "before")[1] == {"said": "x"}
+    assert read_arrays(tmp_path / "before")[1] == {"told": "x"}
     digest = "5b6208aa8ccb3c3b45674e31035dccd5624bc72ab011b18c6cdadf2b3a9063e7"
     assert read_header(tmp_path / "now")["sha256"] == digest
 
@@ -116,7 +116,7 @@ def test_what_is_no_array_of_ours_is_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mapped", [(), ("half", "transposed")])
 def test_any_damage_is_noticed(tmp_path: Path, mapped: tuple[str, ...]) -> None:
     path, chance = tmp_path / "file", random.Random(0)
-    write_arrays(path, ARRAYS, {"said": "x"})
+    write_arrays(path, ARRAYS, {"told": "x"})
     sound = path.read_bytes()
     noticed = 0
     for _ in range(400):
@@ -127,7 +127,7 @@ def test_any_damage_is_noticed(tmp_path: Path, mapped: tuple[str, ...]) -> None:
         if read is None:
             noticed += 1
         else:  # a bit between the header's words, say
-            assert read[1] == {"said": "x"}
+            assert read[1] == {"told": "x"}
             assert all(np.array_equal(read[0][name], array) for name, array in ARRAYS.items())
     assert noticed > 350
     for length in range(0, len(sound), 7):
@@ -136,9 +136,9 @@ def test_any_damage_is_noticed(tmp_path: Path, mapped: tuple[str, ...]) -> None:
 
 
 def test_files_without_digest_need_permission(tmp_path: Path) -> None:
-    save_file({"a": np.ones(2)}, tmp_path / "file", {"said": "x"})
+    save_file({"a": np.ones(2)}, tmp_path / "file", {"told": "x"})
     assert read_arrays(tmp_path / "file") is None
-    assert read_arrays(tmp_path / "file", strict=False)[1] == {"said": "x"}
+    assert read_arrays(tmp_path / "file", strict=False)[1] == {"told": "x"}
     assert read_arrays(tmp_path / "none", strict=False) is None
 
 
