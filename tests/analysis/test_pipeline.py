@@ -279,9 +279,10 @@ def test_spectrograms_are_no_pictures(tmp_path: Path) -> None:
     assert run["inputs"]["separable"]
     assert "the inputs are not pictures" in RunDirectory(tmp_path / "run").read_decisions().rough
     with pytest.raises(UserError, match="--prior spectrogram is for inputs of two axes"):
-        analyze(Plain(), input_shape=(3, 16, 16, 16), prior="spectrogram")
+        analyze(nn.Sequential(nn.Conv1d(1, 4, 3)), input_shape=(1, 64), prior="spectrogram", steps=2)
 
 
+@pytest.mark.slow
 def test_what_is_natural_is_measured_on_example_inputs(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pictures = tmp_path / "pictures"
