@@ -8,50 +8,22 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
+from prune_viz.analysis.found import Analysis
 from prune_viz.analysis.options import AnalysisOptions, OptionFields
 from prune_viz.analysis.prepare import prepare
 from prune_viz.runs.ownership import check_run_directory
-from prune_viz.runs.run_directory import LayerTensors, RunDirectory
+from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.progress import Progress
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from prune_viz.analysis.dry_run import Estimate
-    from prune_viz.pruning.masks import Masks
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What an analysis found.
-
-    Attributes
-    ----------
-    filters : DataFrame
-        A row a filter, columns `filters_csv.FILTER_COLUMNS`.
-    masks : Masks
-        A mask for every convolution that runs, True = keep, consistent over coupling groups.
-    layers : mapping of str to LayerTensors
-        Stimuli, activations and responses of each layer, read when asked for.
-    summary : dict
-        ``filters, keep, redundant, dead, parameters, parameters_after, macs, macs_after, seconds,
-        peak_mib``.
-    out : Path or None
-        The run directory; None if the run was not kept.
-    """
-
-    filters: pd.DataFrame
-    masks: Masks
-    layers: Mapping[str, LayerTensors]
-    summary: dict[str, Any]
-    out: Path | None
 
 
 def analyze(

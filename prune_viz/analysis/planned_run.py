@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from prune_viz.analysis.conclude import conclude
+from prune_viz.analysis.found import Analysis
 from prune_viz.analysis.options import AnalysisOptions
-from prune_viz.analysis.pipeline import Analysis
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.execution.executors import Engine, LocalEngine, run_tasks
 from prune_viz.execution.memory_plan import MemoryPlan

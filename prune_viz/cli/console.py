@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prune_viz.analysis.dry_run import Estimate
-    from prune_viz.analysis.pipeline import Analysis
+    from prune_viz.analysis.found import Analysis
     from prune_viz.utils.progress import Progress
 
 P = ParamSpec("P")
