@@ -29,7 +29,7 @@ class DispatchMode(TorchDispatchMode):
         return False
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Carry out an operation, or something else in its place, and return the result."""
+        """Run an operation, or what replaces it, and return the result."""
         raise NotImplementedError
 
     @cached_property

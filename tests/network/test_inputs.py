@@ -136,7 +136,7 @@ def test_separable_spectra_are_known_from_round_ones(exponent: float, size: tupl
     assert not measure_own_units(make_prior("natural", 1, size).colour(white)).separable
 
 
-def test_photographs_and_digits_are_no_spectrograms() -> None:
+def test_photographs_are_no_spectrograms() -> None:
     photographs = np.stack([sklearn.datasets.load_sample_image(name) for name in ("china.jpg", "flower.jpg")])
     crops = [
         photographs[:, top : top + 96, left : left + 96] for top in (0, 150, 300) for left in (0, 250, 500)
