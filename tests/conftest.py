@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from networks import random_residual, residual_with_a_copy
 from torch import nn
 
 import prune_viz as pv
-from prune_viz.calibration import synthetic_images
+from prune_viz.calibration import extent, synthetic_images
 from prune_viz.demo.digits import Digits, DigitsNet, load_digits, train_digits_net
 from prune_viz.loading import architecture_inference
 
@@ -42,20 +43,20 @@ def _seeded() -> None:
     torch.manual_seed(0)  # so that no test depends on which ran before it
 
 
-SHORT = {"IMAGES": 32, "MOST_IMAGES": 32, "_PATIENCE": 2}  # of `synthetic_images`
+SHORT: dict[tuple[ModuleType, str], int] = {(extent, "IMAGES"): 32, (synthetic_images, "_PATIENCE"): 2}
 ANALYSED: dict[str, tuple[Callable[[], nn.Module], int]] = {  # networks, and steps of their stimuli
     "residual": (random_residual, 3),
     "residual with a copy": (residual_with_a_copy, 12),
 }
-WHOLE = {name: getattr(synthetic_images, name) for name in SHORT}
+WHOLE = {(module, name): getattr(module, name) for module, name in SHORT}
 
 
 @contextmanager
-def calibrating(settings: dict[str, int]) -> Iterator[None]:
+def calibrating(settings: Mapping[tuple[ModuleType, str], int]) -> Iterator[None]:
     """Calibration with these settings."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setattr(synthetic_images, name, value)
+        for (module, name), value in settings.items():
+            patch.setattr(module, name, value)
         yield
 
 

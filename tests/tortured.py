@@ -10,10 +10,10 @@ import typer
 from torch import Tensor, nn
 
 from prune_viz.analysis.pipeline import analyze
-from prune_viz.calibration import synthetic_images
+from prune_viz.calibration import extent
 from prune_viz.cli.console import exit_codes
 from prune_viz.execution import tasks
-from prune_viz.feature_visualization import stimuli
+from prune_viz.feature_visualization import search
 
 
 class Inverted(nn.Module):
@@ -63,8 +63,8 @@ def network() -> Mobile:
 def cut_small() -> None:
     """Have tasks of four filters, and few calibration images."""
     torch.set_num_threads(1)
-    stimuli.BATCH["cpu"], tasks.BATCHES = 4, 1
-    synthetic_images.IMAGES = synthetic_images.MOST_IMAGES = 32
+    search.BATCH["cpu"], tasks.BATCHES = 4, 1
+    extent.IMAGES = 32
 
 
 def run(out: str | Path, workers: int = 1, seed: int = 0, steps: int = 40) -> None:

@@ -90,7 +90,7 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     run : RunDirectory
         Where stimuli are, and conclusions go.
     key : str
-        From `tasks.stimuli_key`.
+        Of the model and its inputs, from `tasks.stimuli_key`, on which calibration images depend.
     context : RunContext
         What the stages share. Groups are judged in parts whose Gram matrices fit in memory; those of a group
         that does not fit alone are kept in the run directory meanwhile.
@@ -184,9 +184,9 @@ def _judge(
     calibrated = None
     if judged:
         with context.stage("calibration"):
-            calibrated = _calibrate(twin, prepared, run, found, key, context)
+            calibrated = _calibrate(twin, prepared, run, key, context)
     images = RunImages(None if calibrated is None else calibrated.images, examples_to_keep(examples))
-    write_run_images(images, run.calibration_images_file, calibrated, _calibration_key(found, key, context))
+    write_run_images(images, run.calibration_images_file, calibrated, _calibration_key(key, context))
     calibration = CalibrationImages(
         images.fitted,
         None if examples is None else fitted(examples),
@@ -259,14 +259,9 @@ def _judge_on_stimuli(
 
 
 def _calibrate(
-    twin: nn.Module,
-    prepared: Prepared,
-    run: RunDirectory,
-    found: LayerFiles,
-    key: str,
-    context: RunContext,
+    twin: nn.Module, prepared: Prepared, run: RunDirectory, key: str, context: RunContext
 ) -> SyntheticImages | None:
-    """Synthetic images, those of an earlier run where they are of the same model, options and layers.
+    """Synthetic images, those of an earlier run of the same model where the directory holds them.
 
     None where the user gave examples enough, and the inputs are no photographs: those beside which nothing
     synthetic is needed.
@@ -275,15 +270,15 @@ def _calibrate(
     enough = examples is not None and len(examples) >= basis.ENOUGH_EXAMPLES
     if enough and not are_photographs(shape):
         return None
-    calibrated = load_synthetic_images(run.calibration_images_file, _calibration_key(found, key, context))
+    calibrated = load_synthetic_images(run.calibration_images_file, _calibration_key(key, context))
     if calibrated is None:
-        calibrated = synthesise_images(twin, found, shape, context)
+        calibrated = synthesise_images(twin, prepared.network, context)
     return None if enough and calibrated.distance is None else calibrated
 
 
-def _calibration_key(found: LayerFiles, key: str, context: RunContext) -> str:
+def _calibration_key(key: str, context: RunContext) -> str:
     """Digest of all that synthetic images depend on."""
-    parts = [key, list(found), asdict(context.output), synthetic_images.settings()]
+    parts = [key, asdict(context.output), synthetic_images.settings()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -21,15 +21,14 @@ import torch
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.analysis.stage_costs import estimate_conclusions
-from prune_viz.calibration.synthetic_images import synthetic_count
+from prune_viz.calibration.extent import Extent, plan_extent
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.executors import GLANCE, LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.run_context import RunContext
-from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, task_filters
+from prune_viz.execution.tasks import Begun, StimulusSettings, Task, TaskResult, task_filters
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
-from prune_viz.redundancy import importance
 from prune_viz.redundancy.group_verdicts import calibration_copy
 from prune_viz.runs.stages import peak_mib
 from prune_viz.utils.devices import WHOLE, one_thread_each
@@ -126,13 +125,16 @@ def estimate_run(prepared: Prepared, options: AnalysisOptions, progress: Progres
     """
     network, layers = prepared.network, prepared.layers
     plan = MemoryPlan(network, options.memory, options.workers)
-    judged, settings = prepared.judged, options.stimulus_settings(prepared.statistics)
+    judged, settings = prepared.judged, options.stimulus_settings(prepared.statistics, network.is_draft)
     costs = estimate_stimuli(network, layers, settings, plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
     twin = calibration_copy(prepared.model, network)
-    context = RunContext(options.seed, prepared.statistics, prepared.output, plan.budget)
+    context = RunContext(
+        options.seed, prepared.statistics, prepared.output, plan.budget, effort=options.effort
+    )
     seconds.update(estimate_conclusions(twin, prepared, context))
-    disk = disk_bytes(layers, network.input_shape, judged, seconds.get("calibration", 0) > 0)
+    extent = plan_extent(twin, network.input_shape) if seconds.get("calibration") else None
+    disk = disk_bytes(layers, network.input_shape, judged, extent)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
 
@@ -232,7 +234,7 @@ def _try(
                 producer = producers.get(name)
                 fed = found[producer].images if producer in found else None
                 task = Task(name, 0, min(count, network.layer(name).filters), producer, "", "")
-                running[name] = engine.submit(task, fed)
+                running[name] = engine.submit(task, Begun(fed))
             while wait(running.values(), timeout=GLANCE).not_done:
                 pass  # but a Ctrl-C is noticed
             found.update({name: future.result() for name, future in running.items()})
@@ -251,12 +253,14 @@ def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
 
 
 def disk_bytes(
-    layers: Sequence[Layer], input_shape: Sequence[int], groups: Sequence[CouplingGroup], calibrated: bool
+    layers: Sequence[Layer],
+    input_shape: Sequence[int],
+    groups: Sequence[CouplingGroup],
+    calibrated: Extent | None,
 ) -> int:
     """What a run directory holds in the end; calibration images only where they can be calibrated."""
-    channels, *extents = input_shape
-    size = [min(extent, importance.WIDEST[len(extents)]) for extent in extents]
-    images = 4 * synthetic_count(size) * channels * int(np.prod(size)) if calibrated else 0
+    channels = input_shape[0]
+    images = 0 if calibrated is None else 4 * calibrated.count * channels * int(np.prod(calibrated.size))
     stimuli = sum(layer.filters * (2 * channels * int(np.prod(layer.canvas)) + 4) for layer in layers)
     responses = sum(4 * layer.filters**2 for layer in layers)
     grams = sum(4 * (group.channels + 1) ** 2 for group in groups)

@@ -77,7 +77,7 @@ def make_meters(prepared: Prepared, images: RunImages, rough: bool, context: Run
     macs = count_cost(whole, shape)[1]
 
     def meter(given: Tensor, passes: int) -> OutputMeter | None:
-        chosen = affordable(given, macs, shape[1:], passes)
+        chosen = affordable(given, macs, shape[1:], passes, context.effort.measuring)
         if chosen is None:
             return None
         rows = RowLimit(context.budget, whole, backward=False).rows(chosen.shape[1:], BATCH)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Required, TypedDict
 
+from prune_viz.execution.quality import EFFORTS, Effort, Quality
 from prune_viz.execution.tasks import StimulusSettings
-from prune_viz.feature_visualization.stimuli import STEPS, check_options
+from prune_viz.feature_visualization.stimuli import DRAFT_STEPS, check_options
 from prune_viz.loading.input_data import Data, describe_data
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.redundancy.judge import TOLERANCE
@@ -26,7 +27,8 @@ class OptionFields(TypedDict, total=False):
     layers: Sequence[str]
     task: str | None
     prior: str
-    steps: int
+    quality: str
+    steps: int | None
     canvas: int | None
     seed: int
     device: str
@@ -58,8 +60,10 @@ class AnalysisOptions:
         What the network returns (`prune_viz.runs.output_kind.Task`); by default it is found out.
     prior : {"natural", "spectrogram", "none"}
         What bounds stimuli (`prune_viz.maximize`).
-    steps : int
-        Most steps of the optimiser for each stimulus.
+    quality : {"draft", "standard", "fine"}
+        How much work is done (`prune_viz.execution.quality`).
+    steps : int, optional
+        Most steps of the optimiser for each stimulus; by default by `quality`.
     canvas : int or None
         Spatial size of the stimuli; by default that of each layer's receptive field.
     seed : int
@@ -91,7 +95,8 @@ class AnalysisOptions:
     layers: Sequence[str] = ()
     task: str | None = None
     prior: str = _of_stimuli("natural")
-    steps: int = _of_stimuli(STEPS)
+    quality: str = Quality.STANDARD.value
+    steps: int | None = None
     canvas: int | None = _of_stimuli(None)
     seed: int = 0
     device: str = "auto"
@@ -104,7 +109,11 @@ class AnalysisOptions:
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(self.prior, self.steps)
+        if self.quality not in set(Quality):
+            raise UserError(f"--quality is {', '.join(Quality)}, not {self.quality!r}")
+        if self.steps is not None and self.effort.is_draft:
+            raise UserError("--steps is for pictures of full quality: leave it out with --quality draft")
+        check_options(self.prior, self.effort.steps)
         if self.task is not None and self.task not in set(Task):
             raise UserError(f"--task is {', '.join(Task)}, not {self.task!r}")
         if self.canvas is not None and self.canvas < 1:
@@ -120,6 +129,12 @@ class AnalysisOptions:
             raise UserError(f"--gpus-per-task is a share of a GPU, or a whole number, not {share:g}")
         check_sizes(self.input_shape, self.canvas, self.memory)
 
+    @property
+    def effort(self) -> Effort:
+        """How much work each stage does."""
+        effort = EFFORTS[Quality(self.quality)]
+        return effort if self.steps is None else replace(effort, steps=self.steps)
+
     def recorded(self, device: str) -> dict[str, Any]:
         """The options as `run.json` holds them, with the tolerance; seed and inputs stand by themselves.
 
@@ -130,6 +145,8 @@ class AnalysisOptions:
         """
         return {
             **{one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("stimuli")},
+            "quality": self.quality,
+            "steps": self.effort.steps,
             "data": describe_data(self.data),
             "layers": list(self.layers),
             "task": self.task,
@@ -138,11 +155,14 @@ class AnalysisOptions:
         }
 
     @staticmethod
-    def of_stimuli(recorded: dict[str, Any]) -> dict[str, Any]:
-        """Of recorded options, those on which stimuli depend."""
+    def of_stimuli(recorded: dict[str, Any], draft: bool = False) -> dict[str, Any]:
+        """Of recorded options, those on which stimuli depend, or the drafts from which they are sought."""
+        draft = draft or recorded["quality"] == Quality.DRAFT
         names = [one.name for one in fields(AnalysisOptions) if one.metadata.get("stimuli")]
-        return {name: recorded[name] for name in [*names, "device"]}
+        steps = DRAFT_STEPS if draft else recorded["steps"]
+        return {**{name: recorded[name] for name in [*names, "device"]}, "steps": steps, "draft": draft}
 
-    def stimulus_settings(self, statistics: InputStatistics | None) -> StimulusSettings:
-        """What a task needs to know of them."""
-        return StimulusSettings(self.prior, self.steps, self.seed, statistics)
+    def stimulus_settings(self, statistics: InputStatistics | None, draft: bool) -> StimulusSettings:
+        """What a task needs to know of them, or of those of drafts."""
+        steps = DRAFT_STEPS if draft else self.effort.steps
+        return StimulusSettings(self.prior, steps, self.seed, statistics)

@@ -22,10 +22,12 @@ from prune_viz.execution.task_results import TaskResults
 from prune_viz.execution.tasks import Task, plan_tasks, stimuli_key
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost
+from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.report import write_report
 from prune_viz.runs.log import RunLog, now
 from prune_viz.runs.ownership import claimed
 from prune_viz.runs.run_directory import LayerFiles, RunDirectory
+from prune_viz.runs.run_json import LayerRecord
 from prune_viz.runs.stages import Log, Stages, peak_mib, versions
 from prune_viz.utils.errors import RunInterruptedError, UserError, one_line
 from prune_viz.utils.memory import Budget
@@ -79,27 +81,41 @@ class PlannedRun:
             replace(Budget.of(prepared.network.device, options.memory), folder=run.path),
             self._progress,
             Stages(RunLog(run.log_file)),
+            options.effort,
         )
         return _run(prepared, run, self._provenance, self._make_engine, context, fresh, report)
 
 
-def _engine_maker(prepared: Prepared, options: AnalysisOptions, progress: Progress) -> Callable[[], Engine]:
-    """Return a factory of the engine.
+EngineMaker = Callable[[FilterNetwork], Engine]
+
+
+def _engine_maker(prepared: Prepared, options: AnalysisOptions, progress: Progress) -> EngineMaker:
+    """Return a factory of engines, for the network or its drafts.
 
     This machine's memory is planned at once, so that too little is reported before anything of an earlier run
     is cleared away.
     """
-    settings = options.stimulus_settings(prepared.statistics)
-    network = prepared.network
     if options.engine == "local":
-        plan = MemoryPlan(network, options.memory, options.workers)
-        return lambda: LocalEngine(network, settings, plan.workers, plan.batch, progress)
+        plan = MemoryPlan(prepared.network, options.memory, options.workers)
 
-    def on_cluster() -> Engine:
+        def here(network: FilterNetwork) -> Engine:
+            settings = options.stimulus_settings(prepared.statistics, network.is_draft)
+            return LocalEngine(network, settings, plan.workers, plan.batch, progress)
+
+        return here
+
+    def on_cluster(network: FilterNetwork) -> Engine:
         from prune_viz.execution.ray_executor import RayEngine, Work
 
-        plain = plain_copy(prepared.model).cpu()  # parametrisations cannot be sent
-        work = Work(plain, network.input_shape, options.canvas, network.device.type, settings, network.linear)
+        work = Work(
+            plain_copy(prepared.model).cpu(),  # parametrisations cannot be sent
+            network.input_shape,
+            options.canvas,
+            network.device.type,
+            options.stimulus_settings(prepared.statistics, network.is_draft),
+            network.linear,
+            network.is_draft,
+        )
         return RayEngine(work, options.workers, options.gpus_per_task, progress)
 
     return on_cluster
@@ -109,14 +125,17 @@ def _run(
     prepared: Prepared,
     run: RunDirectory,
     provenance: dict[str, Any],
-    make_engine: Callable[[], Engine],
+    make_engine: EngineMaker,
     context: RunContext,
     fresh: bool,
     report: bool,
 ) -> Analysis:
     """Fill a run directory, or take up where an earlier process stopped."""
     stages, log = context.stages, context.stages.log
-    key = stimuli_key(provenance, AnalysisOptions.of_stimuli(provenance["options"]))
+    recorded = provenance["options"]
+    draft_key = stimuli_key(provenance, AnalysisOptions.of_stimuli(recorded, draft=True))
+    key = stimuli_key(provenance, AnalysisOptions.of_stimuli(recorded))
+    model_key = stimuli_key(provenance, {name: recorded[name] for name in ("canvas", "device")})
     tasks = plan_tasks(prepared.network, prepared.records, key)
     provenance = {**provenance, "key": key, "tasks": len(tasks)}
     with (
@@ -124,9 +143,15 @@ def _run(
         _recording_state(run, provenance, log),
         context.progress,
     ):
+        found = _results(prepared, run, prepared.records, tasks, key, draft_key)
+        if not prepared.network.is_draft:
+            with stages.timed("drafts"):
+                _find_drafts(prepared, run, found, draft_key, make_engine, context)
         with stages.timed("stimuli"):
-            provenance["notes"] += _find_stimuli(prepared, run, tasks, key, make_engine, context)
-        concluded = conclude(prepared, run, key, context)
+            _find_stimuli("stimuli", prepared.network, found, tasks, make_engine, context)
+            found.tidy()
+        provenance["notes"] += _notes(found)
+        concluded = conclude(prepared, run, model_key, context)
         provenance["notes"] += concluded.notes
         provenance.update(concluded.provenance, stages=stages.listed(), finished=now())
         run.write_provenance(provenance)  # which the report shows
@@ -135,8 +160,8 @@ def _run(
                 write_report(run, context.progress)
         provenance["stages"] = stages.listed()
     summary = {**concluded.provenance["summary"], "seconds": stages.total(), "peak_mib": peak_mib()}
-    found = LayerFiles(run, prepared.records)
-    return Analysis(concluded.filters, concluded.masks, found, summary, run.path)
+    layers = LayerFiles(run, prepared.records)
+    return Analysis(concluded.filters, concluded.masks, layers, summary, run.path)
 
 
 @contextmanager
@@ -163,32 +188,59 @@ def _recording_state(run: RunDirectory, provenance: dict[str, Any], log: Log) ->
     log("run complete")
 
 
-def _find_stimuli(
+def _results(
     prepared: Prepared,
     run: RunDirectory,
+    records: Sequence[LayerRecord],
     tasks: Sequence[Task],
     key: str,
-    make_engine: Callable[[], Engine],
-    context: RunContext,
-) -> list[str]:
-    """Have every layer's stimuli and responses found that the run directory does not hold yet.
-
-    Returns a note on each layer that cannot be analysed, or has filters whose optimisation diverged.
-    """
-    progress = context.progress
+    draft_key: str = "",
+) -> TaskResults:
+    """What the run directory holds of some tasks."""
 
     def weights(name: str) -> np.ndarray | None:
         found = prepared.network.input_weights(name)
         return None if found is None else found.float().cpu().numpy()
 
-    results = TaskResults(run, prepared.records, tasks, key, weights)
-    progress.start("stimuli", sum(record.filters for record in prepared.records))
+    return TaskResults(run, records, tasks, key, weights, draft_key)
+
+
+def _find_drafts(
+    prepared: Prepared,
+    run: RunDirectory,
+    found: TaskResults,
+    draft_key: str,
+    make_engine: EngineMaker,
+    context: RunContext,
+) -> None:
+    """Have drafts found of every layer whose stimuli are not all there yet; they stand in their place."""
+    network = prepared.network.draft
+    records = [record for record in prepared.records if record.name not in found.whole]
+    tasks = plan_tasks(network, records, draft_key)
+    drafts = _results(prepared, run, records, tasks, draft_key)
+    _find_stimuli("drafts", network, drafts, tasks, make_engine, context)
+
+
+def _find_stimuli(
+    stage: str,
+    network: FilterNetwork,
+    results: TaskResults,
+    tasks: Sequence[Task],
+    make_engine: EngineMaker,
+    context: RunContext,
+) -> None:
+    """Have every layer's stimuli and responses found that the run directory does not hold yet."""
+    progress = context.progress
+    progress.start(stage, sum(task.filters for task in tasks))
     progress.advance(sum(task.filters for task in results.done))
     if len(results.done) < len(tasks):
-        with make_engine() as engine:
+        with make_engine(network) as engine:
             run_tasks(tasks, results, engine, context.stages.log, lambda task: progress.note(task.layer))
     progress.finish()
-    results.tidy()
+
+
+def _notes(results: TaskResults) -> list[str]:
+    """A note on each layer that cannot be analysed, or has filters whose optimisation diverged."""
     notes = []
     for name, metadata in results.metadata.items():
         if metadata["failed"]:

@@ -102,6 +102,8 @@ def prepare(
     network = FilterNetwork(
         model, options.input_shape, options.canvas, pick_device(options.device), linear=hidden
     )
+    if options.effort.is_draft:
+        network = network.draft
     if network.overflowing:
         raise UserError(
             f"{network.overflowing[0]} has outputs on noise that are not finite; its weights are too large"

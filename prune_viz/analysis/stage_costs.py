@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration import synthetic_images
+from prune_viz.calibration.extent import plan_extent
 from prune_viz.calibration.images import BATCH, Start, calibration_size, fitted, kept_out, natural_noise
-from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, enlarged, synthetic_count
+from prune_viz.calibration.synthetic_images import calibrate, enlarged
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.embedding.layer_map import FEW
 from prune_viz.execution.run_context import RunContext
@@ -22,7 +23,7 @@ from prune_viz.feature_visualization.priors import tile
 from prune_viz.network.cost import count_cost
 from prune_viz.pruning.curves import budget_passes, curve_passes
 from prune_viz.pruning.measuring import affordable
-from prune_viz.redundancy import basis, importance
+from prune_viz.redundancy import basis
 from prune_viz.redundancy.fisher import gather_fisher
 from prune_viz.redundancy.gram_matrices import gather_gram_matrices, rounds
 from prune_viz.redundancy.judge import judge
@@ -71,10 +72,9 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     found["gram matrices"] = gather_seconds(
         noise, filters + calibration_images.count_noise_images(context.statistics) + examples
     )
-    widest = importance.WIDEST[len(extents)]
-    size = calibration_size(twin, network.input_shape, [min(extent, widest) for extent in extents])
-    count, images = synthetic_count(size), tile(noise, size)
-    varied = count * VARIANTS
+    extent = plan_extent(twin, network.input_shape)
+    count, size, images = extent.count, extent.size, tile(noise, extent.size)
+    varied = count * context.effort.variants
     found["calibration"] = _calibration_seconds(twin, images, count, context)
     if found["calibration"]:
         large = (
@@ -86,7 +86,7 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         seconds = _seconds(
             lambda: gather_fisher(twin, judged, lambda: batches, prepared.output, seed, budget)
         )
-        found["fisher"] = seconds / 2 / BATCH * (importance.FISHER_VARIANTS * count + examples)
+        found["fisher"] = seconds / 2 / BATCH * (context.effort.sensitivity_variants * count + examples)
         found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
     with torch.no_grad():
         forward = _seconds(lambda: twin(images)) / len(images)
@@ -94,7 +94,8 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     every = images.new_zeros(1, *images.shape[1:]).expand(max(examples, count), *images.shape[1:])
     budgets = budget_passes(rough)
     passes = curve_passes(judged, rough) + budgets
-    chosen = affordable(fitted(every), count_cost(twin, network.input_shape)[1], extents, passes)
+    macs = count_cost(twin, network.input_shape)[1]
+    chosen = affordable(fitted(every), macs, extents, passes, context.effort.measuring)
     if chosen is not None:
         found["curves"] = forward * (len(chosen) * passes + len(kept_out(every)) * budgets)
     found["verdicts"] = sum(judging(group.channels) for group in judged)

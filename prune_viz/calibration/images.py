@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,14 +12,19 @@ from torch import Tensor, nn
 
 from prune_viz.calibration.dead_leaves import dead_leaves
 from prune_viz.feature_visualization.priors import make_prior, tile
+from prune_viz.feature_visualization.stimuli import DRAFT_STEPS, find_stimuli
+from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics
-from prune_viz.runs.run_directory import LayerTensors
+from prune_viz.network.layers import Layer
 from prune_viz.utils.array_files import batches_of
+from prune_viz.utils.devices import one_thread_each, workers_on
+from prune_viz.utils.errors import LayerError
 
 BATCH = 32
 _CHUNK = 4 * BATCH  # images of which a batch may be made
 NOISE_IMAGES = 256
 HELD_OUT = 1 / 4  # share of the fitted images that check verdicts and are pooled into the fit after that
+_START_BATCH = 16
 KEPT_OUT = 4  # every so-many-th image is kept out of all that is fitted or ranked, to measure on
 
 
@@ -186,27 +192,26 @@ class SyntheticImages:
 
 
 def calibration_starts(
-    layers: Mapping[str, LayerTensors],
-    input_channels: int,
+    network: FilterNetwork,
     size: Sequence[int],
     count: int,
     seed: int,
     statistics: InputStatistics | None = None,
 ) -> tuple[Start, Start]:
-    """Where synthetic images start: dead leaves, and as many stimuli of the deeper half of the layers.
+    """Where synthetic images start: dead leaves, and as many drafts of the deeper layers' stimuli.
+
+    They are sought here, so that calibration images do not depend on which layers are analysed, and how.
 
     Parameters
     ----------
-    layers : mapping of str to LayerTensors
-        The layers' stimuli, in order of depth.
-    input_channels : int
-        C.
+    network : FilterNetwork
+        The prepared network.
     size : sequence of int
         Spatial size of the calibration images.
     count : int
         How many calibration images.
     seed : int
-        Seed of the leaves.
+        Of leaves and stimuli.
     statistics : InputStatistics, optional
         What is known of the model's inputs.
 
@@ -215,17 +220,28 @@ def calibration_starts(
     leaves, stimuli : Start
         With ``count - n`` and n pictures, and the stimuli's owners.
     """
-    deep = list(layers)[len(layers) // 2 :]
+    network = network.draft
+    deep = network.layers[len(network.layers) // 2 :]
     quotas = np.diff(np.linspace(0, count // 2, len(deep) + 1).astype(int))
-    chosen = []
-    owners: list[Owner] = []
-    for name, quota in zip(deep, quotas, strict=True):
-        if quota:
-            tensors = layers[name]
-            live = np.flatnonzero(tensors.activations > 0)
-            rows = live[np.unique(np.linspace(0, len(live) - 1, quota).astype(int))] if len(live) else live
-            chosen.append(tile(torch.from_numpy(tensors.images[rows]).float(), size))
-            owners += [(name, int(row)) for row in rows]
-    stimuli = torch.cat(chosen) if chosen else torch.zeros(0, input_channels, *size)
-    leaves = dead_leaves((input_channels, *size), count - len(stimuli), seed, statistics)
-    return Start(leaves), Start(stimuli, tuple(owners))
+
+    def search(layer: Layer, quota: int) -> tuple[Tensor, list[Owner]]:
+        torch.set_num_threads(1)
+        filters = np.unique(np.linspace(0, layer.filters - 1, quota).astype(int)).tolist()
+        try:
+            found = find_stimuli(
+                network, layer.name, filters, steps=DRAFT_STEPS, seed=seed, statistics=statistics,
+                batch=_START_BATCH,
+            )  # fmt: skip
+        except LayerError:  # reported where the layer itself is analysed
+            return torch.zeros(0, network.input_shape[0], *size), []
+        live = found.activations > 0
+        chosen = [number for number, alive in zip(filters, live.tolist(), strict=True) if alive]
+        return tile(found.images[live], size), [(layer.name, number) for number in chosen]
+
+    with one_thread_each(), ThreadPoolExecutor(workers_on(network.device)) as pool:
+        asked = [(layer, int(quota)) for layer, quota in zip(deep, quotas, strict=True) if quota]
+        found = list(pool.map(lambda one: search(*one), asked))
+    owners = tuple(owner for _, own in found for owner in own)
+    stimuli = torch.cat([torch.zeros(0, network.input_shape[0], *size), *(images for images, _ in found)])
+    leaves = dead_leaves((network.input_shape[0], *size), count - len(stimuli), seed, statistics)
+    return Start(leaves), Start(stimuli, owners)

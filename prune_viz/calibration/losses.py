@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.calibration.images import Owner
@@ -31,6 +32,7 @@ ACTIVATION_KEPT = 0.5  # of what a stimulus's own filter gave at the start, at w
 CLASSES = 0.002  # weight of the classes' terms, in nats, beside the norms'
 OWN = 0.02  # weight of what stimuli are short of, as a share
 _SILENT = 1e-6  # norm of a map
+_CACHED = 1 << 18  # values of a map that are summed at a time
 _FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
 
 
@@ -142,10 +144,7 @@ class Watched:
     def _note(self, module: Any, arguments: tuple[Tensor, ...]) -> None:
         variance = module.running_var
         deviation = (variance.clamp_min(_FLOOR * float(variance.mean())) + module.eps).sqrt()
-        shape = [1, -1] + [1] * (arguments[0].ndim - 2)
-        normal = (arguments[0] - module.running_mean.view(shape)) / deviation.view(shape)
-        rows = normal.flatten(2) if normal.ndim > 2 else normal[:, :, None]
-        self._seen.append(torch.stack([rows.mean(dim=2), rows.square().mean(dim=2)], dim=1))
+        self._seen.append(_Moments.apply(arguments[0], module.running_mean, deviation))
 
     def see(self, images: Tensor, owners: Sequence[Owner] = ()) -> Seen:
         """Run calibration images through the network.
@@ -181,6 +180,40 @@ class Watched:
         if owners and len(maps) == len(owners):
             own = torch.stack([_sides(maps[row]) for row in range(len(owners))])
         return Seen(self._seen, classes, own)
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and mean square over positions, in deviations from a mean; no map as large as the input is kept.
+
+    Shapes (B, channels, *size), (channels,) and (channels,) to (B, 2, channels).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+        """Sum so many rows at a time that they stay in the processor's cache."""
+        axes = tuple(range(2, inputs.ndim))
+        shape = (1, -1, *(1,) * len(axes))
+        positions = math.prod(inputs.shape[2:])
+        found = []
+        for rows in torch.split(inputs.detach(), max(1, _CACHED // max(1, inputs[0].numel()))):
+            off = rows - mean.view(shape)
+            first = off.sum(dim=axes) if axes else off.clone()
+            off.mul_(off)
+            found.append(torch.stack([first, off.sum(dim=axes) if axes else off], dim=1))
+        ctx.save_for_backward(inputs, mean, deviation)
+        scale = torch.stack([deviation, deviation.square()]) * positions
+        return torch.cat(found) / scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient by the input alone."""
+        inputs, mean, deviation = ctx.saved_tensors
+        positions = math.prod(inputs.shape[2:])
+        shape = (len(inputs), -1, *(1,) * (inputs.ndim - 2))
+        slope = 2 * gradient[:, 1] / (deviation.square() * positions)
+        level = gradient[:, 0] / (deviation * positions) - slope * mean
+        return torch.addcmul(level.view(shape), inputs, slope.view(shape)), None, None
 
 
 def _classes(shares: Tensor) -> Tensor:

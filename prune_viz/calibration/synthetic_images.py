@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_viz.calibration import dead_leaves, losses
+from prune_viz.calibration import dead_leaves, extent, losses
 from prune_viz.calibration.images import Owner, Start, SyntheticImages
 from prune_viz.calibration.losses import (
     Means,
@@ -35,18 +35,16 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization import priors
 from prune_viz.feature_visualization.optimiser import roll, unit
 from prune_viz.feature_visualization.priors import are_photographs, make_prior, scene_exponent
+from prune_viz.feature_visualization.stimuli import DRAFT_STEPS
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
 
-ALGORITHM = 1  # raised with every change after which calibration images come out differently
-IMAGES = 96  # of `POSITIONS` pixels; of smaller ones more
-POSITIONS = 160 * 160
-MOST_IMAGES = 384
+ALGORITHM = 2  # raised with every change after which calibration images come out differently
 PASSES = 76  # over all calibration images, at most
 BATCH = 32
-RATE = 0.1  # of the first steps, in deviations of a white coordinate
+RATE = 0.15  # of the first steps, in deviations of a white coordinate
 BETAS = 0.9, 0.99  # of the running means of gradients and of their squares
 JITTER = 1 / 16  # of the size, each way
 CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
@@ -58,8 +56,8 @@ _FALL = 0.01
 
 def settings() -> list[object]:
     """What calibration images depend on beside their arguments, for the key under which they are kept."""
-    own = [ALGORITHM, IMAGES, POSITIONS, MOST_IMAGES, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS]
-    return [own, _PATIENCE, _FALL, losses.settings(), dead_leaves.settings(), priors.settings()]
+    own = [ALGORITHM, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, _PATIENCE, _FALL, DRAFT_STEPS]
+    return [own, extent.settings(), losses.settings(), dead_leaves.settings(), priors.settings()]
 
 
 def calibrate(
@@ -321,7 +319,7 @@ def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> tuple[Tenso
     Returns the images, and which of them are mirrored.
     """
     size = images.shape[2:]
-    reaches = torch.tensor([max(1, int(extent * JITTER)) for extent in size])
+    reaches = torch.tensor([max(1, int(side * JITTER)) for side in size])
     chance = 2 * torch.rand((len(images), len(size)), generator=random) - 1
     shifts = (chance * (reaches + 0.5)).round().long().clamp(-reaches, reaches)
     moved = roll(images, shifts.to(images.device))
@@ -366,9 +364,4 @@ def variants(
 
 def enlarged(size: Sequence[int]) -> list[int]:
     """The size of enlarged calibration images."""
-    return [round(ENLARGED * extent) for extent in size]
-
-
-def synthetic_count(size: Sequence[int]) -> int:
-    """How many images of a spatial size are calibrated: small ones cost less and have fewer samples."""
-    return int(min(max(IMAGES * POSITIONS / math.prod(size), IMAGES), MOST_IMAGES))
+    return [round(ENLARGED * side) for side in size]

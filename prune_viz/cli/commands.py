@@ -44,6 +44,7 @@ from prune_viz.cli.options import (
     Memory,
     ModelFile,
     Prior,
+    QualityName,
     Quiet,
     RunArgument,
     TaskName,
@@ -109,9 +110,16 @@ def analyze(
     prior: Annotated[
         Prior, typer.Option(help="Bound stimuli as natural inputs, as spectrograms, or by their norm alone.")
     ] = (Prior.natural),
+    quality: Annotated[
+        QualityName,
+        typer.Option(
+            help="How much work to do. A draft takes minutes; the same command with a higher quality begins "
+            "where it ended."
+        ),
+    ] = QualityName.standard,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Most steps of the optimiser.", show_default="176"),
+        typer.Option(min=1, metavar="N", help="Most steps of the optimiser.", show_default="by quality"),
     ] = None,
     canvas: Annotated[
         int | None,
@@ -177,7 +185,6 @@ def analyze(
     from prune_viz.analysis import estimate as estimate_analysis
     from prune_viz.analysis.options import OptionFields
     from prune_viz.cli.model_options import hold_as_asked, input_shape_of, load_as_asked
-    from prune_viz.feature_visualization.stimuli import STEPS
     from prune_viz.loading.architectures import default_normalisation
 
     checkpoint = load_as_asked(model, arch, kwargs, code, key, trust_pickle, silent)
@@ -187,7 +194,7 @@ def analyze(
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
     options = OptionFields(
         input_shape=shape, layers=layers or (), task=None if task is None else task.value, prior=prior.value,
-        steps=steps or STEPS, canvas=canvas, seed=seed, device=device, mean=normalisation[0],
+        quality=quality.value, steps=steps, canvas=canvas, seed=seed, device=device, mean=normalisation[0],
         std=normalisation[1], data=data, engine=engine.value, workers=workers, gpus_per_task=gpus_per_task,
         memory=budget,
     )  # fmt: skip

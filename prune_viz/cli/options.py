@@ -17,6 +17,14 @@ class Prior(StrEnum):
     none = "none"
 
 
+class QualityName(StrEnum):
+    """How much work an analysis does."""
+
+    draft = "draft"
+    standard = "standard"
+    fine = "fine"
+
+
 class TaskName(StrEnum):
     """What a network returns."""
 

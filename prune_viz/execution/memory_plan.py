@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prune_viz.feature_visualization.stimuli import BATCH
+from prune_viz.feature_visualization.search import BATCH
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.devices import WHOLE, is_out_of_memory, workers_on
 from prune_viz.utils.errors import LayerError, UserError

@@ -20,11 +20,10 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import nn
 
-from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult, run_task
+from prune_viz.execution.tasks import Begun, StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.progress import Progress
@@ -50,6 +49,8 @@ class Work:
         What stimuli depend on.
     linear : frozenset of str
         Linear layers whose hidden units are filters too.
+    draft : bool
+        Whether drafts are sought.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Work:
     device: str
     settings: StimulusSettings
     linear: frozenset[str] = frozenset()
+    draft: bool = False
 
 
 class RayEngine:
@@ -158,9 +160,9 @@ class RayEngine:
         room = min(int(there.get(name, 0) / needed) for name, needed in self._needs.items())
         return 2 * max(1, room)
 
-    def submit(self, task: Task, fed: np.ndarray | None) -> Future[TaskResult]:
-        """Begin a task, with the stimuli that it starts from."""
-        reference = self._remote.remote(self._shared, task, fed)
+    def submit(self, task: Task, begun: Begun) -> Future[TaskResult]:
+        """Start a task, from what its search begins with."""
+        reference = self._remote.remote(self._shared, task, begun)
         self._running.add(reference)
         future: Future[TaskResult] = reference.future()
 
@@ -176,7 +178,7 @@ class RayEngine:
 _prepared: dict[str, tuple[FilterNetwork, StimulusSettings]] = {}
 
 
-def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> TaskResult:
+def _do(shared: list[Any], task: Task, begun: Begun) -> TaskResult:
     """In a worker: prepare the network, once a process, and do a task."""
     torch.set_num_threads(1)  # as everywhere: a task's result does not depend on who does it
     name = shared[0].hex()
@@ -184,11 +186,13 @@ def _do(shared: list[Any], task: Task, fed: np.ndarray | None) -> TaskResult:
         import ray
 
         work: Work = ray.get(shared[0])
-        network = FilterNetwork(work.model, work.input_shape, work.canvas, work.device, work.linear)
+        network = FilterNetwork(
+            work.model, work.input_shape, work.canvas, work.device, work.linear, work.draft
+        )
         _prepared.clear()  # of an earlier run
         _prepared[name] = network, work.settings
     network, settings = _prepared[name]
-    return run_task(network, task, settings, fed)
+    return run_task(network, task, settings, begun)
 
 
 def _isolate_new_cluster() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from prune_viz.execution.quality import EFFORTS, Effort, Quality
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.output_kind import OutputKind
 from prune_viz.runs.stages import Stages
@@ -35,6 +36,8 @@ class RunContext:
         Shows how the work goes.
     stages : Stages
         Times each stage and writes it to the log.
+    effort : Effort
+        How much work each stage does.
     """
 
     seed: int = 0
@@ -43,6 +46,7 @@ class RunContext:
     budget: Budget | None = None
     progress: Progress = field(default_factory=Progress)
     stages: Stages = field(default_factory=Stages)
+    effort: Effort = EFFORTS[Quality.STANDARD]
 
     def quietly(self) -> RunContext:
         """The same, showing no progress."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prune_viz.execution.tasks import Task, TaskResult, failing_together
+from prune_viz.execution.tasks import Begun, Task, TaskResult, failing_together
 from prune_viz.runs.ownership import own_tensors, remove_tensors
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.run_json import LayerRecord
@@ -31,6 +31,8 @@ class TaskResults:
         From `tasks.stimuli_key`.
     weights : callable
         From a layer's name to the weights to be shown, if any.
+    draft_key : str
+        The key of drafts that layers' files may still hold; empty if there are none.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class TaskResults:
         tasks: Sequence[Task],
         key: str,
         weights: Callable[[str], np.ndarray | None],
+        draft_key: str = "",
     ) -> None:
-        self._run, self._key, self._weights = run, key, weights
+        self._run, self._key, self._weights, self._draft_key = run, key, weights, draft_key
         self._files = {record.name: record.file for record in records}
         self._tasks: dict[str, list[Task]] = {record.name: [] for record in records}
         for task in tasks:
@@ -71,11 +74,17 @@ class TaskResults:
         """Whether the layer that the task starts from is there."""
         return task.producer is None or task.producer in self.whole
 
-    def fed(self, task: Task) -> np.ndarray | None:
-        """The stimuli that a task starts from."""
-        if task.producer is None:
-            return None
-        return np.array(self._run.read_layer(self._files[task.producer]).images[task.start : task.stop])
+    def begun(self, task: Task) -> Begun:
+        """What a task's search begins with, as far as it is there."""
+        header = read_header(self._run.path / self._files[task.layer]) or {}
+        drafted = self._draft_key and header.get("run") == self._draft_key and not header.get("failed")
+        return Begun(
+            None if task.producer is None else self._images(task.producer, task),
+            self._images(task.layer, task) if drafted else None,
+        )
+
+    def _images(self, layer: str, task: Task) -> np.ndarray:
+        return np.array(self._run.read_layer(self._files[layer]).images[task.start : task.stop])
 
     def tidy(self) -> None:
         """Remove results of other options, and of layers that are whole; those of other layers stay."""

@@ -22,7 +22,8 @@ import torch
 from prune_viz import __version__
 from prune_viz.feature_visualization import algorithm
 from prune_viz.feature_visualization.responses import response_matrix
-from prune_viz.feature_visualization.stimuli import BATCH, as_stored, find_stimuli
+from prune_viz.feature_visualization.search import BATCH, as_stored
+from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.run_json import LayerRecord
@@ -67,6 +68,22 @@ class Task:
     def title(self) -> str:
         """For people: the layer and which filters, counted from 0."""
         return f"{self.layer}, filters {self.start} to {self.stop - 1}"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a task's search begins with.
+
+    Attributes
+    ----------
+    fed : ndarray of float16, shape (F, C, *canvas), or None
+        Stimuli of the filters that feed the task's.
+    drafts : ndarray of float16, shape (F, C, *draft canvas), or None
+        Drafts of the task's own stimuli.
+    """
+
+    fed: np.ndarray | None = None
+    drafts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +196,7 @@ def run_task(
     network: FilterNetwork,
     task: Task,
     settings: StimulusSettings,
-    fed: np.ndarray | None,
+    begun: Begun | None = None,
     batch: int | None = None,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
@@ -194,8 +211,8 @@ def run_task(
         The task.
     settings : StimulusSettings
         What the stimuli depend on.
-    fed : ndarray of float16, shape (F, C, *canvas), or None
-        Stimuli of the filters that feed the task's.
+    begun : Begun, optional
+        What the search begins with; found here as far as it is not given.
     batch : int, optional
         Most filters at a time, where memory is short.
     stop : threading.Event, optional
@@ -203,6 +220,7 @@ def run_task(
     progress : Progress, optional
         Advanced by each filter that is done.
     """
+    begun = begun or Begun()
     layer, worker = network.layer(task.layer), f"{platform.node()}/{os.getpid()}"
     start = time.perf_counter()
     try:
@@ -214,7 +232,8 @@ def run_task(
             steps=settings.steps,
             seed=settings.seed,
             statistics=settings.statistics,
-            fed=None if fed is None else torch.from_numpy(fed),
+            fed=None if begun.fed is None else torch.from_numpy(begun.fed),
+            drafts=None if begun.drafts is None else torch.from_numpy(begun.drafts),
             batch=batch,
             stop=stop,
             progress=progress,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from prune_viz.feature_visualization import optimiser, priors, stimuli
+from prune_viz.feature_visualization import optimiser, priors, search, stimuli
 from prune_viz.network import layers
 
-ALGORITHM = 1  # raised with every change after which stimuli or responses come out differently
+ALGORITHM = 2  # raised with every change after which stimuli or responses come out differently
 
 
 def settings() -> list[object]:
     """The number of the algorithm and its constants, for the key of results; batches are not among them."""
-    search = [stimuli.LEAVE, stimuli.LEAVE_FIRST, stimuli.CLOSE, stimuli.RESTARTS, stimuli.HALF_LIMIT]
-    return [ALGORITHM, search, optimiser.settings(), priors.settings(), layers.settings()]
+    constants = [search.LEAVE, search.LEAVE_FIRST, search.CLOSE, search.RESTARTS, search.HALF_LIMIT]
+    return [
+        ALGORITHM,
+        constants,
+        stimuli.DRAFT_STEPS,
+        optimiser.settings(),
+        priors.settings(),
+        layers.settings(),
+    ]

@@ -29,12 +29,13 @@ JITTER = 1 / 12  # of the canvas, each way
 # Steps of each round and the angle of its first, in radians; the last takes more or fewer if asked to.
 ROUNDS = ((12, 0.4), (32, 0.3), (132, 0.2))
 OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
+DRAFT_ANGLE = 0.6  # of the only round of a draft
 STILL = 0.5  # share of the steps, the last ones, without jitter
 
 
 def settings() -> list[object]:
     """What stimuli depend on here, for the key of their results."""
-    return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, STILL]
+    return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, DRAFT_ANGLE, STILL]
 
 
 def optimise(
@@ -101,8 +102,10 @@ class Round:
     angle: float  # in radians
 
 
-def rounds(steps: int, activation: bool) -> list[Round]:
-    """The rounds that `steps` allow; the last takes what the others leave."""
+def rounds(steps: int, activation: bool, draft: bool = False) -> list[Round]:
+    """The rounds that `steps` allow; the last takes what the others leave, and a draft has one."""
+    if draft:
+        return [Round(0, steps, DRAFT_ANGLE)]
     *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS
     allowed = []
     for length, angle in shorter:

@@ -1,13 +1,8 @@
-"""The input that excites a filter most: rounds of batched gradient ascent under a prior.
+"""The input that excites a filter most, under a prior: its stimulus.
 
 For each filter the L2 norm of its feature map is maximised over the inputs that a prior finds equally likely
-(`priors`), by `optimiser`. It anneals its steps to nothing, so how far it gets depends on
-how many it has. Each round is longer than the one before, starts where that ended, and a filter
-leaves when it is close to what its activation allows or a round brought it little: those that soon saturate
-cost a few steps, hard ones many. The first round shifts the input a little, at random, before each step, so
-that no stimulus leans on one alignment of the strides (jitter; Mordvintsev et al. 2015). Where no activation
-follows a layer, its maps may grow either way, and from noise in patches of opposite sign that block each
-other; the first round therefore raises either sign, and the better goes on.
+(`priors`), by `search` and `optimiser`. Every search begins with a draft: few steps from noise on a small
+canvas, where they cost little.
 """
 
 from __future__ import annotations
@@ -22,25 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prune_viz.feature_visualization.optimiser import (
-    Round,
-    draw_noise,
-    draw_shifts,
-    images_at,
-    norms,
-    one_side,
-    optimise,
-    points_at,
-    rounds,
-    until,
-)
-from prune_viz.feature_visualization.priors import check_name, make_prior, tile
+from prune_viz.feature_visualization.priors import check_name
 from prune_viz.feature_visualization.rendering import plot_pictures
+from prune_viz.feature_visualization.search import Search
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, describe_inputs
-from prune_viz.network.layers import LARGEST_CANVAS, Layer
-from prune_viz.utils.devices import WHOLE, in_batches, one_thread_each, pick_device, workers_on
+from prune_viz.utils.devices import WHOLE, one_thread_each, pick_device, workers_on
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import check_sizes
 from prune_viz.utils.progress import Progress
@@ -49,12 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS = 176
-LEAVE = 0.3  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
-LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
-CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
-RESTARTS = 3  # for filters that stay silent
-BATCH = {"cpu": 48, "cuda": 256, "mps": 64}
-HALF_LIMIT = 65504.0  # the largest number of half precision
+DRAFT_STEPS = 4  # of the drafts, with which every search begins
 _POOL_VALUES = 2**26  # of the inputs searched for together: 256 MiB, held as points and as images
 
 
@@ -186,11 +164,14 @@ def find_stimuli(
     seed: int = 0,
     statistics: InputStatistics | None = None,
     fed: Tensor | None = None,
+    drafts: Tensor | None = None,
     batch: int | None = None,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
 ) -> Stimuli:
     """Find stimuli in a prepared network; parameters not named here are those of `maximize`.
+
+    A search begins with a draft: few steps from noise, on a small canvas.
 
     Parameters
     ----------
@@ -199,6 +180,9 @@ def find_stimuli(
     fed : Tensor, shape (F, C, *canvas), optional
         For a depthwise layer, stimuli of the filters that feed `filters`, found with the same options;
         found here if not given. They are rounded to half precision, as a run keeps them.
+    drafts : Tensor, shape (F, C, *draft canvas), optional
+        The stimuli that ``network.draft`` gives `filters` with the same options and `DRAFT_STEPS`, rounded
+        alike; found here if not given.
     batch : int, optional
         Most filters at a time, where memory is short.
     stop : threading.Event, optional
@@ -220,13 +204,25 @@ def find_stimuli(
             network, producer, wanted, prior=prior, steps=steps, seed=seed, statistics=statistics,
             batch=batch, stop=stop,
         ).images  # fmt: skip
+    if drafts is None and not network.is_draft:
+        drafts = find_stimuli(
+            network.draft, layer, wanted, prior=prior, steps=DRAFT_STEPS, seed=seed, statistics=statistics,
+            batch=batch, stop=stop,
+        ).images  # fmt: skip
     progress = progress or Progress()
     pool = max(1, _POOL_VALUES // (network.input_shape[0] * math.prod(found.canvas)))
     parts = []
     for start in range(0, len(wanted), pool):
         part = slice(start, start + pool)
-        search = _Search(network, found, wanted[part], prior, statistics, seed, batch, stop)
-        parts.append(search.run(steps, None if fed is None else fed[part], progress))
+        search = Search(network, found, wanted[part], prior, statistics, seed, batch, stop)
+        given = [one[part] for one in (fed, drafts) if one is not None]
+        search.run(steps, given, drafts is None, progress)
+        parts.append(
+            Stimuli(
+                layer, search.filters, search.images, search.activations, search.steps, search.diverged,
+                statistics,
+            )
+        )  # fmt: skip
     return _joined(parts)
 
 
@@ -248,151 +244,3 @@ def check_options(prior: str, steps: int) -> None:
     if steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}")
     check_name(prior)
-
-
-def as_stored(images: Tensor) -> Tensor:
-    """Stimuli as a run keeps them: at half precision, where their values fit it."""
-    return images.clamp(-HALF_LIMIT, HALF_LIMIT).half()
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where first optimisations start, by default from noise, and which sign of the maps they raise."""
-
-    fed: Tensor | None = None  # stimuli of the filters that feed the layer, row by row
-    attempt: int = 0  # after the first, from strong, smooth patterns
-    sign: int = 0  # 1, -1, or 0 for both
-
-
-class _Search:
-    """The optimisation of some filters of a layer, round after round; all tensors are kept on the CPU."""
-
-    def __init__(
-        self,
-        network: FilterNetwork,
-        layer: Layer,
-        filters: list[int],
-        prior: str,
-        statistics: InputStatistics | None,
-        seed: int,
-        batch: int | None,
-        stop: threading.Event | None,
-    ) -> None:
-        self.layer, self.filters, self.seed, self.device = layer, filters, seed, network.device
-        self.statistics = statistics
-        self.shape = (network.input_shape[0], *layer.canvas)
-        self.maps = until(stop, network.maps(layer.name))
-        self.prior = make_prior(prior, self.shape[0], layer.canvas, network.device, statistics)
-        full = LARGEST_CANVAS[len(layer.canvas)] ** len(layer.canvas)
-        self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)
-        if network.is_first(layer.name):
-            self.leave = LEAVE_FIRST
-        self.activation = network.has_activation(layer.name)
-        self.bound = network.upper_bound(layer.name)
-        self.ceiling = math.inf
-        self.batch = min(BATCH[network.device.type], batch or BATCH[network.device.type])
-        self.points = torch.zeros(len(filters), math.prod(self.shape) + 1)
-        self.images = torch.zeros(len(filters), *self.shape)
-        self.activations = torch.full((len(filters),), math.nan)
-        self.steps = torch.zeros(len(filters), dtype=torch.long)
-        self.sound = torch.ones(len(filters), dtype=torch.bool)
-
-    def run(self, steps: int, fed: Tensor | None, progress: Progress) -> Stimuli:
-        """Optimise in rounds until every filter has left."""
-        first, *others = rounds(steps, self.activation)
-        self._start(first, fed)
-        staying = self._unfinished()
-        staying = staying[self.activations[staying].isfinite()]
-        progress.advance(len(self.filters) - len(staying))
-        for turn in others:
-            before = self.activations[staying].clone()
-            self._round(staying, turn)
-            reached = self.activations[staying]
-            gained = (reached > before * (1 + self.leave)) & (reached < CLOSE * self.ceiling)
-            progress.advance(int((~gained).sum()))
-            staying = staying[gained]
-        progress.advance(len(staying))
-        diverged = [
-            number for number, sound in zip(self.filters, self.sound.tolist(), strict=True) if not sound
-        ]
-        return Stimuli(
-            self.layer.name,
-            self.filters,
-            self.images,
-            self.activations,
-            self.steps,
-            diverged,
-            self.statistics,
-        )
-
-    def _start(self, first: Round, fed: Tensor | None) -> None:
-        """The first round: from the stimulus of what feeds the filter, from noise, from broad patterns.
-
-        Faint noise wakes nearly every filter, but behind a silent or a saturated one no gradient comes
-        back; a depthwise filter is helped by the stimulus of the one that feeds it. What is silent still,
-        or met nothing finite, is tried again from strong, smooth patterns. The best start is gone on from.
-        """
-        if fed is not None:
-            self._round(self._unfinished(), first, _Start(fed))
-        for sign in (0,) if self.activation else (1, -1):
-            self._round(self._unfinished(), first, _Start(sign=sign))
-        for attempt in range(1, RESTARTS + 1):
-            silent = torch.nonzero(~(self.activations > 0))[:, 0]
-            self._round(silent, first, _Start(attempt=attempt))
-
-    def _unfinished(self) -> Tensor:
-        """Rows whose map is not yet close to the upper bound of its activation."""
-        return torch.nonzero(~(self.activations >= CLOSE * self.ceiling))[:, 0]
-
-    def _round(self, rows: Tensor, turn: Round, start: _Start | None = None) -> None:
-        """Optimise some rows, batch by batch; halve the batch whenever memory runs out."""
-        begin = start or _Start()
-        self.batch = in_batches(
-            len(rows), self.batch, lambda part, new: self._optimise(rows[part], new, turn, begin), self.device
-        )
-
-    def _optimise(self, rows: Tensor, count: int, turn: Round, start: _Start) -> None:
-        """Optimise one batch and take over what was found for the first `count` rows; others repeat."""
-        filters = [self.filters[row] for row in rows.tolist()]
-        canvas = self.layer.canvas
-        if turn.number == 0:
-            keys = [f"{self.seed}/{self.layer.name}/{filter}/{start.attempt}" for filter in filters]
-            shifts = torch.stack([draw_shifts(key, canvas, turn.steps) for key in keys], dim=1)
-            points = points_at(self._white(keys, rows, start))
-        else:
-            shifts = torch.zeros(turn.steps, len(rows), len(canvas), dtype=torch.long)
-            points = self.points[rows]
-        maps = one_side(self.maps, start.sign) if start.sign else self.maps
-        points, shifts = points.to(self.device), shifts.to(self.device)
-        points, sound = optimise(maps, filters, self.prior, canvas, points, shifts, turn.angle)
-        images = images_at(points, self.prior, canvas)
-        with torch.no_grad():
-            after = self.maps(images.detach())[1]
-        activations = norms(after[list(range(len(filters))), filters])
-        self.ceiling = self.bound * math.sqrt(after[0, 0].numel())
-        found = (part[:count].cpu() for part in (points, images, activations, sound))
-        self._keep(rows[:count], turn, *found)
-
-    def _keep(
-        self, rows: Tensor, turn: Round, points: Tensor, images: Tensor, reached: Tensor, sound: Tensor
-    ) -> None:
-        """Take over what was found: at first the best of several, later the last, and the best image."""
-        known = self.activations[rows]
-        better = reached.isfinite() & ((reached > known) | known.isnan())
-        self.sound[rows] &= sound & reached.isfinite()
-        self.images[rows[better]] = images[better]
-        self.activations[rows[better]] = reached[better]
-        if turn.number == 0:
-            self.steps[rows] = turn.steps
-            self.points[rows[better]] = points[better]
-        else:
-            self.steps[rows] += turn.steps
-            self.points[rows] = points
-
-    def _white(self, keys: Sequence[str], rows: Tensor, start: _Start) -> Tensor:
-        """White coordinates of where a first optimisation starts, shape (B, *shape)."""
-        if start.fed is not None:
-            known = as_stored(start.fed[rows]).float().to(self.device)
-            return self.prior.whiten(tile(known, self.layer.canvas))
-        white = torch.stack([draw_noise(key, self.shape) for key in keys]).to(self.device)
-        return self.prior.colour(white) if start.attempt > 0 else white

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from prune_viz.network import tracing
 from prune_viz.network.calls import blank_input, called_copy, ordinary_input
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
-from prune_viz.network.copies import as_it_was
+from prune_viz.network.copies import as_it_was, free_copy
 from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
 from prune_viz.network.layer_kinds import (
     convolutions_of,
@@ -54,6 +55,8 @@ class FilterNetwork:
         Where the work is done.
     linear : collection of str
         Linear layers whose hidden units are filters too.
+    draft : bool
+        Whether canvases are those of drafts.
 
     Attributes
     ----------
@@ -72,6 +75,8 @@ class FilterNetwork:
         Convolutions that run several times, and how often; their first outputs are analysed.
     overflowing : list of str
         Names of convolutions whose outputs on plain noise are not finite.
+    is_draft : bool
+        Whether its canvases are those of drafts.
 
     Raises
     ------
@@ -86,8 +91,10 @@ class FilterNetwork:
         canvas: int | None = None,
         device: torch.device | str = "cpu",
         linear: Collection[str] = (),
+        draft: bool = False,
     ) -> None:
         self.input_shape = tuple(input_shape)
+        self.is_draft = draft
         self.linear = frozenset(linear)
         self.device = torch.device(device)
         called = called_copy(model, self.input_shape, self.linear)
@@ -113,13 +120,31 @@ class FilterNetwork:
             if self.channels_last:
                 lay_weights_channels_last(self._graph)
             self._taps = tracing.find_taps(self._graph)
-        self.layers = [self._layer(depth, name, layers[name], canvas) for depth, name in enumerate(calls)]
+        self._canvas, self._modules = canvas, {name: layers[name] for name in calls}
+        self.layers = self._find_layers()
+
+    @cached_property
+    def draft(self) -> FilterNetwork:
+        """The same network with the canvases of drafts; itself if it has them already."""
+        if self.is_draft:
+            return self
+        twin = copy.copy(self)
+        twin.__dict__.pop("draft", None)
+        twin.is_draft, twin._row_by_row, twin._hooked = True, set(self._row_by_row), dict(self._hooked)
+        twin.layers = twin._find_layers()
+        return twin
+
+    def _find_layers(self) -> list[Layer]:
+        return [
+            self._layer(depth, name, module, self._canvas)
+            for depth, (name, module) in enumerate(self._modules.items())
+        ]
 
     def _layer(self, depth: int, name: str, module: Any, canvas: int | None) -> Layer:
         field = None
         if self._graph is not None and name in self._taps:
             field = receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
-        size = choose_canvas(self.input_shape[1:], field, canvas)
+        size = choose_canvas(self.input_shape[1:], field, canvas, self.is_draft)
         if not self._runs_on(name, size):
             if canvas is not None:
                 raise UserError(f"--canvas {canvas} is too small for {name}, or not what the model takes")
@@ -176,7 +201,7 @@ class FilterNetwork:
             return maps if before is after else maps_of(module, before), maps
 
         found = RowByRow(checked) if name in self._row_by_row else checked
-        one_at_a_time = self._alone if self._has_own_code else nullcontext()
+        one_at_a_time = self._alone if self._has_own_code and not self.shares else nullcontext()
 
         def guarded(inputs: Tensor) -> tuple[Tensor, Tensor]:
             try:
@@ -191,7 +216,9 @@ class FilterNetwork:
 
     def _maps(self, name: str) -> MapFunction:
         if self._graph is not None and name in self._taps:
-            return tracing.cut(self._graph, self._taps[name])
+            part = tracing.cut(self._graph, self._taps[name])
+            # What modules of the user's own code keep of a call stays apart, so that threads may run at once.
+            return free_copy(part, share=True) if self._has_own_code and self.shares else part
         return self._hooked.setdefault(name, HookedMaps(self._hookable, name, self._alone))
 
     @cached_property

@@ -25,11 +25,14 @@ from prune_viz.utils.errors import UserError
 SMALLEST_CANVAS = {1: 64, 2: 64, 3: 8}
 LARGEST_CANVAS = {1: 4096, 2: 80, 3: 24}
 _CANVAS_STEP = {1: 32, 2: 16, 3: 4}
+# The same for drafts, with which every search begins.
+SMALLEST_DRAFT = {1: 64, 2: 32, 3: 8}
+LARGEST_DRAFT = {1: 1024, 2: 40, 3: 12}
 
 
 def settings() -> list[object]:
     """What canvases depend on beside receptive fields, for the key of stimuli."""
-    return [SMALLEST_CANVAS, LARGEST_CANVAS, _CANVAS_STEP]
+    return [SMALLEST_CANVAS, LARGEST_CANVAS, _CANVAS_STEP, SMALLEST_DRAFT, LARGEST_DRAFT]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class Layer:
 
 
 def choose_canvas(
-    input_size: Sequence[int], field: Sequence[int] | None, canvas: int | None = None
+    input_size: Sequence[int],
+    field: Sequence[int] | None,
+    canvas: int | None = None,
+    draft: bool = False,
 ) -> tuple[int, ...]:
     """Choose a layer's canvas: twice its receptive field, within bounds, never beyond the model's input.
 
@@ -73,6 +79,8 @@ def choose_canvas(
         The receptive field; None counts as unbounded.
     canvas : int, optional
         A size wished for instead; the input still bounds it.
+    draft : bool
+        Whether it is for drafts, which are smaller.
 
     Returns
     -------
@@ -82,7 +90,10 @@ def choose_canvas(
     axes = len(input_size)
     if canvas is not None:
         return tuple(min(size, canvas) for size in input_size)
-    smallest, largest, step = SMALLEST_CANVAS[axes], LARGEST_CANVAS[axes], _CANVAS_STEP[axes]
+    smallest, largest = SMALLEST_CANVAS[axes], LARGEST_CANVAS[axes]
+    if draft:
+        smallest, largest = SMALLEST_DRAFT[axes], LARGEST_DRAFT[axes]
+    step = _CANVAS_STEP[axes]
     seen = field if field is not None else (largest,) * axes
     wished = [math.ceil(2 * extent / step) * step for extent in seen]
     return tuple(

@@ -92,7 +92,9 @@ def meter_on(
         return None
 
 
-def affordable(images: Tensor, macs: int, size: Sequence[int], passes: int) -> Tensor | None:
+def affordable(
+    images: Tensor, macs: int, size: Sequence[int], passes: int, share: float = 1.0
+) -> Tensor | None:
     """As many of the images, evenly spaced, as so many passes over them can afford.
 
     At least `FEWEST`, or None where that would take too long.
@@ -107,11 +109,13 @@ def affordable(images: Tensor, macs: int, size: Sequence[int], passes: int) -> T
         Of the input that was counted.
     passes : int
         How often a network runs on all of them.
+    share : float
+        Of the usual work, what may be done.
     """
     each = passes * macs * math.prod(images.shape[2:]) / max(math.prod(size), 1)
     if each * min(FEWEST, len(images)) > _MOST_MACS:
         return None
-    most = max(FEWEST, int(_MACS / max(each, 1)))
+    most = max(FEWEST, int(share * _MACS / max(each, 1)))
     if len(images) <= most:
         return images
     return images[torch.linspace(0, len(images) - 1, most).round().long()]

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.calibration import synthetic_images
+from prune_viz.calibration.extent import plan_extent
 from prune_viz.calibration.images import (
     BATCH,
     SyntheticImages,
-    calibration_size,
     calibration_starts,
     runs_on,
     split,
 )
-from prune_viz.calibration.synthetic_images import calibrate, enlarged, synthetic_count, variants
+from prune_viz.calibration.synthetic_images import calibrate, enlarged, variants
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
+from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.tracing import norms_behind
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts
@@ -41,12 +42,8 @@ from prune_viz.redundancy.gram_matrices import (
 from prune_viz.redundancy.judge import note_silent, rank
 from prune_viz.redundancy.sign_pairs import weight_signs
 from prune_viz.runs.damage import Unit
-from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.progress import counted
 from prune_viz.utils.scratch_arrays import ScratchArrays
-
-WIDEST = {1: 4096, 2: 160, 3: 32}  # synthetic images, by spatial axes
-FISHER_VARIANTS = 4  # variants of each synthetic image on which the Fisher matrices are measured
 
 
 @dataclass(frozen=True)
@@ -130,22 +127,15 @@ class Ranked:
     gram_matrices: dict[int, np.ndarray]
 
 
-def synthesise_images(
-    model: nn.Module,
-    layers: Mapping[str, LayerTensors],
-    input_shape: Sequence[int],
-    context: RunContext,
-) -> SyntheticImages:
+def synthesise_images(model: nn.Module, network: FilterNetwork, context: RunContext) -> SyntheticImages:
     """Synthesise calibration images that start from dead leaves and from the stimuli of the deep layers.
 
     Parameters
     ----------
     model : nn.Module
         The network in eval mode, batch norms unfolded; left unchanged.
-    layers : mapping of str to LayerTensors
-        The layers' stimuli, in order of depth.
-    input_shape : sequence of int
-        (C, *size).
+    network : FilterNetwork
+        The same, prepared, for the stimuli.
     context : RunContext
         What the stages of a run share.
 
@@ -155,11 +145,8 @@ def synthesise_images(
         Where nothing can be calibrated (`prune_viz.calibration.synthetic_images.calibrate`), the images that
         calibration would have started from.
     """
-    channels, *size = input_shape
-    widest = WIDEST[len(size)]
-    size = list(calibration_size(model, input_shape, [min(extent, widest) for extent in size]))
-    count = synthetic_count(size)
-    starts = calibration_starts(layers, channels, size, count, context.seed, context.statistics)
+    extent = plan_extent(model, network.input_shape)
+    starts = calibration_starts(network, extent.size, extent.count, context.seed, context.statistics)
     context.progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
     found = calibrate(model, starts, context)
     context.progress.finish()
@@ -184,7 +171,7 @@ def measure_fisher(
     groups : sequence of CouplingGroup
         Those whose consumers count.
     calibration : CalibrationImages
-        Synthetic images, of which `FISHER_VARIANTS` variants are used, and the user's.
+        Synthetic images, of which as many variants are used as the run's effort allows, and the user's.
     context : RunContext
         What the stages of a run share.
 
@@ -200,9 +187,10 @@ def measure_fisher(
 
     def batches() -> Iterator[Tensor]:
         examples = [] if calibration.examples is None else [calibration.examples]
-        count = 0 if calibration.synthetic is None else FISHER_VARIANTS * len(calibration.synthetic)
+        variants = context.effort.sensitivity_variants
+        count = 0 if calibration.synthetic is None else variants * len(calibration.synthetic)
         progress.start("fisher", count + sum(map(len, examples)))
-        for images in chain(islice(calibration.varied(model), FISHER_VARIANTS), examples):
+        for images in chain(islice(calibration.varied(model), variants), examples):
             for batch in torch.split(images, BATCH):
                 yield batch
                 progress.advance(len(batch))
@@ -285,10 +273,12 @@ def _gather(
     """The groups' Gram matrices on all calibration images, and which channels examples leave silent."""
     parts, counts, silent = [], [], {}
     if (calibrated := calibration.synthetic) is not None:
-        count = synthetic_images.VARIANTS * len(calibrated)
+        variants = context.effort.variants
+        count = variants * len(calibrated)
 
         def moved() -> Iterator[tuple[Tensor, bool]]:
-            return counted(context.progress, "ranking", _split(calibration.varied(model)), count)
+            copies = islice(calibration.varied(model), variants)
+            return counted(context.progress, "ranking", _split(copies), count)
 
         parts.append(gather_gram_matrices(model, groups, moved, context.budget))
         counts.append(len(calibrated))

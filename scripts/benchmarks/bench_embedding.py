@@ -45,7 +45,8 @@ from prune_viz.embedding.layer_map import embed, find_clusters, joint_features
 from prune_viz.embedding.network_map import embed_network
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.responses import response_matrix
-from prune_viz.feature_visualization.stimuli import as_stored, find_stimuli
+from prune_viz.feature_visualization.search import as_stored
+from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.runs.run_directory import LayerTensors

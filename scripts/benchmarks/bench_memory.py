@@ -35,9 +35,9 @@ from torchvision import models
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.pipeline import analyze
 from prune_viz.analysis.prepare import prepare
-from prune_viz.calibration import images, synthetic_images
+from prune_viz.calibration import extent, images, synthetic_images
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.execution import executors
+from prune_viz.execution import executors, quality
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult
 from prune_viz.network.filter_network import FilterNetwork
@@ -106,6 +106,9 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
     def few(layers: Iterable[np.ndarray], *settings: Any) -> Any:
         return make((images[:SHOWN] for images in layers), *settings)
 
+    usual = quality.EFFORTS[quality.Quality.STANDARD]
+    less = replace(usual, variants=2, sensitivity_variants=2)
+
     def judged(group: CouplingGroup, *settings: Any) -> GroupVerdicts:
         return judge(group, *settings) if group.number == widest else keep_whole_group(group)
 
@@ -113,9 +116,8 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
         mock.patch.object(executors, "run_task", stimuli),
         mock.patch.object(images, "noise_and_stimuli", few),
         mock.patch.object(group_verdicts, "judge", judged),
-        mock.patch.object(synthetic_images, "IMAGES", 2 * synthetic_images.BATCH),
-        mock.patch.object(synthetic_images, "VARIANTS", 2),
-        mock.patch.object(importance, "FISHER_VARIANTS", 2),
+        mock.patch.object(extent, "IMAGES", 2 * synthetic_images.BATCH),
+        mock.patch.dict(quality.EFFORTS, {quality.Quality.STANDARD: less}),
         mock.patch.object(importance, "calibrate", partial(synthetic_images.calibrate, passes=1)),
     ):
         yield

@@ -39,7 +39,7 @@ import prune_viz as pv
 from prune_viz.analysis.pipeline import estimate
 from prune_viz.execution.executors import LocalEngine
 from prune_viz.execution.tasks import BATCHES, StimulusSettings, Task, TaskResult, run_task
-from prune_viz.feature_visualization.stimuli import BATCH
+from prune_viz.feature_visualization.search import BATCH
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.array_files import read_arrays, write_arrays
 

@@ -77,7 +77,7 @@ def test_the_middles_of_equal_shares_are_chosen() -> None:
 
 
 def test_responses_count_by_the_square() -> None:
-    one, two = (disk_bytes([cost(count, 0).layer], (3, 8, 8), [], False) for count in (1000, 2000))
+    one, two = (disk_bytes([cost(count, 0).layer], (3, 8, 8), [], None) for count in (1000, 2000))
     assert two - one == 1000 * (2 * 3 * 64 + 4 + REPORT_BYTES[1]) + 4 * (2000**2 - 1000**2)
 
 

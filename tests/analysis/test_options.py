@@ -17,7 +17,7 @@ SHAPE = (3, 16, 16)
 # Those on which stimuli do not depend, and those that reach their key otherwise: by the model's record,
 # the seed and what is known of inputs.
 APART = {"layers", "task", "engine", "workers", "gpus_per_task", "memory"}
-OTHERWISE = {"input_shape", "seed", "mean", "std", "data"}
+OTHERWISE = {"quality", "input_shape", "seed", "mean", "std", "data"}
 
 
 def test_keywords_are_the_fields() -> None:
@@ -54,11 +54,20 @@ def test_values_out_of_range_are_refused_by_name(options: dict[str, Any], says: 
 def test_every_option_is_in_the_key_or_known_to_be_apart() -> None:
     asked = AnalysisOptions(input_shape=SHAPE)
     in_key = set(AnalysisOptions.of_stimuli(asked.recorded("cpu")))
-    assert {field.name for field in fields(AnalysisOptions)} == in_key | APART | OTHERWISE
+    assert {field.name for field in fields(AnalysisOptions)} | {"draft"} == in_key | APART | OTHERWISE
     assert not in_key & (APART | OTHERWISE)
 
 
-@pytest.mark.parametrize("change", [{"prior": "none"}, {"steps": 3}, {"canvas": 8}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prior": "none"},
+        {"steps": 3},
+        {"canvas": 8},
+        {"quality": "draft"},
+        {"quality": "fine"},
+    ],
+)
 def test_options_of_stimuli_change_their_key(change: dict[str, Any]) -> None:
     model = dict.fromkeys(
         ("sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape")

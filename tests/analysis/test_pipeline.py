@@ -179,7 +179,9 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
     find_stimuli = tasks.find_stimuli
 
     def stopping(network, layer, *rest, **options):
-        if len(done) < 2:
+        if network.is_draft:
+            pass
+        elif len(done) < 2:
             done.append(layer)
         else:  # Ctrl-C while the third is under way
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -195,7 +197,7 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
     rest: list[str] = []
 
     def noting(network, layer, *filters, **options):
-        rest.append(layer)
+        rest.append(f"draft of {layer}" if network.is_draft else layer)
         return find_stimuli(network, layer, *filters, **options)
 
     monkeypatch.setattr(tasks, "find_stimuli", noting)
@@ -206,7 +208,8 @@ def test_a_run_cut_short_is_taken_up_where_it_stopped(
     # Other options reuse nothing.
     rest.clear()
     analyze(planted[0], input_shape=(1, 8, 8), out=tmp_path / "cut", steps=3, workers=1)
-    assert rest == ["conv1", "conv2", "conv3", "conv4"]
+    layers = ["conv1", "conv2", "conv3", "conv4"]
+    assert rest == [*(f"draft of {layer}" for layer in layers), *layers]
 
 
 def test_without_a_directory_nothing_is_kept_on_disk() -> None:

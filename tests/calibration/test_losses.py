@@ -8,7 +8,6 @@ from networks import Plain, Residual, randomise_norms
 from scores import SCORES, SCORING
 from torch import Tensor, nn
 
-from prune_viz.analysis.pipeline import analyze
 from prune_viz.calibration import losses as objectives
 from prune_viz.calibration.images import Start, calibration_starts, natural_noise
 from prune_viz.calibration.losses import (
@@ -22,6 +21,7 @@ from prune_viz.calibration.losses import (
 )
 from prune_viz.calibration.synthetic_images import calibrate
 from prune_viz.demo.digits import DigitsNet
+from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.tracing import norms_behind
 from prune_viz.runs.output_kind import OutputKind, Task
 
@@ -132,8 +132,7 @@ def test_stimuli_are_not_held_where_rows_mix() -> None:
 def test_synthetic_images_are_sure_diverse_and_activating(
     trained: DigitsNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = analyze(trained, input_shape=(1, 8, 8), steps=16)
-    starts = calibration_starts(found.layers, 1, (8, 8), 96, seed=0)
+    starts = calibration_starts(FilterNetwork(trained, (1, 8, 8)), (8, 8), 96, seed=0)
 
     def moved() -> tuple[float, float, float, float]:
         images = calibrate(trained.eval(), starts, SCORING)

@@ -20,8 +20,9 @@ from prune_viz.calibration.losses import Watched
 from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, variants
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import make_prior, scene_exponent
+from prune_viz.feature_visualization.stimuli import DRAFT_STEPS, find_stimuli
+from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import as_spectrograms
-from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils import memory
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import Budget, RowBytes
@@ -160,21 +161,22 @@ def test_variants_are_shifted_mirrored_and_enlarged() -> None:
     assert {moved.shape[2] for moved in variants(pictures, enlarge=True, statistics=spectrograms)} == {16}
 
 
-def test_half_of_starts_are_deep_live_stimuli() -> None:
-    layers = {}
-    for depth in range(4):
-        images = torch.full((6, 3, 8, 8), float(depth + 1)).numpy()
-        activations = torch.tensor([0.0, 1, 1, 1, 1, 1]).numpy()
-        images[0] = -1
-        layers[str(depth)] = LayerTensors(images, activations, torch.zeros(6, 6).numpy())
-    leaves, stimuli = calibration_starts(layers, 3, (12, 12), 16, seed=0)
-    assert leaves.images.shape == stimuli.images.shape == (8, 3, 12, 12)
-    assert all(float(image.std()) > 0 for image in leaves.images)
-    assert [float(image[0, 0, 0]) for image in stimuli.images] == [3.0] * 4 + [4.0] * 4
-    assert all(float(image.std()) == 0 for image in stimuli.images)
+def test_half_of_starts_are_deep_live_drafts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()) for _ in range(4)))
+    with torch.no_grad():
+        for block in model:
+            block[0].weight.abs_()
+        model[2][0].weight[1] = 0
+        model[2][0].bias[1] = -1  # never active
+    network = FilterNetwork(model, (3, 24, 24))
+    leaves, stimuli = calibration_starts(network, (24, 24), 12, seed=0)
+    assert leaves.images.shape == (7, 3, 24, 24)
+    assert stimuli.images.shape == (5, 3, 24, 24)
     assert not leaves.owners
-    assert [layer for layer, _ in stimuli.owners] == ["2"] * 4 + ["3"] * 4
-    assert all(row > 0 for _, row in stimuli.owners)
+    assert stimuli.owners == (("2.0", 0), ("2.0", 2), ("3.0", 0), ("3.0", 1), ("3.0", 2))
+    found = find_stimuli(network.draft, "3.0", steps=DRAFT_STEPS)
+    torch.testing.assert_close(stimuli.images[2:], found.images)
 
 
 def test_each_start_takes_its_own_contrast() -> None:

@@ -26,6 +26,7 @@ from prune_viz.execution import tasks
 from prune_viz.execution.executors import LocalEngine, run_tasks
 from prune_viz.execution.task_results import TaskResults
 from prune_viz.execution.tasks import (
+    Begun,
     StimulusSettings,
     Task,
     TaskResult,
@@ -33,7 +34,7 @@ from prune_viz.execution.tasks import (
     plan_tasks,
     run_task,
 )
-from prune_viz.feature_visualization import algorithm, optimiser, priors, stimuli
+from prune_viz.feature_visualization import algorithm, optimiser, priors, search, stimuli
 from prune_viz.feature_visualization.optimiser import StoppedError
 from prune_viz.feature_visualization.responses import response_matrix
 from prune_viz.feature_visualization.stimuli import find_stimuli, maximize
@@ -53,7 +54,7 @@ PROVENANCE = {
     "model": dict.fromkeys(
         ["sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape"]
     ),
-    "options": dict.fromkeys(["prior", "steps", "canvas", "device"]),
+    "options": dict.fromkeys(["prior", "quality", "steps", "canvas", "device"]),
     "inputs": None, "seed": 0, "versions": {"torch": "2"},
 }  # fmt: skip
 
@@ -215,11 +216,11 @@ class _Failing(LocalEngine):
         super().__init__(network, SETTINGS, workers=2)
         self.error, self.doomed, self.tried = error, doomed, []
 
-    def submit(self, task: Task, fed: np.ndarray | None):
+    def submit(self, task: Task, begun: Begun):
         self.tried.append(task.layer)
         if self.doomed in task.layer:
             return self._pool.submit(self._fail)
-        return super().submit(task, fed)
+        return super().submit(task, begun)
 
     def _fail(self) -> TaskResult:
         raise self.error
@@ -321,9 +322,9 @@ def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tm
             type(self).room -= 1
             return max(self.room, 1)
 
-        def submit(self, task: Task, fed: np.ndarray | None):
+        def submit(self, task: Task, begun: Begun):
             type(self).most = max(self.most, self._pool._work_queue.qsize() + 1)
-            return super().submit(task, fed)
+            return super().submit(task, begun)
 
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
     results = TaskResults(run, records(network), planned, "key", lambda name: None)
@@ -471,7 +472,8 @@ def test_results_of_an_older_algorithm_are_not_reused(
 @pytest.mark.parametrize(
     ("module", "name", "stage"),
     [
-        (optimiser, "STILL", algorithm), (priors, "RADIUS", algorithm), (stimuli, "LEAVE", algorithm),
+        (optimiser, "STILL", algorithm), (priors, "RADIUS", algorithm), (search, "LEAVE", algorithm),
+        (stimuli, "DRAFT_STEPS", algorithm),
         (layers, "LARGEST_CANVAS", algorithm), (losses, "SURE", synthetic_images),
         (dead_leaves, "TEXTURE", synthetic_images), (synthetic_images, "RATE", synthetic_images),
     ],

@@ -8,7 +8,7 @@ from marks import slow
 from networks import Plain, Residual, randomise_norms
 from torch import Tensor, nn
 
-from prune_viz.feature_visualization import stimuli as module
+from prune_viz.feature_visualization import search, stimuli
 from prune_viz.feature_visualization.optimiser import (
     OPEN_ROUNDS,
     ROUNDS,
@@ -86,11 +86,11 @@ def test_a_stimulus_depends_on_its_own_filter_alone(monkeypatch: pytest.MonkeyPa
     for layer in ("outer", "depthwise"):
         together = find_stimuli(network, layer, steps=24)
         with monkeypatch.context() as patch:
-            patch.setitem(module.BATCH, "cpu", 4)
-            patch.setattr(module, "_POOL_VALUES", 5 * 3 * 24 * 24)
+            patch.setitem(search.BATCH, "cpu", 4)
+            patch.setattr(stimuli, "_POOL_VALUES", 5 * 3 * 24 * 24)
             turned = find_stimuli(network, layer, [6, 2, 5, 0, 1, 7], steps=24)
             # Batches of odd sizes round differently, which so few steps hardly widens.
-            patch.setitem(module.BATCH, "cpu", 1)
+            patch.setitem(search.BATCH, "cpu", 1)
             alone = find_stimuli(network, layer, [6, 2], steps=24)
         chosen = [6, 2, 5, 0, 1, 7]
         assert torch.equal(turned.images, together.images[chosen])
@@ -230,7 +230,7 @@ def test_a_filter_behind_a_silent_one_is_tried_again(monkeypatch: pytest.MonkeyP
     nn.init.constant_(model[2].bias, -0.1)
     found = maximize(model, "2", input_shape=(3, 16, 16), steps=16)
     assert (found.activations > 1).all()
-    monkeypatch.setattr(module, "RESTARTS", 0)
+    monkeypatch.setattr(search, "RESTARTS", 0)
     assert (maximize(model, "2", input_shape=(3, 16, 16), steps=16).activations == 0).all()
 
 
@@ -260,7 +260,7 @@ def test_a_saturated_map_is_pulled_further_up() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU6())
     model[0].weight.data.mul_(200)
     network = FilterNetwork(model, (3, 16, 16))
-    short, long = (find_stimuli(network, "0", steps=steps) for steps in (2, 32))
+    short, long = find_stimuli(network.draft, "0", steps=2), find_stimuli(network, "0", steps=32)
     before = [
         network.maps("0")(s.images)[0][[0, 1], [0, 1]].clamp_min(0).flatten(1).norm(dim=1)
         for s in (short, long)
@@ -323,14 +323,14 @@ def test_stimuli_follow_the_units_of_inputs(prior: str) -> None:
     model = randomise_norms(Plain())
     twin = randomise_norms(Plain())
     twin.load_state_dict(model.state_dict())
-    twin.conv1.weight.data /= 255
+    twin.conv1.weight.data /= 256
     shape, pixels = (3, 24, 24), torch.rand(12, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     measured = {"images": pixels, "mean": [0.5, 0.4, 0.3], "std": [1.0, 0.5, 2.0]}
     for known in ({"mean": 0.5, "std": 1.0}, measured):
-        larger = {**known, "std": torch.tensor(known["std"]).div(255).tolist()}
+        larger = {**known, "std": torch.tensor(known["std"]).div(256).tolist()}
         one = maximize(model, "conv2", [0, 3], input_shape=shape, steps=24, prior=prior, **known)
         other = maximize(twin, "conv2", [0, 3], input_shape=shape, steps=24, prior=prior, **larger)
-        torch.testing.assert_close(other.images / 255, one.images, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(other.images / 256, one.images, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(other.activations, one.activations, rtol=1e-3, atol=1e-3)
         assert one.statistics is not None
         assert one.plot().axes[0].get_title() == "0"

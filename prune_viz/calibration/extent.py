@@ -1,0 +1,77 @@
+"""How many calibration images there are, and of what size: as many as a network's cost allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prune_viz.calibration.images import calibration_size
+from prune_viz.network.copies import attached
+from prune_viz.network.cost import count_cost
+
+WIDEST = {1: 4096, 2: 160, 3: 32}  # calibration images, by spatial axes
+NARROWEST = {1: 512, 2: 96, 3: 16}  # as small as they get where a network is costly
+IMAGES, FEWEST = 96, 32
+COST = 4.4e10  # of all calibration images together, in multiply-accumulates
+SEEN = 200  # multiply-accumulates that take as long as a value that a batch norm sees
+_STEPS = 5  # sizes that are tried between the widest and the narrowest
+
+
+def settings() -> list[object]:
+    """What the number and the size of calibration images depend on, for the key under which they are kept."""
+    return [WIDEST, NARROWEST, IMAGES, FEWEST, COST, SEEN, _STEPS]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many calibration images there are, and of what spatial size."""
+
+    count: int
+    size: tuple[int, ...]
+
+
+def plan_extent(model: nn.Module, input_shape: Sequence[int]) -> Extent:
+    """Choose how many images are calibrated, and their size.
+
+    What a pass of an image costs is counted, not timed, so that it is the same on every machine. Where
+    `FEWEST` large ones cost too much, they are made smaller.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode; left unchanged.
+    input_shape : sequence of int
+        (C, *size) of one input.
+    """
+    channels, *size = input_shape
+    widest, narrowest = WIDEST[len(size)], NARROWEST[len(size)]
+    found = Extent(min(IMAGES, FEWEST), tuple(size))
+    for share in torch.linspace(1, 0, _STEPS).tolist():
+        side = round(narrowest + share * (widest - narrowest))
+        fitting = calibration_size(model, input_shape, [min(extent, side) for extent in size])
+        count = int(COST / max(_cost(model, (channels, *fitting)), 1))
+        found = Extent(max(min(FEWEST, IMAGES), min(count, IMAGES)), fitting)
+        if count >= FEWEST or max(fitting) < side:
+            break
+    return found
+
+
+def _cost(model: nn.Module, shape: Sequence[int]) -> float:
+    """What it costs to run an input of a shape, in multiply-accumulates."""
+    values = 0
+
+    def note(_: nn.Module, given: tuple[Any, ...]) -> None:
+        nonlocal values
+        values += math.prod(given[0].shape[1:])
+
+    device = next(model.parameters()).device
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    with attached(norm.register_forward_pre_hook(note) for norm in norms), torch.no_grad():
+        model(torch.zeros(1, *shape, device=device))
+    return count_cost(model, shape)[1] + SEEN * values

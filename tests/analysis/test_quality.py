@@ -1,0 +1,67 @@
+"""Drafts, and what a higher quality begins with."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from networks import random_residual
+from torch import nn
+
+from prune_viz.analysis.pipeline import analyze
+from prune_viz.execution import tasks
+from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.redundancy import importance
+from prune_viz.runs.run_directory import RunDirectory
+
+SHAPE = (3, 72, 72)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return random_residual()
+
+
+@pytest.fixture(scope="module")
+def drafted(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("drafts") / "run"
+    analyze(model, input_shape=SHAPE, quality="draft", out=out)
+    return out
+
+
+def test_a_draft_shows_and_judges_every_filter(model: nn.Module, drafted: Path) -> None:
+    run = RunDirectory(drafted)
+    filters = run.read_filters()
+    network = FilterNetwork(model, SHAPE)
+    assert len(filters) == sum(layer.filters for layer in network.layers)
+    assert (filters["activation"] > 0).mean() > 0.9
+    assert run.report_page.exists()
+    assert run.read_provenance().options["quality"] == "draft"
+    for record, draft, whole in zip(
+        run.read_provenance().layers, network.draft.layers, network.layers, strict=True
+    ):
+        assert run.read_layer(record.file).images.shape[2:] == draft.canvas
+        assert np.prod(draft.canvas) < np.prod(whole.canvas)
+
+
+def test_a_higher_quality_begins_where_the_draft_ended(
+    model: nn.Module, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = analyze(model, input_shape=SHAPE, steps=8, out=tmp_path / "alone")
+    sought: list[bool] = []
+    find_stimuli = tasks.find_stimuli
+
+    def noting(network, *given, **options):
+        sought.append(network.is_draft)
+        return find_stimuli(network, *given, **options)
+
+    def never(*_: object) -> None:
+        raise AssertionError("calibrated twice")
+
+    monkeypatch.setattr(tasks, "find_stimuli", noting)
+    monkeypatch.setattr(importance, "calibrate", never)
+    after = analyze(model, input_shape=SHAPE, steps=8, out=drafted)
+    assert sought == [False] * len(after.layers)
+    pd.testing.assert_frame_equal(after.filters, alone.filters)
+    for name in alone.layers:
+        assert np.array_equal(after.layers[name].images, alone.layers[name].images)
