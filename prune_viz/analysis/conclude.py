@@ -119,7 +119,9 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
             )
         if parts is not None:
             write_top_patches(parts, {one.name: one.slug for one in prepared.records}, run.examples_file)
-    table = filter_table(prepared.layers, found, embeddings, places, group_of_layer(groups), judged.verdicts)
+    table = filter_table(
+        prepared.layers, found, embeddings, places, group_of_layer(groups), judged.verdicts, prepared.unjudged
+    )
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
     masks = masks_of(table, groups, judged.verdicts, counts_of_layers, prepared.origin, judged.unit)
     masks.images, masks.rough = judged.images, judged.rough

@@ -25,6 +25,7 @@ def filter_rows(
     group: CouplingGroup | None,
     verdicts: Mapping[int, GroupVerdicts],
     judged: set[str],
+    unjudged: str = "",
 ) -> pd.DataFrame:
     """A layer's rows of `filters.csv`.
 
@@ -44,6 +45,8 @@ def filter_rows(
         By the group's number.
     judged : set of str
         Names of the layers that this run analysed.
+    unjudged : str
+        Why no group is judged, though some could be; empty where they are.
     """
     rows = []
     written = (
@@ -56,7 +59,7 @@ def filter_rows(
     for index in range(layer.filters):
         activation = float(tensors.activations[index])
         if group is None:
-            silent = activation == 0 and float(tensors.responses[:, index].max()) == 0
+            silent = not unjudged and activation == 0 and float(tensors.responses[:, index].max()) == 0
             verdict = Verdict.DEAD if silent else Verdict.UNJUDGED
             score = damage = float("nan")
             representatives: list[int] = []
@@ -64,7 +67,7 @@ def filter_rows(
                 f"Silent: its own stimulus and {len(tensors.responses) - 1} others leave its feature map at "
                 "zero."
                 if silent
-                else "Not judged: what reads it could not be traced."
+                else f"Not judged: {unjudged or 'what reads it could not be traced'}."
             )
         else:
             found = verdicts[group.number].channels[channel_of[index]]
@@ -76,6 +79,8 @@ def filter_rows(
             representatives = others[others >= 0].tolist()
             unit = verdicts[group.number].unit
             reason = explain(found, representatives, group, layer.name, activation, judged, unit)
+            if unjudged and verdict is Verdict.UNJUDGED:
+                reason = f"Not judged: {unjudged}."
         rows.append(
             (
                 layer.name, index, verdict.value, ";".join(map(str, representatives)), score,
@@ -93,13 +98,14 @@ def filter_table(
     places: Mapping[str, np.ndarray],
     tied: Mapping[str, CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
+    unjudged: str = "",
 ) -> pd.DataFrame:
     """The whole of `filters.csv`: `filter_rows` of every layer, each layer's share looked up by its name."""
     judged = set(found)
     tables = [
         filter_rows(
             layer, found[layer.name], embeddings[layer.name], places[layer.name], tied.get(layer.name),
-            verdicts, judged,
+            verdicts, judged, unjudged,
         )
         for layer in layers
     ]  # fmt: skip

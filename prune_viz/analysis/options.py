@@ -18,6 +18,7 @@ from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import check_sizes
 
 ENGINES = ("local", "ray")
+STIMULI = "stimuli"
 
 
 class OptionFields(TypedDict, total=False):
@@ -27,6 +28,7 @@ class OptionFields(TypedDict, total=False):
     layers: Sequence[str]
     task: str | None
     prior: str
+    only: str | None
     quality: str
     steps: int | None
     canvas: int | None
@@ -60,6 +62,8 @@ class AnalysisOptions:
         What the network returns (`prune_viz.runs.output_kind.Task`); by default it is found out.
     prior : {"natural", "spectrogram", "none"}
         What bounds stimuli (`prune_viz.maximize`).
+    only : {"stimuli"}, optional
+        What alone is done: pictures without verdicts.
     quality : {"draft", "standard", "fine"}
         How much work is done (`prune_viz.execution.quality`).
     steps : int, optional
@@ -95,6 +99,7 @@ class AnalysisOptions:
     layers: Sequence[str] = ()
     task: str | None = None
     prior: str = _of_stimuli("natural")
+    only: str | None = None
     quality: str = Quality.STANDARD.value
     steps: int | None = None
     canvas: int | None = _of_stimuli(None)
@@ -109,6 +114,8 @@ class AnalysisOptions:
     memory: int | None = None
 
     def __post_init__(self) -> None:
+        if self.only not in (None, STIMULI):
+            raise UserError(f"--only is {STIMULI}, not {self.only!r}")
         if self.quality not in set(Quality):
             raise UserError(f"--quality is {', '.join(Quality)}, not {self.quality!r}")
         if self.steps is not None and self.effort.is_draft:
@@ -150,6 +157,7 @@ class AnalysisOptions:
             "data": describe_data(self.data),
             "layers": list(self.layers),
             "task": self.task,
+            "only": self.only,
             "device": device,
             "tolerance": TOLERANCE,
         }

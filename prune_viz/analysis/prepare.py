@@ -26,6 +26,8 @@ from prune_viz.runs.run_json import LayerRecord
 from prune_viz.utils.devices import pick_device
 from prune_viz.utils.errors import UserError, few
 
+ONLY_STIMULI = "only stimuli were asked for"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -55,6 +57,8 @@ class Prepared:
         For the report: what had to be left out.
     warnings : list of str
         Those of them that are said before the run: on groups of which only a part is analysed.
+    unjudged : str
+        Why no group is judged, though some could be; empty where they are.
     """
 
     model: nn.Module
@@ -68,10 +72,13 @@ class Prepared:
     origin: Origin
     notes: list[str]
     warnings: list[str]
+    unjudged: str = ""
 
     @property
     def judged(self) -> list[CouplingGroup]:
         """Groups that are judged: removable ones of which every layer is analysed."""
+        if self.unjudged:
+            return []
         names = {layer.name for layer in self.layers}
         return [group for group in self.groups if group.removable and names.issuperset(group.layers)]
 
@@ -128,6 +135,7 @@ def prepare(
     return Prepared(
         model, network, chosen, records, groups, statistics, examples, output,
         Origin(file_sha256 or weights, weights, output), warnings + notes + unread, warnings,
+        "" if options.only is None else ONLY_STIMULI,
     )  # fmt: skip
 
 

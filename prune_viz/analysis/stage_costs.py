@@ -69,8 +69,9 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         parts = rounds(judged, context.host_memory() // 2)
         return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
 
+    stimuli = min(filters, context.effort.stimuli)
     found["gram matrices"] = gather_seconds(
-        noise, filters + calibration_images.count_noise_images(context.statistics) + examples
+        noise, stimuli + calibration_images.count_noise_images(context.statistics) + examples
     )
     extent = plan_extent(twin, network.input_shape)
     count, size, images = extent.count, extent.size, tile(noise, extent.size)

@@ -43,6 +43,7 @@ from prune_viz.cli.options import (
     Key,
     Memory,
     ModelFile,
+    Only,
     Prior,
     QualityName,
     Quiet,
@@ -110,6 +111,10 @@ def analyze(
     prior: Annotated[
         Prior, typer.Option(help="Bound stimuli as natural inputs, as spectrograms, or by their norm alone.")
     ] = (Prior.natural),
+    only: Annotated[
+        Only | None,
+        typer.Option(help="Do this alone: pictures and their report, no verdicts.", show_default=False),
+    ] = None,
     quality: Annotated[
         QualityName,
         typer.Option(
@@ -194,9 +199,9 @@ def analyze(
         normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
     options = OptionFields(
         input_shape=shape, layers=layers or (), task=None if task is None else task.value, prior=prior.value,
-        quality=quality.value, steps=steps, canvas=canvas, seed=seed, device=device, mean=normalisation[0],
-        std=normalisation[1], data=data, engine=engine.value, workers=workers, gpus_per_task=gpus_per_task,
-        memory=budget,
+        only=None if only is None else only.value, quality=quality.value, steps=steps, canvas=canvas,
+        seed=seed, device=device, mean=normalisation[0], std=normalisation[1], data=data,
+        engine=engine.value, workers=workers, gpus_per_task=gpus_per_task, memory=budget,
     )  # fmt: skip
     progress = make_progress(silent)
     if dry_run:

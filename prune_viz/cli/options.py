@@ -25,6 +25,12 @@ class QualityName(StrEnum):
     fine = "fine"
 
 
+class Only(StrEnum):
+    """What alone is done."""
+
+    stimuli = "stimuli"
+
+
 class TaskName(StrEnum):
     """What a network returns."""
 

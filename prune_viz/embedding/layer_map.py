@@ -41,7 +41,7 @@ class Embedding:
     clusters: np.ndarray
 
 
-def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embedding:
+def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0, quick: bool = False) -> Embedding:
     """Embed and cluster a layer's filters.
 
     Parameters
@@ -53,6 +53,8 @@ def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embe
         counts as none.
     seed : int
         Of t-SNE and UMAP.
+    quick : bool
+        Whether the map shows principal components alone.
 
     Returns
     -------
@@ -61,7 +63,7 @@ def embed(descriptors: np.ndarray, responses: np.ndarray, seed: int = 0) -> Embe
     features, live = joint_features(descriptors, responses)
     clusters = np.full(len(live), -1)
     clusters[live] = find_clusters(features)
-    return Embedding(set_apart(draw_map(features, seed), live), clusters)
+    return Embedding(set_apart(draw_map(features, seed, quick), live), clusters)
 
 
 def joint_features(descriptors: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,13 +88,15 @@ def join(pictures: np.ndarray, profiles: np.ndarray, picture_share: float) -> np
     return np.asarray(np.hstack(parts), dtype=np.float32)
 
 
-def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
+def draw_map(features: np.ndarray, seed: int, quick: bool = False) -> np.ndarray:
     """Draw features in two dimensions: principal components of a handful, t-SNE of up to `FEW`, UMAP of more.
 
     Parameters
     ----------
     features : ndarray, shape (F, K)
     seed : int
+    quick : bool
+        Whether principal components will do, however many filters there are.
 
     Returns
     -------
@@ -100,7 +104,7 @@ def draw_map(features: np.ndarray, seed: int) -> np.ndarray:
         Positions, the same for the same features and seed.
     """
     count = len(features)
-    if count <= HANDFUL or np.ptp(features, axis=0).max() < 1e-6:
+    if quick or count <= HANDFUL or np.ptp(features, axis=0).max() < 1e-6:
         return _flattened(features)
     if count <= FEW:
         return _draw_few(features, seed)

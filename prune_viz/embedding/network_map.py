@@ -62,7 +62,7 @@ def embed_network(
     positions : dict of str to ndarray, shape (F, 2)
         Each layer's filters on the map of the network.
     """
-    seed, progress = context.seed, context.progress
+    seed, progress, quick = context.seed, context.progress, context.effort.is_draft
     progress.start("embedding", len(layers) + 1)
     quota = -(-COMMON_STIMULI // max(len(layers), 1))
     random = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def embed_network(
         progress.note(layer.name)
         tensors = found[layer.name]
         descriptors = describe_stimuli(tensors.images)
-        embeddings[layer.name] = embed(descriptors, tensors.responses, seed)
+        embeddings[layer.name] = embed(descriptors, tensors.responses, seed, quick)
         responses = np.nan_to_num(tensors.responses, nan=0.0, posinf=0.0)
         live.append(responding(responses))
         pictures.append(pictures_of(descriptors, responses)[live[-1]])
@@ -84,7 +84,7 @@ def embed_network(
     if shown:
         profiles = common_profiles(network, names, shown, context.budget)
         answers = [profiles.pop(name)[there] for name, there in zip(names, live, strict=True)]
-        positions = set_apart(place_filters(pictures, answers, seed), np.concatenate(live))
+        positions = set_apart(place_filters(pictures, answers, seed, quick), np.concatenate(live))
     else:
         positions = set_apart(np.zeros((0, 2)), np.concatenate(live))
     progress.advance()
@@ -129,7 +129,9 @@ def common_profiles(
     }
 
 
-def place_filters(pictures: Sequence[np.ndarray], profiles: Sequence[np.ndarray], seed: int) -> np.ndarray:
+def place_filters(
+    pictures: Sequence[np.ndarray], profiles: Sequence[np.ndarray], seed: int, quick: bool = False
+) -> np.ndarray:
     """Draw the map of the network.
 
     Parameters
@@ -140,6 +142,8 @@ def place_filters(pictures: Sequence[np.ndarray], profiles: Sequence[np.ndarray]
         What it responds to among inputs that all filters were shown.
     seed : int
         Of UMAP.
+    quick : bool
+        Whether principal components will do.
 
     Returns
     -------
@@ -149,4 +153,4 @@ def place_filters(pictures: Sequence[np.ndarray], profiles: Sequence[np.ndarray]
     answers, _ = principal(profiles, COMPONENTS)
     if variance > _LEAST_VARIANCE:
         looks /= np.sqrt(variance)
-    return draw_map(join(looks, answers, PICTURE_SHARE), seed)
+    return draw_map(join(looks, answers, PICTURE_SHARE), seed, quick)

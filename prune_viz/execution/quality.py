@@ -6,6 +6,7 @@ pictures, and with the same calibration images.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -30,6 +31,8 @@ class Effort:
         Whether pictures stay drafts: few steps, on small canvases.
     steps : int
         Most steps of the optimiser for each stimulus.
+    stimuli : int
+        Stimuli on which verdicts rest, about.
     variants : int
         Shifted copies of each calibration image on which groups are compared, at most
         `prune_viz.calibration.synthetic_images.VARIANTS`.
@@ -41,13 +44,15 @@ class Effort:
 
     is_draft: bool
     steps: int
+    stimuli: int
     variants: int
     sensitivity_variants: int
     measuring: float
 
 
+ALL = sys.maxsize
 EFFORTS = {
-    Quality.DRAFT: Effort(True, DRAFT_STEPS, 4, 1, 0.25),
-    Quality.STANDARD: Effort(False, STEPS, 16, 4, 1.0),
-    Quality.FINE: Effort(False, 3 * STEPS, 16, 16, 4.0),
+    Quality.DRAFT: Effort(True, DRAFT_STEPS, 2048, 4, 1, 0.25),
+    Quality.STANDARD: Effort(False, STEPS, ALL, 16, 4, 1.0),
+    Quality.FINE: Effort(False, 3 * STEPS, ALL, 16, 16, 4.0),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from prune_viz.calibration import images
@@ -71,10 +73,15 @@ def gather_on_stimuli(
     axes = range(len(network.input_shape) - 1)
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in axes)
     size = images.calibration_size(model, network.input_shape, largest)
-    count = sum(layer.filters for layer in network.layers if layer.name in layers)
+    filters = sum(layer.filters for layer in network.layers if layer.name in layers)
+    share = min(1.0, context.effort.stimuli / max(filters, 1))
+    chosen = {name: choose_stimuli(layers[name], share) for name in layers}
+    count = sum(map(len, chosen.values()))
 
     def made() -> Iterator[tuple[Tensor, bool]]:
-        stimuli = (layers[name].images for name in layers)
+        stimuli = (
+            layers[name].images if share == 1 else layers[name].images[rows] for name, rows in chosen.items()
+        )
         batches = images.noise_and_stimuli(
             stimuli, network.input_shape[0], size, context.seed, context.statistics
         )
@@ -95,6 +102,27 @@ def gather_on_stimuli(
             for number in gram_matrices
         }
     return gram_matrices
+
+
+def choose_stimuli(found: LayerTensors, share: float) -> np.ndarray:
+    """Choose a share of a layer's stimuli, evenly spaced, and those of filters that these leave silent.
+
+    Parameters
+    ----------
+    found : LayerTensors
+        The layer's stimuli and responses.
+    share : float
+        In (0, 1].
+
+    Returns
+    -------
+    ndarray of int
+        Rows, ascending.
+    """
+    count = len(found.activations)
+    rows = np.unique(np.linspace(0, count - 1, math.ceil(share * count)).astype(int))
+    silent = ~(np.asarray(found.responses)[rows].max(axis=0, initial=0.0) > 0)
+    return np.union1d(rows, np.flatnonzero(silent & (np.asarray(found.activations) > 0)))
 
 
 def judge_groups(

@@ -17,7 +17,7 @@ SHAPE = (3, 16, 16)
 # Those on which stimuli do not depend, and those that reach their key otherwise: by the model's record,
 # the seed and what is known of inputs.
 APART = {"layers", "task", "engine", "workers", "gpus_per_task", "memory"}
-OTHERWISE = {"quality", "input_shape", "seed", "mean", "std", "data"}
+OTHERWISE = {"only", "quality", "input_shape", "seed", "mean", "std", "data"}
 
 
 def test_keywords_are_the_fields() -> None:

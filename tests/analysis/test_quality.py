@@ -12,7 +12,8 @@ from prune_viz.analysis.pipeline import analyze
 from prune_viz.execution import tasks
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.redundancy import importance
-from prune_viz.runs.run_directory import RunDirectory
+from prune_viz.redundancy.group_verdicts import choose_stimuli
+from prune_viz.runs.run_directory import LayerTensors, RunDirectory
 
 SHAPE = (3, 72, 72)
 
@@ -65,3 +66,23 @@ def test_a_higher_quality_begins_where_the_draft_ended(
     pd.testing.assert_frame_equal(after.filters, alone.filters)
     for name in alone.layers:
         assert np.array_equal(after.layers[name].images, alone.layers[name].images)
+
+
+def test_stimuli_alone_are_shown_not_judged(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = analyze(random_residual(), input_shape=(3, 16, 16), steps=2, only="stimuli", out=out)
+    assert set(found.filters["verdict"]) == {"unjudged"}
+    assert set(found.filters["reason"]) == {"Not judged: only stimuli were asked for."}
+    assert (out / "report" / "index.html").exists()
+    assert not RunDirectory(out).calibration_images_file.exists()
+    assert not found.masks.removed
+
+
+def test_few_stimuli_leave_no_live_filter_silent() -> None:
+    # Filter 5 answers to its own stimulus alone, and filter 6 to none.
+    responses = np.ones((9, 9), dtype=np.float32)
+    responses[:, 5:7] = 0
+    responses[5, 5] = 1
+    found = LayerTensors(np.zeros((9, 1, 2, 2), np.float16), np.diag(responses).copy(), responses)
+    assert choose_stimuli(found, 0.3).tolist() == [0, 4, 5, 8]
+    assert choose_stimuli(found, 1.0).tolist() == list(range(9))

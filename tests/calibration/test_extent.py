@@ -1,0 +1,34 @@
+"""How many calibration images there are, and how large."""
+
+import pytest
+from torch import nn
+
+from prune_viz.calibration import extent
+from prune_viz.calibration.extent import plan_extent
+
+pytestmark = pytest.mark.usefixtures("whole_calibration")
+
+
+def _network(width: int) -> nn.Sequential:
+    layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)]
+    return nn.Sequential(*layers).eval()
+
+
+def test_small_networks_get_all_images() -> None:
+    assert plan_extent(_network(2), (3, 28, 28)) == extent.Extent(extent.IMAGES, (28, 28))
+    assert plan_extent(_network(2), (3, 640, 640)).size == (160, 160)
+
+
+def test_costly_networks_get_fewer_then_smaller_images() -> None:
+    plans = [plan_extent(_network(width), (3, 224, 224)) for width in (2, 64, 96, 128, 512)]
+    counts, sizes = [plan.count for plan in plans], [plan.size[0] for plan in plans]
+    assert sizes == sorted(sizes, reverse=True)
+    assert counts[0] == extent.IMAGES
+    assert extent.FEWEST <= min(counts) < extent.IMAGES
+    assert sizes[0] == 160
+    assert sizes[-1] == 96
+
+
+def test_a_network_of_one_size_keeps_it() -> None:
+    tied = nn.Sequential(_network(512), nn.Flatten(), nn.Linear(512 * 120 * 120, 1)).eval()
+    assert plan_extent(tied, (3, 120, 120)) == extent.Extent(extent.FEWEST, (120, 120))
