@@ -157,7 +157,7 @@ class Search:
         for sign in (0,) if self.activation else (1, -1):
             rows = self._unfinished() if from_noise and not given else self._silent()
             self._round(rows, first, _Start(sign=sign))
-        for attempt in range(1, (0 if self.draft else RESTARTS) + 1):
+        for attempt in range(1, (1 if self.draft else RESTARTS) + 1):
             self._round(self._silent(), first, _Start(attempt=attempt))
 
     def _silent(self) -> Tensor:

@@ -12,9 +12,12 @@ from torchvision import models
 from typer.testing import CliRunner
 
 from prune_viz import __version__, cli
+from prune_viz.analysis.options import STIMULI
 from prune_viz.cli import commands
+from prune_viz.cli.options import Only, QualityName
 from prune_viz.demo.digits import Digits, DigitsNet, accuracy, plant
 from prune_viz.demo.run import save_demo_model
+from prune_viz.execution.quality import Quality
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import sha256
 from prune_viz.utils.progress import BarProgress, PlainProgress
@@ -167,10 +170,9 @@ def test_version() -> None:
     assert (result.returncode, result.stdout) == (0, f"prune-viz {__version__}\n")
 
 
-def test_the_help_states_the_real_default_of_steps() -> None:
-    from prune_viz.feature_visualization.stimuli import STEPS
-
-    assert f"({STEPS})" in run("analyze", "--help").stdout
+def test_qualities_are_those_of_the_library() -> None:
+    assert [one.value for one in QualityName] == [one.value for one in Quality]
+    assert [one.value for one in Only] == [STIMULI]
 
 
 def test_options_of_the_contract_exist() -> None:
