@@ -83,7 +83,9 @@ class PlannedRun:
             Stages(RunLog(run.log_file)),
             options.effort,
         )
-        return _run(prepared, run, self._provenance, self._make_engine, context, fresh, report)
+        # On a cluster each task begins with drafts of its own: to start the cluster twice takes longer.
+        drafts = options.engine == "local" and not prepared.network.is_draft
+        return _run(prepared, run, self._provenance, self._make_engine, context, fresh, report, drafts)
 
 
 EngineMaker = Callable[[FilterNetwork], Engine]
@@ -129,6 +131,7 @@ def _run(
     context: RunContext,
     fresh: bool,
     report: bool,
+    drafts: bool,
 ) -> Analysis:
     """Fill a run directory, or take up where an earlier process stopped."""
     stages, log = context.stages, context.stages.log
@@ -144,7 +147,7 @@ def _run(
         context.progress,
     ):
         found = _results(prepared, run, prepared.records, tasks, key, draft_key)
-        if not prepared.network.is_draft:
+        if drafts:
             with stages.timed("drafts"):
                 _find_drafts(prepared, run, found, draft_key, make_engine, context)
         with stages.timed("stimuli"):

@@ -151,20 +151,22 @@ def test_synthetic_images_are_sure_diverse_and_activating(
 ) -> None:
     starts = calibration_starts(FilterNetwork(trained, (1, 8, 8)), (8, 8), 96, seed=0)
 
-    def moved() -> tuple[float, float, float, float]:
+    def moved() -> tuple[float, ...]:
         images = calibrate(trained.eval(), starts, SCORING)
         with torch.no_grad():
             shares = trained(images.images).softmax(dim=1)
         mean = shares.mean(dim=0)
         evenness = float(-(mean * mean.log()).sum())
+        short = float((math.log(0.5) - shares.amax(dim=1).log()).clamp_min(0).mean())
         return (
+            short + math.log(10) - evenness,
             float(shares.amax(dim=1).clamp_max(0.5).mean()),
             evenness,
             images.activation_kept,
             images.distance,
         )
 
-    sure, even, kept, distance = moved()
+    error, sure, even, kept, distance = moved()
     assert sure > 0.45
     assert even > 0.95 * math.log(10)
     assert kept > 0.45
@@ -172,13 +174,15 @@ def test_synthetic_images_are_sure_diverse_and_activating(
     with monkeypatch.context() as patched:
         patched.setattr(objectives, "CLASSES", 0.0)
         unasked = moved()
-    assert sure > unasked[0]
-    assert even > unasked[1]
+        patched.setattr(objectives, "CLASSES", 0.05)
+        much = moved()
+    assert much[0] < min(error, unasked[0])
+    assert sure > unasked[1]
     with monkeypatch.context() as patched:
         patched.setattr(objectives, "OWN", 0.0)
         let_go = moved()
-    assert kept > 1.2 * let_go[2]
-    assert distance < 1.5 * min(unasked[3], let_go[3]) + 0.01
+    assert kept > 1.2 * let_go[3]
+    assert distance < 1.5 * min(unasked[4], let_go[4]) + 0.01
 
 
 class _Closed(Plain):
