@@ -18,7 +18,7 @@ from prune_viz.network.cost import count_cost
 WIDEST = {1: 4096, 2: 160, 3: 32}  # calibration images, by spatial axes
 NARROWEST = {1: 512, 2: 96, 3: 16}  # as small as they get where a network is costly
 IMAGES, FEWEST = 96, 32
-COST = 3.4e10  # of all calibration images together, in multiply-accumulates
+COST = 4.4e10  # of all calibration images together, in multiply-accumulates
 SEEN = 200  # multiply-accumulates that take as long as a value that a batch norm sees
 _STEPS = 5  # sizes that are tried between the widest and the narrowest
 
