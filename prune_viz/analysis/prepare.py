@@ -27,6 +27,10 @@ from prune_viz.utils.devices import pick_device
 from prune_viz.utils.errors import UserError, few
 
 ONLY_STIMULI = "only stimuli were asked for"
+DRAFT = (
+    "This is a draft: its pictures took few steps, and its verdicts rest on a part of them. "
+    "The same command with --quality standard goes on from here."
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,10 @@ def prepare(
     task = None if options.task is None else Task(options.task)
     output = find_output_kind(model, _noise(model, network), task)
     notes = [str(output), *_notes(network, graph)]
+    if options.only is not None:
+        notes.insert(0, f"Nothing is judged, as {ONLY_STIMULI}.")
+    if options.effort.is_draft:
+        notes.insert(0, DRAFT)
     if not network.takes_batches:
         groups = []
     elif untraced:

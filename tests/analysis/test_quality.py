@@ -43,6 +43,7 @@ def test_a_draft_shows_and_judges_every_filter(model: nn.Module, drafted: Path) 
     assert (filters["activation"] > 0).mean() > 0.7
     assert run.report_page.exists()
     assert run.read_provenance().options["quality"] == "draft"
+    assert "This is a draft" in run.report_page.read_text()
     for record, draft, whole in zip(
         run.read_provenance().layers, network.draft.layers, network.layers, strict=True
     ):
