@@ -82,7 +82,7 @@ def small(benchmarks: Callable[[str], ModuleType], digits: Digits, trained: Digi
 def flat_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps are principal components: compiling UMAP would take longest, and other tests draw with it."""
     for module in (layer_map, network_map):
-        monkeypatch.setattr(module, "draw_map", lambda features, seed: layer_map._flattened(features))
+        monkeypatch.setattr(module, "draw_map", lambda features, *_: layer_map._flattened(features))
 
 
 class Lite(nn.Module):
