@@ -238,7 +238,9 @@ def _find_stimuli(
     progress.advance(sum(task.filters for task in results.done))
     if len(results.done) < len(tasks):
         with make_engine(network) as engine:
-            run_tasks(tasks, results, engine, context.stages.log, lambda task: progress.note(task.layer))
+            kind = "draft" if stage == "drafts" else "task"
+            log = context.stages.log
+            run_tasks(tasks, results, engine, log, lambda task: progress.note(task.layer), kind)
     progress.finish()
 
 

@@ -92,7 +92,12 @@ class LocalEngine:
 
 
 def run_tasks(
-    tasks: Sequence[Task], results: TaskResults, engine: Engine, log: Log, advance: Callable[[Task], None]
+    tasks: Sequence[Task],
+    results: TaskResults,
+    engine: Engine,
+    log: Log,
+    advance: Callable[[Task], None],
+    kind: str = "task",
 ) -> None:
     """Have all tasks done that are not done yet; one that fails does not keep others from it.
 
@@ -108,6 +113,8 @@ def run_tasks(
         Records each.
     advance : callable
         Called with each that is done.
+    kind : {"task", "draft"}
+        What the log calls them.
 
     Raises
     ------
@@ -124,7 +131,7 @@ def run_tasks(
             : max(0, engine.slots() - len(running))
         ]:
             waiting.remove(task)
-            log("task begun", task=task.title)
+            log(f"{kind} begun", task=task.title)
             running[engine.submit(task, results.begun(task))] = task
         if not running:  # what the rest start from has failed
             break
@@ -138,7 +145,7 @@ def run_tasks(
                 continue
             result = future.result()
             results.add(task, result)
-            log("task done", task=task.title, seconds=round(result.seconds, 3), worker=result.worker)
+            log(f"{kind} done", task=task.title, seconds=round(result.seconds, 3), worker=result.worker)
             advance(task)
         if len(failures) >= HOPELESS and not results.done:
             waiting.clear()
