@@ -26,7 +26,7 @@ from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.executors import GLANCE, LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.run_context import RunContext
-from prune_viz.execution.tasks import Begun, StimulusSettings, Task, TaskResult, task_filters
+from prune_viz.execution.tasks import StartingStimuli, StimulusSettings, Task, TaskResult, task_filters
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.redundancy.group_verdicts import calibration_copy
@@ -234,7 +234,7 @@ def _try(
                 producer = producers.get(name)
                 fed = found[producer].images if producer in found else None
                 task = Task(name, 0, min(count, network.layer(name).filters), producer, "", "")
-                running[name] = engine.submit(task, Begun(fed))
+                running[name] = engine.submit(task, StartingStimuli(fed))
             while wait(running.values(), timeout=GLANCE).not_done:
                 pass  # but a Ctrl-C is noticed
             found.update({name: future.result() for name, future in running.items()})

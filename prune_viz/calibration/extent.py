@@ -51,15 +51,14 @@ def plan_extent(model: nn.Module, input_shape: Sequence[int]) -> Extent:
     """
     channels, *size = input_shape
     widest, narrowest = WIDEST[len(size)], NARROWEST[len(size)]
-    found = Extent(min(IMAGES, FEWEST), tuple(size))
+    fewest = min(IMAGES, FEWEST)
     for share in torch.linspace(1, 0, _STEPS).tolist():
         side = round(narrowest + share * (widest - narrowest))
         fitting = calibration_size(model, input_shape, [min(extent, side) for extent in size])
         count = int(COST / max(_cost(model, (channels, *fitting)), 1))
-        found = Extent(max(min(FEWEST, IMAGES), min(count, IMAGES)), fitting)
-        if count >= FEWEST or max(fitting) < side:
+        if count >= fewest:
             break
-    return found
+    return Extent(min(max(count, fewest), IMAGES), fitting)
 
 
 def _cost(model: nn.Module, shape: Sequence[int]) -> float:

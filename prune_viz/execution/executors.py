@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import torch
 
 from prune_viz.execution.task_results import TaskResults
-from prune_viz.execution.tasks import Begun, StimulusSettings, Task, TaskResult, run_task
+from prune_viz.execution.tasks import StartingStimuli, StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.runs.stages import Log
 from prune_viz.utils.devices import one_thread_each, release_memory
@@ -30,7 +30,7 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """How many tasks it takes at a time."""
         ...
 
-    def submit(self, task: Task, begun: Begun) -> Future[TaskResult]:
+    def submit(self, task: Task, starts: StartingStimuli) -> Future[TaskResult]:
         """Start a task, from what its search begins with."""
         ...
 
@@ -83,10 +83,10 @@ class LocalEngine:
         """How many tasks it takes at a time."""
         return self._workers
 
-    def submit(self, task: Task, begun: Begun) -> Future[TaskResult]:
+    def submit(self, task: Task, starts: StartingStimuli) -> Future[TaskResult]:
         """Start a task, from what its search begins with."""
         return self._pool.submit(
-            run_task, self._network, task, self._settings, begun, self._batch(task.layer), self._stop,
+            run_task, self._network, task, self._settings, starts, self._batch(task.layer), self._stop,
             self._progress,
         )  # fmt: skip
 
@@ -132,7 +132,7 @@ def run_tasks(
         ]:
             waiting.remove(task)
             log(f"{kind} begun", task=task.title)
-            running[engine.submit(task, results.begun(task))] = task
+            running[engine.submit(task, results.starting_stimuli(task))] = task
         if not running:  # what the rest start from has failed
             break
         for future in wait(running, timeout=GLANCE, return_when=FIRST_COMPLETED).done:

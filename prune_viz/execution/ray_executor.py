@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from prune_viz.execution.tasks import Begun, StimulusSettings, Task, TaskResult, run_task
+from prune_viz.execution.tasks import StartingStimuli, StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.progress import Progress
@@ -160,9 +160,9 @@ class RayEngine:
         room = min(int(there.get(name, 0) / needed) for name, needed in self._needs.items())
         return 2 * max(1, room)
 
-    def submit(self, task: Task, begun: Begun) -> Future[TaskResult]:
+    def submit(self, task: Task, starts: StartingStimuli) -> Future[TaskResult]:
         """Start a task, from what its search begins with."""
-        reference = self._remote.remote(self._shared, task, begun)
+        reference = self._remote.remote(self._shared, task, starts)
         self._running.add(reference)
         future: Future[TaskResult] = reference.future()
 
@@ -178,7 +178,7 @@ class RayEngine:
 _prepared: dict[str, tuple[FilterNetwork, StimulusSettings]] = {}
 
 
-def _do(shared: list[Any], task: Task, begun: Begun) -> TaskResult:
+def _do(shared: list[Any], task: Task, starts: StartingStimuli) -> TaskResult:
     """In a worker: prepare the network, once a process, and do a task."""
     torch.set_num_threads(1)  # as everywhere: a task's result does not depend on who does it
     name = shared[0].hex()
@@ -192,7 +192,7 @@ def _do(shared: list[Any], task: Task, begun: Begun) -> TaskResult:
         _prepared.clear()  # of an earlier run
         _prepared[name] = network, work.settings
     network, settings = _prepared[name]
-    return run_task(network, task, settings, begun)
+    return run_task(network, task, settings, starts)
 
 
 def _isolate_new_cluster() -> None:

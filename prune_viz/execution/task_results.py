@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prune_viz.execution.tasks import Begun, Task, TaskResult, failing_together
+from prune_viz.execution.tasks import StartingStimuli, Task, TaskResult, failing_together
 from prune_viz.runs.ownership import own_tensors, remove_tensors
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.run_json import LayerRecord
@@ -74,11 +74,11 @@ class TaskResults:
         """Whether the layer that the task starts from is there."""
         return task.producer is None or task.producer in self.whole
 
-    def begun(self, task: Task) -> Begun:
+    def starting_stimuli(self, task: Task) -> StartingStimuli:
         """What a task's search begins with, as far as it is there."""
         header = read_header(self._run.path / self._files[task.layer]) or {}
         drafted = self._draft_key and header.get("run") == self._draft_key and not header.get("failed")
-        return Begun(
+        return StartingStimuli(
             None if task.producer is None else self._images(task.producer, task),
             self._images(task.layer, task) if drafted else None,
         )

@@ -71,7 +71,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartingStimuli:
     """What a task's search begins with.
 
     Attributes
@@ -196,7 +196,7 @@ def run_task(
     network: FilterNetwork,
     task: Task,
     settings: StimulusSettings,
-    begun: Begun | None = None,
+    starts: StartingStimuli | None = None,
     batch: int | None = None,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
@@ -211,7 +211,7 @@ def run_task(
         The task.
     settings : StimulusSettings
         What the stimuli depend on.
-    begun : Begun, optional
+    starts : StartingStimuli, optional
         What the search begins with; found here as far as it is not given.
     batch : int, optional
         Most filters at a time, where memory is short.
@@ -220,7 +220,7 @@ def run_task(
     progress : Progress, optional
         Advanced by each filter that is done.
     """
-    begun = begun or Begun()
+    starts = starts or StartingStimuli()
     layer, worker = network.layer(task.layer), f"{platform.node()}/{os.getpid()}"
     start = time.perf_counter()
     try:
@@ -232,8 +232,8 @@ def run_task(
             steps=settings.steps,
             seed=settings.seed,
             statistics=settings.statistics,
-            fed=None if begun.fed is None else torch.from_numpy(begun.fed),
-            drafts=None if begun.drafts is None else torch.from_numpy(begun.drafts),
+            fed=None if starts.fed is None else torch.from_numpy(starts.fed),
+            drafts=None if starts.drafts is None else torch.from_numpy(starts.drafts),
             batch=batch,
             stop=stop,
             progress=progress,

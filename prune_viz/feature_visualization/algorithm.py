@@ -10,7 +10,14 @@ ALGORITHM = 2  # raised with every change after which stimuli or responses come 
 
 def settings() -> list[object]:
     """The number of the algorithm and its constants, for the key of results; batches are not among them."""
-    constants = [search.LEAVE, search.LEAVE_FIRST, search.CLOSE, search.RESTARTS, search.HALF_LIMIT]
+    constants = [
+        search.LEAVE,
+        search.LEAVE_FIRST,
+        search.CLOSE,
+        search.RESTARTS,
+        search.DRAFT_RESTARTS,
+        search.HALF_LIMIT,
+    ]
     return [
         ALGORITHM,
         constants,

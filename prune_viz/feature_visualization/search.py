@@ -41,7 +41,7 @@ from prune_viz.utils.progress import Progress
 LEAVE = 0.3  # a filter leaves when a round raised its activation by less; on small canvases, cheap, less
 LEAVE_FIRST = 1e-4  # the same where no other convolution comes before and the best is a closed form
 CLOSE = 0.9  # it leaves, too, at this share of what a bounded activation allows
-RESTARTS = 3  # for filters that stay silent
+RESTARTS, DRAFT_RESTARTS = 3, 1  # for filters that stay silent
 BATCH = {"cpu": 48, "cuda": 256, "mps": 64}
 HALF_LIMIT = 65504.0  # the largest number of half precision
 
@@ -122,10 +122,10 @@ class Search:
         self.steps = torch.zeros(len(filters), dtype=torch.long)
         self.sound = torch.ones(len(filters), dtype=torch.bool)
 
-    def run(self, steps: int, given: Sequence[Tensor], from_noise: bool, progress: Progress) -> None:
-        """Optimise in rounds, from stimuli that are given, or from noise too, until all filters have left."""
+    def run(self, steps: int, given: Sequence[Tensor], progress: Progress) -> None:
+        """Optimise in rounds, from sets of stimuli that are given, else from noise, until all have left."""
         first, *others = rounds(steps, self.activation, self.draft)
-        self._start(first, given, from_noise)
+        self._start(first, given)
         staying = self._unfinished()
         staying = staying[self.activations[staying].isfinite()]
         progress.advance(len(self.filters) - len(staying))
@@ -143,7 +143,7 @@ class Search:
         """Filters whose optimisation met values that are not finite."""
         return [number for number, sound in zip(self.filters, self.sound.tolist(), strict=True) if not sound]
 
-    def _start(self, first: Round, given: Sequence[Tensor], from_noise: bool) -> None:
+    def _start(self, first: Round, given: Sequence[Tensor]) -> None:
         """The first round: from stimuli of what feeds the filter, from drafts or noise, from broad patterns.
 
         Faint noise wakes nearly every filter, but behind a silent or a saturated one no gradient comes
@@ -155,9 +155,9 @@ class Search:
             shown = one[rows].flatten(1).any(dim=1)  # what none was found for is zero
             self._round(rows[shown], first, _Start(one))
         for sign in (0,) if self.activation else (1, -1):
-            rows = self._unfinished() if from_noise and not given else self._silent()
+            rows = self._silent() if given else self._unfinished()
             self._round(rows, first, _Start(sign=sign))
-        for attempt in range(1, (1 if self.draft else RESTARTS) + 1):
+        for attempt in range(1, (DRAFT_RESTARTS if self.draft else RESTARTS) + 1):
             self._round(self._silent(), first, _Start(attempt=attempt))
 
     def _silent(self) -> Tensor:

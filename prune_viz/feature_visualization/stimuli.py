@@ -216,7 +216,7 @@ def find_stimuli(
         part = slice(start, start + pool)
         search = Search(network, found, wanted[part], prior, statistics, seed, batch, stop)
         given = [one[part] for one in (fed, drafts) if one is not None]
-        search.run(steps, given, drafts is None, progress)
+        search.run(steps, given, progress)
         parts.append(
             Stimuli(
                 layer, search.filters, search.images, search.activations, search.steps, search.diverged,

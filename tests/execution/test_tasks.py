@@ -26,7 +26,7 @@ from prune_viz.execution import tasks
 from prune_viz.execution.executors import LocalEngine, run_tasks
 from prune_viz.execution.task_results import TaskResults
 from prune_viz.execution.tasks import (
-    Begun,
+    StartingStimuli,
     StimulusSettings,
     Task,
     TaskResult,
@@ -216,11 +216,11 @@ class _Failing(LocalEngine):
         super().__init__(network, SETTINGS, workers=2)
         self.error, self.doomed, self.tried = error, doomed, []
 
-    def submit(self, task: Task, begun: Begun):
+    def submit(self, task: Task, starts: StartingStimuli):
         self.tried.append(task.layer)
         if self.doomed in task.layer:
             return self._pool.submit(self._fail)
-        return super().submit(task, begun)
+        return super().submit(task, starts)
 
     def _fail(self) -> TaskResult:
         raise self.error
@@ -322,9 +322,9 @@ def test_an_engine_that_shrinks_is_given_nothing_more(network: FilterNetwork, tm
             type(self).room -= 1
             return max(self.room, 1)
 
-        def submit(self, task: Task, begun: Begun):
+        def submit(self, task: Task, starts: StartingStimuli):
             type(self).most = max(self.most, self._pool._work_queue.qsize() + 1)
-            return super().submit(task, begun)
+            return super().submit(task, starts)
 
     run, planned = RunDirectory(tmp_path), plan_tasks(network, records(network), "key")
     results = TaskResults(run, records(network), planned, "key", lambda name: None)

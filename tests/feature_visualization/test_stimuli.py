@@ -230,7 +230,8 @@ def test_a_filter_behind_a_silent_one_is_tried_again(monkeypatch: pytest.MonkeyP
     nn.init.constant_(model[2].bias, -0.1)
     found = maximize(model, "2", input_shape=(3, 16, 16), steps=16)
     assert (found.activations > 1).all()
-    monkeypatch.setattr(search, "RESTARTS", 0)
+    for name in ("RESTARTS", "DRAFT_RESTARTS"):
+        monkeypatch.setattr(search, name, 0)
     assert (maximize(model, "2", input_shape=(3, 16, 16), steps=16).activations == 0).all()
 
 
