@@ -1,4 +1,4 @@
-"""From stimuli to what follows from them: verdicts, masks, places on maps, and their files."""
+"""From stimuli to what follows from them: verdicts, masks, and their files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prune_viz.calibration.image_files import (
 )
 from prune_viz.calibration.images import SyntheticImages, fitted, kept_out
 from prune_viz.channels.groups import CouplingGroup, group_of_layer
-from prune_viz.embedding.network_map import embed_network
+from prune_viz.embedding.network_map import NetworkMaps
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import are_photographs
 from prune_viz.feature_visualization.top_patches import find_top_patches, write_top_patches
@@ -80,8 +80,10 @@ class Conclusions:
     notes: list[str]
 
 
-def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContext) -> Conclusions:
-    """Judge, rank and embed the filters of layers whose stimuli are in the run directory.
+def conclude(
+    prepared: Prepared, run: RunDirectory, key: str, maps: NetworkMaps, context: RunContext
+) -> Conclusions:
+    """Judge and rank the filters of layers whose stimuli are in the run directory.
 
     Parameters
     ----------
@@ -91,6 +93,8 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
         Where stimuli are, and conclusions go.
     key : str
         Of the model and its inputs, from `tasks.stimuli_key`, on which calibration images depend.
+    maps : NetworkMaps
+        Where the filters lie on the layers' maps and on that of the network.
     context : RunContext
         What the stages share. Groups are judged in parts whose Gram matrices fit in memory; those of a group
         that does not fit alone are kept in the run directory meanwhile.
@@ -110,8 +114,6 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
     notes = [] if judged.basis is None else [judged.basis]
     if judged.rough and prepared.judged:
         notes.append(f"Predicted and measured changes of the output are rough: {judged.rough}.")
-    with context.stage("embedding"):
-        embeddings, places = embed_network(network, prepared.layers, found, context)
     if prepared.examples is not None:
         with context.stage("examples"):
             parts = find_top_patches(
@@ -120,7 +122,7 @@ def conclude(prepared: Prepared, run: RunDirectory, key: str, context: RunContex
         if parts is not None:
             write_top_patches(parts, {one.name: one.slug for one in prepared.records}, run.examples_file)
     table = filter_table(
-        prepared.layers, found, embeddings, places, group_of_layer(groups), judged.verdicts, prepared.unjudged
+        prepared.layers, found, *maps, group_of_layer(groups), judged.verdicts, prepared.unjudged
     )
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
     masks = masks_of(table, groups, judged.verdicts, counts_of_layers, prepared.origin, judged.unit)

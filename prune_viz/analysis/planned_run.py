@@ -15,6 +15,7 @@ from prune_viz.analysis.conclude import conclude
 from prune_viz.analysis.found import Analysis
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
+from prune_viz.analysis.unfinished import FULL_STIMULI, VERDICTS, draw_maps, is_awaited, report_so_far
 from prune_viz.execution.executors import Engine, LocalEngine, run_tasks
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.run_context import RunContext
@@ -146,17 +147,25 @@ def _run(
         _recording_state(run, provenance, log),
         context.progress,
     ):
+        awaited = report and is_awaited(prepared)
         found = _results(prepared, run, prepared.records, tasks, key, draft_key)
         if drafts:
             with stages.timed("drafts"):
                 _find_drafts(prepared, run, found, draft_key, make_engine, context)
+            if awaited and len(found.done) < len(tasks):
+                to_come = [FULL_STIMULI] if prepared.unjudged else [FULL_STIMULI, *VERDICTS]
+                maps = draw_maps(prepared, run, context, quick=True)
+                report_so_far(prepared, run, provenance, maps, to_come, context)
         with stages.timed("stimuli"):
             _find_stimuli("stimuli", prepared.network, found, tasks, make_engine, context)
             found.tidy()
         provenance["notes"] += _notes(found)
-        concluded = conclude(prepared, run, model_key, context)
+        maps = draw_maps(prepared, run, context)
+        if awaited and not prepared.unjudged:
+            report_so_far(prepared, run, provenance, maps, VERDICTS, context)
+        concluded = conclude(prepared, run, model_key, maps, context)
         provenance["notes"] += concluded.notes
-        provenance.update(concluded.provenance, stages=stages.listed(), finished=now())
+        provenance.update(concluded.provenance, to_come=[], stages=stages.listed(), finished=now())
         run.write_provenance(provenance)  # which the report shows
         if report:
             with stages.timed("report"):

@@ -26,6 +26,7 @@ def report(
     force: Force = False,
 ) -> None:
     """Write the report of RUN again, from what the run directory holds."""
+    from prune_viz.runs.ownership import in_use
     from prune_viz.runs.run_directory import RunDirectory
 
     if single_file is not None:
@@ -34,6 +35,11 @@ def report(
         check_destination("--single-file", single_file, force=force)
     directory = RunDirectory(run)
     directory.read_provenance()
+    if in_use(directory):
+        raise UserError(
+            f"analyze is at work in {run} and writes its report itself: what is there so far is in "
+            f"{directory.report_page}"
+        )
 
     from prune_viz.report import write_report
     from prune_viz.report.single_file import write_single_file

@@ -8,6 +8,7 @@ stimuli are described in cycles per pixel, whatever their canvas.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +36,27 @@ COMPONENTS = 48  # of each part that the map is drawn from
 _LEAST_VARIANCE = 1e-12  # of pictures that differ by more than rounding
 
 
+class NetworkMaps(NamedTuple):
+    """Where a network's filters lie.
+
+    Attributes
+    ----------
+    embeddings : dict of str to Embedding
+        A layer's own map and clusters.
+    positions : dict of str to ndarray, shape (F, 2)
+        Each layer's filters on the map of the network.
+    """
+
+    embeddings: dict[str, Embedding]
+    positions: dict[str, np.ndarray]
+
+
 def embed_network(
     network: FilterNetwork,
     layers: Sequence[Layer],
     found: Mapping[str, LayerTensors],
     context: RunContext,
-) -> tuple[dict[str, Embedding], dict[str, np.ndarray]]:
+) -> NetworkMaps:
     """Embed each layer's filters, and those of all layers together.
 
     Parameters
@@ -57,10 +73,7 @@ def embed_network(
 
     Returns
     -------
-    embeddings : dict of str to Embedding
-        A layer's own map and clusters.
-    positions : dict of str to ndarray, shape (F, 2)
-        Each layer's filters on the map of the network.
+    NetworkMaps
     """
     seed, progress, quick = context.seed, context.progress, context.effort.is_draft
     progress.start("embedding", len(layers) + 1)
@@ -93,7 +106,7 @@ def embed_network(
     places = {
         layer.name: positions[end - layer.filters : end] for layer, end in zip(layers, ends, strict=True)
     }
-    return embeddings, places
+    return NetworkMaps(embeddings, places)
 
 
 def common_profiles(

@@ -34,7 +34,8 @@ def write_report(run: RunDirectory, progress: Progress | None = None) -> Path:
     Parameters
     ----------
     run : RunDirectory
-        A run with `run.json`, `filters.csv`, `decisions.json` and the layers' tensors.
+        A run with `run.json`, `filters.csv` and the layers' tensors, and with `decisions.json` where it has
+        come to its verdicts.
     progress : Progress, optional
         Advanced by one step a layer.
 
@@ -51,7 +52,7 @@ def write_report(run: RunDirectory, progress: Progress | None = None) -> Path:
     from prune_viz.report.render import render
 
     if run.read_provenance().summary is None:
-        raise UserError(f"the run in {run.path} stopped before its verdicts; run analyze again to finish it")
+        raise UserError(f"the run in {run.path} stopped before its first pictures; the same analyze goes on")
     check_report(run.path)
     new = run.path / NEW_REPORT
     try:

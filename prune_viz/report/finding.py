@@ -35,7 +35,9 @@ class Counts:
 
     @property
     def shown(self) -> list[Verdict]:
-        """The verdicts that a legend names: `UNJUDGED` only where some filters are."""
+        """The verdicts that a legend names: `UNJUDGED` only where some filters are, alone where all are."""
+        if self[Verdict.UNJUDGED] == self.filters:
+            return [Verdict.UNJUDGED]
         return [verdict for verdict in Verdict if self[verdict] or verdict is not Verdict.UNJUDGED]
 
     def __str__(self) -> str:
@@ -71,6 +73,11 @@ def finding(counts: Counts, tied: int = 0) -> str:
         who = wording.count(dead) if both else "they" if dead > 1 else "it"
         parts.append(f"{who} do{'es' * (dead == 1)} nothing")
     return f"{wording.count(counts.flagged)} of {whole} can go: {' and '.join(parts)}.{rest}"
+
+
+def so_far(counts: Counts) -> str:
+    """Say what an unfinished run shows."""
+    return f"Pictures of {wording.plural(counts.filters, 'filter')}: this run is not finished."
 
 
 def count_tied(filters: pd.DataFrame) -> int:

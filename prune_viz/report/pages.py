@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prune_viz.report import wording
-from prune_viz.report.finding import Counts, certainty, count_tied, finding
+from prune_viz.report.finding import Counts, certainty, count_tied, finding, so_far
 from prune_viz.runs.damage import Unit
 from prune_viz.runs.decisions_json import Decisions
 from prune_viz.runs.run_json import LayerRecord, ModelRecord, Provenance, StageRecord
@@ -94,12 +94,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class NetworkPage:
-    """Everything that ``index.html`` shows."""
+    """Everything that ``index.html`` shows; `to_come` is what an unfinished run has still to find."""
 
     title: str
     subtitle: list[str]
     finding: str
     certainty: str
+    to_come: str
     counts: Counts
     savings: list[Saving]
     notes: list[str]
@@ -171,10 +172,11 @@ def network_page(
             wording.plural(counts.filters, "filter"),
             f"input {wording.size(model.input_shape)}",
         ],
-        finding=finding(counts, count_tied(filters)),
+        finding=so_far(counts) if provenance.to_come else finding(counts, count_tied(filters)),
         certainty=certainty(filters, decisions.prediction, decisions.measurement, decisions.rough),
         counts=counts,
-        savings=savings,
+        to_come=wording.enumeration(provenance.to_come),
+        savings=[] if provenance.to_come else savings,
         notes=list(provenance.notes),
         rows=list(rows),
         depths=depth_rows(rows, filters),

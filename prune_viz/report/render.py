@@ -79,13 +79,13 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
         If the run's parts are missing, damaged or disagree.
     """
     provenance = run.read_provenance()
-    decisions = run.read_decisions()
+    decisions = run.decisions_so_far()
     filters = run.read_filters()
     rows = layer_rows(run.layers(), filters)
     network = network_page(run.path, provenance, decisions, rows, filters)
     templates = _environment()
     _write_assets(folder / "assets")
-    reviewed = run_data(rows, decisions, filters, identity(run))
+    reviewed = run_data(rows, decisions, filters, "" if provenance.to_come else identity(run))
     _write_data(folder / "run.js", "window.pruneVizRun", reviewed)
     (folder / "layers").mkdir()
     statistics = stored_statistics(provenance.inputs, provenance.channels)

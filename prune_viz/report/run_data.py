@@ -29,7 +29,7 @@ def run_data(
     filters : DataFrame
         `filters.csv`.
     run : str
-        The run's identity (`prune_viz.pruning.review.identity`).
+        The run's identity (`prune_viz.pruning.review.identity`); empty where it cannot be reviewed yet.
 
     Returns
     -------

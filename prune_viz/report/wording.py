@@ -100,6 +100,12 @@ def plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}" + ("" if number == 1 else "s")
 
 
+def enumeration(parts: Sequence[str]) -> str:
+    """List things in a sentence: ``masks``, ``verdicts and masks``, ``pictures, verdicts and masks``."""
+    *others, last = parts or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def r_squared(score: float) -> str:
     """Write an R² with four decimals, never rounding up to a perfect one."""
     if not math.isfinite(score):

@@ -237,6 +237,17 @@ class RunDirectory:
         """Read `decisions.json`; raises `UserError` as `read_provenance` does."""
         return self._read(self.decisions_file, Decisions)
 
+    def decisions_so_far(self) -> Decisions:
+        """Read `decisions.json`; of an unfinished run, which has none yet, decisions without a verdict."""
+        found = self.read_provenance()
+        if not found.to_come or self.decisions_file.exists():
+            return self.read_decisions()
+        filters = {record.name: record.filters for record in found.layers}
+        return Decisions(
+            model_sha256=found.model.sha256, merges=(), filters=filters, macs={}, groups=(), verdicts=(),
+            removal_order=(),
+        )  # fmt: skip
+
     def _read(self, path: Path, kind: type[T]) -> T:
         if not path.exists():
             if path.name != "run.json" and self.provenance_file.exists():

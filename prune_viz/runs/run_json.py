@@ -159,8 +159,10 @@ class Provenance:
         What the network returns.
     inputs : dict or None
         Statistics of the model's inputs (`prune_viz.network.inputs.stored_statistics`).
+    to_come : tuple of str
+        What the run has still to find, for people; empty once it has all.
     summary, damage_unit, calibration, finished
-        Once the run is complete.
+        Once the run is complete; of an unfinished one with a report, a `summary` that counts its filters.
     """
 
     format: int
@@ -181,6 +183,7 @@ class Provenance:
     key: str | None = None
     tasks: int = 0
     stages: tuple[StageRecord, ...] = ()
+    to_come: tuple[str, ...] = ()
     summary: Summary | None = None
     damage_unit: Unit = Unit.CONSUMERS
     calibration: dict[str, Any] | None = None

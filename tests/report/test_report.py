@@ -247,7 +247,7 @@ def _unknown_verdict(run: RunDirectory) -> None:
         (lambda run: (run.path / run.layers()[0].file).write_bytes(b"no"), "cannot be read"),
         (lambda run: run.filters_file.unlink(), "does not exist"),
         (_unknown_verdict, "verdict"),
-        (lambda run: _edit(run, lambda value: value.pop("summary")), "stopped before"),
+        (lambda run: _edit(run, lambda value: value.pop("summary")), "stopped before its first pictures"),
         (lambda run: _edit_layer(run, name="other"), "disagree on layer other"),
         (lambda run: _edit_layer(run, file="layers/a b.safetensors"), "would write"),
     ],
