@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,8 +112,8 @@ def conclude(
     found = LayerFiles(run, prepared.records)
     judged = _judge(prepared, run, found, key, context)
     notes = [] if judged.basis is None else [judged.basis]
-    if judged.rough and prepared.judged:
-        notes.append(f"Predicted and measured changes of the output are rough: {judged.rough}.")
+    if judged.rough.why and prepared.judged:
+        notes.append(f"Predicted and measured changes of the output are rough: {judged.rough.why}.")
     if prepared.examples is not None:
         with context.stage("examples"):
             parts = find_top_patches(
@@ -126,7 +126,8 @@ def conclude(
     )
     counts_of_layers = {layer.name: layer.filters for layer in network.layers}
     masks = masks_of(table, groups, judged.verdicts, counts_of_layers, prepared.origin, judged.unit)
-    masks.images, masks.rough = judged.images, judged.rough
+    masks.images = judged.images
+    masks.rough, masks.is_unfounded = judged.rough.why, judged.rough.is_unfounded
     run.write_filters(table)
     macs = count_macs(model, network.input_shape)
     modules = dict(model.named_modules())
@@ -161,8 +162,8 @@ class _Judged:
         The synthetic calibration images, and the user's that were kept out.
     meters : Meters
         What measures the change of the network's output.
-    rough : str
-        Why predictions are rough; empty where they are not.
+    rough : Roughness
+        How far predictions can be trusted.
     basis : str or None
         What the removal order rests on, for people; None where nothing was judged.
     calibration : dict or None
@@ -174,7 +175,7 @@ class _Judged:
     unit: Unit
     images: RunImages
     meters: Meters
-    rough: str
+    rough: basis.Roughness
     basis: str | None
     calibration: dict[str, Any] | None
 
@@ -211,12 +212,14 @@ def _judge(
     predicted = basis.predictions_on(twin, calibrated, context.output)
     count = 0 if examples is None else len(examples)
     rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
-    rough = basis.why_rough(calibrated, count, prepared.network.input_shape, context.statistics)
+    rough = basis.find_roughness(calibrated, count, prepared.network.input_shape, context.statistics)
     with context.stage("curves"):
-        meters = make_meters(prepared, images, bool(rough), context) if fisher is not None else NO_METERS
-        verdicts = measured_orders(meters, judged, verdicts, gram_matrices, rough, context)
-    if fisher is not None and meters.every is None:
-        rough = rough or basis.UNMEASURED
+        meters = (
+            make_meters(prepared, images, rough.is_unfounded, context) if fisher is not None else NO_METERS
+        )
+        verdicts = measured_orders(meters, judged, verdicts, gram_matrices, rough.is_unfounded, context)
+    if fisher is not None and meters.every is None and not rough.is_unfounded:
+        rough = replace(rough, why=basis.UNMEASURED)
     summary = basis.summary(calibrated, predicted)
     return _Judged(verdicts, gram_matrices, unit, images, meters, rough, rests_on, summary)
 

@@ -92,7 +92,7 @@ def measured_orders(
     groups: Sequence[CouplingGroup],
     verdicts: Mapping[int, GroupVerdicts],
     gram_matrices: Mapping[int, np.ndarray],
-    rough: str,
+    rough: bool,
     context: RunContext,
 ) -> dict[int, GroupVerdicts]:
     """Verdicts of all groups whose removal orders cost what was measured (`curves.measure_curves`)."""
@@ -106,7 +106,7 @@ def measured_orders(
         gram_matrices,
         meters.every,
         meters.unseen,
-        bool(rough),
+        rough,
         context.progress,
     )
 
@@ -142,7 +142,7 @@ def measured_decisions(
     whole, every, unseen = meters.whole, meters.every, meters.unseen
     if whole is None or every is None or unseen is None or decisions.damage_unit is Unit.CONSUMERS:
         return decisions
-    rankings, rough = read_rankings(decisions), bool(masks.rough)
+    rankings, rough = read_rankings(decisions), masks.is_unfounded
     tried = measure_budgets(
         whole, groups, verdicts, gram_matrices, rankings, decisions.macs, every, unseen, rough,
         context.progress,

@@ -68,7 +68,7 @@ def compensate_filters(
     whole = plain_copy(model).float()
     if meter is None and removals:
         meter = meter_for(whole, masks, passes=2 * len(removals) + 3)
-    margin = ROUGH_MARGIN if masks.rough else 1.0
+    margin = ROUGH_MARGIN if masks.is_unfounded else 1.0
     chosen = removals if meter is None else _where_it_helps(whole, groups, removals, meter, margin)
     merge_removals(model, groups, chosen)
     done = _described(groups, removals, chosen)

@@ -73,7 +73,8 @@ def reconcile_with_groups(
     reconciled = Masks()
     if isinstance(masks, Masks):
         reconciled.merges, reconciled.origin = masks.merges, masks.origin
-        reconciled.images, reconciled.rough = masks.images, masks.rough
+        reconciled.images = masks.images
+        reconciled.rough, reconciled.is_unfounded = masks.rough, masks.is_unfounded
     modules = dict(model.named_modules())
     hidden = {layer for group in groups for layer in group.layers}
     for name, module in layers_of(model, hidden | masks.keys()).items():

@@ -62,6 +62,8 @@ class Masks(dict[str, Tensor]):
     measured_on : str
         What `measured` was measured on, for people.
     rough : str
+    is_unfounded : bool
+        Whether it can be wrong either way, so that merging must be clearly better to be used.
     norm_channels : list of NormChannel
     notes : list of str
         What `reconcile_masks` kept, and why.
@@ -84,6 +86,7 @@ class Masks(dict[str, Tensor]):
         self.images = RunImages(calibration_images)
         self.predicted, self.measured, self.rough = predicted, measured, rough
         self.measured_on = ""
+        self.is_unfounded = False
         self.norm_channels = list(norm_channels)
         self.notes: list[str] = []
 
@@ -208,7 +211,7 @@ class Masks(dict[str, Tensor]):
         Where both do, the first one's is taken.
         """
         self.images = first.images or second.images
-        self.rough = first.rough or second.rough
+        self.rough, self.is_unfounded = first.rough or second.rough, first.is_unfounded or second.is_unfounded
         passed = dict.fromkeys((*first.norm_channels, *second.norm_channels))
         self.norm_channels = [norm_channel for norm_channel in passed if self.silences(norm_channel)]
         merges = {(merge.layer, merge.filter): merge for merge in (*second.merges, *first.merges)}
@@ -275,6 +278,7 @@ def beside_masks(masks: Masks) -> BesideMasks:
         measured=prediction_record(masks.measured),
         measured_on=masks.measured_on,
         rough=masks.rough,
+        unfounded=masks.is_unfounded,
         passages=tuple(astuple(one) for one in masks.norm_channels),
         output=masks.origin.output,
         merges=masks.merges,
@@ -339,7 +343,7 @@ def masks_as_stored(beside: BesideMasks) -> Masks:
         measured=beside.measurement,
         rough=beside.rough,
     )
-    masks.measured_on = beside.measured_on
+    masks.measured_on, masks.is_unfounded = beside.measured_on, beside.unfounded
     return masks
 
 

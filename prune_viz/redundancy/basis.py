@@ -26,6 +26,7 @@ UNMEASURED = (
     "calibration images"
 )
 FAR = 0.2  # distance of batch norms' statistics from those of training
+_UNSEEN = "no inputs of the network's own kind were given, and without them changes are mostly put too high"
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,29 @@ def describe(
     )
 
 
-def why_rough(
+@dataclass(frozen=True)
+class Roughness:
+    """How far predicted and measured changes of the output can be trusted.
+
+    Attributes
+    ----------
+    why : str
+        Why they are rough, and what would help; empty where they are not.
+    is_unfounded : bool
+        Whether they can be wrong either way, so that merging must be clearly better to be used.
+    """
+
+    why: str
+    is_unfounded: bool
+
+
+def find_roughness(
     calibrated: SyntheticImages | None,
     examples: int,
     shape: Sequence[int],
     statistics: InputStatistics | None = None,
-) -> str:
-    """Say why what is predicted and measured is rough, and what would help; empty where it is not.
+) -> Roughness:
+    """Find how far what is predicted and measured can be trusted.
 
     Parameters
     ----------
@@ -144,7 +161,7 @@ def why_rough(
         What is known of the inputs.
     """
     if examples >= ENOUGH_EXAMPLES:
-        return ""
+        return Roughness("", False)
     reasons = []
     if not are_pictures(shape, statistics):
         reasons.append("the inputs are not pictures")
@@ -154,9 +171,8 @@ def why_rough(
         reasons.append(
             f"calibration ended far from what the batch norms saw in training, at {calibrated.distance:.2g}"
         )
-    if not reasons:
-        return ""
-    return f"{' and '.join(reasons)}. --data with {ADVISED_EXAMPLES} unlabelled inputs would help"
+    why = " and ".join(reasons) or _UNSEEN
+    return Roughness(f"{why}. --data with {ADVISED_EXAMPLES} unlabelled inputs would help", bool(reasons))
 
 
 def summary(calibrated: SyntheticImages | None, predicted: Predictions | None) -> dict[str, Any] | None:

@@ -89,6 +89,8 @@ class BesideMasks:
         What that was measured on, for people.
     rough : str
         Why predictions are rough, and what would help; empty where they are not.
+    unfounded : bool
+        Whether they can be wrong either way, so that merging must be clearly better to be used.
     """
 
     model_sha256: str | None
@@ -100,6 +102,7 @@ class BesideMasks:
     measured: PredictionRecord | None = None
     measured_on: str = ""
     rough: str = ""
+    unfounded: bool = False
 
     @property
     def prediction(self) -> Damage | None:

@@ -207,7 +207,7 @@ def test_rough_runs_merge_only_what_helps_a_lot(run_of: Callable[[str], Path], t
     done = compensate_filters(_model("flattening"), masks, groups)
     assert merged < raw < 2 * merged
     assert (done.merged, done.unmerged) == ((), ("conv",))
-    masks.rough = ""
+    masks.is_unfounded = False
     done = compensate_filters(_model("flattening"), masks, groups)
     assert (done.merged, done.unmerged) == (("conv",), ())
 

@@ -37,7 +37,7 @@ class Run:
         self.rankings = read_rankings(self.decisions)
         self.model = random_residual()
         stored = load_masks(self.directory.masks_file)
-        self.rough = bool(stored.rough)
+        self.rough = stored.is_unfounded
         self.every = OutputMeter(self.model, stored.images.fitted, stored.origin.output)
         self.kept_out = OutputMeter(self.model, stored.images.kept_out, stored.origin.output)
 
