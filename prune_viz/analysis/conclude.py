@@ -141,7 +141,9 @@ def conclude(
     run.write_gram_matrices(judged.gram_matrices)
     write_plain_masks(masks, run.masks_file)
     with context.stage("removal"):
+        context.progress.start("removal", 1)
         summary = _summary(prepared, table, masks, notes)
+        context.progress.finish()
     provenance = {"calibration": judged.calibration, "damage_unit": judged.unit, "summary": summary}
     return Conclusions(table, masks, provenance, notes)
 
@@ -199,7 +201,7 @@ def _judge(
         None if examples is None else kept_out(examples),
         context.statistics,
     )
-    with context.stage("fisher"):
+    with context.stage("sensitivity"):
         fisher = measure_fisher(twin, judged, calibration, context)
     verdicts = judge_groups(prepared.groups, {}, context.quietly())
     gram_matrices = _allocate_gram_matrices(judged, context)

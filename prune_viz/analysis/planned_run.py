@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from prune_viz.analysis.conclude import conclude
+from prune_viz.analysis.expected_work import expected_stages
 from prune_viz.analysis.found import Analysis
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
@@ -86,6 +88,8 @@ class PlannedRun:
         )
         # On a cluster each task begins with drafts of its own: to start the cluster twice takes longer.
         drafts = options.engine == "local" and not prepared.network.is_draft
+        awaited = report and is_awaited(prepared)
+        self._progress.expect(partial(expected_stages, prepared, options, drafts, awaited, report))
         return _run(prepared, run, self._provenance, self._make_engine, context, fresh, report, drafts)
 
 
@@ -243,8 +247,8 @@ def _find_stimuli(
 ) -> None:
     """Have every layer's stimuli and responses found that the run directory does not hold yet."""
     progress = context.progress
-    progress.start(stage, sum(task.filters for task in tasks))
-    progress.advance(sum(task.filters for task in results.done))
+    done = sum(task.filters for task in results.done)
+    progress.start(stage, sum(task.filters for task in tasks), done)
     if len(results.done) < len(tasks):
         with make_engine(network) as engine:
             kind = "draft" if stage == "drafts" else "task"

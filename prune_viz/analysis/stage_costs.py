@@ -87,7 +87,7 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         seconds = _seconds(
             lambda: gather_fisher(twin, judged, lambda: batches, prepared.output, seed, budget)
         )
-        found["fisher"] = seconds / 2 / BATCH * (context.effort.sensitivity_variants * count + examples)
+        found["sensitivity"] = seconds / 2 / BATCH * (context.effort.sensitivity_variants * count + examples)
         found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
     with torch.no_grad():
         forward = _seconds(lambda: twin(images)) / len(images)

@@ -30,10 +30,14 @@ def settings() -> list[object]:
 
 @dataclass(frozen=True)
 class Extent:
-    """How many calibration images there are, and of what spatial size."""
+    """How many calibration images there are, of what spatial size, and what running one costs.
+
+    The cost is in multiply-accumulates, with what it takes to see the values before batch norms.
+    """
 
     count: int
     size: tuple[int, ...]
+    cost: float
 
 
 def plan_extent(model: nn.Module, input_shape: Sequence[int]) -> Extent:
@@ -55,10 +59,11 @@ def plan_extent(model: nn.Module, input_shape: Sequence[int]) -> Extent:
     for share in torch.linspace(1, 0, _STEPS).tolist():
         side = round(narrowest + share * (widest - narrowest))
         fitting = calibration_size(model, input_shape, [min(extent, side) for extent in size])
-        count = int(COST / max(_cost(model, (channels, *fitting)), 1))
+        cost = max(_cost(model, (channels, *fitting)), 1.0)
+        count = int(COST / cost)
         if count >= fewest:
             break
-    return Extent(min(max(count, fewest), IMAGES), fitting)
+    return Extent(min(max(count, fewest), IMAGES), fitting, cost)
 
 
 def _cost(model: nn.Module, shape: Sequence[int]) -> float:

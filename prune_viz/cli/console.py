@@ -36,7 +36,8 @@ def make_console(silent: bool = False) -> Console:
 
 def make_progress(silent: bool = False) -> Progress:
     """Bars where someone watches, lines elsewhere, and silence where it is asked for."""
-    from prune_viz.utils.progress import BarProgress, PlainProgress, Progress
+    from prune_viz.cli.progress_bar import BarProgress
+    from prune_viz.utils.progress import PlainProgress, Progress
 
     if silent:
         return Progress()

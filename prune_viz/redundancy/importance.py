@@ -189,7 +189,7 @@ def measure_fisher(
         examples = [] if calibration.examples is None else [calibration.examples]
         variants = context.effort.sensitivity_variants
         count = 0 if calibration.synthetic is None else variants * len(calibration.synthetic)
-        progress.start("fisher", count + sum(map(len, examples)))
+        progress.start("sensitivity", count + sum(map(len, examples)))
         for images in chain(islice(calibration.varied(model), variants), examples):
             for batch in torch.split(images, BATCH):
                 yield batch

@@ -1,29 +1,18 @@
-"""Progress of long work: a silent one for libraries, a bar with the time left for terminals."""
+"""Progress of long work: what stages tell whoever watches. Libraries hear of it, and show nothing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichBars
 
 from prune_viz.utils.errors import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from prune_viz.utils.time_left import Expected
 
 
 class Progress:
@@ -37,8 +26,14 @@ class Progress:
     ) -> None:
         return None
 
-    def start(self, stage: str, total: int) -> None:
-        """Begin `stage`, which has `total` steps."""
+    def expect(self, stages: Callable[[], Sequence[Expected]]) -> None:
+        """Say which stages are to come, in order, and what they will take.
+
+        They are counted only where someone watches, as that takes a moment. Others may come between.
+        """
+
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        """Begin `stage`, which has `total` steps, of which `done` were done by an earlier process."""
 
     def advance(self, steps: int = 1) -> None:
         """Record that `steps` more steps of the current stage are done."""
@@ -47,7 +42,7 @@ class Progress:
         """Say what the current stage is working on, a layer's name for instance."""
 
     def say(self, sentence: str) -> None:
-        """Tell the user something before the work begins."""
+        """Tell the user something that stays, such as where a first report is."""
 
     def finish(self) -> None:
         """End the current stage."""
@@ -65,59 +60,8 @@ def counted(
 
 
 class PlainProgress(Progress):
-    """No bars, but what is said before the work begins, on standard error."""
+    """No bar, but what is said, on standard error."""
 
     def say(self, sentence: str) -> None:
-        """Tell the user something before the work begins."""
+        """Tell the user something that stays."""
         print(one_line(sentence), file=sys.stderr)
-
-
-class BarProgress(Progress):
-    """A bar a stage on standard error, with the layer in hand, counts and the time left."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._bars = RichBars(
-            SpinnerColumn(),
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=console or Console(stderr=True),
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
-    def start(self, stage: str, total: int) -> None:
-        """Begin `stage`, which has `total` steps."""
-        self._task = self._bars.add_task(escape(stage), total=total, note="")
-
-    def advance(self, steps: int = 1) -> None:
-        """Record that `steps` more steps of the current stage are done."""
-        if self._task is not None:
-            self._bars.advance(self._task, steps)
-
-    def note(self, text: str) -> None:
-        """Say what the current stage is working on, a layer's name for instance."""
-        if self._task is not None:
-            self._bars.update(self._task, note=escape(text.encode("ascii", "backslashreplace").decode()[:60]))
-
-    def say(self, sentence: str) -> None:
-        """Tell the user something before the work begins."""
-        self._bars.console.print(escape(one_line(sentence)), style="bold")
-
-    def finish(self) -> None:
-        """End the current stage."""
-        if self._task is not None:
-            self._bars.update(self._task, note="")
-        self._task = None

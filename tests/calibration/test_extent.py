@@ -14,8 +14,13 @@ def _network(width: int) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
+def _planned(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    found = plan_extent(model, shape)
+    return found.count, found.size
+
+
 def test_small_networks_get_all_images() -> None:
-    assert plan_extent(_network(2), (3, 28, 28)) == extent.Extent(extent.IMAGES, (28, 28))
+    assert _planned(_network(2), (3, 28, 28)) == (extent.IMAGES, (28, 28))
     assert plan_extent(_network(2), (3, 640, 640)).size == (160, 160)
 
 
@@ -31,4 +36,4 @@ def test_costly_networks_get_fewer_then_smaller_images() -> None:
 
 def test_a_network_of_one_size_keeps_it() -> None:
     tied = nn.Sequential(_network(512), nn.Flatten(), nn.Linear(512 * 120 * 120, 1)).eval()
-    assert plan_extent(tied, (3, 120, 120)) == extent.Extent(extent.FEWEST, (120, 120))
+    assert _planned(tied, (3, 120, 120)) == (extent.FEWEST, (120, 120))

@@ -15,12 +15,13 @@ from prune_viz import __version__, cli
 from prune_viz.analysis.options import STIMULI
 from prune_viz.cli import commands
 from prune_viz.cli.options import Only, QualityName
+from prune_viz.cli.progress_bar import BarProgress
 from prune_viz.demo.digits import Digits, DigitsNet, accuracy, plant
 from prune_viz.demo.run import save_demo_model
 from prune_viz.execution.quality import Quality
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import sha256
-from prune_viz.utils.progress import BarProgress, PlainProgress
+from prune_viz.utils.progress import PlainProgress
 
 DIGITS = ["--arch", "prune_viz.demo:DigitsNet"]
 RUNNER = CliRunner()
