@@ -26,7 +26,7 @@ UNMEASURED = (
     "calibration images"
 )
 FAR = 0.2  # distance of batch norms' statistics from those of training
-_UNSEEN = "no inputs of the network's own kind were given, and without them changes are mostly put too high"
+_UNSEEN = "no inputs of the network's own kind were given, and without them changes can be put several times too high"
 
 
 @dataclass(frozen=True)

