@@ -63,7 +63,7 @@ def place(points: np.ndarray, height: float, side: float) -> np.ndarray:
     ndarray of float64, shape (F, 2)
         Centres in units of the map's width: x in [0, 1], y in [0, height], whole thumbnails inside.
     """
-    from sklearn.neighbors import KDTree
+    from scipy.spatial import KDTree
 
     margin = 0.6 * side
     low = np.array([margin, margin])
@@ -73,21 +73,18 @@ def place(points: np.ndarray, height: float, side: float) -> np.ndarray:
     centres = centres + np.random.default_rng(0).normal(scale=1e-3 * side, size=centres.shape)
     gap = 1.12 * side
     for _ in range(_STEPS):
-        found = KDTree(centres, metric="chebyshev").query_radius(centres, gap)
-        first = np.repeat(np.arange(len(centres)), [len(near) for near in found])
-        second = np.concatenate(found)
-        pairs = first < second
-        first, second = first[pairs], second[pairs]
-        if not len(first):
+        pairs = KDTree(centres).query_pairs(gap, p=np.inf, output_type="ndarray")
+        if not len(pairs):
             break
+        first, second = pairs.T
         apart = centres[second] - centres[first]
         overlap = gap - np.abs(apart)
         shorter = np.argmin(overlap, axis=1)
         rows = np.arange(len(first))
         push = 0.5 * overlap[rows, shorter] * np.where(apart[rows, shorter] < 0, -1, 1)
-        np.subtract.at(centres, (first, shorter), push)
-        np.add.at(centres, (second, shorter), push)
-        centres = np.clip(centres, low, high)
+        moved = np.concatenate([2 * first + shorter, 2 * second + shorter])  # places in the flat array
+        shift = np.bincount(moved, np.concatenate([-push, push]), minlength=centres.size)
+        centres = np.clip(centres + shift.reshape(centres.shape), low, high)
     return centres
 
 
