@@ -19,7 +19,7 @@ from prune_viz.utils.progress import Progress
 from prune_viz.utils.time_left import Expected, TimeLeft, rounded
 
 _STEPS = 1000  # of the bar
-_BAR, _ALL_BUT_NOTE = 14, 79  # columns
+_BAR, _ALL_BUT_NOTE, _SHORTEST_NOTE = 14, 79, 12  # columns
 
 
 class _LeftColumn(ProgressColumn):
@@ -51,7 +51,8 @@ class BarProgress(Progress):
         self._work, self._is_planned = TimeLeft(), False
         self._done = self._total = 0
         console = console or Console(stderr=True)
-        self._room = console.width - _ALL_BUT_NOTE
+        room = console.width - _ALL_BUT_NOTE
+        self._room = room if room >= _SHORTEST_NOTE else 0
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.fields[place]}{task.description:<14}", table_column=Column(no_wrap=True)),
@@ -103,7 +104,7 @@ class BarProgress(Progress):
 
     def note(self, text: str) -> None:
         """Say what the current stage is working on, as far as the line has room."""
-        shown = text.encode("ascii", "backslashreplace").decode()[: max(self._room, 0)]
+        shown = text.encode("ascii", "backslashreplace").decode()[: self._room]
         self._bar.update(self._task, note=escape(shown))
 
     def say(self, sentence: str) -> None:
