@@ -26,7 +26,9 @@ UNMEASURED = (
     "calibration images"
 )
 FAR = 0.2  # distance of batch norms' statistics from those of training
-_UNSEEN = "no inputs of the network's own kind were given, and without them changes can be put several times too high"
+_UNSEEN = (
+    "no inputs of the network's kind were given, without which changes can be put several times too high"
+)
 
 
 @dataclass(frozen=True)

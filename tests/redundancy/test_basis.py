@@ -16,7 +16,7 @@ def _calibrated(distance: float | None) -> SyntheticImages:
 @pytest.mark.parametrize(
     ("distance", "shape", "unfounded", "why"),
     [
-        (FAR / 2, PICTURE, False, "no inputs of the network's own kind were given"),
+        (FAR / 2, PICTURE, False, "no inputs of the network's kind were given"),
         (2 * FAR, PICTURE, True, "calibration ended far"),
         (None, PICTURE, True, "no batch norm shows"),
         (FAR / 2, SIGNAL, True, "the inputs are not pictures"),
