@@ -19,16 +19,13 @@ from prune_viz.feature_visualization.stimuli import STEPS
 from prune_viz.network.cost import count_macs
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.pruning.curves import budget_passes, curve_passes
-from prune_viz.redundancy import basis
 from prune_viz.utils.time_left import Expected
 
 RATE = 2e10
 BACKWARD = 3  # forward passes that one with its gradient takes
 DRAFT_PASSES, SEARCH_PASSES = 24, 250  # forward ones a filter, of a draft and of a whole search
-A_LAYER, A_DRAWN_FILTER = (
-    0.3,
-    0.002,
-)  # seconds more: a layer's search, a filter on maps and in reports
+A_LAYER = 0.3  # seconds more of a layer's search
+A_DRAWN_FILTER = 0.002  # seconds of a filter on maps, and in a report
 REMOVAL_PASSES = 10  # forward ones of the whole network, to see what removal saves
 UMAP_SECONDS = 6.0
 
@@ -101,7 +98,6 @@ def _judging(prepared: Prepared, options: AnalysisOptions) -> Sequence[Expected]
     inputs = stimuli + count_noise_images(prepared.statistics) + examples
     widths = [group.channels for group in groups]
     solving = 4 * sum(width**3 for width in widths) / RATE
-    rough = examples < basis.ENOUGH_EXAMPLES
     measured = extent.count * effort.sensitivity_variants + examples
     calibration = BACKWARD * extent.count * extent.cost * synthetic_images.PASSES / RATE
     largest = a_pixel * max(math.prod(layer.canvas) for layer in network.layers)
@@ -111,6 +107,6 @@ def _judging(prepared: Prepared, options: AnalysisOptions) -> Sequence[Expected]
         Expected("gram matrices", 3 * largest * inputs),
         Expected("verdicts", solving),
         Expected("ranking", 3 * forward * (extent.count * effort.variants + examples) + solving),
-        Expected("curves", forward * extent.count * curve_passes(groups, rough)),
-        Expected("budgets", forward * extent.count * budget_passes(rough)),
+        Expected("curves", forward * extent.count * curve_passes(groups, rough=False)),
+        Expected("budgets", forward * extent.count * budget_passes(rough=False)),
     ]

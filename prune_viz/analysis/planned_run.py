@@ -157,7 +157,7 @@ def _run(
             with stages.timed("drafts"):
                 _find_drafts(prepared, run, found, draft_key, make_engine, context)
             if awaited and len(found.done) < len(tasks):
-                to_come = [FULL_STIMULI] if prepared.unjudged else [FULL_STIMULI, *VERDICTS]
+                to_come = [FULL_STIMULI, *(VERDICTS if prepared.judged else ())]
                 maps = draw_maps(prepared, run, context, quick=True)
                 report_so_far(prepared, run, provenance, maps, to_come, context)
         with stages.timed("stimuli"):
@@ -165,7 +165,7 @@ def _run(
             found.tidy()
         provenance["notes"] += _notes(found)
         maps = draw_maps(prepared, run, context)
-        if awaited and not prepared.unjudged:
+        if awaited and prepared.judged:
             report_so_far(prepared, run, provenance, maps, VERDICTS, context)
         concluded = conclude(prepared, run, model_key, maps, context)
         provenance["notes"] += concluded.notes

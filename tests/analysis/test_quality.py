@@ -51,6 +51,7 @@ def test_a_draft_shows_and_judges_every_filter(model: nn.Module, drafted: Path) 
         assert np.prod(draft.canvas) < np.prod(whole.canvas)
 
 
+@pytest.mark.slow
 def test_a_higher_quality_begins_where_the_draft_ended(
     model: nn.Module, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

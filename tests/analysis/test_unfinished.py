@@ -1,6 +1,7 @@
 """What a run shows before it has come to its verdicts."""
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from networks import random_residual
@@ -17,21 +18,29 @@ from prune_viz.utils.errors import UserError
 SHAPE = (3, 40, 40)
 
 
-def _cut_short(monkeypatch: pytest.MonkeyPatch, out: Path, before: str, **options: object) -> RunDirectory:
-    """A run that was interrupted before one of its steps."""
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(unfinished, "FEW_FILTERS", 1)
-    monkeypatch.setattr(planned_run, before, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        analyze(random_residual(), input_shape=SHAPE, steps=4, out=out, **options)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that was interrupted when all its pictures were there."""
+    out = tmp_path_factory.mktemp("unfinished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished, "FEW_FILTERS", 1)
+        patch.setattr(planned_run, "conclude", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            analyze(random_residual(), input_shape=SHAPE, steps=4, out=out)
     return RunDirectory(out)
 
 
-def test_pictures_are_reported_before_verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = _cut_short(monkeypatch, tmp_path / "run", "conclude")
+@pytest.fixture
+def run(stopped: RunDirectory, tmp_path: Path) -> RunDirectory:
+    """A copy of it."""
+    return RunDirectory(copytree(stopped.path, tmp_path / "run"))
+
+
+def test_pictures_are_reported_before_verdicts(run: RunDirectory) -> None:
     page = run.report_page.read_text()
     assert "Still to come:</strong> verdicts, budgets and masks." in page
     assert "Use the masks" not in page
@@ -41,8 +50,7 @@ def test_pictures_are_reported_before_verdicts(monkeypatch: pytest.MonkeyPatch, 
     assert "Still to come" in (run.path / "report" / "layers" / f"{run.layers()[0].slug}.html").read_text()
 
 
-def test_an_unfinished_run_has_nothing_to_prune_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = _cut_short(monkeypatch, tmp_path / "run", "conclude")
+def test_an_unfinished_run_has_nothing_to_prune_by(run: RunDirectory) -> None:
     assert not run.masks_file.exists()
     assert not run.decisions_file.exists()
     with pytest.raises(UserError, match="has not come to its end"):
@@ -69,10 +77,7 @@ def test_drafts_are_reported_before_the_stimuli(monkeypatch: pytest.MonkeyPatch,
     assert run.read_provenance().state == "stopped"
 
 
-def test_reports_and_figures_are_made_of_unfinished_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    run = _cut_short(monkeypatch, tmp_path / "run", "conclude")
+def test_reports_and_figures_are_made_of_unfinished_runs(run: RunDirectory, tmp_path: Path) -> None:
     before = run.report_page.read_text()
     write_report(run)
     assert run.report_page.read_text() == before
@@ -81,19 +86,15 @@ def test_reports_and_figures_are_made_of_unfinished_runs(
     assert (tmp_path / "depth.png").stat().st_size > 1000
 
 
-def test_a_run_that_goes_on_to_its_end_leaves_nothing_to_come(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    with monkeypatch.context() as patched:
-        run = _cut_short(patched, tmp_path / "run", "conclude")
+@pytest.mark.slow
+def test_a_run_that_goes_on_to_its_end_leaves_nothing_to_come(run: RunDirectory) -> None:
     analyze(random_residual(), input_shape=SHAPE, steps=4, out=run.path)
     assert run.read_provenance().to_come == ()
     assert "Still to come" not in run.report_page.read_text()
     assert run.masks_file.exists()
 
 
-def test_a_report_is_left_to_the_run_that_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = _cut_short(monkeypatch, tmp_path / "run", "conclude")
+def test_a_report_is_left_to_the_run_that_is_at_work(run: RunDirectory) -> None:
     with claimed(run, run.read_provenance().model.sha256, fresh=False):
         said = CliRunner().invoke(app, ["report", str(run.path)])
     assert said.exit_code == 2

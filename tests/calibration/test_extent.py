@@ -24,6 +24,7 @@ def test_small_networks_get_all_images() -> None:
     assert plan_extent(_network(2), (3, 640, 640)).size == (160, 160)
 
 
+@pytest.mark.slow
 def test_costly_networks_get_fewer_then_smaller_images() -> None:
     plans = [plan_extent(_network(width), (3, 224, 224)) for width in (2, 64, 96, 128, 512)]
     counts, sizes = [plan.count for plan in plans], [plan.size[0] for plan in plans]
@@ -34,6 +35,7 @@ def test_costly_networks_get_fewer_then_smaller_images() -> None:
     assert sizes[-1] == 96
 
 
+@pytest.mark.slow
 def test_a_network_of_one_size_keeps_it() -> None:
     tied = nn.Sequential(_network(512), nn.Flatten(), nn.Linear(512 * 120 * 120, 1)).eval()
     assert _planned(tied, (3, 120, 120)) == (extent.FEWEST, (120, 120))

@@ -133,6 +133,7 @@ def ran(tmp_path_factory) -> tuple[Path, io.StringIO, list[Stage]]:
     return out, text, run_demo(out, console=Console(file=text, width=200))
 
 
+@pytest.mark.slow
 def test_the_demo_finds_everything_planted(ran: tuple[Path, io.StringIO, list[Stage]]) -> None:
     out, text, _ = ran
     assert "found 6 of 6 planted copies" in text.getvalue()
@@ -143,6 +144,7 @@ def test_the_demo_finds_everything_planted(ran: tuple[Path, io.StringIO, list[St
     assert not list(out.rglob(".prune-viz*"))
 
 
+@pytest.mark.slow
 def test_the_demos_table_holds_what_it_promises(ran: tuple[Path, io.StringIO, list[Stage]]) -> None:
     _, text, (before, masked, merged, tuned) = ran
     for stage in (before, masked, merged, tuned):

@@ -45,12 +45,14 @@ def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     return analyze(branches(), input_shape=SHAPE, steps=4, out=out)
 
 
+@pytest.mark.slow
 def test_a_branch_without_effect_is_dead(analysed: Analysis) -> None:
     verdicts = analysed.filters.set_index(["layer", "filter"])["verdict"]
     assert (verdicts.loc["1.0"] == "dead").sum() == 15
     assert not (verdicts.loc["2.0"] == "dead").any()
 
 
+@pytest.mark.slow
 def test_a_branch_without_effect_goes_first(analysed: Analysis, tmp_path: Path) -> None:
     outcome = write_masks(analysed.out, tmp_path / "masks.pt", ratio=15 / 56, model=branches())
     assert outcome.removed == 15
