@@ -214,7 +214,10 @@ def _judge(
     predicted = basis.predictions_on(twin, calibrated, context.output)
     count = 0 if examples is None else len(examples)
     rests_on = basis.describe(calibrated, predicted, count, unit) if judged else None
-    rough = basis.find_roughness(calibrated, count, prepared.network.input_shape, context.statistics)
+    distance = basis.distance_of(twin, examples)
+    rough = basis.find_roughness(
+        calibrated, count, distance, prepared.network.input_shape, context.statistics
+    )
     with context.stage("curves"):
         meters = (
             make_meters(prepared, images, rough.is_unfounded, context) if fisher is not None else NO_METERS

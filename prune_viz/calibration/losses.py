@@ -248,6 +248,33 @@ def norms_error(pooled: Means) -> Tensor:
     return torch.stack(errors).mean()
 
 
+def norms_distance(model: nn.Module, images: Tensor, rows: int) -> float | None:
+    """How far what batch norms see of images is from their running statistics.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network in eval mode, batch norms unfolded.
+    images : Tensor, shape (N, C, *size)
+        Of any device.
+    rows : int
+        Images at a time.
+
+    Returns
+    -------
+    float or None
+        As `norms_error`; None where no batch norm has running statistics.
+    """
+    device = next(model.parameters()).device
+    with Watched(model, OutputKind()) as watched, torch.no_grad():
+        batches = torch.split(images, rows)
+        parts = [(len(part), watched.see(part.float().to(device)).means()) for part in batches]
+    known = [means for _, means in parts]
+    if not known or not known[0].norms:
+        return None
+    return float(norms_error(pool(known, [count / len(images) for count, _ in parts])))
+
+
 def classes_error(pooled: Means) -> Tensor:
     """How unsure the network is of images, and how few its classes, in nats; zero without class scores."""
     if pooled.classes is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.calibration.images import BATCH, SyntheticImages
+from prune_viz.calibration.losses import norms_distance
 from prune_viz.feature_visualization.priors import are_pictures
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.outputs import class_probabilities
@@ -143,9 +144,20 @@ class Roughness:
     is_unfounded: bool
 
 
+def distance_of(model: nn.Module, examples: Tensor | None) -> float | None:
+    """How far what batch norms see of the user's inputs is from what they saw in training.
+
+    None without inputs, or where no batch norm shows it.
+    """
+    if examples is None:
+        return None
+    return with_fewer(partial(norms_distance, model, examples), BATCH, next(model.parameters()).device)
+
+
 def find_roughness(
     calibrated: SyntheticImages | None,
     examples: int,
+    distance: float | None,
     shape: Sequence[int],
     statistics: InputStatistics | None = None,
 ) -> Roughness:
@@ -157,13 +169,21 @@ def find_roughness(
         The synthetic calibration images, where there are any.
     examples : int
         How many inputs the user gave.
+    distance : float or None
+        Of these from the training inputs (`distance_of`).
     shape : sequence of int
         (C, *size) of one input.
     statistics : InputStatistics, optional
         What is known of the inputs.
     """
-    if examples >= ENOUGH_EXAMPLES:
+    if examples >= ENOUGH_EXAMPLES and (distance is None or distance <= FAR):
         return Roughness("", False)
+    if examples >= ENOUGH_EXAMPLES:
+        return Roughness(
+            f"the inputs of --data are far from what the batch norms saw in training, at {distance:.2g}; "
+            "what holds on them may not hold on others. Inputs of more kinds would help",
+            True,
+        )
     reasons = []
     if not are_pictures(shape, statistics):
         reasons.append("the inputs are not pictures")

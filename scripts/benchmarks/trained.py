@@ -25,6 +25,7 @@ ARCH = "efficientnet_lite_pytorch:EfficientNet.from_name"
 ARCH_KWARGS = {"model_name": "efficientnet-lite0"}
 EPOCHS, BATCH, RATE = 8, 64, 3e-3
 UNLABELLED = 256  # images that "merged with data" may use
+HALVES = 12  # crops of each half of a photograph
 SIDE = 224
 # Photographs to measure on, and others to merge with where a method may use data.
 MEASURED = ("astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins")
@@ -215,6 +216,16 @@ def photographs() -> tuple[Tensor, Tensor]:
     images = crops([*_scikit_learn(), *map(_scikit_image, MEASURED)], CROPS, seed=0)
     pair = [_scikit_image(name) for name in GIVEN]
     return images, crops(pair, UNLABELLED // len(pair), seed=1)
+
+
+def halves() -> tuple[Tensor, Tensor]:
+    """Crops of photographs' left halves to measure on, and as many of their right halves."""
+    every = [*_scikit_learn(), *map(_scikit_image, MEASURED)]
+    left = [one.crop((0, 0, one.width // 2, one.height)) for one in every]
+    right = [one.crop((one.width // 2, 0, one.width, one.height)) for one in every]
+    found = crops(right, HALVES, seed=1)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))  # some of each come first
+    return crops(left, HALVES, seed=0), found[order]
 
 
 def _scikit_learn() -> list[Image.Image]:
