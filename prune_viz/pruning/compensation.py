@@ -47,7 +47,8 @@ def compensate_filters(
     """Make up for what masks remove: merge it, then set batch norms anew, each where that helps.
 
     Whether it helps is measured on `RunImages.kept_out`, images that nothing was fitted to: for each group
-    alone, and then for all together. Without such images everything is merged.
+    alone, and then for all together, with norms set anew, as much that merging disturbs is put right by them.
+    Without such images everything is merged.
 
     Parameters
     ----------
@@ -67,19 +68,21 @@ def compensate_filters(
     removals = removals_of(masks, groups)
     whole = plain_copy(model).float()
     if meter is None and removals:
-        meter = meter_for(whole, masks, passes=2 * len(removals) + 3)
+        meter = meter_for(whole, masks, passes=2 * len(removals) + 10)
+    if meter is None:
+        merge_removals(model, groups, removals)
+        return _described(groups, removals, removals)
     margin = ROUGH_MARGIN if masks.is_unfounded else 1.0
-    chosen = removals if meter is None else _where_it_helps(whole, groups, removals, meter, margin)
+    fitted, tried = masks.images.fitted, []
+    for chosen, times in _candidates(whole, groups, removals, meter, margin):
+        merged = merge_removals(plain_copy(whole), groups, chosen)
+        norms = fitted is not None and recalibrate_norms(merged, whole, fitted, meter)
+        tried.append((times * meter.change(merged), norms, chosen, merged))
+    _, norms, chosen, merged = min(tried, key=lambda one: one[0])
     merge_removals(model, groups, chosen)
-    done = _described(groups, removals, chosen)
-    fitted = masks.images.fitted
-    if meter is None or fitted is None:
-        return done
-    merged = plain_copy(model).float()
-    if not recalibrate_norms(merged, whole, fitted, meter):
-        return done
-    copy_statistics(merged, model)
-    return replace(done, norms=True)
+    if norms:
+        copy_statistics(merged, model)
+    return replace(_described(groups, removals, chosen), norms=norms)
 
 
 def meter_for(whole: nn.Module, masks: Masks, passes: int = 2) -> OutputMeter | None:
@@ -109,25 +112,23 @@ def output_kind(model: nn.Module, masks: Masks) -> OutputKind:
         return OutputKind()
 
 
-def _where_it_helps(
+def _candidates(
     whole: nn.Module,
     groups: Sequence[CouplingGroup],
     removals: Mapping[int, GroupRemoval],
     meter: OutputMeter,
     margin: float,
-) -> Mapping[int, GroupRemoval]:
-    """The removals, merged in those groups where that moves the output less than nothing in their place.
+) -> list[tuple[Mapping[int, GroupRemoval], float]]:
+    """The removals merged everywhere, nowhere, and where that moves the output less, by a group alone.
 
-    Less by a factor of `margin`, so that merging does not rest on measurements that may be off by as much.
+    Less by a factor of `margin`, so that merging does not rest on measurements that may be off by as much;
+    beside each is by what its change is to be multiplied before they are compared.
     """
     unmerged = {number: removal.unmerged() for number, removal in removals.items()}
-
-    def change(chosen: Mapping[int, GroupRemoval]) -> float:
-        return meter.change(merge_removals(plain_copy(whole), groups, chosen))
-
-    all_merged = change(removals)
-    if all_merged <= _NOTHING or not any(removal.is_merged for removal in removals.values()):
-        return removals
+    if not any(removal.is_merged for removal in removals.values()):
+        return [(removals, 1.0)]
+    if meter.change(merge_removals(plain_copy(whole), groups, removals)) <= _NOTHING:
+        return [(removals, 1.0)]
     trial = plain_copy(whole)
     merger = Merger(trial)
     mixed = {}
@@ -143,10 +144,10 @@ def _where_it_helps(
                 found.append(meter.change(trial))
         if found[1] < margin * found[0]:
             mixed[group.number] = unmerged[group.number]
-    options = [(margin * all_merged, removals), (change(unmerged), unmerged)]
+    options: list[tuple[Mapping[int, GroupRemoval], float]] = [(removals, margin), (unmerged, 1.0)]
     if any(mixed[number].is_merged != removal.is_merged for number, removal in removals.items()):
-        options.append((change(mixed), mixed))
-    return min(options, key=lambda option: option[0])[1]
+        options.append((mixed, 1.0))
+    return options
 
 
 def _described(
