@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -224,7 +224,7 @@ def _judge(
         )
         verdicts = measured_orders(meters, judged, verdicts, gram_matrices, rough.is_unfounded, context)
     if fisher is not None and meters.every is None and not rough.is_unfounded:
-        rough = replace(rough, why=basis.UNMEASURED)
+        rough = basis.Roughness(basis.UNMEASURED, True)
     summary = basis.summary(calibrated, predicted)
     return _Judged(verdicts, gram_matrices, unit, images, meters, rough, rests_on, summary)
 

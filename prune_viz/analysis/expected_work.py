@@ -7,7 +7,7 @@ as long, which shows as the work goes on; what counts here is how the stages com
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
@@ -48,34 +48,29 @@ def expected_stages(
     report : bool
         Whether a report is written in the end.
     """
+    macs = count_macs(prepared.model, prepared.network.input_shape)
     drawn = A_DRAWN_FILTER * sum(layer.filters for layer in prepared.layers)
     maps = drawn if options.effort.is_draft else drawn + UMAP_SECONDS * (drawn > A_DRAWN_FILTER * FEW)
-    searches = SEARCH_PASSES * min(options.steps or STEPS, STEPS) / STEPS
+    searches = SEARCH_PASSES * (options.steps or options.effort.steps) / STEPS
     stages = []
     if drafts:
-        stages.append(Expected("drafts", _searching(prepared, prepared.network.draft, DRAFT_PASSES)))
+        stages.append(Expected("drafts", _searching(prepared, prepared.network.draft, macs, DRAFT_PASSES)))
         if awaited:
             stages += [Expected("embedding", drawn), Expected("report", drawn)]
     passes = DRAFT_PASSES if options.effort.is_draft else searches
     stages += [
-        Expected("stimuli", _searching(prepared, prepared.network, passes)),
+        Expected("stimuli", _searching(prepared, prepared.network, macs, passes)),
         Expected("embedding", maps),
     ]
     if prepared.judged:
         stages += [Expected("report", drawn)] if awaited else []
-        stages += _judging(prepared, options)
-    stages.append(Expected("removal", A_LAYER + REMOVAL_PASSES * _whole_pass(prepared)))
+        stages += _judging(prepared, options, macs)
+    stages.append(Expected("removal", A_LAYER + REMOVAL_PASSES * sum(macs.values()) / RATE))
     return [*stages, Expected("report", drawn)] if report else stages
 
 
-def _whole_pass(prepared: Prepared) -> float:
-    """Seconds of a forward pass of one input."""
-    return sum(count_macs(prepared.model, prepared.network.input_shape).values()) / RATE
-
-
-def _searching(prepared: Prepared, network: FilterNetwork, passes: float) -> float:
+def _searching(prepared: Prepared, network: FilterNetwork, macs: Mapping[str, int], passes: float) -> float:
     """Seconds of so many forward passes for every filter, each as deep as its layer."""
-    macs = count_macs(prepared.model, network.input_shape)
     area = math.prod(network.input_shape[1:])
     seconds = deep = 0.0
     wanted = {layer.name for layer in prepared.layers}
@@ -87,12 +82,12 @@ def _searching(prepared: Prepared, network: FilterNetwork, passes: float) -> flo
     return seconds
 
 
-def _judging(prepared: Prepared, options: AnalysisOptions) -> Sequence[Expected]:
+def _judging(prepared: Prepared, options: AnalysisOptions, macs: Mapping[str, int]) -> Sequence[Expected]:
     """Calibration, and all that rests on it."""
     network, effort, groups = prepared.network, options.effort, prepared.judged
     extent = plan_extent(prepared.model, network.input_shape)
     examples = 0 if prepared.examples is None else len(prepared.examples)
-    a_pixel = _whole_pass(prepared) / math.prod(network.input_shape[1:])
+    a_pixel = sum(macs.values()) / RATE / math.prod(network.input_shape[1:])
     forward = a_pixel * math.prod(extent.size)
     stimuli = min(sum(layer.filters for layer in prepared.layers), effort.stimuli)
     inputs = stimuli + count_noise_images(prepared.statistics) + examples

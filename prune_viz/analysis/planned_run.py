@@ -90,7 +90,9 @@ class PlannedRun:
         drafts = options.engine == "local" and not prepared.network.is_draft
         awaited = report and is_awaited(prepared)
         self._progress.expect(partial(expected_stages, prepared, options, drafts, awaited, report))
-        return _run(prepared, run, self._provenance, self._make_engine, context, fresh, report, drafts)
+        return _run(
+            prepared, run, self._provenance, self._make_engine, context, fresh, report, drafts, awaited
+        )
 
 
 EngineMaker = Callable[[FilterNetwork], Engine]
@@ -137,6 +139,7 @@ def _run(
     fresh: bool,
     report: bool,
     drafts: bool,
+    awaited: bool,
 ) -> Analysis:
     """Fill a run directory, or take up where an earlier process stopped."""
     stages, log = context.stages, context.stages.log
@@ -151,7 +154,6 @@ def _run(
         _recording_state(run, provenance, log),
         context.progress,
     ):
-        awaited = report and is_awaited(prepared)
         found = _results(prepared, run, prepared.records, tasks, key, draft_key)
         if drafts:
             with stages.timed("drafts"):

@@ -16,7 +16,7 @@ from prune_viz.runs.run_directory import LayerFiles, RunDirectory
 from prune_viz.runs.verdicts import Verdict
 
 FEW_FILTERS = 200  # with fewer, the whole report is there before anyone has opened a first one
-FULL_STIMULI = "pictures of full size after all steps"
+FULL_STIMULI = "finished pictures"
 VERDICTS = ("verdicts", "budgets", "masks")
 _REASON = "the run has not come to its verdicts yet"
 

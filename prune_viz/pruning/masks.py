@@ -343,7 +343,7 @@ def masks_as_stored(beside: BesideMasks) -> Masks:
         measured=beside.measurement,
         rough=beside.rough,
     )
-    masks.measured_on, masks.is_unfounded = beside.measured_on, beside.unfounded
+    masks.measured_on, masks.is_unfounded = beside.measured_on, beside.is_unfounded
     return masks
 
 

@@ -89,8 +89,8 @@ class BesideMasks:
         What that was measured on, for people.
     rough : str
         Why predictions are rough, and what would help; empty where they are not.
-    unfounded : bool
-        Whether they can be wrong either way, so that merging must be clearly better to be used.
+    unfounded : bool or None
+        Whether they can be wrong either way (`is_unfounded`); None in older files.
     """
 
     model_sha256: str | None
@@ -102,7 +102,15 @@ class BesideMasks:
     measured: PredictionRecord | None = None
     measured_on: str = ""
     rough: str = ""
-    unfounded: bool = False
+    unfounded: bool | None = None
+
+    @property
+    def is_unfounded(self) -> bool:
+        """Whether predictions can be wrong either way, so that merging must be clearly better to be used.
+
+        In older files whatever is rough is.
+        """
+        return bool(self.rough) if self.unfounded is None else self.unfounded
 
     @property
     def prediction(self) -> Damage | None:

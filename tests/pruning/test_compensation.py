@@ -1,13 +1,15 @@
 """What makes up for removed filters is chosen by what it comes to in the end."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.pruning import compensation
-from prune_viz.pruning.masks import Masks
-from prune_viz.runs.decisions_json import Merge
+from prune_viz.pruning.masks import Masks, masks_as_stored
+from prune_viz.runs.decisions_json import BesideMasks, Merge
 
 
 class Meter:
@@ -39,3 +41,10 @@ def test_ways_are_compared_with_norms_set_anew(monkeypatch: pytest.MonkeyPatch) 
     groups = find_groups(model, torch.zeros(1, 3, 4, 4))
     done = compensation.compensate_filters(model, masks, groups, Meter(model))
     assert done == compensation.Compensation(merged=("0",), norms=True)
+
+
+def test_what_older_files_call_rough_is_unfounded() -> None:
+    older = BesideMasks(model_sha256=None, merges=(), rough="no batch norm shows it")
+    assert masks_as_stored(older).is_unfounded
+    assert not masks_as_stored(replace(older, unfounded=False)).is_unfounded
+    assert not masks_as_stored(replace(older, rough="")).is_unfounded
