@@ -16,6 +16,25 @@ Labels = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
+class Ways:
+    """How filters are grouped where there are two ways: numbers of weights (`ParameterAxes.names`).
+
+    Attributes
+    ----------
+    by_position : frozenset of int
+        Grouped convolutions of which the channels at one position in each group go; of others whole groups.
+    by_head : frozenset of int
+        Layers that write queries, keys or values, of which whole heads go.
+    """
+
+    by_position: frozenset[int] = frozenset()
+    by_head: frozenset[int] = frozenset()
+
+
+FINEST = Ways()
+
+
+@dataclass(frozen=True)
 class Call:
     """An operation as it was called.
 
@@ -33,8 +52,8 @@ class Call:
     axes : ParameterAxes
     labels : callable
         The labels of any tensor; 0 where it carries none.
-    by_position : frozenset of int
-        Parameters of grouped convolutions whose channels go by their position in each group.
+    ways : Ways
+        How filters are grouped where there are two ways.
     """
 
     name: str
@@ -45,7 +64,7 @@ class Call:
     sets: LabelSets
     axes: ParameterAxes
     labels: Callable[[Tensor], Tensor]
-    by_position: frozenset[int] = frozenset()
+    ways: Ways = FINEST
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's signature, or what stands there by default."""
@@ -59,6 +78,15 @@ class Call:
     def view(self, tensor: Any) -> ParameterView | None:
         """What a tensor shows of a parameter; None for what is none, or no tensor."""
         return self.axes.view(tensor) if isinstance(tensor, Tensor) else None
+
+    def of_heads(self, labels: Tensor) -> bool:
+        """Whether channels are written by a layer of which whole heads go."""
+        written = [
+            self.axes.labels[number, axis]
+            for number, axis in self.axes.roles
+            if number in self.ways.by_head and WRITTEN in self.axes.roles[number, axis]
+        ]
+        return bool(written) and bool(torch.isin(shrunk([labels])[0], torch.cat(written)).any())
 
     def refuse(self, labels: Sequence[Tensor], why: str) -> None:
         """Refuse channels."""

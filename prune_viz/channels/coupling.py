@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_viz.channels.calls import FINEST, Ways
 from prune_viz.channels.groups import AxisPlaces, CouplingGroup, Places
 from prune_viz.channels.labelling import Labelled, UntraceableError, label, steadied
+from prune_viz.channels.layer_operations import SUMMED
 from prune_viz.channels.parameter_axes import PASSED, READ
 from prune_viz.channels.verification import verified
 from prune_viz.network.copies import plain_copy
@@ -81,16 +83,37 @@ def build_graph(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
     inputs = smallest_input(twin, example_inputs.float().cpu())
     found = label(twin, inputs)
     groups = list(_groups(twin, found))
-    # Whole groups of a grouped convolution go, unless something behind it mixes them, as a shuffle does.
-    stuck = {layer for group in groups if not group.removable for layer in group.layers}
-    by_position = frozenset(
-        _number(found, layer) for name, layer in found.called.items() if name in stuck and is_grouped(layer)
-    )
-    if by_position:
-        again = label(twin, inputs, by_position)
-        groups = _better(groups, list(_groups(twin, again)))
+    ways = _other_ways(found, groups)
+    if ways != FINEST:
+        again = label(twin, inputs, ways)
+        groups = _better(groups, list(_groups(twin, again, ways)))
     groups = verified(twin, groups, inputs, trains=found.differs_in_training)
-    return replace(_of_filters(twin, groups), drops=found.drops)
+    graph = _of_filters(twin, groups)
+    return replace(graph, kept_linear=graph.kept_linear | _never_called(twin, found), drops=found.drops)
+
+
+def _never_called(model: nn.Module, found: Labelled) -> dict[str, str]:
+    """Linear layers whose weights are used without calling them, so that nobody sees what they compute."""
+    used = {number for number, _ in found.axes.roles}
+    return {
+        name: _BESIDE
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name not in found.called and _number(found, layer) in used
+    }
+
+
+def _other_ways(found: Labelled, groups: list[CouplingGroup]) -> Ways:
+    """Another way to group the filters that cannot be removed, where there is one.
+
+    Whole groups of a grouped convolution go, unless something behind it mixes them, as a shuffle does. Single
+    queries and keys go, unless they are multiplied with each other; then whole heads do.
+    """
+    stuck = {layer: group.note for group in groups if not group.removable for layer in group.layers}
+    numbers = {name: _number(found, layer) for name, layer in found.called.items() if name in stuck}
+    return Ways(
+        frozenset(number for name, number in numbers.items() if is_grouped(found.called[name])),
+        frozenset(number for name, number in numbers.items() if stuck[name] == SUMMED),
+    )
 
 
 def _of_filters(model: nn.Module, groups: list[CouplingGroup]) -> ChannelGraph:
@@ -168,7 +191,7 @@ def _error(model: nn.Module, inputs: Tensor, training: bool = False) -> Exceptio
     return None
 
 
-def _groups(model: nn.Module, found: Labelled) -> Iterator[CouplingGroup]:
+def _groups(model: nn.Module, found: Labelled, ways: Ways = FINEST) -> Iterator[CouplingGroup]:
     """Coupling groups, as the labels have them."""
     roots = found.sets.roots()
     axes = {key: roots[labels.numpy()] for key, labels in found.axes.labels.items()}
@@ -179,7 +202,9 @@ def _groups(model: nn.Module, found: Labelled) -> Iterator[CouplingGroup]:
     order = [name for name, _ in model.named_modules() if name in written]
     reader = _GroupReader(model, found, axes)
     for number, layers in enumerate(_tied(order, written)):
-        yield reader.read(number, {name: written[name] for name in layers})
+        group = reader.read(number, {name: written[name] for name in layers})
+        are_heads = any(_number(found, found.called[name]) in ways.by_head for name in layers)
+        yield replace(group, are_heads=are_heads and group.removable)
 
 
 def _number(found: Labelled, layer: Any) -> int:
@@ -308,4 +333,5 @@ def _in_all_groups(module: Any, indices: np.ndarray, channels: np.ndarray) -> tu
     return np.concatenate([group * size + indices for group in range(groups)]), np.tile(channels, groups)
 
 
+_BESIDE = "its weights are used without calling it, as torch's own attention does, whose heads stay whole"
 _WEIGHTS = "its weights are computed, or belong to no layer"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.attention_heads import set_heads
 from prune_viz.network.layer_kinds import groups_left, input_axis, is_convolution, set_sizes
 
 
@@ -51,6 +52,9 @@ def cut_channels(
         )
     for prefix, module in model.named_modules():
         _replace(module, prefix, cut, kept)
+    for group in groups:
+        if group.are_heads and gone.get(group.number):
+            set_heads(model, group.layers, group.channels, group.channels - len(gone[group.number]))
     return kept
 
 

@@ -102,6 +102,8 @@ class CouplingGroup:
         Whether the network can be made smaller by a channel of this group.
     note : str
         Why not, where `removable` is False.
+    are_heads : bool
+        Whether its channels are heads of attention.
     norms : list of Places
         Norms that the channels pass on their way to the consumers, those behind a concatenation included.
         A silent channel stays silent only where their scales and shifts are zero too.
@@ -117,6 +119,7 @@ class CouplingGroup:
     consumers: list[Places]
     removable: bool = True
     note: str = ""
+    are_heads: bool = False
     norms: list[Places] = field(default_factory=list)
     axes: list[AxisPlaces] = field(default_factory=list, repr=False)
     layers: list[str] = field(init=False)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from prune_viz.channels.calls import Call
+from prune_viz.channels.calls import FINEST, Call, Ways
 from prune_viz.channels.label_sets import LabelSets, blank, compact, shrunk
 from prune_viz.channels.operations import FREE, RULES, elementwise, move, reshape, unknown
 from prune_viz.channels.parameter_axes import WRITTEN, AmbiguousError, ParameterAxes, ParameterView
@@ -72,7 +72,7 @@ class Labelled:
         return len(self.operations) > 1 and self.operations[0] != self.operations[1]
 
 
-def label(model: nn.Module, inputs: Tensor, by_position: frozenset[int] = frozenset()) -> Labelled:
+def label(model: nn.Module, inputs: Tensor, ways: Ways = FINEST) -> Labelled:
     """Follow the channels of a network through a forward pass, and one more as in training.
 
     Parameters
@@ -81,9 +81,8 @@ def label(model: nn.Module, inputs: Tensor, by_position: frozenset[int] = frozen
         A plain copy in eval mode and single precision, on the CPU; left as it was.
     inputs : Tensor, shape (B, C, *size)
         An input that it runs on.
-    by_position : frozenset of int
-        Weights of grouped convolutions whose channels go by their position in each group
-        (`ParameterAxes.names` has their numbers); of others whole groups go.
+    ways : Ways
+        How filters are grouped where there are two ways.
 
     Raises
     ------
@@ -102,7 +101,7 @@ def label(model: nn.Module, inputs: Tensor, by_position: frozenset[int] = frozen
     layers = [module for module in model.modules() if reads_channels(module)]
     deadline = time.monotonic() + SECONDS
     for training in (False, True):
-        mode = _Labelling(sets, axes, by_position, deadline)
+        mode = _Labelling(sets, axes, ways, deadline)
         mode.put(inputs, blank(inputs.shape))
         try:
             hooks = (layer.register_forward_hook(hook) for layer in layers)
@@ -181,11 +180,9 @@ class _WithoutDropout(DispatchMode):
 class _Labelling(DispatchMode):
     """Carries labels beside the values of a forward pass."""
 
-    def __init__(
-        self, sets: LabelSets, axes: ParameterAxes, by_position: frozenset[int], deadline: float
-    ) -> None:
+    def __init__(self, sets: LabelSets, axes: ParameterAxes, ways: Ways, deadline: float) -> None:
         super().__init__()
-        self._sets, self._axes, self._by_position = sets, axes, by_position
+        self._sets, self._axes, self._ways = sets, axes, ways
         self._deadline = deadline
         self._labels: Any = WeakIdKeyDictionary()
         self._puts = 0
@@ -211,7 +208,7 @@ class _Labelling(DispatchMode):
         if name in FREE or not (carrying or shown):
             return made
         outputs = tensors_of(made)
-        call = Call(name, func, args, kwargs, outputs, self._sets, self._axes, self.labels, self._by_position)
+        call = Call(name, func, args, kwargs, outputs, self._sets, self._axes, self.labels, self._ways)
         if not carrying and self._note_views(call, shown):
             return made
         labels = RULES.get(name, unknown)(call)

@@ -38,7 +38,7 @@ def _grouped(call: Call, read: Tensor, weight: Tensor, groups: int) -> Tensor:
     before, after = read.view(groups, -1), written.view(groups, -1)
     view = call.view(weight)
     whole = all(call.sets.are_one(one) for one in before)  # each group reads one unit of channels
-    if not whole and view is not None and view.number in call.by_position:
+    if not whole and view is not None and view.number in call.ways.by_position:
         for one in after[1:]:
             call.sets.unite(after[0], one)
         for one in before:
@@ -64,19 +64,32 @@ def product(call: Call) -> Labels:
         return blank(shape)
     if is_constant(left, [-1]) and is_constant(right, [-2]):
         return _carried(call, left, right, shape)
-    call.refuse([left, right], _SUMMED)
+    if call.of_heads(left) and call.of_heads(right):
+        return _scores(call, left, right, shape)
+    call.refuse([left, right], SUMMED)
     return blank(shape)
 
 
-_SUMMED = "its products with other channels are summed, as in attention, whose heads stay whole"
+SUMMED = "its products with other channels are summed, as in attention"
+
+
+def _scores(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:
+    """Products of queries and keys: all channels of a head go together, and its scores are theirs."""
+    first = [one.narrow(-1, 0, 1).narrow(-2, 0, 1) for one in (left, right)]
+    for labels, own in zip((left, right), first, strict=True):
+        call.sets.unite(labels, own.expand(labels.shape))
+    call.sets.unite(*first)
+    return first[0].expand(shape)
 
 
 def _carried(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:
     """Labels of a product that sums over positions: those of the rows, or those of the columns."""
     rows, columns = left.narrow(-1, 0, 1).expand(shape), right.narrow(-2, 0, 1).expand(shape)
     if bool(rows.any()) and bool(columns.any()):
-        call.refuse([rows, columns], f"something that it passes ({call.name}) mixes its channels")
-        return blank(shape)
+        if not (call.of_heads(rows) and call.of_heads(columns)):
+            call.refuse([rows, columns], SUMMED)
+            return blank(shape)
+        call.sets.unite(rows, columns)
     return rows if bool(rows.any()) else columns
 
 

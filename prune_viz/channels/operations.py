@@ -46,11 +46,14 @@ def pad(call: Call) -> Labels:
 
 
 def reshape(call: Call) -> Labels:
-    """A view of another shape. Where channels are spread over several axes, each part has as many of them."""
+    """A view of another shape. Where channels are spread over several axes, each part has as many of them.
+
+    Where whole heads go, those are united where queries meet keys.
+    """
     labels = call.labels(call.args[0])
     made = compact(labels.reshape(call.made[0].shape))
     before, after = varying_axes(labels), varying_axes(made)
-    if len(before) == 1 and len(after) > 1:
+    if len(before) == 1 and len(after) > 1 and not call.of_heads(labels):
         for axis in after[:-1]:
             unite_parts(call, made.unbind(axis))
     return made

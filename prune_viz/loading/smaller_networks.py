@@ -18,6 +18,7 @@ from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
+from prune_viz.network.attention_heads import resize_heads
 from prune_viz.network.calls import run_and_size_norms
 from prune_viz.network.copies import bake_parameters
 from prune_viz.network.layer_kinds import (
@@ -200,6 +201,7 @@ def resize_to(model: nn.Module, masks: Mapping[str, Tensor], state: StateDict) -
                 found = state.get(prefix + own)
                 if found is not None and (tensor is None or found.shape != tensor.shape):
                     kind[own] = _resized(prefix + own, tensor, found, reads_channels(module))
+    resize_heads(model, {name: mask.numpy() for name, mask in masks.items()})
     named = OrderedDict(state)
     named._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
     try:

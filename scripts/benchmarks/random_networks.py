@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,6 +108,37 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
         weights = (q.transpose(-2, -1) @ k * (c // self.heads) ** -0.5).softmax(dim=-1)
         return self.out((v @ weights.transpose(-2, -1)).reshape(b, c, h, w))
+
+
+class Heads(nn.Module):
+    """Attention over positions whose heads are as many as an attribute says, and as wide as another does.
+
+    Queries, keys and values come from three layers (`packed` 0), or from one that writes all queries
+    first (1), or all of the first head (2).
+    """
+
+    def __init__(self, channels: int, heads: int, width: int, packed: int, linear: bool) -> None:
+        super().__init__()
+        make: Any = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.num_heads, self.width, self.linear, self.packed = heads, width, linear, packed
+        inner = heads * width
+        sizes = [3 * inner] if packed else [inner] * 3
+        self.written = nn.ModuleList([make(channels, size) for size in sizes])
+        self.out = make(inner, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps from maps."""
+        maps = x.permute(0, 2, 3, 1) if self.linear else x
+        made = [layer(maps) for layer in self.written]
+        rows = torch.cat(made, -1).flatten(1, 2) if self.linear else torch.cat(made, 1).flatten(2).mT
+        if self.packed == 2:  # by heads first
+            heads = rows.reshape(*rows.shape[:2], self.num_heads, 3, self.width).transpose(2, 3)
+        else:
+            heads = rows.reshape(*rows.shape[:2], 3, self.num_heads, self.width)
+        q, k, v = heads.transpose(1, 3).unbind(2)
+        maps = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        maps = maps.view(len(x), *x.shape[2:], -1)
+        return self.out(maps).permute(0, 3, 1, 2) if self.linear else self.out(maps.permute(0, 3, 1, 2))
 
 
 class Twice(nn.Module):
@@ -259,6 +291,12 @@ class RandomNetwork(nn.Module):
             lambda: nn.Sequential(*(self._conv(channels, channels, 4), Shuffle(4)) * 2),
             lambda: Twice(self._conv(channels, channels)),
             lambda: Attention(channels, self._random.choice([1, 2])),
+            lambda: Heads(
+                channels,
+                *self._random.choice([(2, 3), (4, 2), (3, 1)]),
+                self._random.randrange(3),
+                self._random.random() < 0.5,
+            ),
             lambda: Tied(channels, inner),
             lambda: nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GLU(1)),
             lambda: Shuffle(2),

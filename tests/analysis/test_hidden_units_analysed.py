@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import prune_viz as pv
+from prune_viz.loading.checkpoints import load_checkpoint
+from prune_viz.pruning.write import write_removed
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.utils.errors import UserError
 
@@ -29,6 +31,27 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc1(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))
         return x + self.fc2(torch.relu(y)).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Attention of four heads: the third repeats the second, and the last one's values are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.attn_dim = 4, 12
+        self.patches, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8)
+        self.qkv, self.proj, self.scores = nn.Linear(8, 36), nn.Linear(12, 8), nn.Linear(8, 5)
+        with torch.no_grad():
+            for tensor in (self.qkv.weight, self.qkv.bias):
+                heads = tensor.view(3, 4, 3, *tensor.shape[1:])
+                heads[:, 2] = heads[:, 1]
+                heads[2, 3] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.scores((x + self.proj(heads.reshape(*x.shape[:2], self.attn_dim))).mean(dim=1))
 
 
 def _network() -> nn.Module:
@@ -87,3 +110,21 @@ def test_kept_linear_layers_are_named_with_the_reason(run: tuple[nn.Module, pv.A
     assert any("not analysed: 4. Its filters are the network's output" in note for note in notes)
     with pytest.raises(UserError, match="all outputs of the linear layer 4 are kept"):
         pv.analyze(model, input_shape=SHAPE, layers=["4"], steps=2)
+
+
+def test_heads_are_judged_removed_and_loaded_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Attention().eval(), torch.randn(4, *SHAPE)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    spec = f"{Attention.__module__}:{Attention.__name__}"
+    loaded = load_checkpoint(tmp_path / "model.pt", arch=spec)
+    analysis = pv.analyze(loaded.model, input_shape=SHAPE, steps=2, out=tmp_path / "run")
+    table = analysis.filters[analysis.filters["layer"] == "qkv"]
+    verdicts = table["verdict"].to_numpy().reshape(3, 4, 3)
+    assert (verdicts == verdicts[:1, :, :1]).all()  # one verdict a head
+    first, *pair, last = verdicts[0, :, 0]
+    assert (first, last, set(pair)) == ("keep", "dead", {"keep", "redundant"})
+    write_removed(loaded, tmp_path / "run" / "masks.pt", SHAPE, tmp_path / "smaller.pt")
+    smaller = pv.load_model(tmp_path / "smaller.pt", arch=spec)
+    assert (smaller.num_heads, smaller.attn_dim, smaller.qkv.out_features) == (2, 6, 18)
+    torch.testing.assert_close(smaller(images), model(images), rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from marks import slow
 from networks import mask_without
 from torch import Tensor, nn
 
-from prune_viz.channels.coupling import find_groups
+from prune_viz.channels.coupling import build_graph, find_groups
 from prune_viz.channels.groups import group_of_layer, hidden_layers
 from prune_viz.pruning.apply import apply_masks
 from prune_viz.pruning.consistency import reconcile_masks
@@ -61,6 +61,37 @@ class TransformerBlock(nn.Module):
         else:
             y = F.gelu(self.up(y))
         return x + self.down(y)
+
+
+class HeadedBlock(nn.Module):
+    """Attention by packed queries, keys and values, or by three layers, whose heads are an attribute."""
+
+    def __init__(self, packed: bool = True, norms: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = 4, 3, 12
+        self.norm, self.proj = nn.LayerNorm(8), nn.Linear(12, 8)
+        self.written = nn.ModuleList([nn.Linear(8, 36)] if packed else [nn.Linear(8, 12) for _ in range(3)])
+        self.bias = nn.Parameter(torch.rand(4, 17, 17))
+        self.norms = nn.ModuleList([nn.LayerNorm(3), nn.LayerNorm(3)] if norms else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        heads = torch.cat([layer(y) for layer in self.written], -1)
+        heads = heads.reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.norms:
+            q, k = self.norms[0](q), self.norms[1](k)
+        y = F.scaled_dot_product_attention(q, k, v, self.bias)
+        return x + self.proj(y.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
+
+
+class FixedHeads(HeadedBlock):
+    """Attention that takes its width from its input, as many write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.written[0](x).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y.transpose(1, 2).reshape(*x.shape[:2], x.shape[-1] * 3 // 2))
 
 
 class Tokens(nn.Module):
@@ -126,6 +157,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {  # and the linear
     "gated": (lambda: Tokens(TransformerBlock("apart")), {"blocks.0.gate", "blocks.0.up"}),
     "packed gates": (lambda: Tokens(TransformerBlock("packed")), {"blocks.0.gate"}),
     "mixer": (lambda: Tokens(MixerBlock()), {"blocks.0.fc1"}),
+    "heads": (lambda: Tokens(HeadedBlock()), {"blocks.0.written.0"}),
+    "heads of three layers": (
+        lambda: Tokens(HeadedBlock(packed=False)),
+        {f"blocks.0.written.{number}" for number in range(3)},
+    ),
+    "heads behind norms": (lambda: Tokens(HeadedBlock(norms=True)), set()),
+    "heads of a fixed width": (lambda: Tokens(FixedHeads()), set()),
     "excitation and classifier": (Excited, {"down", "up", "mlp.0", "mlp.3"}),
 }
 
@@ -150,6 +188,35 @@ def test_hidden_units_are_found_and_removed_exactly(name: str) -> None:
     torch.testing.assert_close(smaller(INPUTS), masked(INPUTS), rtol=1e-4, atol=1e-5)
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (smaller, model)]
     assert sizes[0] < sizes[1] or not expected
+
+
+def test_heads_go_whole() -> None:
+    model = Tokens(HeadedBlock()).eval()
+    group = group_of_layer(find_groups(model, INPUTS))["blocks.0.written.0"]
+    assert (group.channels, group.are_heads) == (4, True)
+    rows = [[part * 12 + 3 + place for part in range(3) for place in range(3)]]
+    assert [places.table(4)[1].tolist() for places in group.producers] == rows
+    assert [places.table(4)[1].tolist() for places in group.consumers] == [[3, 4, 5]]
+    bias = next(places for places in group.axes if places.tensor == "blocks.0.bias")
+    assert (bias.axis, bias.channels.tolist()) == (0, [0, 1, 2, 3])
+    masks = {"blocks.0.written.0": torch.ones(36, dtype=torch.bool)}
+    masks["blocks.0.written.0"][rows[0]] = False
+    block = remove_filters(model, masks, INPUTS).blocks[0]
+    assert (block.num_heads, block.head_dim, block.attn_dim) == (3, 3, 9)
+    assert model.blocks[0].num_heads == 4
+
+
+def test_heads_that_stay_say_why() -> None:
+    notes = {
+        name: group_of_layer(find_groups(CASES[name][0]().eval(), INPUTS)).get("blocks.0.written.0")
+        for name in ("heads behind norms", "heads of a fixed width")
+    }
+    assert notes == {"heads behind norms": None, "heads of a fixed width": None}
+    kept = {name: build_graph(CASES[name][0]().eval(), INPUTS).kept_linear for name in notes}
+    assert "layer norm" in kept["heads behind norms"]["blocks.0.written.0"]
+    assert "does not run without some" in kept["heads of a fixed width"]["blocks.0.written.0"]
+    kept_by_torch = build_graph(Tokens(TransformerBlock()).eval(), INPUTS).kept_linear
+    assert "without calling it" in kept_by_torch["blocks.0.attention.out_proj"]
 
 
 def test_gates_go_with_what_they_gate() -> None:
