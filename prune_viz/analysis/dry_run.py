@@ -1,16 +1,17 @@
 """What an analysis would take, from a short trial: `analyze --dry-run`.
 
-A few filters of a few layers are searched for as in a run, as many at a time; between those layers what a
-filter takes goes with the time of a forward pass. What follows the stimuli is timed on a few inputs and grows
-with their number, verdicts with the cube of the channels of a group. Only the maps of filters and the report
-count by the filter at rates measured once.
+Steps of the optimiser are timed at a few layers, by as many workers as in a run; between those layers what
+a step takes goes with the multiply-accumulates of a forward pass. What follows the stimuli is timed on a few
+inputs and grows with their number, verdicts with the cube of the channels of a group. Only the maps of
+filters and the report count by the filter at rates measured once.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from prune_viz.analysis.expected_work import A_LAYER, BACKWARD, DRAFT_PASSES, macs_of_passes, search_passes
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.analysis.stage_costs import estimate_conclusions
 from prune_viz.calibration.extent import Extent, plan_extent
 from prune_viz.channels.groups import CouplingGroup
-from prune_viz.execution.executors import GLANCE, LocalEngine
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.run_context import RunContext
-from prune_viz.execution.tasks import StartingStimuli, StimulusSettings, Task, TaskResult, task_filters
+from prune_viz.execution.tasks import task_filters
+from prune_viz.network.cost import count_macs
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.redundancy.group_verdicts import calibration_copy
@@ -35,11 +37,8 @@ from prune_viz.utils.devices import WHOLE, one_thread_each
 from prune_viz.utils.errors import LayerError
 from prune_viz.utils.progress import Progress
 
-# Of a kind: optimisation lasts longer without an activation, and where another layer's stimuli are its start.
 TRIED_LAYERS = 4
-TRIED_FILTERS = 8, 48  # of each, at least and at most: more give a better estimate
-TRIAL_SECONDS = 60.0  # that trying them may take, about
-PASSES_PER_FILTER = 250  # forward ones that an optimisation costs, about; only to choose how many are tried
+SHORT = 0.5  # seconds; what takes less is timed again
 REPORT_BYTES = 150_000, 4200  # of a report and the tables, once and a filter
 LIBRARIES = 350 * 2**20  # what drawing maps loads
 
@@ -56,11 +55,14 @@ class LayerCost:
         Of work, shared by the workers.
     batch : int
         Filters at a time.
+    taken : int
+        Bytes that one of them takes.
     """
 
     layer: Layer
     seconds: float
     batch: int
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -125,23 +127,28 @@ def estimate_run(prepared: Prepared, options: AnalysisOptions, progress: Progres
     """
     network, layers = prepared.network, prepared.layers
     plan = MemoryPlan(network, options.memory, options.workers)
-    judged, settings = prepared.judged, options.stimulus_settings(prepared.statistics, network.is_draft)
-    costs = estimate_stimuli(network, layers, settings, plan, progress)
+    macs = count_macs(prepared.model, network.input_shape)
+    costs = estimate_stimuli(network, layers, macs, search_passes(options), plan, progress)
     seconds = {"stimuli": makespan(costs, plan.workers, task_filters(network))}
+    if not network.is_draft:
+        share = _work(network.draft, layers, macs).sum() / _work(network, layers, macs).sum()
+        drafts = share * DRAFT_PASSES / search_passes(options) * seconds["stimuli"]
+        seconds = {"drafts": float(drafts), **seconds}
     twin = calibration_copy(prepared.model, network)
     context = RunContext(
         options.seed, prepared.statistics, prepared.output, plan.budget, effort=options.effort
     )
     seconds.update(estimate_conclusions(twin, prepared, context))
     extent = plan_extent(twin, network.input_shape) if seconds.get("calibration") else None
-    disk = disk_bytes(layers, network.input_shape, judged, extent)
+    disk = disk_bytes(layers, network.input_shape, prepared.judged, extent)
     return Estimate(costs, seconds, most_memory(plan, costs), disk, plan.workers)
 
 
 def estimate_stimuli(
     network: FilterNetwork,
     layers: Sequence[Layer],
-    settings: StimulusSettings,
+    macs: Mapping[str, int],
+    passes: float,
     plan: MemoryPlan,
     progress: Progress,
 ) -> list[LayerCost]:
@@ -153,44 +160,60 @@ def estimate_stimuli(
         The prepared network.
     layers : sequence of Layer
         Which.
-    settings : StimulusSettings
-        What stimuli depend on.
+    macs : mapping of str to int
+        Multiply-accumulates of each layer on a whole input.
+    passes : float
+        Forward passes that a filter takes.
     plan : MemoryPlan
         How many at a time.
     progress : Progress
         Shows how the trial goes.
     """
-    progress.start("trial", len(layers) + 1)
-    with one_thread_each():
-        passes = [_forward_seconds(network, layer, progress) for layer in layers]
-    weights = np.array([layer.filters * one for layer, one in zip(layers, passes, strict=True)])
-    producers = _producers(network, layers)
-    traits = [(network.has_activation(one.name), producers[one.name] is None) for one in layers]
-    kinds = [np.array([i for i, one in enumerate(traits) if one == kind]) for kind in dict.fromkeys(traits)]
-    chosen = [kind[_spread(weights[kind], TRIED_LAYERS)] for kind in kinds]
-    tried = sorted(int(index) for some in chosen for index in some)
-    one_of_each = sum(passes[index] for index in tried) / WHOLE * PASSES_PER_FILTER
-    count = int(np.clip(TRIAL_SECONDS * plan.workers / one_of_each, *TRIED_FILTERS)) // WHOLE * WHOLE
-    seconds = _try(
-        network, {layers[index].name: producers[layers[index].name] for index in tried}, count, settings, plan
-    )
-    progress.advance()
+    work = _work(network, layers, macs)
+    chosen = _spread(work, TRIED_LAYERS)
+    progress.start("trial", len(chosen))
+    rates = []
+    for index in chosen:
+        step = _step_seconds(network, layers[index], plan.workers)
+        rates.append(layers[index].filters * step / work[index])
+        progress.advance()
     progress.finish()
-    a_filter = np.zeros(len(layers))
-    for kind, some in zip(kinds, chosen, strict=True):
-        ratios = [seconds[layers[index].name] / passes[index] for index in some]
-        a_filter[kind] = np.interp(kind, some, ratios) * np.array(passes)[kind]
+    every = np.arange(len(layers))
+    areas = np.array([math.prod(layer.canvas) for layer in layers])
+    seconds = A_LAYER + np.interp(every, chosen, rates) * work * passes / BACKWARD
+    held = [plan.taken(layers[index].name) / areas[index] for index in chosen]
+    taken = np.interp(every, chosen, held) * areas
     return [
-        LayerCost(layer, float(one * layer.filters), plan.batch(layer.name))
-        for layer, one in zip(layers, a_filter, strict=True)
+        LayerCost(layer, float(seconds[place]), plan.fitting(int(taken[place])), int(taken[place]))
+        for place, layer in enumerate(layers)
     ]
 
 
-def _producers(network: FilterNetwork, layers: Sequence[Layer]) -> dict[str, str | None]:
-    """The layer among these whose stimuli each one's search begins with, if any."""
-    names = {layer.name for layer in layers}
-    producers = {layer.name: network.producer(layer.name) for layer in layers}
-    return {name: producer if producer in names else None for name, producer in producers.items()}
+def _work(network: FilterNetwork, layers: Sequence[Layer], macs: Mapping[str, int]) -> np.ndarray:
+    """Multiply-accumulates of a forward pass for every filter of each layer, shape (layers,)."""
+    found = macs_of_passes(network, macs)
+    return np.array([max(layer.filters * found[layer.name], 1.0) for layer in layers])
+
+
+def _step_seconds(network: FilterNetwork, layer: Layer, workers: int) -> float:
+    """Seconds that a step of the optimiser takes a worker for a filter, while all workers are busy."""
+    maps = network.maps(layer.name)
+
+    def step(_: int) -> float:
+        torch.set_num_threads(1)
+        images = torch.zeros(WHOLE, network.input_shape[0], *layer.canvas, device=network.device)
+        start = time.perf_counter()
+        with suppress(LayerError, RuntimeError):  # of what has no gradient
+            after = maps(images.requires_grad_())[1]
+            (gradient,) = torch.autograd.grad(after.square().sum(), images)
+            float(gradient.flatten()[0])  # waits for a device that works on its own
+        return time.perf_counter() - start
+
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        seconds = float(np.mean(list(pool.map(step, range(workers)))))
+        if seconds < SHORT:  # what is done at the first call alone would count
+            seconds = min(float(np.mean(list(pool.map(step, range(workers))))) for _ in range(3))
+    return seconds / WHOLE
 
 
 def _spread(weights: np.ndarray, count: int) -> np.ndarray:
@@ -198,47 +221,6 @@ def _spread(weights: np.ndarray, count: int) -> np.ndarray:
     middles = (np.cumsum(weights) - weights / 2) / weights.sum()
     shares = (np.arange(count) + 0.5) / count
     return np.unique(np.abs(middles[:, None] - shares).argmin(axis=0))
-
-
-def _forward_seconds(network: FilterNetwork, layer: Layer, progress: Progress) -> float:
-    """Seconds of a forward pass up to a layer's maps, the least of a few."""
-    images = torch.zeros(WHOLE, network.input_shape[0], *layer.canvas, device=network.device)
-    maps, best = network.maps(layer.name), float("inf")
-    with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            with suppress(LayerError):
-                float(maps(images)[1].flatten()[0])  # waits for a device that works on its own
-            best = min(best, time.perf_counter() - start)
-    progress.advance()
-    return best
-
-
-def _try(
-    network: FilterNetwork,
-    producers: Mapping[str, str | None],
-    count: int,
-    settings: StimulusSettings,
-    plan: MemoryPlan,
-) -> dict[str, float]:
-    """Seconds a filter of layers, given with what feeds them, so many of each tried as a run does."""
-    names = dict.fromkeys([*(producer for producer in producers.values() if producer), *producers])
-    found: dict[str, TaskResult] = {}
-    with LocalEngine(network, settings, plan.workers, plan.batch) as engine:
-        for wave in (
-            [name for name in names if producers.get(name) is None],
-            [name for name in names if producers.get(name) is not None],
-        ):
-            running = {}
-            for name in wave:
-                producer = producers.get(name)
-                fed = found[producer].images if producer in found else None
-                task = Task(name, 0, min(count, network.layer(name).filters), producer, "", "")
-                running[name] = engine.submit(task, StartingStimuli(fed))
-            while wait(running.values(), timeout=GLANCE).not_done:
-                pass  # but a Ctrl-C is noticed
-            found.update({name: future.result() for name, future in running.items()})
-    return {name: found[name].seconds / len(found[name].images) for name in producers}
 
 
 def makespan(costs: Sequence[LayerCost], workers: int, filters: int) -> float:
@@ -273,5 +255,5 @@ def most_memory(plan: MemoryPlan, costs: Sequence[LayerCost]) -> int:
 
     The trial itself runs as many inputs at a time as what follows the stimuli.
     """
-    searches = max((cost.batch * plan.taken(cost.layer.name) for cost in costs), default=0)
+    searches = max((cost.batch * cost.taken for cost in costs), default=0)
     return max(plan.held + plan.workers * searches, int(peak_mib() * 2**20) + LIBRARIES)

@@ -51,15 +51,13 @@ def expected_stages(
     macs = count_macs(prepared.model, prepared.network.input_shape)
     drawn = A_DRAWN_FILTER * sum(layer.filters for layer in prepared.layers)
     maps = drawn if options.effort.is_draft else drawn + UMAP_SECONDS * (drawn > A_DRAWN_FILTER * FEW)
-    searches = SEARCH_PASSES * (options.steps or options.effort.steps) / STEPS
     stages = []
     if drafts:
         stages.append(Expected("drafts", _searching(prepared, prepared.network.draft, macs, DRAFT_PASSES)))
         if awaited:
             stages += [Expected("embedding", drawn), Expected("report", drawn)]
-    passes = DRAFT_PASSES if options.effort.is_draft else searches
     stages += [
-        Expected("stimuli", _searching(prepared, prepared.network, macs, passes)),
+        Expected("stimuli", _searching(prepared, prepared.network, macs, search_passes(options))),
         Expected("embedding", maps),
     ]
     if prepared.judged:
@@ -69,17 +67,35 @@ def expected_stages(
     return [*stages, Expected("report", drawn)] if report else stages
 
 
-def _searching(prepared: Prepared, network: FilterNetwork, macs: Mapping[str, int], passes: float) -> float:
-    """Seconds of so many forward passes for every filter, each as deep as its layer."""
-    area = math.prod(network.input_shape[1:])
-    seconds = deep = 0.0
-    wanted = {layer.name for layer in prepared.layers}
+def macs_of_passes(network: FilterNetwork, macs: Mapping[str, int]) -> dict[str, float]:
+    """Multiply-accumulates of a forward pass up to each layer, on its canvas.
+
+    Parameters
+    ----------
+    network : FilterNetwork
+        The prepared network, or its drafts.
+    macs : mapping of str to int
+        Those that each layer does itself on a whole input (`count_macs`).
+    """
+    area, deep = math.prod(network.input_shape[1:]), 0
+    found = {}
     for layer in network.layers:
         deep += macs.get(layer.name, 0)
-        if layer.name in wanted:
-            scale = math.prod(layer.canvas) / area
-            seconds += A_LAYER + layer.filters * passes * deep * scale / RATE
-    return seconds
+        found[layer.name] = deep * math.prod(layer.canvas) / area
+    return found
+
+
+def search_passes(options: AnalysisOptions) -> float:
+    """Forward passes that the search for a filter's stimulus takes, after its draft."""
+    if options.effort.is_draft:
+        return DRAFT_PASSES
+    return SEARCH_PASSES * (options.steps or options.effort.steps) / STEPS
+
+
+def _searching(prepared: Prepared, network: FilterNetwork, macs: Mapping[str, int], passes: float) -> float:
+    """Seconds of so many forward passes for every filter, each as deep as its layer."""
+    work = macs_of_passes(network, macs)
+    return sum(A_LAYER + layer.filters * passes * work[layer.name] / RATE for layer in prepared.layers)
 
 
 def _judging(prepared: Prepared, options: AnalysisOptions, macs: Mapping[str, int]) -> Sequence[Expected]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_viz.analysis.expected_work import BACKWARD
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration import synthetic_images
@@ -29,7 +31,7 @@ from prune_viz.redundancy.gram_matrices import gather_gram_matrices, rounds
 from prune_viz.redundancy.judge import judge
 from prune_viz.utils.memory import Budget
 
-REPEATED_SECONDS, MOST_REPEATS = 1.0, 8  # of a pass of images: what it takes more each time counts
+TRIED_MACS = 3e10  # of the inputs on which stages are timed: a second or two
 TIMED_CHANNELS = (48, 384)  # channels of the groups on which verdicts are timed, about
 # What maps and report take, in seconds: once, once more where UMAP draws, and a filter.
 FIXED_SECONDS, UMAP_SECONDS, SECONDS_PER_FILTER = 2.0, 6.0, 0.003
@@ -57,26 +59,27 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     channels, *extents = network.input_shape
     largest = tuple(max(layer.canvas[axis] for layer in network.layers) for axis in range(len(extents)))
     size = calibration_size(twin, network.input_shape, largest)
-    noise = natural_noise((channels, *size), BATCH, context.seed, None)
-    judging = _judging_seconds(twin, judged, noise, budget)  # warms up too
+    macs = count_cost(twin, network.input_shape)[1]
+    tried = int(np.clip(TRIED_MACS / max(macs, 1), 4, BATCH))
+    noise = natural_noise((channels, *size), tried, context.seed, None)
+    judging = _judging_seconds(twin, judged, noise[: tried // 2], budget)  # warms up too
 
-    def gather_seconds(images: Tensor, count: float) -> float:
-        """Of so many inputs, in as many turns as there are."""
+    parts = list(rounds(judged, context.host_memory() // 2))
+    once, a_batch, a_pixel = _gathering(twin, parts[0], noise, budget)
 
-        def turn(part: Sequence[CouplingGroup], times: int) -> None:
-            gather_gram_matrices(twin, part, lambda: [(images, False)] * times, budget)
-
-        parts = rounds(judged, context.host_memory() // 2)
-        return sum(_seconds_of_many(partial(turn, part), count / len(images)) for part in parts)
+    def gather_seconds(images: float, pixels: float) -> float:
+        """Of so many inputs of so many pixels in all, in as many turns as there are."""
+        return len(parts) * (once + a_batch * images / BATCH + a_pixel * pixels)
 
     stimuli = min(filters, context.effort.stimuli)
-    found["gram matrices"] = gather_seconds(
-        noise, stimuli + calibration_images.count_noise_images(context.statistics) + examples
-    )
+    inputs = stimuli + calibration_images.count_noise_images(context.statistics) + examples
+    found["gram matrices"] = gather_seconds(inputs, inputs * math.prod(size))
     extent = plan_extent(twin, network.input_shape)
     count, size, images = extent.count, extent.size, tile(noise, extent.size)
     varied = count * context.effort.variants
-    found["calibration"] = _calibration_seconds(twin, images, count, context)
+    with torch.no_grad():
+        forward = min(_seconds(lambda: twin(images)) for _ in range(2)) / len(images)
+    found["calibration"] = _calibration_seconds(twin, images, count, forward, context)
     if found["calibration"]:
         large = (
             tile(noise, enlarged(size))
@@ -87,15 +90,14 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
         seconds = _seconds(
             lambda: gather_fisher(twin, judged, lambda: batches, prepared.output, seed, budget)
         )
-        found["sensitivity"] = seconds / 2 / BATCH * (context.effort.sensitivity_variants * count + examples)
-        found["ranking"] = gather_seconds(images, varied / 2 + examples) + gather_seconds(large, varied / 2)
-    with torch.no_grad():
-        forward = _seconds(lambda: twin(images)) / len(images)
+        found["sensitivity"] = seconds / 2 / tried * (context.effort.sensitivity_variants * count + examples)
+        areas = [math.prod(batch.shape[2:]) for batch in batches]
+        pixels = (varied / 2 + examples) * areas[0] + varied / 2 * areas[1]
+        found["ranking"] = gather_seconds(varied + examples, pixels)
     rough = not found["calibration"] and examples < basis.ENOUGH_EXAMPLES
     every = images.new_zeros(1, *images.shape[1:]).expand(max(examples, count), *images.shape[1:])
     budgets = budget_passes(rough)
     passes = curve_passes(judged, rough) + budgets
-    macs = count_cost(twin, network.input_shape)[1]
     chosen = affordable(fitted(every), macs, extents, passes, context.effort.measuring)
     if chosen is not None:
         found["curves"] = forward * (len(chosen) * passes + len(kept_out(every)) * budgets)
@@ -104,15 +106,37 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     return found
 
 
-def _calibration_seconds(twin: nn.Module, images: Tensor, count: int, context: RunContext) -> float:
+def _gathering(
+    twin: nn.Module, groups: Sequence[CouplingGroup], images: Tensor, budget: Budget | None
+) -> tuple[float, float, float]:
+    """Seconds of gathering Gram matrices: once, for each batch, and for each pixel of an input."""
+    few = max(1, len(images) // 4)
+    marks: list[float] = []
+
+    def batches() -> Iterator[tuple[Tensor, bool]]:
+        marks.clear()
+        for part in (images[:few], images[:few], images):
+            marks.append(time.perf_counter())
+            yield part, False
+        marks.append(time.perf_counter())
+
+    seconds = _seconds(lambda: gather_gram_matrices(twin, groups, batches, budget))
+    _, small, large = [after - before for before, after in pairwise(marks)]
+    an_image = max(large - small, 0.5 * large) / (len(images) - few if len(images) > few else 1)
+    a_batch = max(small - few * an_image, 0.0)
+    once = seconds - (marks[-1] - marks[0])
+    return once, a_batch, an_image / math.prod(images.shape[2:])
+
+
+def _calibration_seconds(
+    twin: nn.Module, images: Tensor, count: int, forward: float, context: RunContext
+) -> float:
     """Seconds of synthesising so many calibration images; 0 where none can be."""
-
-    def passes(number: int) -> None:
-        calibrate(twin, [Start(images)], context, passes=number)
-
+    start = time.perf_counter()
     if calibrate(twin, [Start(images)], context, passes=1) is None:
         return 0.0
-    return _seconds_of_many(passes, synthetic_images.PASSES) * count / len(images)
+    once = (time.perf_counter() - start) / len(images)
+    return count * (once + BACKWARD * forward * (synthetic_images.PASSES - 1))
 
 
 def _judging_seconds(
@@ -139,11 +163,3 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _seconds_of_many(work: Callable[[int], object], count: float) -> float:
-    """Of work that takes the number of repeats: what it takes once, and each time more."""
-    once = _seconds(partial(work, 1))
-    more = int(np.clip(REPEATED_SECONDS / max(once, 1e-3), 1, MOST_REPEATS))
-    a_time = max(_seconds(partial(work, 1 + more)) - once, 0) / more
-    return once + a_time * max(count - 1, 0)

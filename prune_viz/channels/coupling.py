@@ -8,6 +8,7 @@ depthwise convolution on the way; one behind a split belongs to several filters 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from prune_viz.network.layer_kinds import (
     norms_channels,
     reads_channels,
 )
+from prune_viz.utils.devices import one_thread_each
 from prune_viz.utils.errors import brief
 
 # Spatial sizes, by number of axes, at which channels are followed where a network runs on one of them.
@@ -80,7 +82,13 @@ def build_graph(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
         If the network does not run, or this takes too long.
     """
     twin = plain_copy(model).float().cpu().requires_grad_(False)
-    inputs = smallest_input(twin, example_inputs.float().cpu())
+    # On small maps threads wait for each other longer than they work, above all beside other programs.
+    with one_thread_each() if _has_few_weights(twin) else nullcontext():
+        return _built(twin, example_inputs.float().cpu())
+
+
+def _built(twin: nn.Module, example: Tensor) -> ChannelGraph:
+    inputs = smallest_input(twin, example)
     found = label(twin, inputs)
     groups = list(_groups(twin, found))
     ways = _other_ways(found, groups)
@@ -163,7 +171,7 @@ def smallest_input(model: nn.Module, example: Tensor) -> Tensor:
     error = _error(model, whole)
     if error is not None:
         raise UntraceableError(brief(error))
-    few = sum(parameter.numel() for parameter in model.parameters()) < _MANY_WEIGHTS
+    few = _has_few_weights(model)
     for size in dict.fromkeys([*small, shape[1:]]):
         for rows in (2, 1) if few else (1,):
             inputs = _noise((shape[0], *size), rows)
@@ -175,6 +183,10 @@ def smallest_input(model: nn.Module, example: Tensor) -> Tensor:
             if size == shape[1:] or not _error(model, inputs, True) or _error(model, whole, True):
                 return inputs
     return whole
+
+
+def _has_few_weights(model: nn.Module) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) < _MANY_WEIGHTS
 
 
 def _noise(shape: tuple[int, ...], rows: int) -> Tensor:

@@ -255,6 +255,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     # Read by torch at its first allocation, on Linux: large feature maps on huge pages are made faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Read by GNU's OpenMP: threads that wait for long beside other programs hold up those they wait for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="prune-viz", standalone_mode=False)
     except Exception as error:

@@ -49,8 +49,11 @@ class MemoryPlan:
 
     def batch(self, layer: str) -> int:
         """How many filters of a layer fit at a time in each task; at least one."""
-        most = BATCH[self._network.device.type]
-        return min(most, fitting(self._left // self.workers, self.taken(layer)))
+        return self.fitting(self.taken(layer))
+
+    def fitting(self, taken: int) -> int:
+        """How many filters that take so many bytes each fit at a time in each task; at least one."""
+        return min(BATCH[self._network.device.type], fitting(self._left // self.workers, taken))
 
     def taken(self, layer: str) -> int:
         """Bytes that optimising for one filter of a layer takes, measured; 0 where it cannot be analysed."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from prune_viz.network import tracing
+from prune_viz.network.batches import are_doubled, layers_alike_in_batches, sample_of_maps, takes_batches
 from prune_viz.network.calls import blank_input, called_copy, ordinary_input
 from prune_viz.network.channels_last import lay_channels_last, lay_weights_channels_last, takes_channels_last
 from prune_viz.network.copies import as_it_was, free_copy
-from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable, takes_batches
+from prune_viz.network.hooks import HookedMaps, MapFunction, RowByRow, hookable
 from prune_viz.network.layer_kinds import (
     convolutions_of,
     count_outputs,
@@ -135,26 +136,51 @@ class FilterNetwork:
         return twin
 
     def _find_layers(self) -> list[Layer]:
+        fields = {name: self._receptive_field(name) for name in self._modules}
+        sizes = {
+            name: choose_canvas(self.input_shape[1:], field, self._canvas, self.is_draft)
+            for name, field in fields.items()
+        }
+        # Most layers of most networks pass at once, those of one canvas together.
+        fine: set[str] = set()
+        for size in dict.fromkeys(sizes.values()):
+            fine |= self._alike_in_batches([name for name in sizes if sizes[name] == size], size)
         return [
-            self._layer(depth, name, module, self._canvas)
+            Layer(
+                name, describe(module), count_outputs(module), depth, fields[name],
+                sizes[name] if name in fine else self._tried_canvas(name, sizes[name]),
+            )
             for depth, (name, module) in enumerate(self._modules.items())
-        ]
+        ]  # fmt: skip
 
-    def _layer(self, depth: int, name: str, module: Any, canvas: int | None) -> Layer:
-        field = None
-        if self._graph is not None and name in self._taps:
-            field = receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
-        size = choose_canvas(self.input_shape[1:], field, canvas, self.is_draft)
+    def _receptive_field(self, name: str) -> tuple[int, ...] | None:
+        if self._graph is None or name not in self._taps:
+            return None
+        return receptive_field(self._graph, self._taps[name].after, len(self.input_shape) - 1)
+
+    def _alike_in_batches(self, names: Sequence[str], canvas: tuple[int, ...]) -> set[str]:
+        """Those of some layers that run on a canvas, and whose maps are the same in a batch as alone."""
+        tapped = [name for name in names if name in self._taps]
+        if self._graph is None or not tapped:
+            return set()
+        reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], sample_of_maps)
+        pair = ordinary_input((self.input_shape[0], *canvas), 2).to(self.device)
+        with as_it_was(self._model):
+            return layers_alike_in_batches(lambda rows: reader.read(self._laid_out(rows)), pair)
+
+    def _tried_canvas(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+        """The canvas of a layer that is not plain; notes whether it takes inputs one at a time."""
         if not self._runs_on(name, size):
-            if canvas is not None:
-                raise UserError(f"--canvas {canvas} is too small for {name}, or not what the model takes")
+            if self._canvas is not None:
+                said = f"--canvas {self._canvas} is too small for {name}, or not what the model takes"
+                raise UserError(said)
             size = self.input_shape[1:]
             if not self._runs_on(name, size):
                 self._row_by_row.add(name)
         pair = ordinary_input((self.input_shape[0], *size), 2).to(self.device)
         if not takes_batches(self._maps(name), self._laid_out(pair)):
             self._row_by_row.add(name)
-        return Layer(name, describe(module), count_outputs(module), depth, field, size)
+        return size
 
     def _runs_on(self, name: str, canvas: tuple[int, ...]) -> bool:
         """Whether the network up to a layer works on a canvas; without padding a small one may not do."""
@@ -246,9 +272,7 @@ class FilterNetwork:
             one, two = (self._outputs_of_blank(rows, self.input_shape[1:]) for rows in (1, 2))
         except Exception:  # whatever an untrusted forward pass raises
             return False
-        return len(two) == 2 * len(one) or any(
-            _is_doubled(less.shape, more.shape) for less, more in zip(one, two, strict=False)
-        )
+        return are_doubled(one, two)
 
     def _outputs_of_blank(self, rows: int, size: Sequence[int]) -> list[Tensor]:
         with torch.no_grad():
@@ -372,14 +396,3 @@ def _floating(before: Any, after: Any) -> tuple[Tensor, Tensor]:
     if not after.is_floating_point():
         raise TypeError(f"its maps are {str(after.dtype).removeprefix('torch.')}, not real numbers")
     return before, after
-
-
-def _is_doubled(one: Sequence[int], two: Sequence[int]) -> bool:
-    """Whether a shape is another's but for one axis, the first or one of length 1, that is twice as long."""
-    if len(one) != len(two):
-        return False
-    differing = [axis for axis, (less, more) in enumerate(zip(one, two, strict=True)) if less != more]
-    if len(differing) != 1:
-        return False
-    (axis,) = differing
-    return two[axis] == 2 * one[axis] and (axis == 0 or one[axis] == 1)

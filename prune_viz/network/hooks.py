@@ -179,21 +179,5 @@ def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(padded).transpose(1, 2)
 
 
-def takes_batches(maps: MapFunction, example: torch.Tensor) -> bool:
-    """Whether each row of a batch, shape (2, C, *canvas), gives the same output as alone."""
-    try:
-        with torch.no_grad():
-            together = maps(example)[1]
-            if len(together) != len(example):
-                return False
-            alone = torch.cat([maps(example[row : row + 1])[1] for row in range(len(example))])
-    except Exception:  # whatever an untrusted forward pass raises
-        return False
-    if not bool(alone.isfinite().all()):
-        return True  # nothing to compare
-    scale = float(alone.abs().max())
-    return together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-2, atol=1e-3 * scale)
-
-
 class _ReachedError(Exception):
     """The layer looked for has run; the rest of the forward pass is not needed."""

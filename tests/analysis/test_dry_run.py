@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,31 @@ import numpy as np
 import pytest
 import torch
 import tortured
+from torch import nn
 from typer.testing import CliRunner
 
 from prune_viz import cli
 from prune_viz.analysis import dry_run as module
 from prune_viz.analysis import stage_costs
 from prune_viz.analysis.dry_run import REPORT_BYTES, LayerCost, disk_bytes, makespan
+from prune_viz.analysis.expected_work import A_LAYER, macs_of_passes
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.pipeline import analyze, estimate
 from prune_viz.analysis.prepare import prepare
 from prune_viz.calibration.images import NOISE_IMAGES
 from prune_viz.demo.digits import DigitsNet
 from prune_viz.demo.run import save_demo_model
+from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.run_context import RunContext
+from prune_viz.network.cost import count_macs
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
 from prune_viz.redundancy.group_verdicts import calibration_copy
+from prune_viz.utils.progress import Progress
 
 
 def cost(filters: int, seconds: float) -> LayerCost:
-    return LayerCost(Layer("x", "", filters, 0, None, (8, 8)), seconds, 48)
+    return LayerCost(Layer("x", "", filters, 0, None, (8, 8)), seconds, 48, 0)
 
 
 def test_tasks_are_shared_by_workers() -> None:
@@ -49,25 +55,27 @@ def test_disk_is_about_what_a_run_takes(tmp_path: Path) -> None:
     assert 1 / 1.5 < said / real < 1.5
 
 
-@pytest.mark.slow
-def test_every_kind_of_layer_is_tried_as_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: dict[str, str | None] = {}
-    whole = module._try
+def test_layers_between_those_tried_cost_by_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every step takes as many seconds as its passes have operations, so does every layer's search."""
+    network = FilterNetwork(tortured.network(), (3, 16, 16))
+    macs = count_macs(tortured.network(), (3, 16, 16))
+    deep = macs_of_passes(network, macs)
+    monkeypatch.setattr(module, "_step_seconds", lambda network, layer, workers: deep[layer.name])
+    plan = MemoryPlan(network, None, 2)
+    costs = module.estimate_stimuli(network, network.layers, macs, 30.0, plan, Progress())
+    said = [cost.seconds - A_LAYER for cost in costs]
+    assert said == pytest.approx([10 * cost.layer.filters * deep[cost.layer.name] for cost in costs])
+    assert all(cost.batch > 0 and cost.taken > 0 for cost in costs)
 
-    def spied(network: FilterNetwork, producers: dict[str, str | None], *settings: Any) -> dict[str, float]:
-        tried.update(producers)
-        return whole(network, producers, *settings)
 
-    monkeypatch.setattr(module, "_try", spied)
-    monkeypatch.setattr(module, "TRIED_LAYERS", 1)
-    found = estimate(tortured.network(), input_shape=(3, 16, 16), steps=2)
-    # One of each kind, of those with an activation and nothing that feeds them the one amid the work.
-    ends = sorted(name.rpartition(".")[2] for name in tried)
-    assert ends == ["depthwise", "expand", "project"]
-    assert all(cost.seconds > 0 for cost in found.layers)
-    tried.clear()
-    estimate(tortured.network(), input_shape=(3, 16, 16), steps=2, layers=["*.depthwise"])
-    assert set(tried.values()) == {None}  # what would feed it is not analysed
+def test_passes_grow_with_depth_and_canvas() -> None:
+    network = FilterNetwork(DigitsNet(), (1, 16, 16))
+    macs = count_macs(DigitsNet(), (1, 16, 16))
+    deep = macs_of_passes(network, macs)
+    first, second = network.layers[:2]
+    scale = [math.prod(layer.canvas) / 16**2 for layer in (first, second)]
+    assert deep[first.name] == pytest.approx(scale[0] * macs[first.name])
+    assert deep[second.name] == pytest.approx(scale[1] * (macs[first.name] + macs[second.name]))
 
 
 def test_the_middles_of_equal_shares_are_chosen() -> None:
@@ -108,8 +116,8 @@ def test_every_layer_and_stage_is_listed_and_nothing_written(tmp_path: Path) -> 
 
 
 def test_gram_matrices_are_estimated_for_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds are set to the number of batches; then images are those of stimuli, noise and examples."""
-    monkeypatch.setattr(stage_costs, "_seconds_of_many", lambda work, count: count)
+    """Where every pixel takes a second, seconds are pixels: those of stimuli, noise and examples."""
+    monkeypatch.setattr(stage_costs, "_gathering", lambda *_: (0.0, 0.0, 1.0))
     monkeypatch.setattr(stage_costs, "_calibration_seconds", lambda *_: 0.0)
     examples = torch.rand(24, 1, 16, 16)
     prepared = prepare(DigitsNet(), AnalysisOptions(input_shape=(1, 16, 16)), None, "")
@@ -117,4 +125,19 @@ def test_gram_matrices_are_estimated_for_every_image(monkeypatch: pytest.MonkeyP
     twin = calibration_copy(prepared.model, prepared.network)
     found = stage_costs.estimate_conclusions(twin, prepared, RunContext())
     filters = sum(layer.filters for layer in prepared.layers)
-    assert found["gram matrices"] * stage_costs.BATCH == filters + NOISE_IMAGES + len(examples)
+    assert found["gram matrices"] == (filters + NOISE_IMAGES + len(examples)) * 16**2
+
+
+def test_gathering_is_timed_by_image_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that a batch moves by 2 seconds, an image by 3 more, and the rest by 5."""
+    clock = [0.0]
+
+    def gather(twin: nn.Module, groups: Any, batches: Any, budget: Any) -> None:
+        for images, _ in batches():
+            clock[0] += 2 + 3 * len(images)
+        clock[0] += 5
+
+    monkeypatch.setattr(stage_costs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(stage_costs, "gather_gram_matrices", gather)
+    found = stage_costs._gathering(DigitsNet(), [], torch.zeros(8, 1, 2, 2), None)
+    assert found == pytest.approx((5, 2, 3 / 4))
