@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -98,17 +99,25 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     _write_examples(folder, examples)
     coherences: list[LayerCoherence | None] = []
     progress.start("report", len(rows))
-    for index, row in enumerate(rows):
-        progress.note(row.record.name)
-        tensors = run.read_layer_of(row.record, provenance.channels)
-        page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
-        windows = examples.windows[row.record.name] if examples else None
-        _write_layer(folder / "layers", page, network, tensors, statistics, windows, templates)
-        strip.add(row.record, tensors.images)
-        shown.add(row.record, tensors.images)
-        kept = ~tables[row.record.name].sort_values("filter")["verdict"].isin(FLAGGED).to_numpy()
-        coherences.append(layer_coherence(row, tensors.images, kept))
-        progress.advance()
+    with ThreadPoolExecutor(1) as pool:  # one layer's pictures are drawn while the next one's page is written
+        drawn: Future[None] | None = None
+        for index, row in enumerate(rows):
+            progress.note(row.record.name)
+            tensors = run.read_layer_of(row.record, provenance.channels)
+            page = layer_page(rows, index, tables[row.record.name], tensors.responses, decisions)
+            windows = examples.windows[row.record.name] if examples else None
+            before, plan = drawn, _plan_pictures(page, tensors)
+            drawn = pool.submit(_draw_layer, folder / "layers", page, plan, tensors, statistics)
+            _write_layer(folder / "layers", page, plan, network, tensors, windows, templates)
+            strip.add(row.record, tensors.images)
+            shown.add(row.record, tensors.images)
+            kept = ~tables[row.record.name].sort_values("filter")["verdict"].isin(FLAGGED).to_numpy()
+            coherences.append(layer_coherence(row, tensors.images, kept))
+            if before is not None:
+                before.result()
+            progress.advance()
+        if drawn is not None:
+            drawn.result()
     known, tried = budgets(decisions), measured_budgets(decisions)
     parts = {
         "budgets": tried or known[1::2],
@@ -163,33 +172,70 @@ def _write_assets(folder: Path) -> None:
         sheet.write("\n".join(verdict_styles()) + "\n")
 
 
+@dataclass(frozen=True)
+class _Pictures:
+    """The picture files of a layer.
+
+    Attributes
+    ----------
+    sheets : list of Sheet
+        All its stimuli.
+    small : Sheet
+        The same in small, for its map.
+    weights : Sheet or None
+        Its weights, where they are pictures.
+    """
+
+    sheets: list[sprites.Sheet]
+    small: sprites.Sheet
+    weights: sprites.Sheet | None
+
+
+def _plan_pictures(page: LayerPage, tensors: LayerTensors) -> _Pictures:
+    record, weights = page.row.record, None
+    if tensors.weights is not None:
+        layout = sprites.grid(record.filters, _WEIGHTS_SIDE)
+        weights = sprites.Sheet(f"{record.slug}-weights.png", layout, tuple(range(record.filters)))
+    return _Pictures(
+        sprites.sheets(record.slug, page.order, record.canvas),
+        sprites.thumbnails(record.slug, page.order, page.map.side / 100 * _MAP_WIDTH),
+        weights,
+    )
+
+
+def _draw_layer(
+    folder: Path,
+    page: LayerPage,
+    plan: _Pictures,
+    tensors: LayerTensors,
+    statistics: InputStatistics | None,
+) -> None:
+    """Write a layer's picture files."""
+    sprites.write_layer_sheets(folder, tensors.images, plan.sheets, plan.small, statistics)
+    matrix = folder / f"{page.row.record.slug}-responses.png"
+    sprites.write_response_matrix(matrix, tensors.responses, np.array(page.order))
+    if plan.weights is not None and tensors.weights is not None:
+        sprites.write_weights(folder / plan.weights.file, tensors.weights, plan.weights.layout)
+
+
 def _write_layer(
     folder: Path,
     page: LayerPage,
+    plan: _Pictures,
     network: NetworkPage,
     tensors: LayerTensors,
-    statistics: InputStatistics | None,
     windows: np.ndarray | None,
     templates: jinja2.Environment,
 ) -> None:
+    """Write a layer's page, its styles and the data of its panels."""
     record = page.row.record
     place = page.row.place
-    plan = sprites.sheets(record.slug, page.order, record.canvas)
-    small = sprites.thumbnails(record.slug, page.order, page.map.side / 100 * _MAP_WIDTH)
-    sprites.write_layer_sheets(folder, tensors.images, plan, small, statistics)
-    sprites.write_response_matrix(
-        folder / f"{record.slug}-responses.png", tensors.responses, np.array(page.order)
-    )
     styles = [
-        *_sheet_styles(f"t{place}-", plan),
-        *_sheet_styles(f"m{place}-", [small]),
-        *_map_styles(page.map, place, small.layout.side),
+        *_sheet_styles(f"t{place}-", plan.sheets),
+        *_sheet_styles(f"m{place}-", [plan.small]),
+        *_map_styles(page.map, place, plan.small.layout.side),
+        *_sheet_styles(f"w{place}-", [] if plan.weights is None else [plan.weights]),
     ]
-    if tensors.weights is not None:
-        layout = sprites.grid(record.filters, _WEIGHTS_SIDE)
-        sheet = sprites.Sheet(f"{record.slug}-weights.png", layout, tuple(range(record.filters)))
-        sprites.write_weights(folder / sheet.file, tensors.weights, layout)
-        styles += _sheet_styles(f"w{place}-", [sheet])
     _write(folder / f"{record.slug}.css", "\n".join(styles) + "\n")
     places = {row.record.name: row.place for row in network.rows}
     panels = panel_data(page, tensors, network.damage_unit, places, windows)

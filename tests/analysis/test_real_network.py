@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,10 +44,7 @@ def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory
         "--layers", "_blocks.[01].*", "--layers", "_blocks.[89]._*_conv",
     ]  # fmt: skip
     # Twelve layers, depthwise ones and a residual stream's producers among them; few steps keep this short.
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}  # the longest test of all
-    done = subprocess.run(
-        [*command, "--steps", "8"], capture_output=True, text=True, check=False, env={**os.environ, **threads}
-    )
+    done = subprocess.run([*command, "--steps", "8"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return RunDirectory(out)
 
