@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from prune_viz.analysis.options import AnalysisOptions
 from prune_viz.analysis.prepare import Prepared
-from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.extent import plan_extent
 from prune_viz.calibration.images import count_noise_images
 from prune_viz.embedding.layer_map import FEW
@@ -110,7 +109,7 @@ def _judging(prepared: Prepared, options: AnalysisOptions, macs: Mapping[str, in
     widths = [group.channels for group in groups]
     solving = 4 * sum(width**3 for width in widths) / RATE
     measured = extent.count * effort.sensitivity_variants + examples
-    calibration = BACKWARD * extent.count * extent.cost * synthetic_images.PASSES / RATE
+    calibration = BACKWARD * extent.count * extent.cost * extent.passes / RATE
     largest = a_pixel * max(math.prod(layer.canvas) for layer in network.layers)
     return [
         Expected("calibration", calibration),

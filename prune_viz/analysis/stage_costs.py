@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from prune_viz.analysis.expected_work import BACKWARD
 from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
-from prune_viz.calibration import synthetic_images
-from prune_viz.calibration.extent import plan_extent
+from prune_viz.calibration.extent import Extent, plan_extent
 from prune_viz.calibration.images import BATCH, Start, calibration_size, fitted, kept_out, natural_noise
 from prune_viz.calibration.synthetic_images import calibrate, enlarged
 from prune_viz.channels.groups import CouplingGroup
@@ -79,7 +78,7 @@ def estimate_conclusions(twin: nn.Module, prepared: Prepared, context: RunContex
     varied = count * context.effort.variants
     with torch.no_grad():
         forward = min(_seconds(lambda: twin(images)) for _ in range(2)) / len(images)
-    found["calibration"] = _calibration_seconds(twin, images, count, forward, context)
+    found["calibration"] = _calibration_seconds(twin, images, extent, forward, context)
     if found["calibration"]:
         large = (
             tile(noise, enlarged(size))
@@ -129,14 +128,14 @@ def _gathering(
 
 
 def _calibration_seconds(
-    twin: nn.Module, images: Tensor, count: int, forward: float, context: RunContext
+    twin: nn.Module, images: Tensor, extent: Extent, forward: float, context: RunContext
 ) -> float:
-    """Seconds of synthesising so many calibration images; 0 where none can be."""
+    """Seconds of synthesising all calibration images; 0 where none can be."""
     start = time.perf_counter()
     if calibrate(twin, [Start(images)], context, passes=1) is None:
         return 0.0
     once = (time.perf_counter() - start) / len(images)
-    return count * (once + BACKWARD * forward * (synthetic_images.PASSES - 1))
+    return extent.count * (once + BACKWARD * forward * (extent.passes - 1))
 
 
 def _judging_seconds(

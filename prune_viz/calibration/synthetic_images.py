@@ -42,7 +42,6 @@ from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
 
 ALGORITHM = 2  # raised with every change after which calibration images come out differently
-PASSES = 76  # over all calibration images, at most
 BATCH = 32
 RATE = 0.15  # of the first steps, in deviations of a white coordinate
 BETAS = 0.9, 0.99  # of the running means of gradients and of their squares
@@ -56,7 +55,7 @@ _FALL = 0.01
 
 def settings() -> list[object]:
     """What calibration images depend on beside their arguments, for the key under which they are kept."""
-    own = [ALGORITHM, PASSES, BATCH, RATE, BETAS, JITTER, CONTRASTS, _PATIENCE, _FALL, DRAFT_STEPS]
+    own = [ALGORITHM, BATCH, RATE, BETAS, JITTER, CONTRASTS, _PATIENCE, _FALL, DRAFT_STEPS]
     return [own, extent.settings(), losses.settings(), dead_leaves.settings(), priors.settings()]
 
 
@@ -64,7 +63,7 @@ def calibrate(
     model: nn.Module,
     starts: Sequence[Start],
     context: RunContext | None = None,
-    passes: int = PASSES,
+    passes: int = extent.PASSES,
 ) -> SyntheticImages | None:
     """Move inputs until the batch norms of a network see their running statistics.
 

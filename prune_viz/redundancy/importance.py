@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_viz.calibration import synthetic_images
 from prune_viz.calibration.extent import plan_extent
 from prune_viz.calibration.images import (
     BATCH,
@@ -147,8 +146,8 @@ def synthesise_images(model: nn.Module, network: FilterNetwork, context: RunCont
     """
     extent = plan_extent(model, network.input_shape)
     starts = calibration_starts(network, extent.size, extent.count, context.seed, context.statistics)
-    context.progress.start("calibration", sum(len(kind.images) for kind in starts) * synthetic_images.PASSES)
-    found = calibrate(model, starts, context)
+    context.progress.start("calibration", sum(len(kind.images) for kind in starts) * extent.passes)
+    found = calibrate(model, starts, context, extent.passes)
     context.progress.finish()
     if found is None:
         images = torch.cat([kind.images.float() for kind in starts])

@@ -22,6 +22,7 @@ def _planned(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, tuple[int, 
 def test_small_networks_get_all_images() -> None:
     assert _planned(_network(2), (3, 28, 28)) == (extent.IMAGES, (28, 28))
     assert plan_extent(_network(2), (3, 640, 640)).size == (160, 160)
+    assert plan_extent(_network(2), (3, 28, 28)).passes == extent.PASSES
 
 
 @pytest.mark.slow
@@ -33,6 +34,9 @@ def test_costly_networks_get_fewer_then_smaller_images() -> None:
     assert extent.FEWEST <= min(counts) < extent.IMAGES
     assert sizes[0] == 160
     assert sizes[-1] == 96
+    passes = [plan.passes for plan in plans]
+    assert (passes[0], passes[-1]) == (extent.PASSES, extent.FEWEST_PASSES)
+    assert passes == sorted(passes, reverse=True)
 
 
 @pytest.mark.slow
