@@ -29,6 +29,7 @@ from prune_viz.pruning.rankings import read_rankings
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.runs.damage import Damage, Unit
 from prune_viz.runs.decisions_json import Allocation, Decisions, prediction_record
+from prune_viz.utils.devices import workers_on
 from prune_viz.utils.memory import RowLimit
 
 
@@ -74,14 +75,15 @@ def make_meters(prepared: Prepared, images: RunImages, rough: bool, context: Run
         return NO_METERS
     shape = prepared.network.input_shape
     whole = plain_copy(prepared.model).float().to(prepared.network.device)
-    macs = count_cost(whole, shape)[1]
+    macs, workers = count_cost(whole, shape)[1], workers_on(prepared.network.device)
 
     def meter(given: Tensor, passes: int) -> OutputMeter | None:
         chosen = affordable(given, macs, shape[1:], passes, context.effort.measuring)
         if chosen is None:
             return None
-        rows = RowLimit(context.budget, whole, backward=False).rows(chosen.shape[1:], BATCH)
-        return meter_on(whole, chosen, context.output, rows)
+        most = workers * BATCH  # as many networks are measured at a time
+        rows = RowLimit(context.budget, whole, backward=False).rows(chosen.shape[1:], most)
+        return meter_on(whole, chosen, context.output, rows // workers)
 
     passes = curve_passes(prepared.judged, rough) + budget_passes(rough)
     return Meters(whole, meter(every, passes), meter(images.kept_out, passes))

@@ -81,6 +81,8 @@ class Call:
 
     def of_heads(self, labels: Tensor) -> bool:
         """Whether channels are written by a layer of which whole heads go."""
+        if not self.ways.by_head:
+            return False
         written = [
             self.axes.labels[number, axis]
             for number, axis in self.axes.roles

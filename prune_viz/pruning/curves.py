@@ -12,6 +12,7 @@ the few of which the network is unsure, and groups that happen to look cheap on 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from prune_viz.pruning.rankings import Ranking, Saving
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts
 from prune_viz.redundancy.elimination import rebuild_all
 from prune_viz.runs.decisions_json import Allocation, MeasuredBudget
+from prune_viz.utils.devices import in_threads
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.progress import Progress
 
@@ -85,25 +87,29 @@ def measure_curves(
     dict of int to GroupVerdicts
         Of all groups, `order_damage` in the meter's unit where it was measured.
     """
-    trial = plain_copy(model)
-    merger = Merger(trial)
     meters = [meter] if kept_out is None else [meter, kept_out]
-    found = dict(verdicts)
-    progress.start("curves", len(groups))
-    for group in groups:
+    own = threading.local()  # a copy of the network for each thread
+
+    def measured(group: CouplingGroup) -> GroupVerdicts:
+        if not hasattr(own, "merger"):
+            own.trial = plain_copy(model)
+            own.merger = Merger(own.trial)
         ranked = verdicts[group.number]
         points = []
         for count in _counts(ranked):
             removal = removal_of(ranked, ranked.order[:count], gram_matrices[group.number])
             changes = []
             for option in _options([removal], rough):
-                with merger.on_trial(group, option[0]):
-                    changes.append(max(one.change(trial) for one in meters))
+                with own.merger.on_trial(group, option[0]):
+                    changes.append(max(one.change(own.trial) for one in meters))
             points.append((count, changes[_better(changes)]))
-        found[group.number] = replace(ranked, order_damage=_corrected(ranked.order_damage, points))
         progress.advance()
+        return replace(ranked, order_damage=_corrected(ranked.order_damage, points))
+
+    progress.start("curves", len(groups))
+    found = in_threads(measured, groups, next(model.parameters()).device)
     progress.finish()
-    return found
+    return {**verdicts, **{group.number: one for group, one in zip(groups, found, strict=True)}}
 
 
 def _options(removals: Sequence[GroupRemoval], rough: bool) -> list[list[GroupRemoval]]:
@@ -181,32 +187,37 @@ def measure_budgets(
         As `measure_curves`.
     """
     saving = Saving(rankings, macs)
-    tried: list[MeasuredBudget] = []
-    progress.start("budgets", len(BUDGETS) * len(Allocation))
-    for wanted in BUDGETS if saving.whole else ():
-        for allocation in Allocation:
-            progress.advance()
-            try:
-                counts = counts_for_share(saving, wanted, allocation)
-            except UserError:  # more than can go
-                continue
-            losing = [one for one in rankings if counts[one.number]]
-            removals = [
-                removal_of(verdicts[one.number], one.order[: counts[one.number]], gram_matrices[one.number])
-                for one in losing
-            ]
-            changes = []
-            for option in _options(removals, rough):
-                numbered = {one.number: removal for one, removal in zip(losing, option, strict=True)}
-                changed = merge_removals(plain_copy(model), groups, numbered)
-                changes.append((meter.change(changed), kept_out.change(changed)))
-            found = changes[_better([max(change) for change in changes])]
-            if math.isfinite(sum(found)):
-                predicted = sum(one.damage_of(counts) for one in rankings)
-                filters = saving.removed_filters(counts)
-                tried.append(MeasuredBudget(allocation, saving.of(counts), filters, predicted, *found))
+
+    def tried(asked: tuple[float, Allocation]) -> MeasuredBudget | None:
+        progress.advance()
+        wanted, allocation = asked
+        try:
+            counts = counts_for_share(saving, wanted, allocation)
+        except UserError:  # more than can go
+            return None
+        losing = [one for one in rankings if counts[one.number]]
+        removals = [
+            removal_of(verdicts[one.number], one.order[: counts[one.number]], gram_matrices[one.number])
+            for one in losing
+        ]
+        changes = []
+        for option in _options(removals, rough):
+            numbered = {one.number: removal for one, removal in zip(losing, option, strict=True)}
+            changed = merge_removals(plain_copy(model), groups, numbered)
+            changes.append((meter.change(changed), kept_out.change(changed)))
+        found = changes[_better([max(change) for change in changes])]
+        if not math.isfinite(sum(found)):
+            return None
+        predicted = sum(one.damage_of(counts) for one in rankings)
+        return MeasuredBudget(
+            allocation, saving.of(counts), saving.removed_filters(counts), predicted, *found
+        )
+
+    every = [(wanted, allocation) for wanted in BUDGETS if saving.whole for allocation in Allocation]
+    progress.start("budgets", len(every))
+    found = in_threads(tried, every, next(model.parameters()).device)
     progress.finish()
-    return tuple(tried)
+    return tuple(one for one in found if one is not None)
 
 
 def preferred(tried: Sequence[MeasuredBudget], saved: float) -> Allocation:

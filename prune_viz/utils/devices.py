@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from prune_viz.utils.errors import UserError
 
+_In = TypeVar("_In")
 _T = TypeVar("_T")
 WHOLE = 4  # batches are filled up to a multiple of it: of odd sizes, convolutions round differently
 
@@ -88,6 +90,30 @@ def one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_threads(work: Callable[[_In], _T], items: Sequence[_In], device: torch.device) -> list[_T]:
+    """Do work on items, as many at a time as keep a device busy, and return its results in their order.
+
+    Parameters
+    ----------
+    work : callable
+        From an item; it is called in several threads at once.
+    items : sequence
+        What there is to do.
+    device : torch.device
+        Where operations run.
+    """
+    workers = workers_on(device)
+    with one_thread_each(), ThreadPoolExecutor(workers, initializer=_one_thread) as pool:
+        try:
+            return list(pool.map(work, items))
+        finally:
+            pool.shutdown(cancel_futures=True)  # for Ctrl-C
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def filled_up(count: int) -> Tensor:

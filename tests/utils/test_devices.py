@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
-from prune_viz.utils.devices import is_out_of_memory, may_pass, pick_device
+from prune_viz.utils.devices import in_threads, is_out_of_memory, may_pass, pick_device
 from prune_viz.utils.errors import UserError
 
 
@@ -49,3 +52,35 @@ def test_out_of_memory_is_told_from_other_errors(error: Exception, said: bool) -
 )  # fmt: skip
 def test_errors_of_the_machine_are_told_from_the_models(error: Exception, passing: bool) -> None:
     assert may_pass(error) == passing
+
+
+def test_work_in_threads_keeps_its_order() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        barrier = threading.Barrier(3)  # passed only where three work at a time
+
+        def work(item: int) -> tuple[int, int]:
+            barrier.wait(timeout=60)
+            return item, torch.get_num_threads()
+
+        assert in_threads(work, range(6), torch.device("cpu")) == [(item, 1) for item in range(6)]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_work_in_threads_stops_at_an_error() -> None:
+    begun, failed = [], threading.Event()
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 0:
+            failed.set()
+            raise ValueError("the first one")
+        failed.wait(timeout=60)
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="the first one"):
+        in_threads(work, range(1000), torch.device("cpu"))
+    assert len(begun) < 1000
