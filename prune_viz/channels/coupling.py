@@ -101,12 +101,12 @@ def _built(twin: nn.Module, example: Tensor) -> ChannelGraph:
 
 
 def _never_called(model: nn.Module, found: Labelled) -> dict[str, str]:
-    """Linear layers whose weights are used without calling them, so that nobody sees what they compute."""
+    """Layers whose weights are used without calling them, so that nobody sees what they compute."""
     used = {number for number, _ in found.axes.roles}
     return {
         name: _BESIDE
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name not in found.called and _number(found, layer) in used
+        if reads_channels(layer) and name not in found.called and _number(found, layer) in used
     }
 
 

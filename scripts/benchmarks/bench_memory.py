@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,7 +40,7 @@ from prune_viz.execution import executors, quality
 from prune_viz.execution.memory_plan import MemoryPlan
 from prune_viz.execution.tasks import StimulusSettings, Task, TaskResult
 from prune_viz.network.filter_network import FilterNetwork
-from prune_viz.redundancy import group_verdicts, importance
+from prune_viz.redundancy import group_verdicts
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_whole_group
 from prune_viz.redundancy.judge import judge
 from prune_viz.runs.run_directory import RunDirectory
@@ -118,7 +117,7 @@ def shortened(heaviest: str, widest: int) -> Iterator[None]:
         mock.patch.object(group_verdicts, "judge", judged),
         mock.patch.object(extent, "IMAGES", 2 * synthetic_images.BATCH),
         mock.patch.dict(quality.EFFORTS, {quality.Quality.STANDARD: less}),
-        mock.patch.object(importance, "calibrate", partial(synthetic_images.calibrate, passes=1)),
+        mock.patch.multiple(extent, PASSES=1, FEWEST_PASSES=1),
     ):
         yield
 
