@@ -1,7 +1,7 @@
 """How many calibration images there are, how large, and how often they move: as a network's cost allows.
 
-Small networks get all passes, and need them: with half of them, a ResNet of MNIST digits without a fifth of
-its filters loses four points more. For EfficientNet-lite0, where a pass takes two seconds, half do as well.
+Small networks get all passes: with fewer, more is lost when their filters go. Costly ones, where a pass takes
+seconds, get half as many.
 """
 
 from __future__ import annotations

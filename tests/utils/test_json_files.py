@@ -205,11 +205,7 @@ def test_commands_survive_changed_files(
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=40,  # others each time
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(change=CHANGES)
 def test_commands_survive_many_changed_files(
     made: Path, tmp_path_factory: pytest.TempPathFactory, change: Change
