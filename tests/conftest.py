@@ -43,6 +43,14 @@ def _seeded() -> None:
     torch.manual_seed(0)  # so that no test depends on which ran before it
 
 
+@pytest.fixture(autouse=True)
+def _modules_called_as_before() -> Iterator[None]:
+    """Tracing changes how every module is called, and what breaks off must set it back."""
+    yield
+    assert nn.Module.__call__ is CALL
+
+
+CALL = nn.Module.__call__
 SHORT: dict[tuple[ModuleType, str], int] = {(extent, "IMAGES"): 32, (synthetic_images, "_PATIENCE"): 2}
 ANALYSED: dict[str, tuple[Callable[[], nn.Module], int]] = {  # networks, and steps of their stimuli
     "residual": (random_residual, 3),

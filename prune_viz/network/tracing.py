@@ -74,7 +74,10 @@ class Tap:
 
 
 def trace(model: nn.Module) -> fx.GraphModule | None:
-    """Trace `model`; None where its forward pass cannot be traced."""
+    """Trace `model`; None where its forward pass cannot be traced.
+
+    No other thread may run a network meanwhile, as `torch.fx` changes how all modules are called.
+    """
     if not are_names_safe(model):
         return None
     try:

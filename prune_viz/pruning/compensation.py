@@ -11,6 +11,7 @@ from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.cost import count_cost
 from prune_viz.network.output_kinds import find_output_kind
+from prune_viz.network.tracing import own_norms
 from prune_viz.pruning.batch_norms import copy_statistics, recalibrate_norms
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.measuring import OutputMeter, affordable, meter_on
@@ -66,20 +67,20 @@ def compensate_filters(
     Compensation
     """
     removals = removals_of(masks, groups)
-    whole = plain_copy(model).float()
+    whole, behind = plain_copy(model).float(), own_norms(model)
     if meter is None and removals:
         meter = meter_for(whole, masks, passes=2 * len(removals) + 10)
     if meter is None:
-        merge_removals(model, groups, removals)
+        merge_removals(model, groups, removals, behind)
         return _described(groups, removals, removals)
     margin = ROUGH_MARGIN if masks.is_unfounded else 1.0
     fitted, tried = masks.images.fitted, []
-    for chosen, times in _candidates(whole, groups, removals, meter, margin):
-        merged = merge_removals(plain_copy(whole), groups, chosen)
+    for chosen, times in _candidates(whole, groups, removals, behind, meter, margin):
+        merged = merge_removals(plain_copy(whole), groups, chosen, behind)
         norms = fitted is not None and recalibrate_norms(merged, whole, fitted, meter)
         tried.append((times * meter.change(merged), norms, chosen, merged))
     _, norms, chosen, merged = min(tried, key=lambda one: one[0])
-    merge_removals(model, groups, chosen)
+    merge_removals(model, groups, chosen, behind)
     if norms:
         copy_statistics(merged, model)
     return replace(_described(groups, removals, chosen), norms=norms)
@@ -116,6 +117,7 @@ def _candidates(
     whole: nn.Module,
     groups: Sequence[CouplingGroup],
     removals: Mapping[int, GroupRemoval],
+    behind: Mapping[str, str],
     meter: OutputMeter,
     margin: float,
 ) -> list[tuple[Mapping[int, GroupRemoval], float]]:
@@ -127,10 +129,10 @@ def _candidates(
     unmerged = {number: removal.unmerged() for number, removal in removals.items()}
     if not any(removal.is_merged for removal in removals.values()):
         return [(removals, 1.0)]
-    if meter.change(merge_removals(plain_copy(whole), groups, removals)) <= _NOTHING:
+    if meter.change(merge_removals(plain_copy(whole), groups, removals, behind)) <= _NOTHING:
         return [(removals, 1.0)]
     trial = plain_copy(whole)
-    merger = Merger(trial)
+    merger = Merger(trial, behind)
     mixed = {}
     for group in groups:
         if group.number not in removals:

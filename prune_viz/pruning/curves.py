@@ -22,6 +22,7 @@ from torch import nn
 
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.copies import plain_copy
+from prune_viz.network.tracing import own_norms
 from prune_viz.pruning.allocation import counts_for_share
 from prune_viz.pruning.compensation import ROUGH_MARGIN
 from prune_viz.pruning.measuring import OutputMeter
@@ -88,12 +89,13 @@ def measure_curves(
         Of all groups, `order_damage` in the meter's unit where it was measured.
     """
     meters = [meter] if kept_out is None else [meter, kept_out]
+    norms = own_norms(model)  # found here: tracing changes how modules are called in every thread
     own = threading.local()  # a copy of the network for each thread
 
     def measured(group: CouplingGroup) -> GroupVerdicts:
         if not hasattr(own, "merger"):
             own.trial = plain_copy(model)
-            own.merger = Merger(own.trial)
+            own.merger = Merger(own.trial, norms)
         ranked = verdicts[group.number]
         points = []
         for count in _counts(ranked):
@@ -186,7 +188,7 @@ def measure_budgets(
     model, groups, verdicts, gram_matrices, meter, kept_out, rough, progress
         As `measure_curves`.
     """
-    saving = Saving(rankings, macs)
+    saving, norms = Saving(rankings, macs), own_norms(model)
 
     def tried(asked: tuple[float, Allocation]) -> MeasuredBudget | None:
         progress.advance()
@@ -203,7 +205,7 @@ def measure_budgets(
         changes = []
         for option in _options(removals, rough):
             numbered = {one.number: removal for one, removal in zip(losing, option, strict=True)}
-            changed = merge_removals(plain_copy(model), groups, numbered)
+            changed = merge_removals(plain_copy(model), groups, numbered, norms)
             changes.append((meter.change(changed), kept_out.change(changed)))
         found = changes[_better([max(change) for change in changes])]
         if not math.isfinite(sum(found)):

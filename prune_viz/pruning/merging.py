@@ -102,10 +102,12 @@ class Merger:
     ----------
     model : nn.Module
         The network; changed in place.
+    norms : mapping of str to str
+        The batch norm behind each layer, from `prune_viz.network.tracing.own_norms`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._norms = own_norms(model)
+    def __init__(self, model: nn.Module, norms: Mapping[str, str]) -> None:
+        self._norms = norms
         self._modules: dict[str, Any] = dict(model.named_modules())
 
     def merge(self, group: CouplingGroup, removal: GroupRemoval) -> None:
@@ -158,14 +160,17 @@ def merge_filters(model: nn.Module, masks: Masks, groups: Sequence[CouplingGroup
     nn.Module
         `model`.
     """
-    return merge_removals(model, groups, removals_of(masks, groups))
+    return merge_removals(model, groups, removals_of(masks, groups), own_norms(model))
 
 
 def merge_removals(
-    model: nn.Module, groups: Sequence[CouplingGroup], removals: Mapping[int, GroupRemoval]
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    removals: Mapping[int, GroupRemoval],
+    norms: Mapping[str, str],
 ) -> nn.Module:
     """Merge what goes of several groups, by their numbers; the model is changed in place and returned."""
-    merger = Merger(model)
+    merger = Merger(model, norms)
     for group in groups:
         if group.number in removals:
             merger.merge(group, removals[group.number])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 import torch
 from networks import random_residual
 from torch import nn
+from torch.fx import GraphModule
 
+from prune_viz.analysis.pipeline import analyze
 from prune_viz.channels.coupling import find_groups
+from prune_viz.network import tracing
 from prune_viz.pruning.allocation import counts_for_share
 from prune_viz.pruning.budgets import masks_for_channels
 from prune_viz.pruning.compensation import ROUGH_MARGIN
@@ -96,6 +101,25 @@ def test_budgets_tried_are_what_they_cost(run: Run) -> None:
             merged = raw
         for found, meter in ((one.seen, run.every), (one.measured, run.kept_out)):
             assert found == pytest.approx(meter.change(merged), rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_no_network_is_traced_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Counter[bool]()
+    trace = tracing.trace
+
+    def noting(model: nn.Module) -> GraphModule | None:
+        called[threading.current_thread() is threading.main_thread()] += 1
+        return trace(model)
+
+    monkeypatch.setattr(tracing, "trace", noting)
+    torch.set_num_threads(2)
+    try:
+        analyze(random_residual(), input_shape=(3, 16, 16), steps=2)
+    finally:
+        torch.set_num_threads(1)
+    assert called[True]
+    assert not called[False]
 
 
 def _tried(allocation: Allocation, saved: float, predicted: float, cost: float) -> MeasuredBudget:
