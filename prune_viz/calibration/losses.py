@@ -13,14 +13,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_viz.calibration import norm_moments
 from prune_viz.calibration.images import Owner
+from prune_viz.calibration.norm_moments import is_plain, moments, normalise
 from prune_viz.network.copies import attached
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
@@ -32,22 +34,22 @@ ACTIVATION_KEPT = 0.5  # of what a stimulus's own filter gave at the start, at w
 CLASSES = 0.002  # weight of the classes' terms, in nats, beside the norms'
 OWN = 0.02  # weight of what stimuli are short of, as a share
 _SILENT = 1e-6  # norm of a map
-_CACHED = 1 << 18  # values of a map that are summed at a time
-_FLOOR = 1e-3  # of a layer's mean variance; what a channel's variance counts as at least
 
 
 def settings() -> list[object]:
     """What the losses depend on beside their arguments, for the key of calibration images."""
-    return [SURE, ACTIVATION_KEPT, CLASSES, OWN, _SILENT, _FLOOR]
+    return [SURE, ACTIVATION_KEPT, CLASSES, OWN, _SILENT, norm_moments.settings()]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What some calibration images gave, each for itself.
+    """What some calibration images gave.
 
     Attributes
     ----------
-    norms : list of Tensor, each shape (B, 2, channels)
+    count : int
+        How many they are, B.
+    norms : list of Tensor, each shape (2, channels)
         Mean and mean square of what each batch norm was fed, in deviations from its running mean.
     classes : Tensor or None, shape (B, classes + 1)
         Probability of each class, and how far the logarithm of the largest one is below that of `SURE`; None
@@ -57,6 +59,7 @@ class Seen:
         is below. None where the calibration images are no stimuli, or cannot be separated at their layers.
     """
 
+    count: int
     norms: list[Tensor]
     classes: Tensor | None
     own: Tensor | None = None
@@ -69,20 +72,23 @@ class Seen:
         """The same as something to be differentiated by."""
         classes = None if self.classes is None else self.classes.detach().requires_grad_()
         own = None if self.own is None else self.own.detach().requires_grad_()
-        return Seen([moments.detach().requires_grad_() for moments in self.norms], classes, own)
+        return Seen(self.count, [one.detach().requires_grad_() for one in self.norms], classes, own)
 
     def means(self) -> Means:
         """Means over the calibration images."""
         classes = None if self.classes is None else self.classes.mean(dim=0)
-        return Means([moments.mean(dim=0) for moments in self.norms], classes)
+        return Means(self.norms, classes)
 
 
 def join(parts: Sequence[Seen]) -> Seen:
     """What all calibration images gave, from what some gave after others."""
+    count = sum(part.count for part in parts)
+    shares = [part.count / count for part in parts]
     classes = [part.classes for part in parts if part.classes is not None]
     own = [part.own for part in parts if part.own is not None]
     return Seen(
-        [torch.cat(norms) for norms in zip(*(part.norms for part in parts), strict=True)],
+        count,
+        [_mean(norms, shares) for norms in zip(*(part.norms for part in parts), strict=True)],
         torch.cat(classes) if len(classes) == len(parts) else None,
         torch.cat(own) if len(own) == len(parts) else None,
     )
@@ -130,21 +136,32 @@ class Watched:
         self._behind = {conv: norm for conv, norm in behind.items() if served[norm] == 1}
         self._seen: list[Tensor] = []
         self._handles: list[Any] = []
+        self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Self:
         for module in self._modules.values():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            if not isinstance(module, _BatchNorm) or module.running_mean is None:
+                continue
+            if is_plain(module):
+                module.forward = partial(self._normalise, module)  # type: ignore[method-assign]
+                self._replaced.append(module)
+            else:
                 self._handles.append(module.register_forward_pre_hook(self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self._replaced:
+            del module.forward
 
-    def _note(self, module: Any, arguments: tuple[Tensor, ...]) -> None:
-        variance = module.running_var
-        deviation = (variance.clamp_min(_FLOOR * float(variance.mean())) + module.eps).sqrt()
-        self._seen.append(_Moments.apply(arguments[0], module.running_mean, deviation))
+    def _note(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._seen.append(moments(module, arguments[0]))
+
+    def _normalise(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        outputs, seen = normalise(module, inputs)
+        self._seen.append(seen)
+        return outputs
 
     def see(self, images: Tensor, owners: Sequence[Owner] = ()) -> Seen:
         """Run calibration images through the network.
@@ -179,41 +196,7 @@ class Watched:
         own = None
         if owners and len(maps) == len(owners):
             own = torch.stack([_sides(maps[row]) for row in range(len(owners))])
-        return Seen(self._seen, classes, own)
-
-
-class _Moments(torch.autograd.Function):
-    """Mean and mean square over positions, in deviations from a mean; no map as large as the input is kept.
-
-    Shapes (B, channels, *size), (channels,) and (channels,) to (B, 2, channels).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        """Sum so many rows at a time that they stay in the processor's cache."""
-        axes = tuple(range(2, inputs.ndim))
-        shape = (1, -1, *(1,) * len(axes))
-        positions = math.prod(inputs.shape[2:])
-        found = []
-        for rows in torch.split(inputs.detach(), max(1, _CACHED // max(1, inputs[0].numel()))):
-            off = rows - mean.view(shape)
-            first = off.sum(dim=axes) if axes else off.clone()
-            off.mul_(off)
-            found.append(torch.stack([first, off.sum(dim=axes) if axes else off], dim=1))
-        ctx.save_for_backward(inputs, mean, deviation)
-        scale = torch.stack([deviation, deviation.square()]) * positions
-        return torch.cat(found) / scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient by the input alone."""
-        inputs, mean, deviation = ctx.saved_tensors
-        positions = math.prod(inputs.shape[2:])
-        shape = (len(inputs), -1, *(1,) * (inputs.ndim - 2))
-        slope = 2 * gradient[:, 1] / (deviation.square() * positions)
-        level = gradient[:, 0] / (deviation * positions) - slope * mean
-        return torch.addcmul(level.view(shape), inputs, slope.view(shape)), None, None
+        return Seen(len(images), self._seen, classes, own)
 
 
 def _classes(shares: Tensor) -> Tensor:
@@ -230,13 +213,13 @@ def _sides(own: Tensor) -> Tensor:
 
 def pool(known: Sequence[Means], shares: Sequence[float]) -> Means:
     """What all calibration images gave together, from what parts of them gave; shares add to 1."""
-
-    def mean(parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(dim=0)
-
-    norms = [mean(parts) for parts in zip(*(seen.norms for seen in known), strict=True)]
+    norms = [_mean(parts, shares) for parts in zip(*(seen.norms for seen in known), strict=True)]
     classes = [seen.classes for seen in known if seen.classes is not None]
-    return Means(norms, mean(classes) if len(classes) == len(known) else None)
+    return Means(norms, _mean(classes, shares) if len(classes) == len(known) else None)
+
+
+def _mean(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(dim=0)
 
 
 def norms_error(pooled: Means) -> Tensor:

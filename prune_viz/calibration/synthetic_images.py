@@ -41,7 +41,7 @@ from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
 
-ALGORITHM = 2  # raised with every change after which calibration images come out differently
+ALGORITHM = 3  # raised with every change after which calibration images come out differently
 BATCH = 32
 RATE = 0.15  # of the first steps, in deviations of a white coordinate
 BETAS = 0.9, 0.99  # of the running means of gradients and of their squares

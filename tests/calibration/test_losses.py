@@ -128,23 +128,6 @@ def test_stimuli_are_not_held_where_rows_mix() -> None:
         assert watched.see(natural_noise((3, 16, 16), 2, seed=0), [("conv", 0), ("conv", 1)]).own is None
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 7), (5, 3, 6, 4), (5, 3, 4, 3, 2)])
-def test_moments_and_their_gradient_are_those_of_plain_sums(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objectives, "_CACHED", 100)  # values: some rows at a time
-    inputs = (50 + torch.randn(shape, dtype=torch.float64)).requires_grad_()
-    mean, deviation = torch.randn(3).double() + 50, torch.rand(3).double() + 0.5
-    weight = torch.randn(5, 2, 3, dtype=torch.float64)
-    found = objectives._Moments.apply(inputs, mean, deviation)
-    along = (1, 3, *(1,) * (len(shape) - 2))
-    normal = ((inputs - mean.view(along)) / deviation.view(along)).reshape(5, 3, -1)
-    expected = torch.stack([normal.mean(dim=2), normal.square().mean(dim=2)], dim=1)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad((one * weight).sum(), inputs)[0] for one in (found, expected)]
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.slow
 def test_synthetic_images_are_sure_diverse_and_activating(
     trained: DigitsNet, monkeypatch: pytest.MonkeyPatch
