@@ -38,7 +38,7 @@ from prune_viz.feature_visualization.top_patches import find_top_patches, write_
 from prune_viz.network.calls import blank_input
 from prune_viz.network.cost import count_cost, count_macs
 from prune_viz.pruning.masks import Masks, write_plain_masks
-from prune_viz.pruning.remove import remove_filters
+from prune_viz.pruning.remove import remove_and_compensate
 from prune_viz.redundancy import basis
 from prune_viz.redundancy.channel_verdicts import GroupVerdicts, keep_each_layer
 from prune_viz.redundancy.fisher import FisherMatrices
@@ -310,7 +310,7 @@ def _summary(prepared: Prepared, table: pd.DataFrame, masks: Masks, notes: list[
     """Counts of filters by verdict, and the network's size before and after."""
     shape = prepared.network.input_shape
     before = count_cost(prepared.model, shape)
-    after = _cost_after(prepared.model, masks, shape, before, notes)
+    after = _cost_after(prepared, masks, before, notes)
     counts = {verdict.value: int((table["verdict"] == verdict).sum()) for verdict in Verdict}
     return {
         "filters": len(table), **counts, "parameters": before[0], "parameters_after": after[0],
@@ -318,15 +318,16 @@ def _summary(prepared: Prepared, table: pd.DataFrame, masks: Masks, notes: list[
     }  # fmt: skip
 
 
-def _cost_after(
-    model: nn.Module, masks: Masks, input_shape: tuple[int, ...], cost: tuple[int, int], notes: list[str]
-) -> tuple[int, int]:
+def _cost_after(prepared: Prepared, masks: Masks, cost: tuple[int, int], notes: list[str]) -> tuple[int, int]:
     """Parameters and MACs once the masked filters are removed for real."""
     if not masks.removed:
         return cost
+    model, shape = prepared.model, prepared.network.input_shape
     try:
-        smaller = remove_filters(model, masks, blank_input(model, input_shape))
-        return count_cost(smaller, input_shape)
+        smaller, _ = remove_and_compensate(
+            model, masks, blank_input(model, shape), groups=prepared.groups or None
+        )
+        return count_cost(smaller, shape)
     except UserError as error:
         notes.append(f"What removal saves could not be measured: {error}")
         return cost

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from prune_viz.channels.cutting import cut_channels
+from prune_viz.channels.groups import CouplingGroup
 from prune_viz.network.calls import blank_input, run_and_size_norms
 from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.compensation import Compensation, compensate_filters
@@ -48,9 +49,16 @@ def remove_filters(
 
 
 def remove_and_compensate(
-    model: nn.Module, masks: Mapping[str, Tensor], example_inputs: Tensor, compensate: str = "none"
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    example_inputs: Tensor,
+    compensate: str = "none",
+    groups: Sequence[CouplingGroup] | None = None,
 ) -> tuple[nn.Module, Compensation]:
-    """Remove filters, and say how that was made up for; arguments and errors are `remove_filters`'."""
+    """Remove filters, and say how that was made up for; arguments and errors are `remove_filters`'.
+
+    The model's coupling groups are found where they are not given.
+    """
     if compensate not in ("none", "merge"):
         raise UserError(f"--compensate is none or merge, not {compensate!r}")
     check_masks(model, masks)
@@ -60,7 +68,8 @@ def remove_and_compensate(
             "the merges were fitted to other weights than this model has; analyze it as it is now, or do not "
             "compensate"
         )
-    groups = groups_for_removal(model, example_inputs)
+    if groups is None:
+        groups = groups_for_removal(model, example_inputs)
     consistent = reconcile_with_groups(model, masks, groups)
     if consistent.notes:
         warnings.warn("; ".join(consistent.notes), stacklevel=2)

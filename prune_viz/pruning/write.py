@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from prune_viz.network.copies import parametrised, plain_copy
 from prune_viz.network.cost import count_cost
 from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
 from prune_viz.pruning.compensation import Compensation
-from prune_viz.pruning.consistency import reconcile_masks
+from prune_viz.pruning.consistency import groups_for_removal, reconcile_with_groups
 from prune_viz.pruning.export import export_model
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
 from prune_viz.pruning.outcome import Outcome, describe_change, measure_change
@@ -166,10 +165,9 @@ def write_removed(
     check_origin(checkpoint, masks, masks_file, merge=compensate == "merge")
     example = torch.zeros(1, *input_shape)
     _check_input(checkpoint.model, example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the notes say the same
-        consistent = reconcile_masks(checkpoint.model, masks, example)
-        smaller, done = remove_and_compensate(checkpoint.model, consistent, example, compensate)
+    groups = groups_for_removal(checkpoint.model, example)
+    consistent = reconcile_with_groups(checkpoint.model, masks, groups)
+    smaller, done = remove_and_compensate(checkpoint.model, consistent, example, compensate, groups)
     foreseen = compensate == "merge" and not consistent.notes and consistent.removed == masks.removed
     consistent.predicted = masks.predicted if foreseen else None
     measure_change(checkpoint.model, smaller, consistent)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def render(run: RunDirectory, folder: Path, progress: Progress) -> None:
     progress.finish()
 
 
+@cache
 def _environment() -> jinja2.Environment:
     # autoescape=True, not select_autoescape: that one goes by the ending and would miss .html.j2.
     environment = jinja2.Environment(
