@@ -100,7 +100,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     # Containers stay the same objects: handles of hooks know them.
     containers = [
-        (value, copy.copy(value))
+        (value, value.copy())
         for _, kept in attributes
         for value in kept.values()
         if type(value) in (dict, list, set, OrderedDict)
