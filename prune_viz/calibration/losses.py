@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_viz.calibration import norm_moments
 from prune_viz.calibration.images import Owner
-from prune_viz.calibration.norm_moments import is_plain, moments, normalise
+from prune_viz.calibration.norm_moments import is_plain_norm, moments, normalise
 from prune_viz.network.copies import attached
 from prune_viz.network.outputs import class_probabilities
 from prune_viz.network.tracing import norms_behind
@@ -142,7 +142,7 @@ class Watched:
         for module in self._modules.values():
             if not isinstance(module, _BatchNorm) or module.running_mean is None:
                 continue
-            if is_plain(module):
+            if is_plain_norm(module):
                 module.forward = partial(self._normalise, module)  # type: ignore[method-assign]
                 self._replaced.append(module)
             else:

@@ -21,7 +21,7 @@ def settings() -> list[object]:
     return [_FLOOR]
 
 
-def is_plain(module: _BatchNorm) -> bool:
+def is_plain_norm(module: _BatchNorm) -> bool:
     """Whether a module computes what a batch norm in eval mode does, and no more."""
     plain = type(module) in (BatchNorm1d, BatchNorm2d, BatchNorm3d) and "forward" not in vars(module)
     return plain and not module.training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +106,11 @@ def _readers(home: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def _commands(home: Path, changed: str) -> list[list[str]]:
-    """The commands that read a file."""
+def _commands(home: Path) -> list[tuple[list[str], set[str]]]:
+    """Commands, and which of the files each reads."""
     run = str(home / "run")
     decided = {"run/run.json", "run/decisions.json"}
-    reading: list[tuple[list[str], set[str]]] = [
+    return [
         (["status", run], {"run/run.json"}),
         (["status", run, "--json"], {"run/run.json"}),
         (["masks", run, "--ratio", "0.3", "--out", str(home / "n.pt")], decided),
@@ -123,7 +124,33 @@ def _commands(home: Path, changed: str) -> list[list[str]]:
         (["figure", run, "--out", str(home / "f.svg")], {"run/run.json"}),
         (["figure", run, "--layer", "inner", "--out", str(home / "l.svg")], {"run/run.json"}),
     ]
-    return [command for command, files in reading if changed in files]
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """Every file that is opened from now on; such a hook cannot be taken away, so it is told to rest."""
+    found: list[str] = []
+    resting = False
+
+    def note(event: str, given: tuple[object, ...]) -> None:
+        if event == "open" and not resting:
+            found.append(str(given[0]))
+
+    sys.addaudithook(note)
+    yield found
+    resting = True
+
+
+@pytest.mark.slow
+def test_commands_read_the_files_that_they_are_tried_with(
+    made: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    home = Path(shutil.copytree(made, tmp_path / "home"))
+    paths = {str(home / name): name for name in FILES}
+    for command, files in _commands(home):
+        opened.clear()
+        assert CliRunner().invoke(cli.app, command).exit_code == 0
+        assert {paths[file] for file in opened if file in paths} == files
 
 
 def _refusal(work: Callable[[], object]) -> str:
@@ -136,7 +163,7 @@ def _refusal(work: Callable[[], object]) -> str:
 
 
 def _run_all(home: Path, changed: str) -> None:
-    for command in _commands(home, changed):
+    for command in (command for command, files in _commands(home) if changed in files):
         done = CliRunner().invoke(cli.app, command)
         assert done.exit_code in (0, 2), (command, done.output)
         if done.exit_code == 2:
