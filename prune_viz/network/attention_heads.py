@@ -1,4 +1,4 @@
-"""How many heads an attention module says it has: numbers in its attributes, set anew where heads go."""
+"""Attention modules: forms of them whose heads can be followed, and how many heads they say they have."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import nn
 _COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "n_head")
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "attention_dim", "key_attn_dim", "val_attn_dim")
 _PARTS = (1, 2, 3)  # queries, keys and values that one layer may write
-# Classes whose forward pass counts on a width that attributes do not say, and those that take their place.
-_NARROW = {"torchvision.models.maxvit.RelativePositionalMultiHeadAttention": "NarrowRelativeAttention"}
+# Classes whose heads cannot be followed or removed as they are, and those that take their place.
+_NARROW = {
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": "NarrowRelativeAttention",
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": "NarrowWindowAttention",
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": "NarrowWindowAttentionV2",
+}
 _LEVELS = 3  # from a layer up to the attention that it belongs to
 
 
@@ -41,7 +45,7 @@ def set_heads(model: nn.Module, layers: Iterable[str], whole: int, left: int) ->
             width = _number(module, name)
             if width and width % whole == 0:
                 setattr(module, name, width // whole * left)
-        _make_narrow(module)
+        _narrow(module)
 
 
 def heads_left(model: nn.Module, layer: str, mask: np.ndarray) -> tuple[int, int] | None:
@@ -90,8 +94,19 @@ def resize_heads(model: nn.Module, masks: Mapping[str, np.ndarray]) -> None:
         set_heads(model, names, whole, left)
 
 
-def _make_narrow(module: nn.Module) -> None:
-    """Let a module run with fewer heads, where its own forward pass does not."""
+def narrow_attention(model: nn.Module) -> None:
+    """Let attention call all of its layers, and run with fewer heads, where its own forward pass does not.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A copy of a network; some of its modules change class in place, and what it computes stays the same.
+    """
+    for module in model.modules():
+        _narrow(module)
+
+
+def _narrow(module: nn.Module) -> None:
     kind = type(module)
     found = _NARROW.get(f"{kind.__module__}.{kind.__qualname__}")
     if found is not None:  # imported only here, since it imports torchvision

@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
+from prune_viz.network.attention_heads import narrow_attention
 from prune_viz.utils.errors import UserError, brief
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -43,7 +44,8 @@ def plain_copy(model: _Network, *, share: bool = False) -> _Network:
 def free_copy(model: _Network, *, share: bool = False) -> _Network:
     """A copy of a model, without the history of tensors that it keeps beside its weights.
 
-    Such are made by hooks, anew at each call, or kept for later; with a history they cannot be copied.
+    Such are made by hooks, anew at each call, or kept for later; with a history they cannot be copied. Its
+    attention has forms whose heads can be followed (`prune_viz.network.attention_heads.narrow_attention`).
 
     Parameters
     ----------
@@ -69,9 +71,11 @@ def free_copy(model: _Network, *, share: bool = False) -> _Network:
                 if torch.is_tensor(made) and not made.is_leaf:
                     known[id(made)] = made.detach().clone()
     try:
-        return copy.deepcopy(model, known)
+        twin = copy.deepcopy(model, known)
     except Exception as error:  # whatever an untrusted module holds
         raise UserError(f"the model cannot be copied ({brief(error)})") from None
+    narrow_attention(twin)
+    return twin
 
 
 def have_same_parameters(one: nn.Module, other: nn.Module) -> bool:
