@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prune_viz.network.layer_kinds import reads_channels
+from prune_viz.network.packed_attention import place_of
 from prune_viz.pruning.apply import FilterMask, apply_masks, make_permanent
 from prune_viz.pruning.masks import load_masks
 from prune_viz.utils.errors import UserError
@@ -79,8 +80,9 @@ class HoldMasks(Callback):
                 raise UserError(f"the LightningModule has no network {self.network!r}")
             return found
         for candidate in (module, *module.children()):
-            layers = {name for name, layer in candidate.named_modules() if reads_channels(layer)}
-            if layers.issuperset(self.masks):
+            modules = dict(candidate.named_modules())
+            places = [place_of(modules, name) for name in self.masks]
+            if all(prefix or reads_channels(module) for module, prefix in places):
                 return candidate
         raise UserError("no network in the LightningModule has all the layers that the masks name")
 

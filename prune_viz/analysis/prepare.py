@@ -15,6 +15,7 @@ from prune_viz.channels.labelling import UntraceableError
 from prune_viz.loading.input_data import read_inputs
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.calls import blank_input, ordinary_input
+from prune_viz.network.copies import opened
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, as_spectrograms
 from prune_viz.network.layers import Layer, check_patterns, select_layers
@@ -40,7 +41,7 @@ class Prepared:
     Attributes
     ----------
     model : nn.Module
-        The network as it was given.
+        The network, with the layers that its copies have (`prune_viz.network.copies.opened`).
     network : FilterNetwork
         It, prepared.
     layers : list of Layer
@@ -106,6 +107,7 @@ def prepare(
     file_sha256 : str, optional
         SHA-256 of the file that the model came from, if it did.
     """
+    given, model = model, opened(model)
     check_patterns(model, options.layers)
     check_finite(model)
     graph, untraced = _couple(model, options)
@@ -139,7 +141,7 @@ def prepare(
     warnings = _cut_groups(groups, chosen, network)
     tied = group_of_layer(groups)
     records = [_record(layer, tied.get(layer.name)) for layer in chosen]
-    weights = hash_model(model)
+    weights = hash_model(given)
     return Prepared(
         model, network, chosen, records, groups, statistics, examples, output,
         Origin(file_sha256 or weights, weights, output), warnings + notes + unread, warnings,

@@ -345,5 +345,5 @@ def _in_all_groups(module: Any, indices: np.ndarray, channels: np.ndarray) -> tu
     return np.concatenate([group * size + indices for group in range(groups)]), np.tile(channels, groups)
 
 
-_BESIDE = "its weights are used without calling it, as torch's own attention does, whose heads stay whole"
+_BESIDE = "its weights are used without calling it, as attention between two tensors does"
 _WEIGHTS = "its weights are computed, or belong to no layer"

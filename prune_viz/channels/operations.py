@@ -165,7 +165,9 @@ def reduce(call: Call) -> Labels:
     axes = call.argument("dim")
     axes = list(range(labels.ndim)) if axes is None or axes == [] else axes
     axes = [axes] if isinstance(axes, int) else list(axes)
-    if not _unite_along(call, labels, axes):
+    # Attention averages its weights over heads, mostly for nobody; what comes of it is seen on trial.
+    over_heads = call.of_heads(labels) and set(varying_axes(labels)) <= {axis % labels.ndim for axis in axes}
+    if over_heads or not _unite_along(call, labels, axes):
         return [blank(one.shape) for one in call.made]
     kept = first_along(labels, [axis % labels.ndim for axis in axes])
     return [kept.reshape(one.shape) if one.numel() == kept.numel() else blank(one.shape) for one in call.made]

@@ -18,7 +18,7 @@ from prune_viz.loading.architectures import LARGEST_INPUT, resolve_architecture
 from prune_viz.loading.fixed_inputs import FixedInputs, fix_inputs
 from prune_viz.loading.state_dicts import StateDict, check_real, tensors_in
 from prune_viz.loading.tensor_checks import check_tensor
-from prune_viz.network.attention_heads import resize_heads
+from prune_viz.network.attention_heads import narrow_attention, resize_heads
 from prune_viz.network.calls import run_and_size_norms
 from prune_viz.network.copies import bake_parameters
 from prune_viz.network.layer_kinds import (
@@ -28,6 +28,7 @@ from prune_viz.network.layer_kinds import (
     reads_channels,
     set_sizes,
 )
+from prune_viz.network.packed_attention import by_layers
 from prune_viz.utils.errors import UserError, brief
 
 _MOST_STEPS = 1_000  # in which a file may say that filters were removed
@@ -154,6 +155,7 @@ def build_smaller(
     whole, smaller = (resolve_architecture(arch, kwargs).cpu().float().eval() for _ in range(2))
     for network in (whole, smaller):
         bake_parameters(network)  # as removal did
+        narrow_attention(network)
     check_real(state, tensors_in(whole.state_dict()), path)
     try:
         resize_to(smaller, masks, state)
@@ -182,7 +184,7 @@ def resize_to(model: nn.Module, masks: Mapping[str, Tensor], state: StateDict) -
         If a tensor is missing or has another number of axes, or is larger than the network's own, or a layer
         does not have the filters that its mask keeps.
     """
-    modules = dict(model.named_modules())
+    modules, state = dict(model.named_modules()), by_layers(model, state)
     for name, mask in masks.items():
         weight = state.get(f"{name}.weight")
         if weight is None or name not in modules:

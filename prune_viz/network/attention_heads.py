@@ -8,6 +8,8 @@ from importlib import import_module
 import numpy as np
 from torch import nn
 
+from prune_viz.network.packed_attention import pack
+
 # Attributes that hold a number of heads, and those that hold how many channels all heads have together.
 _COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "n_head")
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "attention_dim", "key_attn_dim", "val_attn_dim")
@@ -102,11 +104,12 @@ def narrow_attention(model: nn.Module) -> None:
     model : nn.Module
         A copy of a network; some of its modules change class in place, and what it computes stays the same.
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         _narrow(module)
 
 
 def _narrow(module: nn.Module) -> None:
+    pack(module)
     kind = type(module)
     found = _NARROW.get(f"{kind.__module__}.{kind.__qualname__}")
     if found is not None:  # imported only here, since it imports torchvision

@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
 from prune_viz.network.attention_heads import narrow_attention
+from prune_viz.network.packed_attention import PackedAttention
 from prune_viz.utils.errors import UserError, brief
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -38,7 +39,20 @@ def plain_copy(model: _Network, *, share: bool = False) -> _Network:
     """
     twin = free_copy(model, share=share).eval()
     bake_parameters(twin)
+    narrow_attention(twin)  # again: some was parametrised
     return twin
+
+
+def opened(model: _Network) -> _Network:
+    """The model, or, where it has torch's own attention, a plain copy that shares its parameters.
+
+    In copies that attention has a layer more (`prune_viz.network.packed_attention`). So a model whose layers
+    are looked up by name is opened first.
+    """
+    attention = [one for one in model.modules() if isinstance(one, nn.MultiheadAttention)]
+    if all(isinstance(one, PackedAttention) for one in attention):
+        return model
+    return plain_copy(model, share=True)
 
 
 def free_copy(model: _Network, *, share: bool = False) -> _Network:

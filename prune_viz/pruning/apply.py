@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 from prune_viz.network import tracing
 from prune_viz.network.copies import bake_parameters, parametrise_norms, pruned_by_torch, unshare_class
 from prune_viz.network.layer_kinds import count_normed, norms_channels, spread_over_weight
+from prune_viz.network.packed_attention import place_of
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
 
@@ -87,9 +88,10 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tu
     for name, mask in masks.items():
         if bool(mask.all()):
             continue
-        yield modules[name], "weight", spread_over_weight(modules[name], mask)
-        if modules[name].bias is not None:
-            yield modules[name], "bias", mask
+        module, prefix = place_of(modules, name)
+        yield module, f"{prefix}weight", mask[:, None] if prefix else spread_over_weight(module, mask)
+        if getattr(module, f"{prefix}bias") is not None:
+            yield module, f"{prefix}bias", mask
         if name in behind:
             passed.setdefault(behind[name], set()).update((~mask).nonzero().ravel().tolist())
     for name, channels in passed.items():

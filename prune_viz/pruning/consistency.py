@@ -12,7 +12,7 @@ from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup, norm_channels
 from prune_viz.channels.labelling import UntraceableError
 from prune_viz.network.calls import does_not_run
-from prune_viz.network.copies import plain_copy
+from prune_viz.network.copies import opened, plain_copy
 from prune_viz.network.layer_kinds import count_outputs, is_convolution, layers_of
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.utils.errors import UserError
@@ -75,6 +75,7 @@ def reconcile_with_groups(
         reconciled.merges, reconciled.origin = masks.merges, masks.origin
         reconciled.images = masks.images
         reconciled.rough, reconciled.is_unfounded = masks.rough, masks.is_unfounded
+    model = opened(model)
     modules = dict(model.named_modules())
     hidden = {layer for group in groups for layer in group.layers}
     for name, module in layers_of(model, hidden | masks.keys()).items():

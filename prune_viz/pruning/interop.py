@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from prune_viz.network.packed_attention import place_of
 from prune_viz.pruning.apply import mask_tensor, masked_tensors, prune_tensor
 from prune_viz.pruning.masks import check_masks
 
@@ -66,7 +67,9 @@ def to_nni(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str,
     """
     check_masks(model, masks)
     found: dict[str, dict[str, Tensor]] = {}
-    names = {model.get_submodule(name): name for name in masks}
+    modules = dict(model.named_modules())
+    layers = {place_of(modules, name)[0] for name in masks}
+    names = {module: name for name, module in modules.items() if module in layers}
     for module, tensor, mask in masked_tensors(model, masks):
         if module in names:
             whole = mask.expand_as(getattr(module, tensor))

@@ -17,6 +17,7 @@ from prune_viz.calibration.image_files import RunImages, read_run_images, write_
 from prune_viz.channels.groups import NormChannel
 from prune_viz.loading.formats import read_content
 from prune_viz.loading.tensor_checks import check_all_tensors, check_tensor
+from prune_viz.network.copies import opened
 from prune_viz.network.layer_kinds import count_outputs, reads_channels
 from prune_viz.runs.damage import Damage
 from prune_viz.runs.decisions_json import BesideMasks, Merge, prediction_record
@@ -356,7 +357,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         If a mask names no convolution or linear layer of the model, is not a dense bool tensor on the CPU or
         where the layer is, has another number of filters, or keeps none.
     """
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules: dict[str, Any] = dict(opened(model).named_modules())
     for name, mask in masks.items():
         module = modules.get(name)
         if module is None or not reads_channels(module):

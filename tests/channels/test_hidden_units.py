@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prune_viz.channels.coupling import build_graph, find_groups
 from prune_viz.channels.groups import group_of_layer, hidden_layers
+from prune_viz.network.copies import opened
 from prune_viz.pruning.apply import apply_masks
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.remove import remove_filters
@@ -43,16 +44,19 @@ class ConvNeXtBlock(nn.Module):
 class TransformerBlock(nn.Module):
     """Torch's attention and an MLP, of one linear layer or of two that gate each other."""
 
-    def __init__(self, gated: str = "") -> None:
+    def __init__(self, gated: str = "", weights: str = "") -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.gate, self.up = nn.Linear(8, 32 if gated == "packed" else 16), nn.Linear(8, 16)
-        self.down, self.gated = nn.Linear(16, 8), gated
+        self.down, self.gated, self.weights = nn.Linear(16, 8), gated, weights
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
+        maps, weights = self.attention(y, y, y, need_weights=bool(self.weights))
+        x = x + maps
+        if self.weights == "read":
+            x = weights @ x
         y = self.norm2(x)
         if self.gated == "packed":
             y = F.glu(self.gate(y), -1)
@@ -83,6 +87,18 @@ class HeadedBlock(nn.Module):
             q, k = self.norms[0](q), self.norms[1](k)
         y = F.scaled_dot_product_attention(q, k, v, self.bias)
         return x + self.proj(y.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
+
+
+class CrossBlock(nn.Module):
+    """Torch's attention from tokens to their half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attention(y, y[:, ::2], y[:, ::2])[0]
 
 
 class FixedHeads(HeadedBlock):
@@ -150,12 +166,15 @@ def _convnext(responses: bool) -> nn.Module:
     )
 
 
+TORCH_HEADS = "blocks.0.attention.in_proj"
 CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {  # and the linear layers whose units can go
     "ConvNeXt": (lambda: _convnext(False), {"1.fc1"}),
     "response norm": (lambda: _convnext(True), set()),
-    "transformer": (lambda: Tokens(TransformerBlock()), {"blocks.0.up"}),
-    "gated": (lambda: Tokens(TransformerBlock("apart")), {"blocks.0.gate", "blocks.0.up"}),
-    "packed gates": (lambda: Tokens(TransformerBlock("packed")), {"blocks.0.gate"}),
+    "transformer": (lambda: Tokens(TransformerBlock()), {TORCH_HEADS, "blocks.0.up"}),
+    "gated": (lambda: Tokens(TransformerBlock("apart")), {TORCH_HEADS, "blocks.0.gate", "blocks.0.up"}),
+    "packed gates": (lambda: Tokens(TransformerBlock("packed")), {TORCH_HEADS, "blocks.0.gate"}),
+    "weights of attention": (lambda: Tokens(TransformerBlock(weights="given")), {TORCH_HEADS, "blocks.0.up"}),
+    "weights that are read": (lambda: Tokens(TransformerBlock(weights="read")), {"blocks.0.up"}),
     "mixer": (lambda: Tokens(MixerBlock()), {"blocks.0.fc1"}),
     "heads": (lambda: Tokens(HeadedBlock()), {"blocks.0.written.0"}),
     "heads of three layers": (
@@ -177,7 +196,7 @@ def test_hidden_units_are_found_and_removed_exactly(name: str) -> None:
     make, expected = CASES[name]
     model = make().eval()
     groups = find_groups(model, INPUTS[:1])
-    assert set(hidden_layers(model, groups)) == expected
+    assert set(hidden_layers(opened(model), groups)) == expected
     masks = {}
     for group in groups:
         for places in group.producers if group.removable else ():
@@ -215,8 +234,10 @@ def test_heads_that_stay_say_why() -> None:
     kept = {name: build_graph(CASES[name][0]().eval(), INPUTS).kept_linear for name in notes}
     assert "layer norm" in kept["heads behind norms"]["blocks.0.written.0"]
     assert "does not run without some" in kept["heads of a fixed width"]["blocks.0.written.0"]
-    kept_by_torch = build_graph(Tokens(TransformerBlock()).eval(), INPUTS).kept_linear
-    assert "without calling it" in kept_by_torch["blocks.0.attention.out_proj"]
+    crossed = build_graph(Tokens(CrossBlock()).eval(), INPUTS).kept_linear
+    assert "without calling it" in crossed["blocks.0.attention.in_proj"]
+    weighed = build_graph(CASES["weights that are read"][0]().eval(), INPUTS).kept_linear
+    assert "mixes its channels" in weighed[TORCH_HEADS]
 
 
 def test_gates_go_with_what_they_gate() -> None:
