@@ -36,6 +36,7 @@ import prune_viz as pv
 from prune_viz.channels.coupling import ChannelGraph, build_graph
 from prune_viz.channels.groups import hidden_layers
 from prune_viz.channels.labelling import UntraceableError
+from prune_viz.network.copies import opened
 from prune_viz.network.cost import count_cost
 from prune_viz.network.layer_kinds import count_outputs, layers_of
 from prune_viz.pruning.consistency import reconcile_with_groups
@@ -55,9 +56,10 @@ def row(kind: str, name: str, peers: float = 0.0) -> dict[str, Any]:
     except UntraceableError as error:
         return {**found, "said": str(error), "seconds": time.perf_counter() - start}
     found["seconds"] = time.perf_counter() - start
-    hidden = hidden_layers(model, graph.groups)
-    counts = {layer: count_outputs(module) for layer, module in layers_of(model, hidden).items()}
-    found |= _shares(graph, counts, hidden, model)
+    whole = opened(model)
+    hidden = set(hidden_layers(whole, graph.groups))
+    counts = {layer: count_outputs(module) for layer, module in layers_of(whole, hidden).items()}
+    found |= _shares(graph, counts, hidden, whole)
     found |= _exactness(model, images, graph, counts)
     if peers:
         outputs = [layer for group in graph.groups if OUTPUT in group.note for layer in group.layers]

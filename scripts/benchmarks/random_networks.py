@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from prune_viz.channels.coupling import find_groups
 from prune_viz.channels.groups import CouplingGroup
+from prune_viz.network.copies import opened
 from prune_viz.network.layer_kinds import count_outputs
 from prune_viz.pruning.apply import apply_masks
 from prune_viz.pruning.consistency import reconcile_with_groups
@@ -139,6 +141,35 @@ class Heads(nn.Module):
         maps = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         maps = maps.view(len(x), *x.shape[2:], -1)
         return self.out(maps).permute(0, 3, 1, 2) if self.linear else self.out(maps.permute(0, 3, 1, 2))
+
+
+class TorchHeads(nn.Module):
+    """Torch's own attention over positions, whose weights are given too (1), or that reads fewer keys (2)."""
+
+    def __init__(self, channels: int, heads: int, batch_first: bool, kind: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, heads, batch_first=batch_first)
+        self.batch_first, self.kind = batch_first, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps from maps."""
+        rows = x.flatten(2).transpose(1, 2) if self.batch_first else x.flatten(2).permute(2, 0, 1)
+        keys = rows.narrow(1 if self.batch_first else 0, 0, 4) if self.kind == 2 else rows
+        maps, _ = self.attention(rows, keys, keys, need_weights=self.kind == 1)
+        return (maps.transpose(1, 2) if self.batch_first else maps.permute(1, 2, 0)).reshape(x.shape)
+
+
+class Windows(nn.Module):
+    """Attention of Swin within windows, shifted or not."""
+
+    def __init__(self, channels: int, heads: int, shift: int, version: int) -> None:
+        super().__init__()
+        kind = ShiftedWindowAttention if version == 1 else ShiftedWindowAttentionV2
+        self.attention = kind(channels, [4, 4], [shift, shift], heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps from maps."""
+        return self.attention(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Twice(nn.Module):
@@ -297,6 +328,10 @@ class RandomNetwork(nn.Module):
                 self._random.randrange(3),
                 self._random.random() < 0.5,
             ),
+            lambda: TorchHeads(
+                channels, *self._random.choice([(2, True), (4, False)]), self._random.randrange(3)
+            ),
+            lambda: Windows(channels, *self._random.choice([(2, 0, 1), (4, 2, 1), (2, 2, 2)])),
             lambda: Tied(channels, inner),
             lambda: nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GLU(1)),
             lambda: Shuffle(2),
@@ -371,7 +406,7 @@ def try_removal(model: nn.Module, inputs: Tensor, seed: int) -> tuple[int, int, 
 
 
 def _random_masks(model: nn.Module, groups: list[CouplingGroup], chosen: random.Random) -> dict[str, Tensor]:
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules: dict[str, Any] = dict(opened(model).named_modules())
     masks = {}
     for group in groups:
         gone = set(chosen.sample(range(group.channels), chosen.randint(0, group.channels - 1)))
