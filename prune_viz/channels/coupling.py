@@ -255,6 +255,10 @@ class _GroupReader:
         self._names, self._roles = found.axes.names, found.axes.roles
         self._refused = found.sets.refused()
         self._axes = axes
+        self._axes_of: dict[int, list[tuple[int, int]]] = {}  # by the set of labels that lies along them
+        for key in sorted(axes):
+            for root in np.unique(axes[key]).tolist():
+                self._axes_of.setdefault(root, []).append(key)
         # Modules that hold each parameter or buffer, and under what name; several where it is shared.
         self._holders: dict[int, list[tuple[str, str, nn.Module]]] = {}
         for name, module in model.named_modules():
@@ -279,8 +283,7 @@ class _GroupReader:
             note = "it has no other filter" if len(every) == 1 else note
             alone = [Places(widest, every, every)]
             return CouplingGroup(number, len(every), alone, [], removable=False, note=note)
-        own = channel_of.keys()
-        keys = sorted(key for key, along in self._axes.items() if not own.isdisjoint(along.tolist()))
+        keys = sorted({key for root in channel_of for key in self._axes_of.get(root, ())})
         notes = [self._refused[root] for root in channel_of if root in self._refused]
         if len(channel_of) == 1:
             notes.append("all its filters go only together")
