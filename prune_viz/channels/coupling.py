@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_viz.channels.calls import FINEST, Ways
+from prune_viz.channels.calls import Ways
 from prune_viz.channels.groups import AxisPlaces, CouplingGroup, Places
+from prune_viz.channels.label_sets import LabelSets
 from prune_viz.channels.labelling import Labelled, UntraceableError, label, steadied
 from prune_viz.channels.layer_operations import SUMMED
-from prune_viz.channels.parameter_axes import PASSED, READ
+from prune_viz.channels.parameter_axes import PASSED, READ, ParameterAxes
 from prune_viz.channels.verification import verified
+from prune_viz.network.attention_heads import layers_of_heads
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.layer_kinds import (
     count_inputs,
@@ -89,10 +91,11 @@ def build_graph(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
 
 def _built(twin: nn.Module, example: Tensor) -> ChannelGraph:
     inputs = smallest_input(twin, example)
-    found = label(twin, inputs)
-    groups = list(_groups(twin, found))
-    ways = _other_ways(found, groups)
-    if ways != FINEST:
+    known = _known_ways(twin)
+    found = label(twin, inputs, known)
+    groups = list(_groups(twin, found, known))
+    ways = _other_ways(found, groups, known)
+    if ways != known:
         again = label(twin, inputs, ways)
         groups = _better(groups, list(_groups(twin, again, ways)))
     groups = verified(twin, groups, inputs, trains=found.differs_in_training)
@@ -110,7 +113,14 @@ def _never_called(model: nn.Module, found: Labelled) -> dict[str, str]:
     }
 
 
-def _other_ways(found: Labelled, groups: list[CouplingGroup]) -> Ways:
+def _known_ways(model: nn.Module) -> Ways:
+    """How filters are grouped as far as modules of known kinds say: attention of our own form has heads."""
+    axes = ParameterAxes(model, LabelSets())
+    numbers = (axes.number(layer.weight) for layer in layers_of_heads(model))
+    return Ways(by_head=frozenset(number for number in numbers if number is not None))
+
+
+def _other_ways(found: Labelled, groups: list[CouplingGroup], known: Ways) -> Ways:
     """Another way to group the filters that cannot be removed, where there is one.
 
     Whole groups of a grouped convolution go, unless something behind it mixes them, as a shuffle does. Single
@@ -120,7 +130,7 @@ def _other_ways(found: Labelled, groups: list[CouplingGroup]) -> Ways:
     numbers = {name: _number(found, layer) for name, layer in found.called.items() if name in stuck}
     return Ways(
         frozenset(number for name, number in numbers.items() if is_grouped(found.called[name])),
-        frozenset(number for name, number in numbers.items() if stuck[name] == SUMMED),
+        known.by_head | {number for name, number in numbers.items() if stuck[name] == SUMMED},
     )
 
 
@@ -203,7 +213,7 @@ def _error(model: nn.Module, inputs: Tensor, training: bool = False) -> Exceptio
     return None
 
 
-def _groups(model: nn.Module, found: Labelled, ways: Ways = FINEST) -> Iterator[CouplingGroup]:
+def _groups(model: nn.Module, found: Labelled, ways: Ways) -> Iterator[CouplingGroup]:
     """Coupling groups, as the labels have them."""
     roots = found.sets.roots()
     axes = {key: roots[labels.numpy()] for key, labels in found.axes.labels.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,8 @@ class Bench:
         """Remove some channels of each group: every layer must compute as it does with them silenced."""
         gone = {group.number: choose(place, group.channels) for place, group in enumerate(groups)}
         self._differing = set()
-        masked = self._try(_written(groups, gone, norms=True), torch.zeros_like, training=training)
+        writes = _written(groups, gone, norms=True)
+        masked = self._try(writes, torch.zeros_like, training=training, reads=False)
         if isinstance(masked, str):
             return masked
         smaller = plain_copy(self._model, share=True)
@@ -151,7 +153,7 @@ class Bench:
         try:
             # Every layer is held at what it computes masked. So differences do not add up, nor do they change
             # what the network chooses by its values, as a detector does.
-            removed = self._run(smaller, held=masked, training=training, kept=kept)
+            removed = self._run(smaller, held=masked, training=training, kept=kept, reads=False)
         except Exception as error:  # a forward pass that counts on the old sizes
             self._differing = {self._last}
             return f"the network does not run without some of its channels ({brief(error, 80)})"
@@ -176,10 +178,11 @@ class Bench:
         change: Change,
         held: Run | None = None,
         training: bool = False,
+        reads: bool = True,
     ) -> Run | str:
         """`_run` on the whole network, or why it fails."""
         try:
-            return self._run(self._model, writes, change, held, training)
+            return self._run(self._model, writes, change, held, training, reads=reads)
         except Exception as error:  # whatever an untrusted forward pass raises
             return f"its maps cannot be followed ({brief(error, 80)})"
 
@@ -191,13 +194,15 @@ class Bench:
         held: Run | None = None,
         training: bool = False,
         kept: Mapping[str, Tensor] | None = None,
+        reads: bool = True,
     ) -> Run:
         """Run a network, changing some channels where they are written, and holding layers' outputs.
 
         With `kept`, the filters that layers of a smaller network have, what they compute is compared with
-        what is held.
+        what is held, and not noted. What they read is noted with `reads`.
         """
         run = Run({}, {}, [])
+        calls: Counter[str] = Counter()
         modules: dict[str, Any] = dict(model.named_modules())
 
         def hook(name: str) -> Callable[..., Tensor | None]:
@@ -208,15 +213,17 @@ class Bench:
                     return None
                 if not arguments:
                     run.by_keyword.add(name)
-                run.bytes += given.nbytes + output.nbytes
+                calls[name] += 1
+                run.bytes += given.nbytes * reads + output.nbytes * (kept is None)
                 if run.bytes > self._most:
                     raise MemoryError("its maps take too much memory")
-                taken = run.inputs.setdefault(name, [])
-                taken.append(given.clone())
-                run.outputs.setdefault(name, []).append(output.clone())
+                if reads:
+                    run.inputs.setdefault(name, []).append(given.clone())
+                if kept is None:
+                    run.outputs.setdefault(name, []).append(output.clone())
                 if held is None or (name in self._passed and kept is None):
                     return None
-                other = held.outputs[name][len(taken) - 1]
+                other = held.outputs[name][calls[name] - 1]
                 if kept is not None and name in kept:
                     other = other.index_select(channel_axis(module), kept[name])
                 if kept is not None and _differ(other, output):

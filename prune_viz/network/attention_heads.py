@@ -108,6 +108,12 @@ def narrow_attention(model: nn.Module) -> None:
         _narrow(module)
 
 
+def layers_of_heads(model: nn.Module) -> list[nn.Linear]:
+    """The layers that write queries, keys and values of attention in the forms of `narrow_attention`."""
+    names = ((module, getattr(type(module), "WRITTEN_BY", "")) for module in model.modules())
+    return [getattr(module, name) for module, name in names if name]
+
+
 def _narrow(module: nn.Module) -> None:
     pack(module)
     kind = type(module)

@@ -22,6 +22,8 @@ _LARGEST_SCALE = math.log(100.0)
 class NarrowRelativeAttention(RelativePositionalMultiHeadAttention):  # type: ignore[misc]
     """MaxViT's attention with heads that need not be as wide together as what it reads."""
 
+    WRITTEN_BY = "to_qkv"
+
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the third axis of maps, shape (B, groups, positions, channels)."""
         queries, keys, values = _by_head(self.to_qkv(x), self.n_heads)
@@ -33,6 +35,8 @@ class NarrowRelativeAttention(RelativePositionalMultiHeadAttention):  # type: ig
 
 class NarrowWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
     """Swin's attention within windows."""
+
+    WRITTEN_BY = "qkv"
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the windows of maps, shape (B, height, width, channels)."""

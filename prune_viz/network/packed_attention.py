@@ -21,6 +21,7 @@ _KINDS = ("weight", "bias")
 class PackedAttention(nn.MultiheadAttention):
     """Torch's attention whose layer ``in_proj`` is called where queries, keys and values are one tensor."""
 
+    WRITTEN_BY = LAYER  # the layer that writes queries, keys and values
     in_proj: nn.Linear
     in_proj_weight = property(lambda self: self.in_proj.weight)
     in_proj_bias = property(lambda self: self.in_proj.bias)
