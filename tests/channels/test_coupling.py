@@ -209,3 +209,22 @@ def test_indices_of_positions_are_no_labels() -> None:
     groups = group_of_layer(find_groups(Best().eval(), torch.randn(1, 3, 32, 32)))
     assert groups["first"].removable
     assert "topk" in groups["scores"].note
+
+
+class _EquallyWide(nn.Module):
+    """Attention over positions whose output is given the shape of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 8, 1)
+        self.between, self.last, self.out = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.third(self.second(self.first(images)).relu())
+        return self.out(self.last(self.between(maps).relu()).reshape(maps.shape)).mean(dim=(2, 3))
+
+
+def test_groups_that_must_be_equally_wide_do_not_both_go() -> None:
+    groups = group_of_layer(find_groups(_EquallyWide().eval(), IMAGE))
+    assert [groups[name].removable for name in ("first", "second", "between")] == [True] * 3
+    assert not (groups["third"].removable and groups["last"].removable)
