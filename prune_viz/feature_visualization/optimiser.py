@@ -30,12 +30,13 @@ JITTER = 1 / 12  # of the canvas, each way
 ROUNDS = ((12, 0.4), (32, 0.3), (132, 0.2))
 OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
 DRAFT_ANGLE = 0.6  # of the only round of a draft
+OPEN_DRAFT = 1  # steps more that a draft takes where no activation follows
 STILL = 0.5  # share of the steps, the last ones, without jitter
 
 
 def settings() -> list[object]:
     """What stimuli depend on here, for the key of their results."""
-    return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, DRAFT_ANGLE, STILL]
+    return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, DRAFT_ANGLE, OPEN_DRAFT, STILL]
 
 
 def optimise(
@@ -46,6 +47,8 @@ def optimise(
     points: Tensor,
     shifts: Tensor,
     angle: float,
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move points of the sphere towards stronger feature maps.
 
@@ -65,6 +68,8 @@ def optimise(
         How far each input is shifted at each step.
     angle : float
         Length of the first step, in radians.
+    first, last : int
+        Which of the steps are taken, from `first` to before `last`; all by default.
 
     Returns
     -------
@@ -77,7 +82,8 @@ def optimise(
     sound = torch.ones(len(points), dtype=torch.bool, device=points.device)
     direction = previous = torch.zeros_like(points)
     safe = points
-    for step, shift in enumerate(shifts):
+    for step in range(len(shifts))[first:last]:
+        shift = shifts[step]
         images = roll(images_at(points, prior, canvas), shift)
         gradient = roll(_gradient(images, maps, numbers), -shift)
         uphill = torch.nn.functional.pad(prior.colour(gradient).flatten(1), (0, 1))
@@ -105,7 +111,7 @@ class Round:
 def rounds(steps: int, activation: bool, draft: bool = False) -> list[Round]:
     """The rounds that `steps` allow; the last takes what the others leave, and a draft has one."""
     if draft:
-        return [Round(0, steps, DRAFT_ANGLE)]
+        return [Round(0, steps if activation else steps + OPEN_DRAFT, DRAFT_ANGLE)]
     *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS
     allowed = []
     for length, angle in shorter:
@@ -130,11 +136,12 @@ def until(stop: threading.Event | None, maps: MapFunction) -> MapFunction:
     return stoppable
 
 
-def one_side(maps: MapFunction, sign: int) -> MapFunction:
-    """The maps of which only what has that sign, 1 or -1, is left, as behind a rectifier."""
+def one_side(maps: MapFunction, signs: Tensor) -> MapFunction:
+    """The maps of which only what has a sign, 1 or -1, by the image, is left, as behind a rectifier."""
 
     def part(images: Tensor) -> tuple[Tensor, Tensor]:
-        after = sign * maps(images)[1]
+        either = maps(images)[1]
+        after = signs.view(-1, *(1,) * (either.ndim - 1)) * either
         return after, after.relu()
 
     return part

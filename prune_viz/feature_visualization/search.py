@@ -5,7 +5,7 @@ longer than the one before and starts where that ended. A filter leaves when it 
 activation allows, or a round brought it little: those that soon saturate cost a few steps, hard ones many.
 The first round shifts the input a little, at random, before each step, so that no stimulus leans on one
 alignment of the strides (jitter; Mordvintsev et al. 2015). Where no activation follows a layer, its maps
-may grow either way, and from noise in patches of opposite sign that block each other. There the first round
+may grow either way, and from noise in patches of opposite sign that block each other. There the first step
 raises either sign, and the better goes on.
 """
 
@@ -53,11 +53,10 @@ def as_stored(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where first optimisations start, by default from noise, and which sign of the maps they raise."""
+    """Where first optimisations start, by default from noise."""
 
     given: Tensor | None = None  # stimuli, row by row
     attempt: int = 0  # after the first, from strong, smooth patterns
-    sign: int = 0  # 1, -1, or 0 for both
 
 
 class Search:
@@ -154,9 +153,7 @@ class Search:
             rows = self._unfinished()
             shown = one[rows].flatten(1).any(dim=1)  # what none was found for is zero
             self._round(rows[shown], first, _Start(one))
-        for sign in (0,) if self.activation else (1, -1):
-            rows = self._silent() if given else self._unfinished()
-            self._round(rows, first, _Start(sign=sign))
+        self._round(self._silent() if given else self._unfinished(), first)
         for attempt in range(1, (DRAFT_RESTARTS if self.draft else RESTARTS) + 1):
             self._round(self._silent(), first, _Start(attempt=attempt))
 
@@ -186,9 +183,12 @@ class Search:
         else:
             shifts = torch.zeros(turn.steps, len(rows), len(canvas), dtype=torch.long)
             points = self.points[rows]
-        maps = one_side(self.maps, start.sign) if start.sign else self.maps
         points, shifts = points.to(self.device), shifts.to(self.device)
-        points, sound = optimise(maps, filters, self.prior, canvas, points, shifts, turn.angle)
+        maps, first = self.maps, 0
+        if turn.number == 0 and start.given is None and start.attempt == 0 and not self.activation:
+            points, signs = self._better_sides(filters, points, shifts, turn.angle)
+            maps, first = one_side(maps, signs), 1
+        points, sound = optimise(maps, filters, self.prior, canvas, points, shifts, turn.angle, first)
         images = images_at(points, self.prior, canvas)
         with torch.no_grad():
             after = self.maps(images.detach())[1]
@@ -196,6 +196,21 @@ class Search:
         self.ceiling = self.bound * math.sqrt(after[0, 0].numel())
         found = (part[:count].cpu() for part in (points, images, activations, sound))
         self._keep(rows[:count], turn, *found)
+
+    def _better_sides(
+        self, filters: list[int], points: Tensor, shifts: Tensor, angle: float
+    ) -> tuple[Tensor, Tensor]:
+        """Where the first step leads that raises the better sign of each map, and that sign, 1 or -1."""
+        rows, found = list(range(len(filters))), []
+        for sign in (1.0, -1.0):
+            maps = one_side(self.maps, points.new_full((len(filters),), sign))
+            moved, _ = optimise(maps, filters, self.prior, self.layer.canvas, points, shifts, angle, last=1)
+            with torch.no_grad():
+                reached = norms(maps(images_at(moved, self.prior, self.layer.canvas))[1][rows, filters])
+            found.append((moved, reached))
+        (up, above), (down, below) = found
+        falls = below > above
+        return torch.where(falls[:, None], down, up), 1 - 2 * falls.to(points.dtype)
 
     def _keep(
         self, rows: Tensor, turn: Round, points: Tensor, images: Tensor, reached: Tensor, sound: Tensor

@@ -56,12 +56,17 @@ def test_the_best_input_on_the_bound_is_reached_exactly() -> None:
     assert (images.flatten(1).norm(dim=1) <= 3.0001).all()
 
 
+NEGATIVE = torch.tensor([-1.0])
+
+
 def test_one_sided_objective_raises_silent_side() -> None:
     found = torch.tensor([[3.0, -2.0, 0.5]]).view(1, 1, 1, 3)
-    before, after = one_side(lambda inputs: (inputs, inputs), -1)(found)
+    before, after = one_side(lambda inputs: (inputs, inputs), NEGATIVE)(found)
     assert torch.equal(before, -found)
     assert after.flatten().tolist() == [0.0, 2.0, 0.0]
-    gradient = module._gradient(found.abs(), one_side(lambda inputs: (inputs, inputs), -1), torch.tensor([0]))
+    gradient = module._gradient(
+        found.abs(), one_side(lambda inputs: (inputs, inputs), NEGATIVE), torch.tensor([0])
+    )
     assert (gradient < 0).any()
 
 
