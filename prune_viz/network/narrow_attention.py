@@ -116,13 +116,8 @@ def _together(windows: Tensor, maps: Tensor, window: Sequence[int], shift: Seque
     height, width = _padded(maps, window)
     down, right = _shifts(maps, window, shift)
     tiles = torch.unflatten(windows, 0, (-1, height // window[0], width // window[1]))
-    whole = (
-        torch.unflatten(tiles, 3, tuple(window))
-        .transpose(2, 3)
-        .flatten(3, 4)
-        .flatten(1, 2)
-        .roll((down, right), (1, 2))
-    )
+    shifted = torch.unflatten(tiles, 3, tuple(window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    whole = shifted.roll((down, right), (1, 2))
     return whole[:, : maps.shape[1], : maps.shape[2]].contiguous()
 
 
@@ -145,11 +140,6 @@ def _part(extent: int, window: int, shift: int) -> Tensor:
     return (places >= extent - window).long() + (places >= extent - shift).long()
 
 
-for _function in (
-    "_windows",
-    "_together",
-    "_mask_shifted",
-    "_by_head",
-    "_of_keys",
-):  # sizes steer them: not traced
+_STEERED_BY_SIZES = ("_windows", "_together", "_mask_shifted", "_by_head", "_of_keys")
+for _function in _STEERED_BY_SIZES:  # tracing does not look into them
     fx.wrap(_function)
