@@ -20,6 +20,7 @@ from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, as_spectrograms
 from prune_viz.network.layers import Layer, check_patterns, select_layers
 from prune_viz.network.output_kinds import find_output_kind
+from prune_viz.network.tall_kernels import turned
 from prune_viz.runs.fingerprint import Origin, hash_model
 from prune_viz.runs.output_kind import OutputKind, Task
 from prune_viz.runs.run_directory import slug
@@ -41,7 +42,8 @@ class Prepared:
     Attributes
     ----------
     model : nn.Module
-        The network, with the layers that its copies have (`prune_viz.network.copies.opened`).
+        The network, with the layers that its copies have (`prune_viz.network.copies.opened`), and tall
+        kernels turned (`prune_viz.network.tall_kernels`).
     network : FilterNetwork
         It, prepared.
     layers : list of Layer
@@ -107,7 +109,7 @@ def prepare(
     file_sha256 : str, optional
         SHA-256 of the file that the model came from, if it did.
     """
-    given, model = model, opened(model)
+    given, model = model, turned(opened(model))
     check_patterns(model, options.layers)
     check_finite(model)
     graph, untraced = _couple(model, options)

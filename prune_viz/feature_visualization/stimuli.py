@@ -23,6 +23,7 @@ from prune_viz.feature_visualization.search import Search
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, describe_inputs
+from prune_viz.network.tall_kernels import turned
 from prune_viz.utils.devices import WHOLE, one_thread_each, pick_device, workers_on
 from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import check_sizes
@@ -133,7 +134,7 @@ def maximize(
     check_finite(model)
     check_sizes(input_shape, canvas)
     statistics = describe_inputs(input_shape[0], mean, std, images)
-    network = FilterNetwork(model, input_shape, canvas, pick_device(device), linear=[layer])
+    network = FilterNetwork(turned(model), input_shape, canvas, pick_device(device), linear=[layer])
     wanted = list(range(network.layer(layer).filters)) if filters is None else list(filters)
     workers = workers_on(network.device)
     share = max(1, WHOLE * math.ceil(len(wanted) / (WHOLE * workers)))

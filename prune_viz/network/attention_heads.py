@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -108,7 +109,7 @@ def narrow_attention(model: nn.Module) -> None:
         _narrow(module)
 
 
-def layers_of_heads(model: nn.Module) -> list[nn.Linear]:
+def layers_of_heads(model: nn.Module) -> list[Any]:
     """The layers that write queries, keys and values of attention in the forms of `narrow_attention`."""
     names = ((module, getattr(type(module), "WRITTEN_BY", "")) for module in model.modules())
     return [getattr(module, name) for module, name in names if name]

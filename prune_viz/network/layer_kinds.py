@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+_TALL = 16
 _PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -35,6 +36,18 @@ def is_depthwise(module: object) -> bool:
 def is_grouped(module: object) -> bool:
     """Whether a convolution has groups of several channels each."""
     return is_convolution(module) and module.groups > 1 and not is_depthwise(module)
+
+
+def has_tall_kernel(module: object) -> bool:
+    """Whether a layer is a plain 2-D convolution of one channel by columns of at least `_TALL` rows."""
+    return (
+        type(module) is nn.Conv2d
+        and module.in_channels == 1
+        and module.kernel_size[0] >= _TALL
+        and module.kernel_size[1] == 1
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
 
 
 def reads_channels(module: object) -> bool:
@@ -197,6 +210,14 @@ def filters_in(module: Any, weight: Tensor) -> int:
     if is_transposed(module):
         return weight.shape[1] * int(module.groups) if weight.ndim > 1 else 0
     return weight.shape[0] if weight.ndim else 0
+
+
+def linear_layer(weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+    """A linear layer that holds these parameters."""
+    outputs, inputs = weight.shape
+    layer: Any = nn.Linear(inputs, outputs, bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias
+    return layer
 
 
 def is_strided_back(module: Any) -> bool:

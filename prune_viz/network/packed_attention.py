@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from prune_viz.network.layer_kinds import linear_layer
+
 LAYER = "in_proj"
 _KINDS = ("weight", "bias")
 
@@ -22,7 +24,7 @@ class PackedAttention(nn.MultiheadAttention):
     """Torch's attention whose layer ``in_proj`` is called where queries, keys and values are one tensor."""
 
     WRITTEN_BY = LAYER  # the layer that writes queries, keys and values
-    in_proj: nn.Linear
+    in_proj: Any
     in_proj_weight = property(lambda self: self.in_proj.weight)
     in_proj_bias = property(lambda self: self.in_proj.bias)
 
@@ -79,9 +81,7 @@ def pack(attention: nn.Module) -> None:
     weight = attention._parameters.get("in_proj_weight")
     if weight is None or attention.bias_k is not None or attention.bias_v is not None:
         return
-    inputs = attention.embed_dim
-    layer = nn.Linear(inputs, 3 * inputs, attention.in_proj_bias is not None, device="meta")
-    layer.weight, layer.bias = weight, attention.in_proj_bias
+    layer = linear_layer(weight, attention.in_proj_bias)
     layer.training = attention.training
     del attention._parameters["in_proj_weight"], attention._parameters["in_proj_bias"]
     attention.__class__ = PackedAttention
