@@ -82,7 +82,7 @@ class HoldMasks(Callback):
         for candidate in (module, *module.children()):
             modules = dict(candidate.named_modules())
             places = [place_of(modules, name) for name in self.masks]
-            if all(prefix or reads_channels(module) for module, prefix in places):
+            if all(prefix or reads_channels(layer) for layer, prefix in places):
                 return candidate
         raise UserError("no network in the LightningModule has all the layers that the masks name")
 

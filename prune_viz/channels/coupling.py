@@ -358,5 +358,5 @@ def _in_all_groups(module: Any, indices: np.ndarray, channels: np.ndarray) -> tu
     return np.concatenate([group * size + indices for group in range(groups)]), np.tile(channels, groups)
 
 
-_BESIDE = "its weights are used without calling it, as attention between two tensors does"
+_BESIDE = "its weights are used without calling it, as some kinds of attention do"
 _WEIGHTS = "its weights are computed, or belong to no layer"

@@ -57,7 +57,8 @@ def to_nni(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str,
     Returns
     -------
     dict of str to dict of str to float Tensor
-        Convolution -> ``weight`` and, where there is one, ``bias`` -> a mask of the parameter's own shape,
+        Layer -> ``weight`` and, where there is one, ``bias`` (of torch's own attention ``in_proj_weight`` and
+        ``in_proj_bias``) -> a mask of the parameter's own shape,
         1 = keep. Layers that lose nothing are left out.
 
     Raises

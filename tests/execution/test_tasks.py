@@ -474,6 +474,7 @@ def test_results_of_an_older_algorithm_are_not_reused(
     [
         (optimiser, "STILL", algorithm), (priors, "RADIUS", algorithm), (search, "LEAVE", algorithm),
         (stimuli, "DRAFT_STEPS", algorithm),
+        (optimiser, "OPEN_DRAFT", algorithm),
         (layers, "LARGEST_CANVAS", algorithm), (losses, "SURE", synthetic_images),
         (dead_leaves, "TEXTURE", synthetic_images), (synthetic_images, "RATE", synthetic_images),
     ],

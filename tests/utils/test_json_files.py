@@ -128,17 +128,17 @@ def _commands(home: Path) -> list[tuple[list[str], set[str]]]:
 
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
-    """Every file that is opened from now on; such a hook cannot be taken away, so it is told to rest."""
+    """Every file that is opened during a test; an audit hook cannot be removed, so it does nothing after."""
     found: list[str] = []
-    resting = False
+    ended = False
 
     def note(event: str, given: tuple[object, ...]) -> None:
-        if event == "open" and not resting:
+        if event == "open" and not ended:
             found.append(str(given[0]))
 
     sys.addaudithook(note)
     yield found
-    resting = True
+    ended = True
 
 
 @pytest.mark.slow
