@@ -197,7 +197,7 @@ def _work(network: FilterNetwork, layers: Sequence[Layer], macs: Mapping[str, in
 
 def _step_seconds(network: FilterNetwork, layer: Layer, workers: int) -> float:
     """Seconds that a step of the optimiser takes a worker for a filter, while all workers are busy."""
-    maps = network.maps(layer.name)
+    maps = network.climbed_maps(layer.name)
 
     def step(_: int) -> float:
         torch.set_num_threads(1)

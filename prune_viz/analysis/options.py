@@ -12,6 +12,8 @@ from prune_viz.execution.tasks import StimulusSettings
 from prune_viz.feature_visualization.stimuli import DRAFT_STEPS, check_options
 from prune_viz.loading.input_data import Data, describe_data
 from prune_viz.network.inputs import InputStatistics
+from prune_viz.network.precision import AUTO
+from prune_viz.network.precision import check_name as check_precision
 from prune_viz.redundancy.judge import TOLERANCE
 from prune_viz.runs.output_kind import Task
 from prune_viz.utils.errors import UserError
@@ -34,6 +36,7 @@ class OptionFields(TypedDict, total=False):
     canvas: int | None
     seed: int
     device: str
+    precision: str
     mean: float | Sequence[float] | None
     std: float | Sequence[float] | None
     data: Data
@@ -74,6 +77,8 @@ class AnalysisOptions:
         Of all random numbers.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    precision : {"auto", "float32", "bfloat16"}
+        Of gradients in the search for stimuli (`prune_viz.maximize`).
     mean, std : float or sequence of float, optional
         The model's normalisation, of pixels in 0..1.
     data : path, str, Tensor, ndarray or iterable of batches, optional
@@ -105,6 +110,7 @@ class AnalysisOptions:
     canvas: int | None = _of_stimuli(None)
     seed: int = 0
     device: str = "auto"
+    precision: str = AUTO
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
     data: Data = None
@@ -121,6 +127,7 @@ class AnalysisOptions:
         if self.steps is not None and self.effort.is_draft:
             raise UserError("--steps is for pictures of full quality: leave it out with --quality draft")
         check_options(self.prior, self.effort.steps)
+        check_precision(self.precision)
         if self.task is not None and self.task not in set(Task):
             raise UserError(f"--task is {', '.join(Task)}, not {self.task!r}")
         if self.canvas is not None and self.canvas < 1:
@@ -142,13 +149,13 @@ class AnalysisOptions:
         effort = EFFORTS[Quality(self.quality)]
         return effort if self.steps is None else replace(effort, steps=self.steps)
 
-    def recorded(self, device: str) -> dict[str, Any]:
+    def recorded(self, device: str, precision: str) -> dict[str, Any]:
         """The options as `run.json` holds them, with the tolerance; seed and inputs stand by themselves.
 
         Parameters
         ----------
-        device : str
-            The one that is used.
+        device, precision : str
+            Those that are used.
         """
         return {
             **{one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("stimuli")},
@@ -159,6 +166,7 @@ class AnalysisOptions:
             "task": self.task,
             "only": self.only,
             "device": device,
+            "precision": precision,
             "tolerance": TOLERANCE,
         }
 
@@ -168,7 +176,8 @@ class AnalysisOptions:
         draft = draft or recorded["quality"] == Quality.DRAFT
         names = [one.name for one in fields(AnalysisOptions) if one.metadata.get("stimuli")]
         steps = DRAFT_STEPS if draft else recorded["steps"]
-        return {**{name: recorded[name] for name in [*names, "device"]}, "steps": steps, "draft": draft}
+        used = {name: recorded[name] for name in [*names, "device", "precision"]}
+        return {**used, "steps": steps, "draft": draft}
 
     def stimulus_settings(self, statistics: InputStatistics | None, draft: bool) -> StimulusSettings:
         """What a task needs to know of them, or of those of drafts."""

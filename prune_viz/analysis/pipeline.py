@@ -52,7 +52,7 @@ def analyze(
         Where the model came from, for `run.json` (`prune_viz.loading.checkpoints.Checkpoint.source`).
     **options
         The fields of `prune_viz.analysis.options.AnalysisOptions`: ``input_shape``, which must be given,
-        and ``layers, task, prior, steps, canvas, seed, device, mean, std, data, engine, workers,
+        and ``layers, task, prior, steps, canvas, seed, device, precision, mean, std, data, engine, workers,
         gpus_per_task, memory``.
 
     Returns

@@ -124,6 +124,7 @@ def _engine_maker(prepared: Prepared, options: AnalysisOptions, progress: Progre
             options.stimulus_settings(prepared.statistics, network.is_draft),
             network.linear,
             network.is_draft,
+            network.precision,
         )
         return RayEngine(work, options.workers, options.gpus_per_task, progress)
 
@@ -146,7 +147,7 @@ def _run(
     recorded = provenance["options"]
     draft_key = stimuli_key(provenance, AnalysisOptions.of_stimuli(recorded, draft=True))
     key = stimuli_key(provenance, AnalysisOptions.of_stimuli(recorded))
-    model_key = stimuli_key(provenance, {name: recorded[name] for name in ("canvas", "device")})
+    model_key = stimuli_key(provenance, {name: recorded[name] for name in ("canvas", "device", "precision")})
     tasks = plan_tasks(prepared.network, prepared.records, key)
     provenance = {**provenance, "key": key, "tasks": len(tasks)}
     with (
@@ -286,7 +287,7 @@ def _provenance(prepared: Prepared, source: Mapping[str, Any], options: Analysis
         },
         "output": asdict(prepared.output),
         "inputs": None if prepared.statistics is None else asdict(prepared.statistics),
-        "options": options.recorded(str(prepared.network.device)),
+        "options": options.recorded(str(prepared.network.device), prepared.network.precision),
         "seed": options.seed,
         "versions": versions(),
         "device": str(prepared.network.device),

@@ -17,6 +17,14 @@ class Prior(StrEnum):
     none = "none"
 
 
+class PrecisionName(StrEnum):
+    """How precise the gradients of the search are."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class QualityName(StrEnum):
     """How much work an analysis does."""
 

@@ -27,6 +27,7 @@ from prune_viz.feature_visualization.priors import tile
 from prune_viz.feature_visualization.responses import map_norms
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
+from prune_viz.network.map_reading import read_maps
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.memory import Budget
 
@@ -134,7 +135,7 @@ def common_profiles(
     axes = range(len(network.input_shape) - 1)
     largest = tuple(max(images.shape[axis + 2] for images in stimuli) for axis in axes)
     size = largest if network.takes(largest) else network.input_shape[1:]
-    norms = network.read(layers, lambda: (tile(images, size) for images in stimuli), map_norms, budget)
+    norms = read_maps(network, layers, lambda: (tile(images, size) for images in stimuli), map_norms, budget)
     # Each layer's norms go as its profiles come.
     return {
         name: response_profiles(np.nan_to_num(norms.pop(name).numpy(), nan=0.0, posinf=0.0))

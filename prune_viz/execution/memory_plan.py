@@ -74,4 +74,4 @@ class MemoryPlan:
 def _bytes_of_optimising(network: FilterNetwork, name: str) -> int:
     """What one input's step holds."""
     shape = network.input_shape[0], *network.layer(name).canvas
-    return measure_row(network.maps(name), shape, network.device).backward
+    return measure_row(network.climbed_maps(name), shape, network.device).backward

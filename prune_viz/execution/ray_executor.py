@@ -25,6 +25,7 @@ from torch import nn
 
 from prune_viz.execution.tasks import StartingStimuli, StimulusSettings, Task, TaskResult, run_task
 from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.precision import FULL
 from prune_viz.utils.errors import UserError, brief
 from prune_viz.utils.progress import Progress
 
@@ -51,6 +52,8 @@ class Work:
         Linear layers whose hidden units are filters too.
     draft : bool
         Whether drafts are sought.
+    precision : str
+        Of gradients.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Work:
     settings: StimulusSettings
     linear: frozenset[str] = frozenset()
     draft: bool = False
+    precision: str = FULL
 
 
 class RayEngine:
@@ -187,7 +191,7 @@ def _do(shared: list[Any], task: Task, starts: StartingStimuli) -> TaskResult:
 
         work: Work = ray.get(shared[0])
         network = FilterNetwork(
-            work.model, work.input_shape, work.canvas, work.device, work.linear, work.draft
+            work.model, work.input_shape, work.canvas, work.device, work.linear, work.draft, work.precision
         )
         _prepared.clear()  # of an earlier run
         _prepared[name] = network, work.settings

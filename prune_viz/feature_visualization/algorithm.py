@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prune_viz.feature_visualization import optimiser, priors, search, stimuli
-from prune_viz.network import layers
+from prune_viz.network import layers, precision
 
 ALGORITHM = 3  # raised with every change after which stimuli or responses come out differently
 
@@ -25,4 +25,5 @@ def settings() -> list[object]:
         optimiser.settings(),
         priors.settings(),
         layers.settings(),
+        precision.settings(),
     ]

@@ -185,8 +185,10 @@ def _generator(key: str) -> torch.Generator:
 
 
 def norms(maps: Tensor) -> Tensor:
-    """L2 norm of each row of `maps`, shape (B,)."""
-    found: Tensor = torch.linalg.vector_norm(maps.flatten(1), dim=1)
+    """L2 norm of each row of `maps`, shape (B,); that of half precision is found at full precision."""
+    found: Tensor = torch.linalg.vector_norm(
+        maps.flatten(1), dim=1, dtype=torch.promote_types(maps.dtype, torch.float32)
+    )
     return found
 
 

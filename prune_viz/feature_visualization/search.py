@@ -105,6 +105,7 @@ class Search:
         self.layer, self.filters, self.seed, self.device = layer, filters, seed, network.device
         self.shape = (network.input_shape[0], *layer.canvas)
         self.maps = until(stop, network.maps(layer.name))
+        self.climbed = until(stop, network.climbed_maps(layer.name))
         self.prior = make_prior(prior, self.shape[0], layer.canvas, network.device, statistics)
         full = LARGEST_CANVAS[len(layer.canvas)] ** len(layer.canvas)
         self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)
@@ -184,7 +185,7 @@ class Search:
             shifts = torch.zeros(turn.steps, len(rows), len(canvas), dtype=torch.long)
             points = self.points[rows]
         points, shifts = points.to(self.device), shifts.to(self.device)
-        maps, first = self.maps, 0
+        maps, first = self.climbed, 0
         if turn.number == 0 and start.given is None and start.attempt == 0 and not self.activation:
             points, signs = self._better_sides(filters, points, shifts, turn.angle)
             maps, first = one_side(maps, signs), 1
@@ -203,7 +204,7 @@ class Search:
         """Where the first step leads that raises the better sign of each map, and that sign, 1 or -1."""
         rows, found = list(range(len(filters))), []
         for sign in (1.0, -1.0):
-            maps = one_side(self.maps, points.new_full((len(filters),), sign))
+            maps = one_side(self.climbed, points.new_full((len(filters),), sign))
             moved, _ = optimise(maps, filters, self.prior, self.layer.canvas, points, shifts, angle, last=1)
             with torch.no_grad():
                 reached = norms(maps(images_at(moved, self.prior, self.layer.canvas))[1][rows, filters])

@@ -23,6 +23,7 @@ from prune_viz.feature_visualization.search import Search
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, describe_inputs
+from prune_viz.network.precision import AUTO, pick_precision
 from prune_viz.network.tall_kernels import turned
 from prune_viz.utils.devices import WHOLE, one_thread_each, pick_device, workers_on
 from prune_viz.utils.errors import UserError
@@ -86,6 +87,7 @@ def maximize(
     canvas: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    precision: str = AUTO,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     images: Tensor | None = None,
@@ -115,6 +117,10 @@ def maximize(
         `WHOLE` or more, however many threads there are.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    precision : {"auto", "float32", "bfloat16"}
+        Of gradients. By default bfloat16 where the processor has instructions for it, and float32
+        elsewhere, in small layers, and where maps would come out otherwise. What stimuli reach is measured
+        at float32.
     mean, std : float or sequence of float, optional
         The model's normalisation, a number a channel: input = (pixel - mean) / std, pixels in [0, 1].
     images : Tensor, shape (N, C, *size), optional
@@ -134,7 +140,10 @@ def maximize(
     check_finite(model)
     check_sizes(input_shape, canvas)
     statistics = describe_inputs(input_shape[0], mean, std, images)
-    network = FilterNetwork(turned(model), input_shape, canvas, pick_device(device), linear=[layer])
+    where = pick_device(device)
+    network = FilterNetwork(
+        turned(model), input_shape, canvas, where, linear=[layer], precision=pick_precision(precision, where)
+    )
     wanted = list(range(network.layer(layer).filters)) if filters is None else list(filters)
     workers = workers_on(network.device)
     share = max(1, WHOLE * math.ceil(len(wanted) / (WHOLE * workers)))

@@ -14,6 +14,7 @@ from prune_viz.feature_visualization.rendering import draw_inputs
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.layers import Layer
+from prune_viz.network.map_reading import read_maps
 from prune_viz.utils.array_files import read_arrays, write_arrays
 from prune_viz.utils.memory import Budget
 
@@ -76,7 +77,7 @@ def find_top_patches(
         return None
     count = min(len(examples), MOST_IMAGES)
     searched = examples[np.linspace(0, len(examples) - 1, count).round().astype(int)]
-    found = network.read([layer.name for layer in layers], lambda: [searched], _peaks, budget)
+    found = read_maps(network, [layer.name for layer in layers], lambda: [searched], _peaks, budget)
     size = np.array(searched.shape[2:])
     chosen = {layer.name: _windows(found[layer.name].numpy(), layer, size) for layer in layers}
     used = np.unique(np.concatenate([windows[..., 0].ravel() for windows in chosen.values()]))

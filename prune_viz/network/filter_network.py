@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,14 +28,12 @@ from prune_viz.network.layer_kinds import (
     maps_of,
 )
 from prune_viz.network.layers import Layer, choose_canvas, describe, no_layer_message
+from prune_viz.network.precision import FULL, HALF, at_half, keep_whole, suits_half
 from prune_viz.network.receptive_field import receptive_field
 from prune_viz.runs.fingerprint import hash_structure
-from prune_viz.utils.devices import may_pass, with_fewer
+from prune_viz.utils.devices import WHOLE, may_pass
 from prune_viz.utils.errors import LayerError, UserError, brief
-from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.nested_tensors import tensors_of
-
-READ_BATCH = 32  # inputs that run through the whole network at a time, at most
 
 
 class FilterNetwork:
@@ -58,6 +56,8 @@ class FilterNetwork:
         Linear layers whose hidden units are filters too.
     draft : bool
         Whether canvases are those of drafts.
+    precision : {"float32", "bfloat16"}
+        Of gradients (`climbed_maps`).
 
     Attributes
     ----------
@@ -78,6 +78,8 @@ class FilterNetwork:
         Names of convolutions whose outputs on plain noise are not finite.
     is_draft : bool
         Whether its canvases are those of drafts.
+    precision : str
+        Of gradients.
 
     Raises
     ------
@@ -93,8 +95,10 @@ class FilterNetwork:
         device: torch.device | str = "cpu",
         linear: Collection[str] = (),
         draft: bool = False,
+        precision: str = FULL,
     ) -> None:
         self.input_shape = tuple(input_shape)
+        self.precision = precision
         self.is_draft = draft
         self.linear = frozenset(linear)
         self.device = torch.device(device)
@@ -108,6 +112,7 @@ class FilterNetwork:
         self.channels_last = takes_channels_last(model, example, share=self.shares)
         self._row_by_row: set[str] = set()
         self._hooked: dict[str, HookedMaps] = {}
+        self._suited: dict[tuple[str, tuple[int, ...]], bool] = {}
         self._alone = threading.RLock()
 
         traced = tracing.trace(model)
@@ -120,6 +125,7 @@ class FilterNetwork:
             self._graph = folded.to(self.device).requires_grad_(False)
             if self.channels_last:
                 lay_weights_channels_last(self._graph)
+            keep_whole(self._graph)
             self._taps = tracing.find_taps(self._graph)
         self._canvas, self._modules = canvas, {name: layers[name] for name in calls}
         self.layers = self._find_layers()
@@ -240,6 +246,18 @@ class FilterNetwork:
 
         return guarded
 
+    def climbed_maps(self, name: str) -> MapFunction:
+        """The maps whose gradients a search follows: at half precision where that is asked for and suits."""
+        maps = self.maps(name)
+        if self.precision != HALF or name not in self._taps or name in self._row_by_row:
+            return maps
+        key = name, self.layer(name).canvas
+        if key not in self._suited:
+            example = ordinary_input((self.input_shape[0], *key[1]), WHOLE).to(self.device)
+            part = tracing.cut(self._graph, self._taps[name])  # type: ignore[arg-type]
+            self._suited[key] = suits_half(part, maps, example)
+        return at_half(maps, self.device) if self._suited[key] else maps
+
     def _maps(self, name: str) -> MapFunction:
         if self._graph is not None and name in self._taps:
             part = tracing.cut(self._graph, self._taps[name])
@@ -284,69 +302,24 @@ class FilterNetwork:
         with as_it_was(self._model):
             return tensors_of(whole(self._laid_out(inputs.to(next(whole.parameters()).device))))
 
-    def read(
-        self,
-        names: Sequence[str],
-        inputs: Callable[[], Iterable[Tensor]],
-        reading: Callable[[Tensor], Tensor],
-        budget: Budget | None = None,
-    ) -> dict[str, Tensor]:
-        """Run inputs and keep what `reading` makes of several layers' feature maps.
+    def reader(
+        self, names: Sequence[str], reading: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor], dict[str, Tensor]] | None:
+        """What runs inputs once and reads the maps of those of the layers that one pass gives; None if none.
 
         Parameters
         ----------
         names : sequence of str
             The layers.
-        inputs : callable
-            Gives them in parts, each shape (B, C, *size), of a size that the network `takes`.
         reading : callable
-            From maps, shape (B, F, *map), to what is kept of them, shape (B, F, ...). A layer that cannot be
-            traced nor read is read as a map of one zero.
-        budget : Budget, optional
-            Memory that may be taken.
-
-        Returns
-        -------
-        dict of str to Tensor, shape (all inputs, F, ...)
-            By layer.
+            From maps, shape (B, F, *map), to what is kept of them.
         """
-        limit = RowLimit(budget, self.outputs, backward=False)
-        return with_fewer(partial(self._read, names, inputs, reading, limit), READ_BATCH, self.device)
-
-    def _read(
-        self,
-        names: Sequence[str],
-        inputs: Callable[[], Iterable[Tensor]],
-        reading: Callable[[Tensor], Tensor],
-        limit: RowLimit,
-        most: int,
-    ) -> dict[str, Tensor]:
-        rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        whole = self.takes_batches
-        tapped = [name for name in names if whole and name in self._taps and name not in self._row_by_row]
-        untapped = [name for name in names if name not in tapped]
-        with torch.no_grad():
-            if self._graph is not None and tapped:
-                reader = tracing.MapReader(self._graph, [self._taps[name] for name in tapped], reading)
-                for batch in self._batches(inputs, limit, most):
-                    for name, found in reader.read(self._laid_out(batch)).items():
-                        rows[name].append(found.cpu())
-            for name in untapped:
-                maps = self.maps(name)
-                for batch in self._batches(inputs, limit, most):
-                    try:
-                        after = maps(batch)[1]
-                    except LayerError:  # reported where its stimuli are sought
-                        after = torch.zeros(len(batch), self.layer(name).filters, *[1] * (batch.ndim - 2))
-                    rows[name].append(reading(after).cpu())
-        return {name: torch.cat(rows.pop(name)) for name in names}
-
-    def _batches(
-        self, inputs: Callable[[], Iterable[Tensor]], limit: RowLimit, most: int
-    ) -> Iterator[Tensor]:
-        for part in inputs():
-            for batch in limit.split(part.float(), most):
-                yield batch.to(self.device)
+        whole = self._graph is not None and self.takes_batches
+        taps = [self._taps[name] for name in names if name in self._taps and name not in self._row_by_row]
+        if self._graph is None or not whole or not taps:
+            return None
+        found = tracing.MapReader(self._graph, taps, reading)
+        return lambda inputs: found.read(self._laid_out(inputs))
 
     def is_first(self, name: str) -> bool:
         """Whether a layer's filters see the input through no other layer."""

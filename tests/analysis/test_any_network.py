@@ -26,6 +26,7 @@ from prune_viz.feature_visualization.priors import make_prior
 from prune_viz.feature_visualization.responses import map_norms
 from prune_viz.network.copies import plain_copy
 from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.map_reading import read_maps
 from prune_viz.pruning.apply import apply_masks, make_permanent
 from prune_viz.pruning.consistency import reconcile_masks
 from prune_viz.pruning.remove import remove_filters
@@ -340,14 +341,14 @@ def test_rows_of_a_batch_give_what_they_give_alone(
         together = torch.linalg.vector_norm(maps(inputs)[1].flatten(2), dim=2)
         alone = [torch.linalg.vector_norm(maps(row[None])[1].flatten(2), dim=2) for row in inputs]
         torch.testing.assert_close(together, torch.cat(alone))
-        torch.testing.assert_close(network.read([layer], lambda: [inputs], map_norms)[layer], together)
+        torch.testing.assert_close(read_maps(network, [layer], lambda: [inputs], map_norms)[layer], together)
     model = make().eval()
     if make is Film:  # by hand: every frame alone
         model.load_state_dict(network._model.state_dict())
         with torch.no_grad():
             frames = [model.one(inputs[:, :, frame]).relu() for frame in range(3)]
         expected = torch.linalg.vector_norm(torch.stack(frames, dim=2).flatten(2), dim=2)
-        torch.testing.assert_close(network.read(["one"], lambda: [inputs], map_norms)["one"], expected)
+        torch.testing.assert_close(read_maps(network, ["one"], lambda: [inputs], map_norms)["one"], expected)
 
 
 def test_a_silent_map_made_row_by_row_is_pulled_up() -> None:

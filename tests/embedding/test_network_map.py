@@ -16,6 +16,7 @@ from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.responses import map_norms, response_matrix
 from prune_viz.feature_visualization.stimuli import find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
+from prune_viz.network.map_reading import read_maps
 from prune_viz.runs.run_directory import LayerTensors
 from prune_viz.utils.memory import Budget
 
@@ -44,7 +45,7 @@ def test_norms_in_one_pass_are_those_of_each_layer(model: type[nn.Module]) -> No
     network = FilterNetwork(randomise_norms(model()), (3, 16, 16))
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     names = [layer.name for layer in network.layers]
-    norms = network.read(names, lambda: [images[:3], images[3:]], map_norms)
+    norms = read_maps(network, names, lambda: [images[:3], images[3:]], map_norms)
     assert list(norms) == names
     for name in names:
         np.testing.assert_allclose(norms[name], response_matrix(network, name, images), rtol=1e-4, atol=1e-5)
@@ -180,6 +181,6 @@ def test_inputs_are_read_as_many_at_a_time_as_memory_holds(
             raise torch.OutOfMemoryError
         return map_norms(maps)
 
-    norms = network.read([name], lambda: [images[:10], images[10:]], reading, budget)[name]
+    norms = read_maps(network, [name], lambda: [images[:10], images[10:]], reading, budget)[name]
     assert rows == ([2] * 5 + [1] if budget else [10, 10, 8, 4, 4, 2, 1])
     np.testing.assert_allclose(norms, response_matrix(network, name, images), rtol=1e-4, atol=1e-5)

@@ -54,7 +54,7 @@ PROVENANCE = {
     "model": dict.fromkeys(
         ["sha256", "weights", "structure", "arch", "arch_kwargs", "held_inputs", "input_shape"]
     ),
-    "options": dict.fromkeys(["prior", "quality", "steps", "canvas", "device"]),
+    "options": dict.fromkeys(["prior", "quality", "steps", "canvas", "device", "precision"]),
     "inputs": None, "seed": 0, "versions": {"torch": "2"},
 }  # fmt: skip
 
@@ -100,7 +100,8 @@ def key_of(run: dict) -> str:
 @pytest.mark.parametrize("change", [
     {"model": {"sha256": "x"}}, {"model": {"input_shape": [3, 8, 8]}}, {"model": {"held_inputs": "x"}},
     {"options": {"prior": "none"}}, {"options": {"steps": 3}}, {"options": {"canvas": 8}},
-    {"options": {"device": "cuda"}}, {"seed": 1}, {"inputs": {"mean": [0.5]}}, {"versions": {"torch": "x"}},
+    {"options": {"device": "cuda"}}, {"options": {"precision": "bfloat16"}}, {"seed": 1},
+    {"inputs": {"mean": [0.5]}}, {"versions": {"torch": "x"}},
 ])  # fmt: skip
 def test_the_key_tells_whatever_stimuli_depend_on(change: dict) -> None:
     run = {**PROVENANCE, "started": "now"}
