@@ -81,21 +81,26 @@ def optimise(
     numbers = torch.tensor(filters, device=points.device)
     sound = torch.ones(len(points), dtype=torch.bool, device=points.device)
     direction = previous = torch.zeros_like(points)
-    safe = points
+    before, safe = points.new_zeros(len(points), 1), points
     for step in range(len(shifts))[first:last]:
         shift = shifts[step]
         images = roll(images_at(points, prior, canvas), shift)
         gradient = roll(_gradient(images, maps, numbers), -shift)
         uphill = torch.nn.functional.pad(prior.colour(gradient).flatten(1), (0, 1))
-        finite = uphill.isfinite().all(dim=1)
-        sound &= finite
-        points = safe = torch.where(finite[:, None], points, safe)
-        uphill = _tangent(torch.where(finite[:, None], uphill, 0.0), points)
-        turned = _dot(uphill, uphill - previous) / _dot(previous, previous).clamp_min(1e-30)
-        direction = uphill + turned.clamp(0, 1) * _tangent(direction, points)
-        previous = uphill
+        finite = norms(uphill).isfinite()
+        if not bool(finite.all()):
+            sound &= finite
+            points = torch.where(finite[:, None], points, safe)
+            uphill = torch.where(finite[:, None], uphill, 0.0)
+        safe = points
+        uphill = _tangent(uphill, points)
+        squared = _dot(uphill, uphill)
+        turned = (squared - _dot(uphill, previous)) / before.clamp_min(1e-30)
+        direction = torch.addcmul(uphill, turned.clamp(0, 1), _tangent(direction, points))
+        previous, before = uphill, squared
         length = angle * 0.5 * (1 + math.cos(math.pi * step / len(shifts)))
-        points = unit(math.cos(length) * points + math.sin(length) * unit(direction))
+        turn = math.sin(length) / norms(direction).clamp_min(1e-30)[:, None]
+        points = unit(torch.addcmul(math.cos(length) * points, turn, direction))
     return points, sound
 
 
@@ -202,7 +207,7 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _tangent(vectors: Tensor, points: Tensor) -> Tensor:
-    return vectors - _dot(vectors, points) * points
+    return torch.addcmul(vectors, _dot(vectors, points), points, value=-1)
 
 
 def _backward(*outputs_and_inputs: Any, **options: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Reading the feature maps of several layers while inputs run through a network: in one pass where that goes."""
+"""Reading feature maps of several layers while inputs run through a network: in one pass where that goes."""
 
 from __future__ import annotations
 

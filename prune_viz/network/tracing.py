@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from prune_viz.network.copies import as_it_was, free_copy
-from prune_viz.network.layer_kinds import is_convolution, is_transposed, maps_of, plain_kind, reads_channels
+from prune_viz.network.layer_kinds import is_convolution, is_transposed, maps_of, reads_channels
+from prune_viz.network.plain_convolutions import put_plain_convolutions
 from prune_viz.utils.nested_tensors import tensors_of
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -192,7 +193,7 @@ def own_norms(model: nn.Module) -> dict[str, str]:
 
 def _fold(traced: fx.GraphModule, share: bool) -> fx.GraphModule:
     folded = free_copy(traced, share=share).eval()
-    _plain_convolutions(folded)
+    put_plain_convolutions(folded)
     modules = dict(folded.named_modules())
     calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]
     for node in list(folded.graph.nodes):
@@ -216,43 +217,6 @@ def _fold(traced: fx.GraphModule, share: bool) -> fx.GraphModule:
         folded.graph.erase_node(norm_node)
     folded.recompile()
     return folded
-
-
-def _plain_convolutions(folded: fx.GraphModule) -> None:
-    """Replace convolutions that pad their input themselves by plain ones where both do the same.
-
-    Padding within the convolution saves a copy of its input, a tenth of an optimisation's time.
-    """
-    for name, module in list(folded.named_modules()):
-        kind = plain_kind(module)
-        if kind is None or type(module) is kind:
-            continue
-        convolution: Any = module
-        spans = [d * (k - 1) for k, d in zip(convolution.kernel_size, convolution.dilation, strict=True)]
-        plain: Any = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            kind, convolution.in_channels, convolution.out_channels, convolution.kernel_size,
-            convolution.stride, tuple(span // 2 for span in spans), convolution.dilation,
-            convolution.groups, convolution.bias is not None,
-            device=convolution.weight.device, dtype=convolution.weight.dtype,
-        )  # fmt: skip
-        plain.eval().load_state_dict(convolution.state_dict(), strict=False)
-        sizes = [[span + extra for span in spans] for extra in (4, 5)]
-        if all(_agree(plain, convolution, size) for size in sizes):
-            parent, _, attribute = name.rpartition(".")
-            setattr(folded.get_submodule(parent), attribute, plain)
-
-
-def _agree(one: Any, other: Any, size: Sequence[int]) -> bool:
-    """Whether two convolutions compute the same on noise of a size."""
-    generator = torch.Generator().manual_seed(0)
-    example = torch.randn(1, one.in_channels, *size, generator=generator).to(one.weight)
-    try:
-        with torch.no_grad():
-            first, second = one(example), other(example)
-    except Exception:  # an untrusted convolution may mind the size
-        return False
-    tolerance = 1e-5 * float(second.abs().max())
-    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=tolerance)
 
 
 def cut(traced: fx.GraphModule, tap: Tap) -> fx.GraphModule:
