@@ -5,7 +5,7 @@ from __future__ import annotations
 from prune_viz.feature_visualization import optimiser, priors, search, stimuli
 from prune_viz.network import layers, precision
 
-ALGORITHM = 3  # raised with every change after which stimuli or responses come out differently
+ALGORITHM = 4  # raised with every change after which stimuli or responses come out differently
 
 
 def settings() -> list[object]:

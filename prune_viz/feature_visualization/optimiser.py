@@ -27,7 +27,8 @@ from prune_viz.utils.errors import LayerError, brief
 SLACK = 0.1  # the coordinate beyond white ones, at the start; at zero it would stay there
 JITTER = 1 / 12  # of the canvas, each way
 # Steps of each round and the angle of its first, in radians; the last takes more or fewer if asked to.
-ROUNDS = ((12, 0.4), (32, 0.3), (132, 0.2))
+ROUNDS = ((12, 0.4), (32, 0.3), (88, 0.2))
+LAST = 2 / 3  # of the steps that are left, those that its last round takes; more raise it by less than 1%
 OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
 DRAFT_ANGLE = 0.6  # of the only round of a draft
 OPEN_DRAFT = 1  # steps more that a draft takes where no activation follows
@@ -36,7 +37,7 @@ STILL = 0.5  # share of the steps, the last ones, without jitter
 
 def settings() -> list[object]:
     """What stimuli depend on here, for the key of their results."""
-    return [SLACK, JITTER, ROUNDS, OPEN_ROUNDS, DRAFT_ANGLE, OPEN_DRAFT, STILL]
+    return [SLACK, JITTER, ROUNDS, LAST, OPEN_ROUNDS, DRAFT_ANGLE, OPEN_DRAFT, STILL]
 
 
 def optimise(
@@ -114,7 +115,7 @@ class Round:
 
 
 def rounds(steps: int, activation: bool, draft: bool = False) -> list[Round]:
-    """The rounds that `steps` allow; the last takes what the others leave, and a draft has one."""
+    """The rounds that `steps` allow; the last takes what the others leave or `LAST` of it, a draft has one."""
     if draft:
         return [Round(0, steps if activation else steps + OPEN_DRAFT, DRAFT_ANGLE)]
     *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS
@@ -122,7 +123,7 @@ def rounds(steps: int, activation: bool, draft: bool = False) -> list[Round]:
     for length, angle in shorter:
         allowed.append((min(length, steps), angle))
         steps -= allowed[-1][0]
-    allowed.append((steps, last))
+    allowed.append((math.ceil(LAST * steps) if activation else steps, last))
     return [Round(number, length, angle) for number, (length, angle) in enumerate(allowed) if length > 0]
 
 

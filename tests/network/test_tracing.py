@@ -169,16 +169,58 @@ def test_self_padding_convolutions_become_plain() -> None:
         _Padding(3, 4, 3, sides=(1, 1, 1, 1), bias=False),
         nn.BatchNorm2d(4),
         _Padding(4, 4, 3, sides=(2, 2, 2, 2), dilation=2, groups=4),
-        _Padding(4, 4, 3, sides=(0, 1, 0, 1), stride=2),
         nn.Conv2d(4, 4, 3),
     )
     randomise_norms(model)
     example = torch.randn(1, 3, 17, 18)
     folded = tracing.fold_batch_norms(tracing.trace(model), example)
-    kinds = [type(folded.get_submodule(name)) for name in ("0", "2", "3", "4")]
-    assert kinds == [nn.Conv2d, nn.Conv2d, _Padding, nn.Conv2d]
+    kinds = [type(folded.get_submodule(name)) for name in ("0", "2", "3")]
+    assert kinds == [nn.Conv2d, nn.Conv2d, nn.Conv2d]
     torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-5)
     assert type(model[0]) is _Padding
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "sides", "becomes"),
+    [
+        (3, 2, 1, (0, 1, 0, 1), nn.Conv2d), (5, 2, 1, (1, 2, 1, 2), nn.Conv2d),
+        (5, 2, 2, (3, 4, 3, 4), nn.Conv2d), (4, 1, 1, (1, 2, 1, 2), nn.Conv2d),
+        (7, (2, 4), 1, (1, 2, 2, 3), nn.Conv2d), (1, 2, 1, (0, 0, 0, 0), nn.Conv2d),
+        (3, 2, 1, (1, 0, 1, 0), _Padding), (3, 2, 1, (0, 2, 0, 2), _Padding),
+    ],
+)  # fmt: skip
+def test_uneven_padding_of_their_own_becomes_plain_where_tensorflow_pads_so(
+    kernel: int,
+    stride: int | tuple[int, int],
+    dilation: int,
+    sides: tuple[int, int, int, int],
+    becomes: type[nn.Module],
+) -> None:
+    model = nn.Sequential(_Padding(3, 4, kernel, stride, dilation=dilation, sides=sides), nn.ReLU())
+    folded = tracing.fold_batch_norms(tracing.trace(model), torch.randn(1, 3, 32, 33))
+
+    assert type(folded.get_submodule("0")) is becomes
+    for size in [(32, 33), (17, 16), (18, 19)]:
+        example = torch.randn(2, 3, *size)
+        torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_that_follows_the_input_is_left_alone() -> None:
+    class Following(nn.Conv2d):
+        """Pads so that every stride has a position, whatever the size."""
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            short = [max(0, 3 - (size % 2 or 2)) for size in input.shape[:1:-1]]
+            sides = [part for each in short for part in (each // 2, each - each // 2)]
+            return nn.functional.conv2d(nn.functional.pad(input, sides), self.weight, self.bias, self.stride)
+
+    model = nn.Sequential(Following(3, 4, 3, 2), nn.ReLU())
+    folded = tracing.fold_batch_norms(tracing.trace(model), torch.randn(1, 3, 32, 32))
+
+    assert type(folded.get_submodule("0")) is Following
+    for size in [(32, 32), (17, 16)]:
+        example = torch.randn(2, 3, *size)
+        torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
