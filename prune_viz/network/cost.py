@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from prune_viz.network.calls import blank_input
-from prune_viz.network.copies import free_copy
+from prune_viz.network.copies import attached, free_copy
+from prune_viz.network.dispatch import DispatchMode
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
@@ -22,23 +26,7 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     input_shape : sequence of int
         Channels first, without the batch axis.
     """
-    counter = _counted(model, input_shape)
-    counted = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    root = type(model).__name__  # what the counter calls the model itself
-    own: dict[str, int] = {}
-
-    def total(name: str, module: nn.Module) -> int:
-        inner = sum(
-            total(f"{name}.{child}" if name else child, part) for child, part in module.named_children()
-        )
-        found: int | None = counted.get(f"{root}.{name}" if name else root)
-        if found is None:  # never called itself, as a list of modules is not
-            return inner
-        own[name] = found - inner
-        return found
-
-    total("", model)
-    return {name: macs for name, macs in own.items() if macs > 0}
+    return {name: macs for name, macs in _counted(model, input_shape).items() if macs > 0}
 
 
 def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
@@ -56,15 +44,53 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
     parameters, macs : int
         MACs of convolutions and matrix products, as PyTorch's own counter sees them.
     """
-    macs = _counted(model, input_shape).get_total_flops() // 2
+    macs = sum(_counted(model, input_shape).values())
     return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
-def _counted(model: nn.Module, input_shape: Sequence[int]) -> FlopCounterMode:
-    """PyTorch's counter after one input has passed in eval mode."""
-    # Its hooks stumble over views of parameters with gradients, as an expanded class token is.
+def _counted(model: nn.Module, input_shape: Sequence[int]) -> Counter[str]:
+    """MACs by the innermost module that is being called, after one input has passed in eval mode."""
     twin = free_copy(model, share=True).eval().requires_grad_(False)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    counting = _Counting()
+    hooks = [
+        hook
+        for name, module in twin.named_modules()
+        for hook in (
+            module.register_forward_pre_hook(partial(counting.enter, name)),
+            module.register_forward_hook(counting.leave, always_call=True),
+        )
+    ]
+    with torch.no_grad(), attached(hooks), counting:
         twin(blank_input(model, input_shape))
-    return counter
+    return counting.macs
+
+
+class _Counting(DispatchMode):
+    """Counts multiply-accumulates by PyTorch's own formulas.
+
+    PyTorch's counter, `torch.utils.flop_counter.FlopCounterMode`, would import its compiler.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs: Counter[str] = Counter()
+        self._inside = [""]
+
+    def enter(self, name: str, module: nn.Module, inputs: object) -> None:
+        """Note that a module is being called."""
+        self._inside.append(name)
+
+    def leave(self, module: nn.Module, inputs: object, output: object) -> None:
+        """Note that the call of the innermost module has ended."""
+        self._inside.pop()
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and count it; one without a formula is counted by what it is made of."""
+        formula: Any = flop_registry.get(func.overloadpacket)
+        if formula is None:
+            with self:
+                made = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if made is NotImplemented else made
+        output = func(*args, **kwargs)
+        self.macs[self._inside[-1]] += formula(*args, **kwargs, out_val=output) // 2
+        return output

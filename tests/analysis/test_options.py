@@ -38,6 +38,7 @@ def test_command_line_has_the_same_defaults() -> None:
     [
         ({"prior": "nature"}, "--prior is natural, spectrogram or none, not 'nature'"),
         ({"steps": 0}, "--steps must be at least 1"),
+        ({"precision": "int8"}, "--precision is auto, float32 or bfloat16, not 'int8'"),
         ({"canvas": 0}, "--canvas must be at least 1"),
         ({"engine": "dask"}, "--engine is local or ray, not 'dask'"),
         ({"engine": "ray", "memory": 2**30}, "leave it out with --engine ray"),
@@ -53,7 +54,7 @@ def test_values_out_of_range_are_refused_by_name(options: dict[str, Any], says: 
 
 def test_every_option_is_in_the_key_or_known_to_be_apart() -> None:
     asked = AnalysisOptions(input_shape=SHAPE)
-    in_key = set(AnalysisOptions.of_stimuli(asked.recorded("cpu")))
+    in_key = set(AnalysisOptions.of_stimuli(asked.recorded("cpu", "float32")))
     assert {field.name for field in fields(AnalysisOptions)} | {"draft"} == in_key | APART | OTHERWISE
     assert not in_key & (APART | OTHERWISE)
 
