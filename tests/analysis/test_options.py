@@ -76,8 +76,8 @@ def test_options_of_stimuli_change_their_key(change: dict[str, Any]) -> None:
     run = {"model": model, "inputs": None, "seed": 0, "versions": {"torch": "2"}}
     asked = AnalysisOptions(input_shape=SHAPE)
 
-    def key(options: AnalysisOptions, device: str = "cpu") -> str:
-        return stimuli_key(run, AnalysisOptions.of_stimuli(options.recorded(device)))
+    def key(options: AnalysisOptions, device: str = "cpu", precision: str = "float32") -> str:
+        return stimuli_key(run, AnalysisOptions.of_stimuli(options.recorded(device, precision)))
 
     assert key(replace(asked, **change)) != key(asked) == key(replace(asked, workers=7, layers=["x"]))
-    assert key(asked, "cuda") != key(asked)
+    assert len({key(asked), key(asked, "cuda"), key(asked, precision="bfloat16")}) == 3
