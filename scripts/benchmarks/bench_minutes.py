@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
-import trained
 from tables import print_table
 from torch import nn
 
@@ -70,6 +68,8 @@ def resnet(name: str) -> Callable[[Path], Given]:
     """A ResNet of torchvision with random weights."""
 
     def saved(folder: Path) -> Given:
+        import torchvision  # here, as what is analysed imports this module to build its network
+
         torch.manual_seed(0)
         file = folder / f"{name}.pt"
         torch.save(getattr(torchvision.models, name)().state_dict(), file)
@@ -80,6 +80,8 @@ def resnet(name: str) -> Callable[[Path], Given]:
 
 def efficientnet(_: Path) -> Given:
     """EfficientNet-lite0 with ImageNet weights."""
+    import trained
+
     return [
         trained.efficientnet_weights(), "--arch", "efficientnet_lite_pytorch:EfficientNet.from_name",
         "--arch-kwargs", '{"model_name": "efficientnet-lite0"}',
