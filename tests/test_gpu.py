@@ -18,7 +18,7 @@ SHAPE = (3, 40, 40)
 
 
 def _network(device: str) -> FilterNetwork:
-    return FilterNetwork(random_residual().to(device), SHAPE)
+    return FilterNetwork(random_residual(), SHAPE, device=device)
 
 
 def test_stimuli_excite_as_on_the_cpu() -> None:

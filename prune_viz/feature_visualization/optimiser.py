@@ -115,7 +115,7 @@ class Round:
 
 
 def rounds(steps: int, activation: bool, draft: bool = False) -> list[Round]:
-    """The rounds that `steps` allow: the last takes what the others leave, or `LAST` of it; drafts have one."""
+    """The rounds that `steps` allow: the last takes what others leave, or `LAST` of it; drafts have one."""
     if draft:
         return [Round(0, steps if activation else steps + OPEN_DRAFT, DRAFT_ANGLE)]
     *shorter, (_, last) = ROUNDS if activation else OPEN_ROUNDS

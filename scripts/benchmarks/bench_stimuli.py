@@ -53,6 +53,7 @@ from prune_viz.feature_visualization.rendering import draw_pictures
 from prune_viz.feature_visualization.stimuli import STEPS, Stimuli, find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
+from prune_viz.network.precision import AUTO, pick_precision
 from prune_viz.utils.devices import pick_device
 
 SHAPE = (3, peers.SIDE, peers.SIDE)
@@ -110,7 +111,7 @@ def main() -> None:
     effort = QUICK if options.quick else FULL
     started = time.perf_counter()
     model = load_efficientnet()
-    network = FilterNetwork(model, SHAPE)
+    network = FilterNetwork(model, SHAPE, precision=pick_precision(AUTO, torch.device("cpu")))
     filters, threads = sum(layer.filters for layer in network.layers), torch.get_num_threads()
     print(f"EfficientNet-lite0, {filters} filters; torch {torch.__version__}, {threads} threads")
     find_stimuli(network, network.layers[0].name, [0, 1], steps=1)  # starts torch's threads

@@ -20,13 +20,15 @@ from torch import Tensor
 import prune_viz as pv
 from prune_viz.demo.digits import DigitsNet, load_digits, plant, train_digits_net
 from prune_viz.feature_visualization.search import BATCH
-from prune_viz.feature_visualization.stimuli import DRAFT_STEPS, STEPS, find_stimuli
+from prune_viz.feature_visualization.stimuli import STEPS, find_stimuli
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.layers import Layer
+from prune_viz.network.precision import FULL, HALF
 
 SHAPE = (3, 224, 224)
 EVERY = 8  # of its layers are timed, one in so many
 LONGEST = 200.0  # seconds that timing may take; layers beyond are left out
+PRECISIONS = FULL, HALF
 SIDES = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # of the matrices whose multiplication is timed
 
 
@@ -41,46 +43,54 @@ def measure(device: torch.device) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``device``, its name; ``layers``, a dict each; ``filters_a_second``, of the layers that were timed, by
-        their filters; ``matmul_flops``, by type; ``share_of_rate``, of that, by type; ``peak_mib``, of the
-        device's memory; ``verdicts_agree``, the share of the demo's filters, and what `agreement` says.
+        ``device``, its name; ``layers``, a dict each; by the precision of gradients ``filters_a_second``, of
+        the layers that were timed, by their filters, ``flops``, ``matmul_flops`` and ``share_of_rate``, of
+        that; ``peak_mib``, of the device's memory; ``verdicts_agree``, the share of the demo's filters, and
+        what `agreement` says.
     """
     rates = matmul_rates(device)
     rows = list(timed_layers(device))
     filters = sum(row["layer_filters"] for row in rows)
-    whole = sum(row["layer_filters"] * row["seconds_a_filter"] for row in rows)
-    speed = sum(row["flops"] for row in rows) / sum(row["seconds"] for row in rows)
-    figures = {
+    each = {
+        kind: sum(row["layer_filters"] * row["seconds"][kind] / row["filters"] for row in rows)
+        for kind in PRECISIONS
+    }
+    work = sum(row["flops"] for row in rows)
+    speeds = {kind: work / sum(row["seconds"][kind] for row in rows) for kind in PRECISIONS}
+    figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "layers": rows,
-        "filters_a_second": filters / whole,
-        "flops": speed,
+        "filters_a_second": {kind: filters / seconds for kind, seconds in each.items()},
+        "flops": speeds,
         "matmul_flops": rates,
-        "share_of_rate": {name: speed / rate for name, rate in rates.items()},
+        "share_of_rate": {kind: speeds[kind] / rates[kind] for kind in PRECISIONS},
         "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
         **agreement(device),
     }
     print_table(
-        f"ResNet-50 on {figures['device']}: {figures['filters_a_second']:.1f} filters a second",
-        ["layer", "canvas", "filters", "s/filter, draft", "s/filter", "GFLOP/s"],
+        f"ResNet-50 on {figures['device']}",
+        ["layer", "canvas", "filters", *[f"{kind}, s/filter" for kind in PRECISIONS]],
         [
-            [row["layer"], row["canvas"][0], row["filters"], row["draft_seconds_a_filter"],
-             row["seconds_a_filter"], row["flops"] / row["seconds"] / 1e9]
+            [row["layer"], row["canvas"][0], row["filters"],
+             *[row["seconds"][kind] / row["filters"] for kind in PRECISIONS]]
             for row in rows
         ],
     )  # fmt: skip
-    shares = ", ".join(f"{share:.1%} in {name}" for name, share in figures["share_of_rate"].items())
-    print(f"of the rate at which matrices multiply: {shares}")
+    for kind in PRECISIONS:
+        rate, share = figures["filters_a_second"][kind], figures["share_of_rate"][kind]
+        print(f"{kind}: {rate:.1f} filters a second, {share:.1%} of the rate at which matrices multiply")
     print(f"verdicts that agree with the CPU's: {figures['verdicts_agree']:.1%}")
     return figures
 
 
 def timed_layers(device: torch.device) -> Sequence[dict[str, Any]]:
-    """Seconds a filter and operations of some layers, a batch of filters each."""
+    """Seconds and operations of some layers, a batch of filters each, by the precision of gradients."""
     torch.manual_seed(0)  # rates do not depend on the weights
-    network = FilterNetwork(torchvision.models.resnet50().eval().to(device), SHAPE)
-    count = BATCH[device.type]
-    find_stimuli(network, network.layers[0].name, range(2), steps=1)  # loads kernels
+    model = torchvision.models.resnet50().eval()
+    networks = {kind: FilterNetwork(model, SHAPE, device=device, precision=kind) for kind in PRECISIONS}
+    network, count = networks[FULL], BATCH[device.type]
+    for each in networks.values():
+        find_stimuli(each, network.layers[-1].name, range(2), steps=1)  # loads kernels
     started, rows = time.perf_counter(), []
     for layer in network.layers[::EVERY]:
         chosen = range(min(count, layer.filters))
@@ -90,9 +100,7 @@ def timed_layers(device: torch.device) -> Sequence[dict[str, Any]]:
                 "canvas": list(layer.canvas),
                 "layer_filters": layer.filters,
                 "filters": len(chosen),
-                "draft_seconds_a_filter": _search(network.draft, layer, chosen, DRAFT_STEPS) / len(chosen),
-                "seconds": (seconds := _search(network, layer, chosen, STEPS)),
-                "seconds_a_filter": seconds / len(chosen),
+                "seconds": {kind: _search(each, layer, chosen) for kind, each in networks.items()},
                 "flops": _operations(network, layer, chosen),
             }
         )
@@ -101,10 +109,10 @@ def timed_layers(device: torch.device) -> Sequence[dict[str, Any]]:
     return rows
 
 
-def _search(network: FilterNetwork, layer: Layer, filters: range, steps: int) -> float:
+def _search(network: FilterNetwork, layer: Layer, filters: range) -> float:
     """Seconds of finding stimuli; their norms are read, so a device that works on its own is waited for."""
     started = time.perf_counter()
-    find_stimuli(network, layer.name, filters, steps=steps)
+    find_stimuli(network, layer.name, filters, steps=STEPS)
     return time.perf_counter() - started
 
 
