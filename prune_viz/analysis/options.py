@@ -78,7 +78,7 @@ class AnalysisOptions:
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     precision : {"auto", "float32", "bfloat16"}
-        Of gradients in the search for stimuli (`prune_viz.maximize`).
+        Precision of the gradients that searches follow (`prune_viz.maximize`).
     mean, std : float or sequence of float, optional
         The model's normalisation, of pixels in 0..1.
     data : path, str, Tensor, ndarray or iterable of batches, optional

@@ -20,7 +20,6 @@ from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, as_spectrograms
 from prune_viz.network.layers import Layer, check_patterns, select_layers
 from prune_viz.network.output_kinds import find_output_kind
-from prune_viz.network.precision import pick_precision
 from prune_viz.network.tall_kernels import turned
 from prune_viz.runs.fingerprint import Origin, hash_model
 from prune_viz.runs.output_kind import OutputKind, Task
@@ -115,10 +114,9 @@ def prepare(
     check_finite(model)
     graph, untraced = _couple(model, options)
     groups, hidden = graph.groups, hidden_layers(model, graph.groups)
-    device = pick_device(options.device)
     network = FilterNetwork(
-        model, options.input_shape, options.canvas, device, linear=hidden,
-        precision=pick_precision(options.precision, device),
+        model, options.input_shape, options.canvas, pick_device(options.device), linear=hidden,
+        precision=options.precision,
     )  # fmt: skip
     if options.effort.is_draft:
         network = network.draft

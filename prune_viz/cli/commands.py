@@ -138,8 +138,8 @@ def analyze(
     precision: Annotated[
         PrecisionName,
         typer.Option(
-            help="Of the gradients by which stimuli are sought. auto takes bfloat16 where the processor "
-            "multiplies it, at about half the time."
+            help="Of the gradients that the search for stimuli follows. auto is bfloat16 where the processor "
+            "has instructions for it, which is faster."
         ),
     ] = PrecisionName.auto,
     mean: Annotated[

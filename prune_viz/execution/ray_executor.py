@@ -53,7 +53,7 @@ class Work:
     draft : bool
         Whether drafts are sought.
     precision : str
-        Of gradients.
+        Precision of the gradients that searches follow.
     """
 
     model: nn.Module

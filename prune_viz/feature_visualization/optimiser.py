@@ -56,7 +56,7 @@ def optimise(
     Parameters
     ----------
     maps : callable
-        The network up to a layer, from `FilterNetwork.maps`.
+        The network up to a layer, from `FilterNetwork.climbed_maps`.
     filters : sequence of int
         Which filter each point is optimised for.
     prior : Prior
@@ -191,7 +191,7 @@ def _generator(key: str) -> torch.Generator:
 
 
 def norms(maps: Tensor) -> Tensor:
-    """L2 norm of each row of `maps`, shape (B,); that of half precision is found at full precision."""
+    """L2 norm of each row of `maps`, shape (B,); of bfloat16, too, it is found at float32."""
     found: Tensor = torch.linalg.vector_norm(
         maps.flatten(1), dim=1, dtype=torch.promote_types(maps.dtype, torch.float32)
     )

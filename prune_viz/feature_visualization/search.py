@@ -35,6 +35,7 @@ from prune_viz.feature_visualization.priors import make_prior, tile
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics
 from prune_viz.network.layers import LARGEST_CANVAS, Layer
+from prune_viz.network.precision import FULL
 from prune_viz.utils.devices import in_batches
 from prune_viz.utils.progress import Progress
 
@@ -105,7 +106,9 @@ class Search:
         self.layer, self.filters, self.seed, self.device = layer, filters, seed, network.device
         self.shape = (network.input_shape[0], *layer.canvas)
         self.maps = until(stop, network.maps(layer.name))
-        self.climbed = until(stop, network.climbed_maps(layer.name))
+        self.climbed = self.maps
+        if network.precision != FULL:
+            self.climbed = until(stop, network.climbed_maps(layer.name))
         self.prior = make_prior(prior, self.shape[0], layer.canvas, network.device, statistics)
         full = LARGEST_CANVAS[len(layer.canvas)] ** len(layer.canvas)
         self.leave = LEAVE * min(1.0, math.prod(layer.canvas) / full)

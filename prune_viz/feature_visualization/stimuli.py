@@ -23,7 +23,7 @@ from prune_viz.feature_visualization.search import Search
 from prune_viz.loading.state_dicts import check_finite
 from prune_viz.network.filter_network import FilterNetwork
 from prune_viz.network.inputs import InputStatistics, describe_inputs
-from prune_viz.network.precision import AUTO, pick_precision
+from prune_viz.network.precision import AUTO
 from prune_viz.network.tall_kernels import turned
 from prune_viz.utils.devices import WHOLE, one_thread_each, pick_device, workers_on
 from prune_viz.utils.errors import UserError
@@ -118,9 +118,9 @@ def maximize(
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     precision : {"auto", "float32", "bfloat16"}
-        Of gradients. By default bfloat16 where the processor has instructions for it, and float32
-        elsewhere, in small layers, and where maps would come out otherwise. What stimuli reach is measured
-        at float32.
+        Precision of the gradients that the search follows. By default it is bfloat16 where the processor
+        has instructions for it. Small layers, those whose maps would come out otherwise, and networks that
+        cannot be traced are searched for at float32 in any case. What stimuli reach is measured at float32.
     mean, std : float or sequence of float, optional
         The model's normalisation, a number a channel: input = (pixel - mean) / std, pixels in [0, 1].
     images : Tensor, shape (N, C, *size), optional
@@ -140,9 +140,8 @@ def maximize(
     check_finite(model)
     check_sizes(input_shape, canvas)
     statistics = describe_inputs(input_shape[0], mean, std, images)
-    where = pick_device(device)
     network = FilterNetwork(
-        turned(model), input_shape, canvas, where, linear=[layer], precision=pick_precision(precision, where)
+        turned(model), input_shape, canvas, pick_device(device), linear=[layer], precision=precision
     )
     wanted = list(range(network.layer(layer).filters)) if filters is None else list(filters)
     workers = workers_on(network.device)

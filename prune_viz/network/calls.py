@@ -100,7 +100,8 @@ class _Sizes(DispatchMode):
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do what an operation does, and note how large what it made is."""
-        if func is torch.ops.aten.native_batch_norm.default:  # whose form there imports PyTorch's compiler
+        # Its own form for the meta device would import PyTorch's compiler.
+        if func is torch.ops.aten.native_batch_norm.default:
             made: Any = torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         else:
             made = func(*args, **kwargs)

@@ -50,11 +50,13 @@ def count_cost(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
 
 def _counted(model: nn.Module, input_shape: Sequence[int]) -> Counter[str]:
     """MACs by the innermost module that is being called, after one input has passed in eval mode."""
+    # Hooks stumble over views of parameters with gradients, as an expanded class token is.
     twin = free_copy(model, share=True).eval().requires_grad_(False)
     counting = _Counting()
     hooks = [
         hook
         for name, module in twin.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         for hook in (
             module.register_forward_pre_hook(partial(counting.enter, name)),
             module.register_forward_hook(counting.leave, always_call=True),

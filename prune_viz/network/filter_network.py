@@ -28,10 +28,10 @@ from prune_viz.network.layer_kinds import (
     maps_of,
 )
 from prune_viz.network.layers import Layer, choose_canvas, describe, no_layer_message
-from prune_viz.network.precision import FULL, HALF, at_half, keep_whole, suits_half
+from prune_viz.network.precision import FULL, HALF, at_half, pick_precision, suits_half, with_half_weights
 from prune_viz.network.receptive_field import receptive_field
 from prune_viz.runs.fingerprint import hash_structure
-from prune_viz.utils.devices import WHOLE, may_pass
+from prune_viz.utils.devices import WHOLE, may_pass, with_fewer
 from prune_viz.utils.errors import LayerError, UserError, brief
 from prune_viz.utils.nested_tensors import tensors_of
 
@@ -56,8 +56,8 @@ class FilterNetwork:
         Linear layers whose hidden units are filters too.
     draft : bool
         Whether canvases are those of drafts.
-    precision : {"float32", "bfloat16"}
-        Of gradients (`climbed_maps`).
+    precision : {"auto", "float32", "bfloat16"}
+        Precision of the gradients that searches follow (`climbed_maps`).
 
     Attributes
     ----------
@@ -78,8 +78,8 @@ class FilterNetwork:
         Names of convolutions whose outputs on plain noise are not finite.
     is_draft : bool
         Whether its canvases are those of drafts.
-    precision : str
-        Of gradients.
+    precision : {"float32", "bfloat16"}
+        Precision of the gradients that searches follow.
 
     Raises
     ------
@@ -98,10 +98,10 @@ class FilterNetwork:
         precision: str = FULL,
     ) -> None:
         self.input_shape = tuple(input_shape)
-        self.precision = precision
         self.is_draft = draft
         self.linear = frozenset(linear)
         self.device = torch.device(device)
+        self.precision = pick_precision(precision, self.device)
         called = called_copy(model, self.input_shape, self.linear)
         model, calls = called.model, called.calls
         self.overflowing, self.shares = called.overflowing, called.shares
@@ -118,6 +118,8 @@ class FilterNetwork:
         traced = tracing.trace(model)
         self._graph: fx.GraphModule | None = None
         self._taps: dict[str, tracing.Tap] = {}
+        self._halved: fx.GraphModule | None = None
+        self._half_taps: dict[str, tracing.Tap] = {}
         self._model = model
         if traced is not None:
             example = ordinary_input(self.input_shape)
@@ -125,8 +127,10 @@ class FilterNetwork:
             self._graph = folded.to(self.device).requires_grad_(False)
             if self.channels_last:
                 lay_weights_channels_last(self._graph)
-            keep_whole(self._graph)
             self._taps = tracing.find_taps(self._graph)
+            if self.precision == HALF:
+                self._halved = with_half_weights(self._graph, self.device)
+                self._half_taps = tracing.find_taps(self._halved)
         self._canvas, self._modules = canvas, {name: layers[name] for name in calls}
         self.layers = self._find_layers()
 
@@ -223,8 +227,26 @@ class FilterNetwork:
             (B, F, *spatial); the same tensor where no activation follows. It raises `LayerError` where the
             model fails.
         """
-        plain = self._maps(name)
+        return self._guarded(name, self._maps(name))
 
+    def climbed_maps(self, name: str) -> MapFunction:
+        """The maps whose gradients a search follows: in bfloat16 where that is asked for and suits."""
+        if self._halved is None or name not in self._half_taps or name in self._row_by_row:
+            return self.maps(name)
+        maps, part = self.maps(name), self._cut(self._halved, self._half_taps[name])
+        mixed = at_half(self._guarded(name, part), self.device)
+        key = name, self.layer(name).canvas
+        if key not in self._suited:
+            shape = self.input_shape[0], *key[1]
+
+            def suits(rows: int) -> bool:
+                return suits_half(part, maps, mixed, ordinary_input(shape, rows).to(self.device))
+
+            self._suited[key] = with_fewer(suits, WHOLE, self.device)
+        return mixed if self._suited[key] else maps
+
+    def _guarded(self, name: str, plain: MapFunction) -> MapFunction:
+        """Maps, input by input where need be, whose failures are `LayerError`."""
         module = self._model.get_submodule(name)
 
         def checked(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,24 +268,15 @@ class FilterNetwork:
 
         return guarded
 
-    def climbed_maps(self, name: str) -> MapFunction:
-        """The maps whose gradients a search follows: at half precision where that is asked for and suits."""
-        maps = self.maps(name)
-        if self.precision != HALF or name not in self._taps or name in self._row_by_row:
-            return maps
-        key = name, self.layer(name).canvas
-        if key not in self._suited:
-            example = ordinary_input((self.input_shape[0], *key[1]), WHOLE).to(self.device)
-            part = tracing.cut(self._graph, self._taps[name])  # type: ignore[arg-type]
-            self._suited[key] = suits_half(part, maps, example)
-        return at_half(maps, self.device) if self._suited[key] else maps
-
     def _maps(self, name: str) -> MapFunction:
         if self._graph is not None and name in self._taps:
-            part = tracing.cut(self._graph, self._taps[name])
-            # What modules of the user's own code keep of a call stays apart, so that threads may run at once.
-            return free_copy(part, share=True) if self._has_own_code and self.shares else part
+            return self._cut(self._graph, self._taps[name])
         return self._hooked.setdefault(name, HookedMaps(self._hookable, name, self._alone))
+
+    def _cut(self, graph: fx.GraphModule, tap: tracing.Tap) -> fx.GraphModule:
+        part = tracing.cut(graph, tap)
+        # What modules of the user's own code keep of a call stays apart, so that threads may run at once.
+        return free_copy(part, share=True) if self._has_own_code and self.shares else part
 
     @cached_property
     def _has_own_code(self) -> bool:
@@ -305,7 +318,7 @@ class FilterNetwork:
     def reader(
         self, names: Sequence[str], reading: Callable[[Tensor], Tensor]
     ) -> Callable[[Tensor], dict[str, Tensor]] | None:
-        """What runs inputs once and reads the maps of those of the layers that one pass gives; None if none.
+        """A function that reads the maps of several layers in one pass, or None if none can be read so.
 
         Parameters
         ----------
@@ -314,9 +327,8 @@ class FilterNetwork:
         reading : callable
             From maps, shape (B, F, *map), to what is kept of them.
         """
-        whole = self._graph is not None and self.takes_batches
         taps = [self._taps[name] for name in names if name in self._taps and name not in self._row_by_row]
-        if self._graph is None or not whole or not taps:
+        if self._graph is None or not taps or not self.takes_batches:
             return None
         found = tracing.MapReader(self._graph, taps, reading)
         return lambda inputs: found.read(self._laid_out(inputs))

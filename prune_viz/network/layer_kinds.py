@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
 _TALL = 16
 _PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,6 +65,14 @@ def is_plain(module: Any) -> bool:
 def plain_kind(module: object) -> Any | None:
     """Torch's own class of which a convolution is a subclass; None for transposed ones and other layers."""
     return next((kind for kind in _PLAIN if isinstance(module, kind)), None)
+
+
+def has_plain_weights(module: nn.Module) -> bool:
+    """Whether a layer is torch's own convolution or linear layer, of real weights without parametrisation."""
+    if type(module) not in (*_PLAIN, nn.Linear) or parametrize.is_parametrized(module):
+        return False
+    layer: Any = module
+    return bool(layer.weight.is_floating_point())
 
 
 def convolutions_of(model: nn.Module) -> dict[str, _ConvNd]:

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -151,18 +152,22 @@ def fold_batch_norms(traced: fx.GraphModule, example: torch.Tensor, *, share: bo
     share : bool
         Whether the copy shares what is not folded (`prune_viz.network.copies.free_copy`).
     """
-    try:
-        folded = _fold(traced, share)
-        example = example.to(next(traced.parameters()).device)
-        with torch.no_grad():
-            pairs = zip(tensors_of(folded(example)), tensors_of(traced(example)), strict=True)
-            same = all(
-                torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
-                for one, other in pairs
-            )
-    except Exception:  # an untrusted convolution may take its weights to be anything
-        same = False
-    return folded if same else free_copy(traced, share=share).eval()
+    for uneven in (True, False):
+        with suppress(Exception):  # an untrusted convolution may take its weights to be anything
+            folded = _fold(traced, share, uneven)
+            if _compute_the_same(folded, traced, example):
+                return folded
+    return free_copy(traced, share=share).eval()
+
+
+def _compute_the_same(folded: fx.GraphModule, traced: fx.GraphModule, example: torch.Tensor) -> bool:
+    example = example.to(next(traced.parameters()).device)
+    with torch.no_grad():
+        pairs = zip(tensors_of(folded(example)), tensors_of(traced(example)), strict=True)
+        return all(
+            torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+            for one, other in pairs
+        )
 
 
 def norms_behind(model: nn.Module) -> dict[str, str]:
@@ -191,9 +196,9 @@ def own_norms(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _fold(traced: fx.GraphModule, share: bool) -> fx.GraphModule:
+def _fold(traced: fx.GraphModule, share: bool, uneven: bool) -> fx.GraphModule:
     folded = free_copy(traced, share=share).eval()
-    put_plain_convolutions(folded)
+    put_plain_convolutions(folded, uneven)
     modules = dict(folded.named_modules())
     calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]
     for node in list(folded.graph.nodes):

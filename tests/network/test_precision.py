@@ -90,10 +90,63 @@ def test_layers_whose_maps_come_out_otherwise_are_climbed_at_full_precision() ->
 def test_strided_convolutions_in_groups_stay_at_full_precision() -> None:
     model = nn.Sequential(*wide(), nn.Conv2d(64, 64, 3, stride=2, padding=1, groups=64)).eval()
     network = FilterNetwork(model, SHAPE, precision=HALF)
+    example = ordinary_input(SHAPE, 4)
+    climbed, exact = network.climbed_maps("4")(example)[1], network.maps("4")(example)[1]
 
     assert computed_in(network, "2") == torch.bfloat16
-    assert computed_in(network, "4") == torch.float32
+    assert climbed.dtype == torch.float32
+    assert not torch.equal(climbed, exact)  # what they read is bfloat16
     assert "forward" not in vars(model[4])  # the model given is never changed
+    assert model[2].weight.dtype == torch.float32
+
+
+def test_strided_convolutions_in_groups_take_what_else_they_are_called_with() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = wide()
+            self.up = nn.ConvTranspose2d(64, 64, 2, stride=2, groups=64)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            encoded = self.encode(inputs)
+            return self.up(encoded, output_size=[2 * encoded.size(2), 2 * encoded.size(3)])
+
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    climbed, exact = (
+        FilterNetwork(model, SHAPE, precision=kind).climbed_maps("up")(ordinary_input(SHAPE, 4))[1]
+        for kind in (HALF, FULL)
+    )
+    assert not torch.equal(climbed, exact)
+    torch.testing.assert_close(climbed, exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
+
+
+class Particular(torch.autograd.Function):
+    """Minds the type of gradients alone."""
+
+    @staticmethod
+    def forward(context: object, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        if gradient.dtype != torch.float32:
+            raise RuntimeError("float32 only")
+        return gradient
+
+
+class Doubling(nn.Conv2d):
+    """No plain convolution, and whose gradients must be float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = Particular.apply(2 * super().forward(input))
+        return found
+
+
+def test_layers_without_a_gradient_at_half_precision_are_climbed_at_full_precision() -> None:
+    model = nn.Sequential(Doubling(3, 64, 3, padding=1), *wide()[1:]).eval()
+
+    assert computed_in(FilterNetwork(model, SHAPE, precision=HALF), last(model)) == torch.float32
 
 
 def test_stimuli_found_at_half_precision_are_as_strong() -> None:
@@ -109,9 +162,12 @@ def test_stimuli_found_at_half_precision_are_as_strong() -> None:
     assert stronger.mean().abs() < 0.03
     maps = FilterNetwork(model, SHAPE).maps("layer2.0.conv2")(found[HALF].images)[1]
     own = torch.linalg.vector_norm(maps[range(12), range(12)].flatten(1), dim=1)
-    torch.testing.assert_close(found[HALF].activations, own)  # measured at full precision
+    torch.testing.assert_close(found[HALF].activations, own, rtol=1e-4, atol=0)  # bfloat16 is off by 1e-3
 
 
+@pytest.mark.skipif(
+    pick_precision(AUTO, CPU) != HALF, reason="no bfloat16 here; emulated, it may round by batch"
+)
 def test_at_half_precision_too_a_stimulus_depends_on_its_own_filter_alone() -> None:
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval()
@@ -120,4 +176,5 @@ def test_at_half_precision_too_a_stimulus_depends_on_its_own_filter_alone() -> N
         for filters in (range(8), range(4, 8))
     )
 
-    torch.testing.assert_close(several.activations[4:], alone.activations, rtol=0.05, atol=0)
+    assert torch.equal(several.images[4:], alone.images)
+    assert torch.equal(several.activations[4:], alone.activations)

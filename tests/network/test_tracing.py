@@ -196,13 +196,33 @@ def test_uneven_padding_of_their_own_becomes_plain_where_tensorflow_pads_so(
     sides: tuple[int, int, int, int],
     becomes: type[nn.Module],
 ) -> None:
-    model = nn.Sequential(_Padding(3, 4, kernel, stride, dilation=dilation, sides=sides), nn.ReLU())
+    model = nn.Sequential(
+        _Padding(3, 4, kernel, stride, dilation=dilation, sides=sides), nn.BatchNorm2d(4), nn.ReLU()
+    )
+    randomise_norms(model)
     folded = tracing.fold_batch_norms(tracing.trace(model), torch.randn(1, 3, 32, 33))
 
     assert type(folded.get_submodule("0")) is becomes
     for size in [(32, 33), (17, 16), (18, 19)]:
         example = torch.randn(2, 3, *size)
         torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_folded_where_maps_must_be_contiguous() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padding = _Padding(3, 4, 3, 2, sides=(0, 1, 0, 1))
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.padding(x).view(x.size(0), -1).sum() + self.norm(self.conv(x))
+
+    model = randomise_norms(Viewed())
+    folded = tracing.fold_batch_norms(tracing.trace(model), torch.randn(1, 3, 16, 16))
+
+    assert "norm" not in folded.code
+    assert type(folded.get_submodule("padding")) is _Padding
 
 
 def test_padding_that_follows_the_input_is_left_alone() -> None:
