@@ -64,13 +64,13 @@ class HookedMaps:
         """Extend the tap over the norm and the activation that take the convolution's output."""
         norms = [name for name, module in self._model.named_modules() if isinstance(module, _BatchNorm)]
         given: dict[str, Tensor] = {}
-        read: dict[str, Tensor] = {}
+        read: dict[str, Any] = {}
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
                 if name not in given:
                     given[name] = output
-                    read[name] = arguments[0]
+                    read[name] = next(iter(arguments), None)  # none where it is called by keyword
 
             return hook
 

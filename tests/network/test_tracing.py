@@ -243,6 +243,26 @@ def test_padding_that_follows_the_input_is_left_alone() -> None:
         torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-5)
 
 
+def test_hooks_find_layers_that_are_called_by_keyword() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if float(x.detach().abs().sum()) < 0:
+                return x
+            return self.norm(input=self.conv(input=x)).relu()
+
+    model = randomise_norms(ByKeyword()).eval()
+    example = torch.randn(2, 3, 8, 8)
+    before, after = FilterNetwork(model, (3, 8, 8)).maps("conv")(example)
+
+    torch.testing.assert_close(before, model.conv(example))
+    assert after is before  # a norm that is called so is not taken for the layer's own
+
+
 @pytest.mark.parametrize(
     ("activation", "bound"),
     [
