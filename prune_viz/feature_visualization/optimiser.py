@@ -28,7 +28,7 @@ SLACK = 0.1  # the coordinate beyond white ones, at the start; at zero it would 
 JITTER = 1 / 12  # of the canvas, each way
 # Steps of each round and the angle of its first, in radians; the last takes more or fewer if asked to.
 ROUNDS = ((12, 0.4), (32, 0.3), (88, 0.2))
-LAST = 2 / 3  # of the steps that are left, those that its last round takes; more raise it by less than 1%
+LAST = 2 / 3  # of the steps that are left, those that its last round takes; more gain little
 OPEN_ROUNDS = ((16, 0.4), (160, 0.2))  # where no activation follows: little saturates, so few would leave
 DRAFT_ANGLE = 0.6  # of the only round of a draft
 OPEN_DRAFT = 1  # steps more that a draft takes where no activation follows
