@@ -21,7 +21,7 @@ from prune_viz.cli.console import exit_codes
 from prune_viz.runs.run_directory import RunDirectory
 from prune_viz.runs.status import read_status
 
-STEPS = 60
+STEPS = 40
 
 
 class Deadly(nn.ConvTranspose2d):

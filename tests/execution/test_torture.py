@@ -26,7 +26,7 @@ from prune_viz.utils.files import ASIDE
 pytestmark = pytest.mark.slow
 PROGRAM = str(Path(tortured.__file__))
 KILLS = 24
-LONG = 200  # steps
+LONG = 100  # steps
 FORKS = multiprocessing.get_context("forkserver")  # processes that have everything imported already
 FORKS.set_forkserver_preload(["tortured", "warmed"])
 
@@ -118,7 +118,7 @@ def test_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
                 time.sleep(0.01)
             process.join(chance.uniform(0, 0.5))
         else:
-            process.join(chance.uniform(0, 10))
+            process.join(chance.uniform(0, 6))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
