@@ -31,6 +31,6 @@ PYTHON
     "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 || "$VENV_PYTHON" -m ensurepip --upgrade
     local quiet=--quiet
     if [ -t 1 ]; then quiet=--progress-bar=on; fi
-    "$VENV_PYTHON" -m pip install "$quiet" --no-compile --disable-pip-version-check "$@"
+    "$VENV_PYTHON" -m pip install "$quiet" --disable-pip-version-check "$@"
     echo "$state" >"$stamp"
 }
