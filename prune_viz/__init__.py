@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prune_viz.loading.checkpoints import load_model
     from prune_viz.pruning.apply import apply_masks, make_permanent
     from prune_viz.pruning.consistency import reconcile_masks
+    from prune_viz.pruning.healing import heal
     from prune_viz.pruning.interop import prune_with_torch, to_indices, to_nni
     from prune_viz.pruning.masks import Masks, load_masks, save_masks
     from prune_viz.pruning.remove import remove_filters
@@ -26,6 +27,7 @@ __all__ = [
     "UserError",
     "analyze",
     "apply_masks",
+    "heal",
     "load_masks",
     "load_model",
     "make_permanent",
@@ -43,6 +45,7 @@ _HOMES = {
     "UserError": "utils.errors",
     "analyze": "analysis.pipeline",
     "apply_masks": "pruning.apply",
+    "heal": "pruning.healing",
     "load_masks": "pruning.masks",
     "load_model": "loading.checkpoints",
     "make_permanent": "pruning.apply",

@@ -16,7 +16,8 @@ from prune_viz.analysis.prepare import Prepared
 from prune_viz.calibration import images as calibration_images
 from prune_viz.calibration.extent import Extent, plan_extent
 from prune_viz.calibration.images import BATCH, Start, calibration_size, fitted, kept_out, natural_noise
-from prune_viz.calibration.synthetic_images import calibrate, enlarged
+from prune_viz.calibration.synthetic_images import calibrate
+from prune_viz.calibration.variants import enlarged
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.embedding.layer_map import FEW
 from prune_viz.execution.run_context import RunContext

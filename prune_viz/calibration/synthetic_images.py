@@ -11,12 +11,11 @@ coordinates of the natural prior, so that broad patterns move as easily as fine 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_viz.calibration import dead_leaves, extent, losses
@@ -31,12 +30,12 @@ from prune_viz.calibration.losses import (
     pool,
     total_error,
 )
+from prune_viz.calibration.variants import JITTER, shifted
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization import priors
-from prune_viz.feature_visualization.optimiser import roll, unit
+from prune_viz.feature_visualization.optimiser import unit
 from prune_viz.feature_visualization.priors import are_photographs, make_prior, scene_exponent
 from prune_viz.feature_visualization.stimuli import DRAFT_STEPS
-from prune_viz.network.inputs import InputStatistics
 from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.devices import is_out_of_memory, release_memory, with_fewer
 from prune_viz.utils.memory import RowLimit, even_parts
@@ -45,10 +44,7 @@ ALGORITHM = 3  # raised with every change after which calibration images come ou
 BATCH = 32
 RATE = 0.15  # of the first steps, in deviations of a white coordinate
 BETAS = 0.9, 0.99  # of the running means of gradients and of their squares
-JITTER = 1 / 16  # of the size, each way
 CONTRASTS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)  # tried at the start, in deviations of natural inputs
-VARIANTS = 16  # shifted and, of photographs, mirrored and enlarged copies of each calibration image
-ENLARGED = 1.25
 _PATIENCE = 10  # passes without a fall of the distance by `_FALL`, and it ends
 _FALL = 0.01
 
@@ -136,7 +132,7 @@ def _calibrate(
             rate = RATE * 0.5 * (1 + math.cos(math.pi * number / passes))
             for index, (part, stepper) in enumerate(zip(parts, steppers, strict=True)):
                 free = part.white.detach().requires_grad_()
-                moved, mirrored = _shift(images(free, part.contrast), random, photographs)
+                moved, mirrored = shifted(images(free, part.contrast), random, photographs)
                 asked = part.asked(mirrored)
 
                 def error(seen: Seen, index: int = index, asked: Tensor | None = asked) -> Tensor:
@@ -310,57 +306,3 @@ def _settled(distances: Sequence[float]) -> bool:
     if len(distances) <= _PATIENCE:
         return False
     return min(distances[-_PATIENCE:]) > (1 - _FALL) * min(distances[:-_PATIENCE])
-
-
-def _shift(images: Tensor, random: torch.Generator, mirror: bool) -> tuple[Tensor, Tensor]:
-    """Shift each image around its canvas by up to `JITTER` of it, and mirror half of them if asked to.
-
-    Returns the images, and which of them are mirrored.
-    """
-    size = images.shape[2:]
-    reaches = torch.tensor([max(1, int(side * JITTER)) for side in size])
-    chance = 2 * torch.rand((len(images), len(size)), generator=random) - 1
-    shifts = (chance * (reaches + 0.5)).round().long().clamp(-reaches, reaches)
-    moved = roll(images, shifts.to(images.device))
-    mirrored = torch.zeros(len(images), dtype=torch.bool)
-    if mirror:
-        mirrored = torch.rand(len(images), generator=random) < 0.5
-        moved = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), moved.flip(-1), moved)
-    return moved, mirrored
-
-
-def variants(
-    images: Tensor, enlarge: bool, seed: int = 0, statistics: InputStatistics | None = None
-) -> Iterator[Tensor]:
-    """Give `VARIANTS` copies of images, each shifted at random; of photographs, mirrored and enlarged too.
-
-    Calibration shifts and mirrors alike as it goes, so that these feed the batch norms as well as the images
-    themselves, and a deep layer, which sees few positions of each, gets samples enough for a regression.
-
-    Parameters
-    ----------
-    images : Tensor, shape (N, C, *size)
-        Calibration images.
-    enlarge : bool
-        Whether the network takes inputs `ENLARGED` times as large.
-    seed : int
-        Seed of the shifts.
-    statistics : InputStatistics, optional
-        What is known of the model's inputs: spectrograms are no photographs.
-
-    Yields
-    ------
-    Tensor, shape (N, C, *size), or larger for some copies of photographs
-    """
-    random = torch.Generator().manual_seed(seed)
-    photographs = are_photographs(images.shape[1:], statistics)
-    for number in range(VARIANTS):
-        moved, _ = _shift(images, random, photographs)
-        if enlarge and photographs and number % 2:
-            moved = F.interpolate(moved, size=enlarged(images.shape[2:]), mode="bicubic", antialias=True)
-        yield moved
-
-
-def enlarged(size: Sequence[int]) -> list[int]:
-    """The size of enlarged calibration images."""
-    return [round(ENLARGED * side) for side in size]

@@ -35,12 +35,14 @@ from prune_viz.cli.options import (
     ArchKwargs,
     AsJson,
     Code,
+    Data,
     Engine,
     EngineName,
     Example,
     GpusPerTask,
     InputShapes,
     Key,
+    Mean,
     Memory,
     ModelFile,
     Only,
@@ -49,6 +51,7 @@ from prune_viz.cli.options import (
     QualityName,
     Quiet,
     RunArgument,
+    Std,
     TaskName,
     TrustPickle,
     Workers,
@@ -142,21 +145,9 @@ def analyze(
             "has instructions for it, which is faster."
         ),
     ] = PrecisionName.auto,
-    mean: Annotated[
-        str | None,
-        typer.Option(metavar="R,G,B", help="Mean of the normalisation, of pixels in 0..1."),
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the normalisation.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Example inputs, unlabelled: a folder of pictures, arrays or sounds, a file of arrays "
-            "(.npy, .npz, .pt, .safetensors), or module:function that returns batches.",
-        ),
-    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    data: Data = None,
     engine: Engine = EngineName.local,
     workers: Workers = None,
     gpus_per_task: GpusPerTask = 1.0,

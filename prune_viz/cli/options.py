@@ -39,6 +39,14 @@ class Only(StrEnum):
     stimuli = "stimuli"
 
 
+class RuntimeName(StrEnum):
+    """What runs a network that is timed."""
+
+    eager = "eager"
+    compile = "compile"
+    onnx = "onnx"
+
+
 class TaskName(StrEnum):
     """What a network returns."""
 
@@ -140,3 +148,16 @@ Force = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Mean of the normalisation, of pixels in 0..1."),
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation of the normalisation.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Example inputs, unlabelled: a folder of pictures, arrays or sounds, a file of arrays "
+        "(.npy, .npz, .pt, .safetensors), or module:function that returns batches.",
+    ),
+]

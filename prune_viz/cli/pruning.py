@@ -8,21 +8,32 @@ from typing import Annotated
 
 import typer
 
-from prune_viz.cli.arguments import check_budget, check_code, check_spec, parse_kwargs, parse_shapes
-from prune_viz.cli.console import exit_codes, make_console, print_start
+from prune_viz.cli.arguments import (
+    check_budget,
+    check_code,
+    check_spec,
+    parse_kwargs,
+    parse_numbers,
+    parse_shapes,
+)
+from prune_viz.cli.console import exit_codes, make_console, make_progress, print_start
 from prune_viz.cli.options import (
     Arch,
     ArchKwargs,
     AsJson,
     Code,
     Compensate,
+    Data,
     Example,
     Force,
     InputShapes,
     Key,
+    Mean,
     Mode,
     ModelFile,
     RunArgument,
+    RuntimeName,
+    Std,
     TrustPickle,
 )
 from prune_viz.utils.destinations import check_destination
@@ -139,6 +150,25 @@ def apply(
             show_default="merge, where the masks carry merges fitted to MODEL",
         ),
     ] = None,
+    heal: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="With --mode remove: train the smaller network so many steps to do what MODEL does, without "
+            "labels.",
+        ),
+    ] = None,
+    data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    runtime: Annotated[
+        list[RuntimeName] | None,
+        typer.Option(
+            help="With --mode remove: what times both networks; may be repeated. Compiling may take minutes.",
+            show_default="eager",
+        ),
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the pruned network itself too: FILE.pt2 or FILE.onnx."),
@@ -153,10 +183,23 @@ def apply(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Apply MASKS to MODEL and write the result to a new file."""
+    """Apply MASKS to MODEL and write the result to a new file.
+
+    Healing that is interrupted goes on with the same command. It learns from the run's calibration images, or
+    from inputs that --data names.
+    """
     kwargs, shapes = parse_kwargs(arch_kwargs), parse_shapes(input_shapes)
     if mode is Mode.zero and compensate is Compensate.merge:
         raise UserError("--compensate merge needs --mode remove")
+    if mode is Mode.zero and heal is not None:
+        raise UserError("--heal needs --mode remove")
+    if mode is Mode.zero and runtime:
+        raise UserError("--runtime needs --mode remove: with zeros, a network takes as long as before")
+    if heal is None and data is not None:
+        raise UserError("--data is what --heal learns from: give --heal STEPS too")
+    normalisation = parse_numbers("--mean", mean), parse_numbers("--std", std)
+    if data is None and normalisation != (None, None):
+        raise UserError("--mean and --std say how --data is normalised: give --data too")
     check_spec(arch)
     check_code(code)
 
@@ -178,7 +221,16 @@ def apply(
         check_export(export)
 
     from prune_viz.cli.model_options import hold_as_asked, input_shape_of, load_as_asked
+    from prune_viz.loading.architectures import default_normalisation
+    from prune_viz.loading.input_data import read_inputs
+    from prune_viz.pruning.healing import Healing
+    from prune_viz.pruning.healing_state import state_file
+    from prune_viz.pruning.latency import Runtime, check_runtime
     from prune_viz.pruning.write import write_removed, write_zeroed
+
+    runtimes = [Runtime(one.value) for one in runtime or [RuntimeName.eager]]
+    for one in runtimes:
+        check_runtime(one)
 
     checkpoint = load_as_asked(model, arch, kwargs, code, key, trust_pickle, silent=as_json)
     checkpoint = hold_as_asked(checkpoint, shapes, example)
@@ -186,8 +238,15 @@ def apply(
     if mode is Mode.zero:
         applied = write_zeroed(checkpoint, masks, out, export, shape)
     else:
-        how = None if compensate is None else compensate.value
-        applied = write_removed(checkpoint, masks, shape, out, how, export)
+        how, healing = None if compensate is None else compensate.value, None
+        if heal is not None:
+            if normalisation == (None, None):
+                normalisation = default_normalisation(checkpoint.arch, shape[0]) or normalisation
+            _, examples, unread = read_inputs(shape, *normalisation, data, None)
+            for line in unread:
+                make_console(as_json).print(one_line(line), soft_wrap=True)
+            healing = Healing(heal, examples, state=state_file(out), progress=make_progress(as_json))
+        applied = write_removed(checkpoint, masks, shape, out, how, export, healing, runtimes)
     if as_json:
         print(json.dumps(applied.as_json()))
         return

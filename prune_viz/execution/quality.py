@@ -35,7 +35,7 @@ class Effort:
         Stimuli on which verdicts rest, about.
     variants : int
         Shifted copies of each calibration image on which groups are compared, at most
-        `prune_viz.calibration.synthetic_images.VARIANTS`.
+        `prune_viz.calibration.variants.VARIANTS`.
     sensitivity_variants : int
         Those on which the output's sensitivity is measured.
     measuring : float

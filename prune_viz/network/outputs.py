@@ -38,9 +38,26 @@ def output_change(
     Returns
     -------
     Damage
-        In the task's unit, not negative. Of scores it is the Kullback-Leibler divergence of the probabilities
-        after from those before, a mean over inputs, positions and outputs, and summed over labels; of other
-        values the squared change as a share of the square, a mean over outputs.
+        In the task's unit, not negative; NaN where outputs are not finite. Of scores it is the
+        Kullback-Leibler divergence of the probabilities after from those before, a mean over inputs,
+        positions and outputs, and summed over labels; of other values the squared change as a share of the
+        square, a mean over outputs.
+    """
+    changes = output_changes(before, after, kind, count, sizes)
+    change = sum(map(float, changes)) / max(len(changes), 1)
+    return Damage(max(change, 0.0), kind.task.unit)  # in this order, which leaves NaN as it is
+
+
+def output_changes(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    kind: OutputKind,
+    count: int,
+    sizes: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """The change of each output as a scalar in double precision, which can be differentiated.
+
+    Arguments are those of `output_change`, which is their mean; outputs that say nothing are left out.
     """
     there = [index for index, old in enumerate(before) if old.is_floating_point() and old.numel()]
     pairs = [(old.double(), new.double()) for old, new in zip(before, after, strict=True)]
@@ -50,24 +67,22 @@ def output_change(
     measure = {Task.CLASSES: _of_classes, Task.DENSE: _of_classes, Task.LABELS: _of_labels}.get(kind.task)
     if measure is None:
         known = mean_squares(before) if sizes is None else sizes
-        changes = [
-            float((old - new).square().mean()) / max(known[index], _LEAST_SQUARE)
+        return [
+            (old - new).square().mean() / max(known[index], _LEAST_SQUARE)
             for index, (old, new) in zip(there, pairs, strict=True)
         ]
-    else:
-        changes = [measure(scores_of(old, kind), scores_of(new, kind)) for old, new in pairs]
-    return Damage(max(0.0, sum(changes) / max(len(changes), 1)), kind.task.unit)
+    return [measure(scores_of(old, kind), scores_of(new, kind)) for old, new in pairs]
 
 
-def _of_classes(before: Tensor, after: Tensor) -> float:
+def _of_classes(before: Tensor, after: Tensor) -> Tensor:
     one, other = before.log_softmax(dim=1), after.log_softmax(dim=1)
-    return float((one.exp() * (one - other)).sum(dim=1).mean())
+    return (one.exp() * (one - other)).sum(dim=1).mean()
 
 
-def _of_labels(before: Tensor, after: Tensor) -> float:
+def _of_labels(before: Tensor, after: Tensor) -> Tensor:
     yes, no = (logsigmoid(sign * before) - logsigmoid(sign * after) for sign in (1, -1))
     each = before.sigmoid() * yes + (-before).sigmoid() * no
-    return float((each.sum(dim=1) if each.ndim > 1 else each).mean())
+    return (each.sum(dim=1) if each.ndim > 1 else each).mean()
 
 
 def mean_squares(outputs: Sequence[Tensor]) -> list[float]:

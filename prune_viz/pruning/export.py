@@ -39,9 +39,15 @@ def check_export(path: Path) -> None:
     """
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(f"--export {path} should end in .pt2 (torch.export) or .onnx")
+    if path.suffix == ".onnx":
+        check_onnx(f"--export {path}")
+
+
+def check_onnx(what: str) -> None:
+    """Raise `UserError` where a library that ONNX needs is not installed; `what` is what needs it."""
     missing = [name for name in _ONNX if importlib.util.find_spec(name) is None]
-    if path.suffix == ".onnx" and missing:
-        raise UserError(f"--export {path} needs {missing[0]}; pip install 'prune-viz[onnx]'")
+    if missing:
+        raise UserError(f"{what} needs {missing[0]}; pip install 'prune-viz[onnx]'")
 
 
 def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> str:
@@ -74,8 +80,8 @@ def export_model(model: nn.Module, input_shape: Sequence[int], path: Path) -> st
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, *input_shape, generator=generator).to(dtype)
-    write = _to_pt2 if path.suffix == ".pt2" else _to_onnx
-    with torch.no_grad(), _quietly():
+    write = _to_pt2 if path.suffix == ".pt2" else to_onnx
+    with torch.no_grad(), quietly():
         try:
             twin(inputs[:1])
         except Exception as error:  # whatever an untrusted forward pass raises
@@ -121,7 +127,7 @@ def _to_pt2(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> tu
     return stream.getvalue(), lambda batch: tensors_of(again(batch))
 
 
-def _to_onnx(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> tuple[bytes, Runner]:
+def to_onnx(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> tuple[bytes, Runner]:
     """The content of an ``.onnx`` file, and what ONNX Runtime computes from it."""
     import onnxruntime
 
@@ -138,7 +144,7 @@ def _to_onnx(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> t
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep the exporters' warnings and logs, of which a user can make nothing, from the terminal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,6 +19,8 @@ from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
 from prune_viz.pruning.compensation import Compensation
 from prune_viz.pruning.consistency import groups_for_removal, reconcile_with_groups
 from prune_viz.pruning.export import export_model
+from prune_viz.pruning.healing import Healed, Healing, heal_as, learned_from
+from prune_viz.pruning.latency import Latency, Runtime, compare_latency
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
 from prune_viz.pruning.outcome import Outcome, describe_change, measure_change
 from prune_viz.pruning.remove import remove_and_compensate
@@ -42,6 +44,10 @@ class Applied:
         Parameters and multiply-accumulates before and after; None where the network is as large as before.
     exported : str
         Where the network itself was written too, for people; empty where it was not.
+    healed : Healed or None
+        What healing did, where it was asked for.
+    latencies : tuple of Latency
+        Time for one input before and after, by each runtime that was asked for.
     """
 
     outcome: Outcome
@@ -49,6 +55,8 @@ class Applied:
     notes: tuple[str, ...] = ()
     cost: tuple[tuple[int, int], tuple[int, int]] | None = None
     exported: str = ""
+    healed: Healed | None = None
+    latencies: tuple[Latency, ...] = ()
 
     def lines(self) -> list[str]:
         """What was done, for people."""
@@ -58,6 +66,8 @@ class Applied:
         if self.cost is not None:
             for what, old, new in zip(("parameters", "MACs"), *self.cost, strict=True):
                 lines.append(f"{what}: {old:,} -> {new:,} ({new / max(old, 1) - 1:+.1%})")
+        lines += [str(one) for one in self.latencies]
+        lines += [] if self.healed is None else [str(self.healed)]
         lines += describe_change(one.predicted, one.measured, one.images, one.rough)
         return [*lines, *filter(None, [self.exported])]
 
@@ -65,7 +75,13 @@ class Applied:
         """One object for programs: what `Outcome.as_json` has, and the network's size."""
         names = ("parameters", "macs", "parameters_after", "macs_after")
         sizes = [None] * 4 if self.cost is None else [*self.cost[0], *self.cost[1]]
-        return {**self.outcome.as_json(), **dict(zip(names, sizes, strict=True)), "notes": list(self.notes)}
+        return {
+            **self.outcome.as_json(),
+            **dict(zip(names, sizes, strict=True)),
+            "latency": [one.as_json() for one in self.latencies],
+            "healed": None if self.healed is None else self.healed.as_json(),
+            "notes": list(self.notes),
+        }
 
 
 def write_zeroed(
@@ -122,6 +138,8 @@ def write_removed(
     out: Path,
     compensate: str | None = None,
     export: Path | None = None,
+    healing: Healing | None = None,
+    runtimes: Sequence[Runtime] = (),
 ) -> Applied:
     """Write a checkpoint of a model without its masked filters.
 
@@ -144,6 +162,10 @@ def write_removed(
         are set anew where that helps; by default where the masks carry merges fitted to this model.
     export : Path, optional
         Where to write the smaller network itself too (`prune_viz.pruning.export.export_model`).
+    healing : Healing, optional
+        How to heal the smaller network before it is written; by default it is not healed.
+    runtimes : sequence of Runtime
+        By what both networks are timed.
 
     Returns
     -------
@@ -154,7 +176,7 @@ def write_removed(
     ------
     UserError
         If the masks cannot be read, are for another model, carry no merges though they are asked for,
-        or the input shape does not fit.
+        there is nothing to heal with, or the input shape does not fit.
     """
     masks = load_masks(masks_file)
     if compensate is None:
@@ -163,12 +185,21 @@ def write_removed(
     if compensate == "merge" and masks.removed and not masks.merges:
         raise UserError(f"there is no decisions.json with merges beside {masks_file}; use --compensate none")
     check_origin(checkpoint, masks, masks_file, merge=compensate == "merge")
+    if healing is not None:
+        masks.images, _ = learned_from(masks.images, healing.examples)
     example = torch.zeros(1, *input_shape)
     _check_input(checkpoint.model, example)
     groups = groups_for_removal(checkpoint.model, example)
     consistent = reconcile_with_groups(checkpoint.model, masks, groups)
     smaller, done = remove_and_compensate(checkpoint.model, consistent, example, compensate, groups)
-    foreseen = compensate == "merge" and not consistent.notes and consistent.removed == masks.removed
+    healed = None if healing is None else heal_as(smaller, checkpoint.model, consistent, healing)
+    smaller = smaller if healed is None else healed.model
+    foreseen = (
+        healed is None
+        and compensate == "merge"
+        and not consistent.notes
+        and consistent.removed == masks.removed
+    )
     consistent.predicted = masks.predicted if foreseen else None
     measure_change(checkpoint.model, smaller, consistent)
     exported = "" if export is None else export_model(smaller, input_shape, export)
@@ -180,7 +211,24 @@ def write_removed(
     before, after = count_cost(checkpoint.model, input_shape), count_cost(smaller, input_shape)
     saved = 1 - after[1] / before[1] if before[1] else None
     how = f"removed, {'merged into the rest' if done.merged else 'nothing in their place'}"
-    return Applied(Outcome.of(consistent, out, saved, 0), how, tuple(notes), (before, after), exported)
+    if healing is not None and healing.state is not None:
+        healing.state.unlink(missing_ok=True)
+    latencies, untimed = _timed(checkpoint.model, smaller, input_shape, runtimes)
+    outcome = Outcome.of(consistent, out, saved, 0)
+    return Applied(outcome, how, (*notes, *untimed), (before, after), exported, healed, latencies)
+
+
+def _timed(
+    whole: nn.Module, smaller: nn.Module, input_shape: Sequence[int], runtimes: Sequence[Runtime]
+) -> tuple[tuple[Latency, ...], list[str]]:
+    """How long both networks take by each runtime, and notes on those that do not run them."""
+    found, notes = [], []
+    for runtime in runtimes:
+        try:
+            found.append(compare_latency(whole, smaller, input_shape, runtime))
+        except UserError as error:
+            notes.append(f"not timed: {error}")
+    return tuple(found), notes
 
 
 def _left_unmerged(done: Compensation) -> list[str]:

@@ -23,7 +23,8 @@ from prune_viz.calibration.images import (
     runs_on,
     split,
 )
-from prune_viz.calibration.synthetic_images import calibrate, enlarged, variants
+from prune_viz.calibration.synthetic_images import calibrate
+from prune_viz.calibration.variants import enlarged, variants
 from prune_viz.channels.groups import CouplingGroup
 from prune_viz.execution.run_context import RunContext
 from prune_viz.network.filter_network import FilterNetwork

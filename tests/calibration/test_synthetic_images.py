@@ -17,7 +17,8 @@ from prune_viz.calibration import synthetic_images as calibration
 from prune_viz.calibration.image_files import RunImages, load_synthetic_images, write_run_images
 from prune_viz.calibration.images import Start, SyntheticImages, calibration_starts, natural_noise
 from prune_viz.calibration.losses import Watched
-from prune_viz.calibration.synthetic_images import VARIANTS, calibrate, variants
+from prune_viz.calibration.synthetic_images import calibrate
+from prune_viz.calibration.variants import VARIANTS, variants
 from prune_viz.execution.run_context import RunContext
 from prune_viz.feature_visualization.priors import make_prior, scene_exponent
 from prune_viz.feature_visualization.stimuli import DRAFT_STEPS, find_stimuli

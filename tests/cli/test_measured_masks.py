@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from prune_viz import cli
 from prune_viz.analysis.pipeline import analyze
+from prune_viz.loading.checkpoints import load_model
 from prune_viz.network.cost import count_cost
 
 ARCH = ["--arch", "networks:Residual"]
@@ -100,6 +101,56 @@ def test_masks_and_apply_tell_programs_the_same(home: Path, tmp_path: Path) -> N
     assert (done["parameters"], done["macs"]) == count_cost(Residual(), SHAPE)
     assert done["macs_after"] == pytest.approx((1 - done["macs_saved"]) * done["macs"])
     assert done["parameters_after"] < done["parameters"]
+    (timed,) = done["latency"]
+    assert timed["runtime"] == "eager"
+    assert timed["seconds_after"] > 0
+
+
+def test_a_smaller_network_is_healed(home: Path, tmp_path: Path) -> None:
+    _said("masks", home / "run", "--ratio", "0.4", "--out", tmp_path / "a.pt", *ARCH)
+    apply = ["apply", home / "model.pt", tmp_path / "a.pt", *ARCH, "--input-shape", "3,16,16"]
+    apply += ["--mode", "remove"]
+    plain = _object(*apply, "--out", tmp_path / "plain.pt")
+    healed = _object(*apply, "--heal", "60", "--out", tmp_path / "healed.pt")
+    assert plain["healed"] is None
+    assert healed["healed"]["steps"] == 60
+    assert healed["healed"]["before"] == pytest.approx(plain["measured_total"])
+    assert healed["healed"]["after"] == pytest.approx(healed["measured_total"])
+    assert healed["measured_total"] < 0.7 * plain["measured_total"]
+    assert healed["predicted_total"] is None
+    loaded = load_model(tmp_path / "healed.pt", arch=ARCH[1])
+    with torch.no_grad():
+        assert loaded(torch.zeros(1, *SHAPE)).shape == (1, 4)
+    assert sorted(one.name for one in tmp_path.iterdir() if "healed" in one.name) == ["healed.pt"]
+
+    inputs = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(5))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    said = _said(*apply, "--heal", "30", "--data", tmp_path / "inputs.pt", "--out", tmp_path / "real.pt")
+    (line,) = [line for line in said.splitlines() if line.startswith("healed in 30 steps: ")]
+    assert line.endswith(" nats on 10 inputs of --data that no fit saw")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--heal", "5"], "--heal needs --mode remove"),
+        (["--runtime", "eager"], "--runtime needs --mode remove"),
+        (["--mode", "remove", "--data", "inputs.pt"], "give --heal STEPS too"),
+        (["--mode", "remove", "--heal", "5", "--mean", "0.5"], "give --data too"),
+        (["--mode", "remove", "--heal", "5", "--data", "few.pt"], "at least 8 inputs, not 3"),
+        (["--mode", "remove", "--heal", "5", "--data", "none.pt"], "there is no file or folder none.pt"),
+    ],
+)
+def test_healing_that_cannot_be_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.randn(3, *SHAPE), "few.pt")
+    apply = ["apply", home / "model.pt", home / "run" / "masks.pt", *ARCH, "--input-shape", "3,16,16"]
+    done = _run(*apply, "--out", "out.pt", *given)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["few.pt"]
 
 
 def test_what_was_not_merged_has_no_prediction(home: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -166,3 +167,10 @@ def test_class_probabilities_are_of_classes_alone() -> None:
     torch.testing.assert_close(class_probabilities([scores], OutputKind(Task.CLASSES), 6), shares)
     assert class_probabilities([shares], OutputKind(Task.CLASSES, True), 6) is shares
     assert class_probabilities([scores], OutputKind(Task.LABELS), 6) is None
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_outputs_that_are_not_finite_are_no_small_change(task: Task) -> None:
+    shape = (6, 4, 3) if task is Task.DENSE else (6, 4)
+    one = torch.randn(shape)
+    assert not math.isfinite(output_change([one], [one * math.nan], OutputKind(task), 6).value)

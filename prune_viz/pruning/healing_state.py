@@ -1,0 +1,69 @@
+"""Healing that was interrupted: what is kept of it beside the file that it makes, and read again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_viz.utils.files import write_torch
+
+
+@dataclass(frozen=True)
+class HealingState:
+    """Where training is.
+
+    Attributes
+    ----------
+    key : str
+        Digest of all that training depends on.
+    step : int
+        Steps that are done.
+    weights : dict of str to Tensor
+        The network's state dict.
+    optimiser : dict
+        The optimiser's state dict.
+    best : dict of str to Tensor
+        The best network's state dict so far.
+    number : int
+        After how many steps that was.
+    change : float
+        Change of its output on images kept out.
+    """
+
+    key: str
+    step: int
+    weights: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    best: dict[str, Tensor]
+    number: int
+    change: float
+
+
+def state_file(out: Path) -> Path:
+    """Where healing is kept while it makes `out`."""
+    return out.with_name(f".{out.name}.prune-viz-healing")
+
+
+def write_state(path: Path, state: HealingState) -> None:
+    """Write it, whole or not at all."""
+    write_torch(path, {one.name: getattr(state, one.name) for one in fields(state)})
+
+
+def read_state(path: Path, key: str) -> HealingState | None:
+    """Read it; None where there is none, it is damaged, or it is of other training."""
+    if not path.is_file():
+        return None
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception:  # whatever a damaged file makes the reader raise
+        return None
+    if not isinstance(content, dict) or content.get("key") != key:
+        return None
+    try:
+        return HealingState(**content)
+    except TypeError:
+        return None

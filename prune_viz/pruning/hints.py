@@ -1,0 +1,162 @@
+"""Hints: what the layers of a whole network put out is asked of a smaller one's, at the filters it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_viz.network.copies import attached
+from prune_viz.network.layer_kinds import channel_axis, count_outputs, layers_of
+from prune_viz.network.tracing import own_norms
+from prune_viz.utils.nested_tensors import tensors_of
+
+_SAME = 1e-8  # relative squared error of maps that differ by rounding alone
+
+_Hook = Callable[[nn.Module, Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the whole network gives for a batch.
+
+    Attributes
+    ----------
+    outputs : list of Tensor
+        All its outputs.
+    maps : dict of str to Tensor
+        By the module, its output at the filters that the smaller network keeps.
+    """
+
+    outputs: list[Tensor]
+    maps: dict[str, Tensor]
+
+
+class Hints:
+    """Compares the layers of a smaller network with the whole one's (Romero et al. 2015, FitNets).
+
+    Maps are compared behind the batch norm that a layer has for itself, else as the layer gives them. Layers
+    that run more than once, and those of which nothing varies, are left out.
+
+    Parameters
+    ----------
+    whole, smaller : nn.Module
+        The networks, in eval mode; the smaller one has the whole one's names.
+    masks : mapping of str to bool Tensor
+        What was cut, True = kept; of other layers all filters are there.
+    images : Tensor, shape (N, C, *size)
+        Inputs on which layers are measured once, on the networks' device.
+
+    Attributes
+    ----------
+    unchanged : set of str
+        Modules of the smaller network that run before anything differs from the whole one.
+    """
+
+    def __init__(
+        self, whole: nn.Module, smaller: nn.Module, masks: Mapping[str, Tensor], images: Tensor
+    ) -> None:
+        self._whole, self._smaller = whole, smaller
+        behind, modules = own_norms(whole), dict(smaller.named_modules())
+        self._kept: dict[str, tuple[int, Tensor]] = {}
+        self._layers: dict[str, str] = {}
+        for name, layer in layers_of(whole, masks.keys()).items():
+            place = behind.get(name, name)
+            if name in modules and place in modules:
+                mask = masks.get(name, torch.ones(count_outputs(layer), dtype=torch.bool))
+                self._kept[place] = channel_axis(layer), mask.nonzero().ravel().to(images.device)
+                self._layers[place] = name
+        self._scales: dict[str, Tensor] = {}
+        self.unchanged = self._measure(images)
+
+    def ask(self, images: Tensor) -> Asked:
+        """What the whole network gives for a batch, shape (B, C, *size)."""
+        maps: dict[str, Tensor] = {}
+
+        def hook(place: str) -> _Hook:
+            def note(module: nn.Module, arguments: Any, output: Any) -> None:
+                maps[place] = self._at_kept(place, output)
+
+            return note
+
+        with torch.no_grad(), attached(self._hooks(self._whole, self._scales, hook)):
+            return Asked(tensors_of(self._whole(images)), maps)
+
+    def answer(self, images: Tensor, asked: Asked) -> tuple[list[Tensor], Tensor]:
+        """What the smaller network puts out, and how far its layers are from what was asked.
+
+        Returns
+        -------
+        list of Tensor
+            Its outputs.
+        Tensor, a scalar
+            Mean over layers of the squared error as a share of the whole network's variance.
+        """
+        errors: list[Tensor] = []
+
+        def hook(place: str) -> _Hook:
+            def compare(module: nn.Module, arguments: Any, output: Any) -> None:
+                # At once: what comes next may overwrite the map.
+                errors.append((output - asked.maps[place]).square().mean() / self._scales[place])
+
+            return compare
+
+        with attached(self._hooks(self._smaller, self._scales, hook)):
+            outputs = tensors_of(self._smaller(images))
+        return outputs, torch.stack(errors).mean() if errors else images.new_zeros(())
+
+    def _measure(self, images: Tensor) -> set[str]:
+        """Find what can be compared, its scale, and the modules that run before the first difference."""
+        asked: dict[str, list[Tensor]] = {}
+        given: dict[str, list[Tensor]] = {}
+        order: list[str] = []
+
+        def note(found: dict[str, list[Tensor]], at_kept: bool) -> Callable[[str], _Hook]:
+            def hook(place: str) -> _Hook:
+                def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+                    if isinstance(output, Tensor):
+                        kept = self._at_kept(place, output) if at_kept else output.clone()
+                        found.setdefault(place, []).append(kept)
+
+                return keep
+
+            return hook
+
+        def called(name: str) -> _Hook:
+            return lambda module, arguments, output: order.append(name)
+
+        with torch.no_grad():
+            with attached(self._hooks(self._whole, self._kept, note(asked, at_kept=True))):
+                self._whole(images)
+            everything = dict(self._smaller.named_modules())
+            hooks = [
+                *self._hooks(self._smaller, self._kept, note(given, at_kept=False)),
+                *self._hooks(self._smaller, everything, called),
+            ]
+            with attached(hooks):
+                self._smaller(images)
+        changed: set[str] = set()
+        for place in self._kept:
+            wanted, had = asked.get(place, []), given.get(place, [])
+            if not len(wanted) == len(had) == 1 or wanted[0].shape != had[0].shape:
+                continue
+            scale = wanted[0].var()
+            if not bool(scale.isfinite()) or float(scale) <= torch.finfo(scale.dtype).tiny:
+                continue
+            self._scales[place] = scale
+            if float((had[0] - wanted[0]).square().mean() / scale) > _SAME:
+                changed |= {place, self._layers[place]}
+        first = next((index for index, name in enumerate(order) if name in changed), 0)
+        return set(order[:first]) - set(order[first:])
+
+    def _at_kept(self, place: str, maps: Tensor) -> Tensor:
+        axis, kept = self._kept[place]
+        return maps.index_select(axis, kept)
+
+    @staticmethod
+    def _hooks(model: nn.Module, places: Mapping[str, Any], hook: Callable[[str], _Hook]) -> list[Any]:
+        modules = dict(model.named_modules())
+        return [modules[place].register_forward_hook(hook(place)) for place in places if place in modules]
