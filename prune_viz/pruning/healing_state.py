@@ -20,6 +20,8 @@ class HealingState:
     ----------
     key : str
         Digest of all that training depends on.
+    rate : float
+        The highest rate, as trials found it.
     step : int
         Steps that are done.
     weights : dict of str to Tensor
@@ -35,6 +37,7 @@ class HealingState:
     """
 
     key: str
+    rate: float
     step: int
     weights: dict[str, Tensor]
     optimiser: dict[str, Any]

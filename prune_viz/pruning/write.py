@@ -18,8 +18,9 @@ from prune_viz.network.cost import count_cost
 from prune_viz.pruning.apply import apply_masks, are_zero, make_permanent
 from prune_viz.pruning.compensation import Compensation
 from prune_viz.pruning.consistency import groups_for_removal, reconcile_with_groups
+from prune_viz.pruning.distillation import Healing
 from prune_viz.pruning.export import export_model
-from prune_viz.pruning.healing import Healed, Healing, heal_as, learned_from
+from prune_viz.pruning.healing import Healed, heal_as, learned_from
 from prune_viz.pruning.latency import Latency, Runtime, compare_latency
 from prune_viz.pruning.masks import Masks, check_masks, load_masks
 from prune_viz.pruning.outcome import Outcome, describe_change, measure_change

@@ -32,7 +32,7 @@ from trained import Trained
 import prune_viz as pv
 from prune_viz.calibration.image_files import read_run_images
 from prune_viz.pruning.budgets import masks_for_channels
-from prune_viz.pruning.healing import STEPS
+from prune_viz.pruning.distillation import STEPS
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.rankings import read_rankings
 from prune_viz.runs.damage import Damage
