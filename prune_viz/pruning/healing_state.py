@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from prune_viz.loading.formats import read_content
+from prune_viz.utils.errors import UserError
 from prune_viz.utils.files import write_torch
 
 
@@ -61,8 +62,8 @@ def read_state(path: Path, key: str) -> HealingState | None:
     if not path.is_file():
         return None
     try:
-        content = torch.load(path, weights_only=True)
-    except Exception:  # whatever a damaged file makes the reader raise
+        content = read_content(path)
+    except UserError:
         return None
     if not isinstance(content, dict) or content.get("key") != key:
         return None

@@ -40,7 +40,8 @@ from prune_viz.runs.run_directory import RunDirectory
 
 SHARES = {"vgg": (0.3, 0.5, 0.65), "resnet": (0.3, 0.5), "efficientnet": (0.2, 0.3, 0.5)}
 IMAGES = 128  # of the unlabelled ones
-STIMULUS_STEPS = 48  # where calibration begins; the last percents do not matter here
+# Only where calibration starts rests on the stimuli: their last percents do not matter here.
+STIMULUS_STEPS = {"vgg": 48, "resnet": 48, "efficientnet": 8}
 
 
 class Judge:
@@ -73,9 +74,7 @@ def rows_of(network: Trained, kind: str, seed: int, steps: int, folder: Path) ->
     """A row for each share and for each kind of images."""
     run = RunDirectory(folder / f"{kind}-{seed}")
     if not run.decisions_file.exists():
-        quality = "draft" if kind == "efficientnet" else "standard"
-        given = {"quality": quality, "steps": None if quality == "draft" else STIMULUS_STEPS}
-        pv.analyze(network.model, input_shape=network.input_shape, out=run.path, **given)
+        pv.analyze(network.model, input_shape=network.input_shape, out=run.path, steps=STIMULUS_STEPS[kind])
     judge = Judge(network)
     for share in SHARES[kind]:
         masks = masks_of(network, run, share)

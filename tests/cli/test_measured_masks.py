@@ -123,6 +123,11 @@ def test_a_smaller_network_is_healed(home: Path, tmp_path: Path) -> None:
         assert loaded(torch.zeros(1, *SHAPE)).shape == (1, 4)
     assert sorted(one.name for one in tmp_path.iterdir() if "healed" in one.name) == ["healed.pt"]
 
+    # And once more, from what came out.
+    _said("analyze", tmp_path / "healed.pt", *ARCH, "--steps", "4", "--out", tmp_path / "again")
+    given = ["apply", tmp_path / "healed.pt", tmp_path / "again" / "masks.pt", *ARCH, "--mode", "remove"]
+    assert _object(*given, "--heal", "10", "--out", tmp_path / "less.pt")["healed"]["steps"] == 10
+
     inputs = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(5))
     torch.save(inputs, tmp_path / "inputs.pt")
     said = _said(*apply, "--heal", "30", "--data", tmp_path / "inputs.pt", "--out", tmp_path / "real.pt")
