@@ -5,8 +5,8 @@ maps of its layers at the filters kept (`prune_viz.pruning.hints`), on calibrati
 user's. Statistics of batch norms stay as they are; scales, shifts and weights learn. What comes out is what
 was best on images kept out of training. The network that was given counts among them, so none is worse there.
 
-What is better on synthetic images may be worse on the network's own inputs, as EfficientNet-lite0 showed where
-the change of the output fell by a quarter. So on them it must fall by a factor of `MARGIN`.
+What is better on synthetic images may be worse on the network's own inputs. So it was for EfficientNet-lite0
+where the change of the output fell by a quarter, and on them it must fall by a factor of `MARGIN`.
 """
 
 from __future__ import annotations
