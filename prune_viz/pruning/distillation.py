@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,7 +192,9 @@ class Distillation:
 
         They depend on the seed and the step alone.
         """
-        random = torch.Generator().manual_seed((self._healing.seed << 32) + step)
+        # PyTorch takes 32 bits of a seed.
+        (own,) = np.random.SeedSequence([self._healing.seed, step]).generate_state(1)
+        random = torch.Generator().manual_seed(int(own))
         count = min(BATCH, len(self._images))
         one, other = (
             shifted(self._images[rows.to(self._images.device)], random, self._photographs)[0]

@@ -196,7 +196,7 @@ def write_removed(
     healed = None if healing is None else heal_as(smaller, checkpoint.model, consistent, healing)
     smaller = smaller if healed is None else healed.model
     foreseen = (
-        healed is None
+        (healed is None or not healed.best)
         and compensate == "merge"
         and not consistent.notes
         and consistent.removed == masks.removed

@@ -138,6 +138,13 @@ def test_an_interrupted_one_ends_as_an_undisturbed_one(after: int, tmp_path: Pat
     )  # fmt: skip
 
 
+def test_the_seed_alone_decides() -> None:
+    whole, smaller, masks = damaged()
+    first, again, other = (heal_as(smaller, whole, masks, Healing(10, seed=seed)).model for seed in (0, 0, 1))
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
 def test_states_of_other_healing_and_damaged_ones_are_not_used(tmp_path: Path) -> None:
     whole, smaller, masks = damaged()
     state, undisturbed = tmp_path / "state", heal_as(smaller, whole, masks, Healing(20))
