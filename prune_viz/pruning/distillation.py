@@ -26,6 +26,7 @@ from prune_viz.pruning.hints import Hints
 from prune_viz.pruning.masks import Masks
 from prune_viz.pruning.measuring import OutputMeter
 from prune_viz.runs.fingerprint import hash_model
+from prune_viz.utils.errors import UserError
 from prune_viz.utils.memory import Budget, RowLimit
 from prune_viz.utils.progress import Progress
 
@@ -39,6 +40,7 @@ HINTS = 50.0  # what the layers' error counts beside the outputs' change
 CLIP = 1.0  # most of the gradient's norm
 CHECKS = 10  # measurements on images kept out
 MEASUREMENTS = CHECKS + len(RATES) + 1
+_MEASURED = 8  # images on which layers and outputs are measured before
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ class Distillation:
     ) -> None:
         self._student, self._images, self._meter = student, images, meter
         self._kind, self._healing, self._start = meter.kind, healing, copy.deepcopy(student.state_dict())
-        self._hints = Hints(teacher, student, masks, images[:BATCH])
-        self._sizes = mean_squares(self._hints.ask(images[:BATCH]).outputs)
+        self._hints = Hints(teacher, student, masks, images[:_MEASURED])
+        self._sizes = mean_squares(self._hints.ask(images[:_MEASURED]).outputs)
+        axes = [axis for axis in range(images.ndim) if axis != 1]
+        self._mean = images.mean(dim=axes, keepdim=True)
         self._photographs = are_photographs(images.shape[1:])
         frozen = {
             parameter
@@ -116,8 +120,13 @@ class Distillation:
             for parameter in module.parameters(recurse=False)
         }
         for parameter in student.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and parameter not in frozen)
+            learns = parameter.requires_grad and parameter.is_floating_point() and parameter not in frozen
+            parameter.requires_grad_(learns)
         self._learning = [one for one in student.parameters() if one.requires_grad]
+        if not self._learning:
+            raise UserError(
+                "the network cannot be healed: none of its parameters is to learn (requires_grad)"
+            )
         budget = Budget.of(images.device)
         held = 4 * sum(one.nbytes for one in self._learning)  # gradients, two moments, the best weights
         self._rows = RowLimit(budget, self._run, backward=True, aside=held)
@@ -130,6 +139,8 @@ class Distillation:
         trial = max(1, round(TRIAL * steps))
         self._student.load_state_dict(self._start)
         first = self._meter.change(self._student)
+        if first == 0:
+            return Best(self._start, 0, first, first)
         optimiser, done = self._optimiser(), None
         if self._healing.state is not None:
             done = read_state(self._healing.state, self._key)
@@ -137,8 +148,11 @@ class Distillation:
             done = None
         progress.start("healing", steps + len(RATES) * trial, done.step + len(RATES) * trial if done else 0)
         if done is None:
+            if self._healing.state is not None:
+                self._healing.state.unlink(missing_ok=True)  # of other healing
             rate, best, begin = self._best_rate(trial, rows), Best(self._start, 0, first, first), 0
             optimiser = self._optimiser()
+            self._keep(0, rate, optimiser, best)
         else:
             rate, best, begin = done.rate, Best(done.best, done.number, done.change, first), done.step
         checks = {round(steps * (number + 1) / CHECKS) for number in range(CHECKS)}
@@ -188,7 +202,9 @@ class Distillation:
             yield step + 1
 
     def _batch(self, step: int) -> Tensor:
-        """The images of a step: pairs of shifted ones, each mixed at a share of its own, contrast kept.
+        """The images of a step: pairs of shifted ones, each mixed at a share of its own.
+
+        They are mixed around the mean of each channel, so that it stays, and so does the contrast.
 
         They depend on the seed and the step alone.
         """
@@ -201,7 +217,8 @@ class Distillation:
             for rows in (torch.randperm(len(self._images), generator=random)[:count] for _ in range(2))
         )
         share = (0.5 * torch.rand(count, generator=random)).view(-1, *[1] * (one.ndim - 1)).to(one.device)
-        return ((1 - share) * one + share * other) / ((1 - share).square() + share.square()).sqrt()
+        mixed = (1 - share) * (one - self._mean) + share * (other - self._mean)
+        return self._mean + mixed / ((1 - share).square() + share.square()).sqrt()
 
     def _run(self, images: Tensor) -> list[Tensor]:
         """A forward pass whose gradients are wanted, for measuring what it holds."""

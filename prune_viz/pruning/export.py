@@ -138,7 +138,9 @@ def to_onnx(model: nn.Module, inputs: Tensor, axes: dict[int, Any] | None) -> tu
         raise RuntimeError("the exporter gave nothing")
     program.model_proto.producer_name, program.model_proto.producer_version = MARK, __version__
     content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return content, lambda batch: [torch.from_numpy(out) for out in session.run(None, {name: batch.numpy()})]
 

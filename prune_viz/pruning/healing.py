@@ -11,10 +11,12 @@ where the change of the output fell by a quarter, and on them it must fall by a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prune_viz.calibration.image_files import RunImages
@@ -22,11 +24,12 @@ from prune_viz.calibration.images import fitted, kept_out
 from prune_viz.network.copies import plain_copy
 from prune_viz.pruning.compensation import meter_for
 from prune_viz.pruning.consistency import groups_for_removal, reconcile_with_groups
-from prune_viz.pruning.distillation import BATCH, MEASUREMENTS, STEPS, Distillation, Healing
+from prune_viz.pruning.distillation import BATCH, MEASUREMENTS, STEPS, Best, Distillation, Healing
 from prune_viz.pruning.masks import Masks, check_masks
 from prune_viz.runs.damage import Damage
 from prune_viz.utils.devices import with_fewer
 from prune_viz.utils.errors import RunInterruptedError, UserError, brief
+from prune_viz.utils.files import jsonable
 
 FEWEST = 8  # inputs of the user's
 MARGIN = 2.0  # by which the change on synthetic images must fall
@@ -62,6 +65,8 @@ class Healed:
 
     def __str__(self) -> str:
         """A sentence for people."""
+        if not self.before.value:
+            return "nothing to heal: the output is as it was"
         if not self.best:
             if self.are_real:
                 return f"healing did not help in {self.steps:,} steps: the network is as it was before"
@@ -76,8 +81,8 @@ class Healed:
         return {
             "steps": self.steps,
             "best": self.best,
-            "before": self.before.value,
-            "after": self.after.value,
+            "before": jsonable(self.before.value),
+            "after": jsonable(self.after.value),
             "unit": self.before.unit.value,
             "measured_on": self.images,
         }
@@ -100,7 +105,7 @@ def heal(
     whole : nn.Module
         The network that it was made from.
     masks : mapping of str to bool Tensor
-        True = keep; those that it was made with. `Masks` of a run bring calibration images.
+        True = keep; those that `smaller` was made with. `Masks` of a run bring calibration images.
     steps : int
         Of training.
     examples : Tensor, optional, shape (N, C, *size)
@@ -121,7 +126,7 @@ def heal(
     check_masks(whole, masks)
     masks = masks if isinstance(masks, Masks) else Masks(masks)
     images, learned = learned_from(masks.images, examples)
-    example = learned[:1].to(next(whole.parameters()).device)
+    example = learned[:1].to(next(whole.parameters()).device, copy=True)
     consistent = reconcile_with_groups(whole, masks, groups_for_removal(whole, example))
     consistent.images = images
     return heal_as(smaller, whole, consistent, Healing(steps, examples, seed))
@@ -139,6 +144,8 @@ def heal_as(smaller: nn.Module, whole: nn.Module, masks: Masks, healing: Healing
     """
     if healing.steps < 1:
         raise UserError(f"healing takes at least 1 step, not {healing.steps}")
+    if healing.seed < 0:
+        raise UserError(f"a seed is at least 0, not {healing.seed}")
     masks = masks.copy()
     masks.images, images = learned_from(masks.images, healing.examples)
     student, teacher = plain_copy(smaller).float(), plain_copy(whole).float()
@@ -147,14 +154,21 @@ def heal_as(smaller: nn.Module, whole: nn.Module, masks: Masks, healing: Healing
     meter = meter_for(teacher, masks, passes=MEASUREMENTS)
     if meter is None:
         raise UserError("the network cannot be healed: it does not run on the images, or takes too long")
-    distillation = Distillation(student, teacher, masks, images.to(device), meter, healing)
+
+    def trained(most: int) -> Best:
+        student.load_state_dict(start)
+        return Distillation(student, teacher, masks, images.to(device), meter, healing).run(most)
+
+    start = copy.deepcopy(student.state_dict())
     try:
-        best = with_fewer(distillation.run, BATCH, device)
+        best = with_fewer(trained, BATCH, device)
     except KeyboardInterrupt:
         if healing.state is not None and healing.state.exists():
             raise RunInterruptedError from None
         raise
-    except RuntimeError as error:  # a forward pass that gradients do not come through
+    except UserError:
+        raise
+    except Exception as error:  # whatever an untrusted forward pass raises, on these images or with gradients
         raise UserError(f"the network cannot be healed: training it fails ({brief(error)})") from None
     unit, are_real = meter.kind.task.unit, masks.images.are_real
     before, after = Damage(best.first, unit), Damage(best.change, unit)
@@ -192,6 +206,7 @@ def learned_from(images: RunImages, examples: Tensor | None) -> tuple[RunImages,
     if examples is not None:
         if len(examples) < FEWEST:
             raise UserError(f"healing needs at least {FEWEST} inputs, not {len(examples)}")
+        examples = examples.to(torch.float32, copy=True)  # networks may write into their input
         return replace(images, examples=kept_out(examples)), fitted(examples)
     if images.fitted is None or images.kept_out is None or not len(images.kept_out):
         raise UserError("there are no calibration images beside the masks to heal with; give --data")

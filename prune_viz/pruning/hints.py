@@ -1,4 +1,4 @@
-"""Hints: what the layers of a whole network put out is asked of a smaller one's, at the filters it kept."""
+"""Hints: a smaller network's layers are compared with the whole one's, at the filters that it kept."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from prune_viz.network.copies import attached
 from prune_viz.network.layer_kinds import channel_axis, count_outputs, layers_of
 from prune_viz.network.tracing import own_norms
 from prune_viz.utils.nested_tensors import tensors_of
-
-_SAME = 1e-8  # relative squared error of maps that differ by rounding alone
 
 _Hook = Callable[[nn.Module, Any, Any], None]
 
@@ -39,7 +37,7 @@ class Hints:
     """Compares the layers of a smaller network with the whole one's (Romero et al. 2015, FitNets).
 
     Maps are compared behind the batch norm that a layer has for itself, else as the layer gives them. Layers
-    that run more than once, and those of which nothing varies, are left out.
+    that run more than once, and those whose output is constant, are left out.
 
     Parameters
     ----------
@@ -53,7 +51,8 @@ class Hints:
     Attributes
     ----------
     unchanged : set of str
-        Modules of the smaller network that run before anything differs from the whole one.
+        Modules of the smaller network that run before the first whose tensors differ from those of the whole
+        one.
     """
 
     def __init__(
@@ -62,13 +61,11 @@ class Hints:
         self._whole, self._smaller = whole, smaller
         behind, modules = own_norms(whole), dict(smaller.named_modules())
         self._kept: dict[str, tuple[int, Tensor]] = {}
-        self._layers: dict[str, str] = {}
         for name, layer in layers_of(whole, masks.keys()).items():
             place = behind.get(name, name)
             if name in modules and place in modules:
                 mask = masks.get(name, torch.ones(count_outputs(layer), dtype=torch.bool))
                 self._kept[place] = channel_axis(layer), mask.nonzero().ravel().to(images.device)
-                self._layers[place] = name
         self._scales: dict[str, Tensor] = {}
         self.unchanged = self._measure(images)
 
@@ -83,7 +80,7 @@ class Hints:
             return note
 
         with torch.no_grad(), attached(self._hooks(self._whole, self._scales, hook)):
-            return Asked(tensors_of(self._whole(images)), maps)
+            return Asked(tensors_of(self._whole(images.clone())), maps)  # it may write into its input
 
     def answer(self, images: Tensor, asked: Asked) -> tuple[list[Tensor], Tensor]:
         """What the smaller network puts out, and how far its layers are from what was asked.
@@ -105,7 +102,7 @@ class Hints:
             return compare
 
         with attached(self._hooks(self._smaller, self._scales, hook)):
-            outputs = tensors_of(self._smaller(images))
+            outputs = tensors_of(self._smaller(images.clone()))
         return outputs, torch.stack(errors).mean() if errors else images.new_zeros(())
 
     def _measure(self, images: Tensor) -> set[str]:
@@ -130,15 +127,14 @@ class Hints:
 
         with torch.no_grad():
             with attached(self._hooks(self._whole, self._kept, note(asked, at_kept=True))):
-                self._whole(images)
+                self._whole(images.clone())
             everything = dict(self._smaller.named_modules())
             hooks = [
                 *self._hooks(self._smaller, self._kept, note(given, at_kept=False)),
                 *self._hooks(self._smaller, everything, called),
             ]
             with attached(hooks):
-                self._smaller(images)
-        changed: set[str] = set()
+                self._smaller(images.clone())
         for place in self._kept:
             wanted, had = asked.get(place, []), given.get(place, [])
             if not len(wanted) == len(had) == 1 or wanted[0].shape != had[0].shape:
@@ -147,10 +143,20 @@ class Hints:
             if not bool(scale.isfinite()) or float(scale) <= torch.finfo(scale.dtype).tiny:
                 continue
             self._scales[place] = scale
-            if float((had[0] - wanted[0]).square().mean() / scale) > _SAME:
-                changed |= {place, self._layers[place]}
+        changed = self._changed()
         first = next((index for index, name in enumerate(order) if name in changed), 0)
         return set(order[:first]) - set(order[first:])
+
+    def _changed(self) -> set[str]:
+        """Modules of the smaller network of which a tensor of their own is not as in the whole one."""
+        whole = self._whole.state_dict()
+
+        def is_new(name: str, tensor: Tensor) -> bool:
+            return name not in whole or not torch.equal(tensor, whole[name])
+
+        return {
+            name.rpartition(".")[0] for name, one in self._smaller.state_dict().items() if is_new(name, one)
+        }
 
     def _at_kept(self, place: str, maps: Tensor) -> Tensor:
         axis, kept = self._kept[place]

@@ -18,6 +18,7 @@ from prune_viz.pruning.export import check_onnx, quietly, to_onnx
 from prune_viz.utils.errors import UserError, brief
 
 SECONDS = 3.0  # of measuring, about
+PATIENCE = 5.0  # times that, for networks of which `FEWEST` rounds take longer
 FEWEST, MOST = 5, 101  # rounds
 _WARM = 3  # rounds before
 
@@ -76,7 +77,7 @@ class Latency:
         spread = max(self.before.spread, self.after.spread)
         return (
             f"time for one input ({self.runtime}, {self.device}): {_in_ms(self.before)} -> "
-            f"{_in_ms(self.after)} ({change:+.0%}), each within {spread:.0%} half of the time"
+            f"{_in_ms(self.after)} ({change:+.0%}); half of the measurements lie within about {spread:.0%}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def compare_latency(
     Parameters
     ----------
     whole, smaller : nn.Module
-        The networks; copied, not changed. They run where they are.
+        The networks; copied, not changed. They run where they are, by ONNX Runtime on the CPU.
     input_shape : sequence of int
         (C, *size).
     runtime : Runtime
@@ -126,6 +127,7 @@ def compare_latency(
     """
     parameter = next(whole.parameters())
     example = ordinary_input(input_shape).to(parameter)
+    example = example.cpu() if runtime is Runtime.ONNX else example
     try:
         with torch.no_grad(), quietly():
             twins = [plain_copy(one).requires_grad_(False) for one in (whole, smaller)]
@@ -141,7 +143,7 @@ def compare_latency(
 def time_in_turn(
     runs: Sequence[Run], example: Tensor, clock: Callable[[], float] = time.perf_counter
 ) -> list[Timing]:
-    """Time functions of an input in turn, for about `SECONDS` in all.
+    """Time functions of an input in turn, for about `SECONDS` in all, and at least once each.
 
     Parameters
     ----------
@@ -156,12 +158,20 @@ def time_in_turn(
     -------
     list of Timing
     """
-    for _ in range(_WARM):
+    begun = clock()
+    for number in range(_WARM):
         for run in runs:
             run(example)
+        if number + 1 < _WARM and clock() - begun > SECONDS:
+            break
     taken: list[list[float]] = []
     begun = clock()
-    while len(taken) < FEWEST or (len(taken) < MOST and clock() - begun < SECONDS):
+
+    def goes_on() -> bool:
+        spent = clock() - begun
+        return spent < SECONDS if len(taken) >= FEWEST else spent < PATIENCE * SECONDS
+
+    while not taken or (len(taken) < MOST and goes_on()):
         row = []
         for run in runs:
             start = clock()
@@ -187,7 +197,7 @@ def _compiled(model: nn.Module, example: Tensor) -> Run:
 
 
 def _onnx(model: nn.Module, example: Tensor) -> Run:
-    return to_onnx(model.cpu(), example.cpu(), None)[1]
+    return to_onnx(model.cpu(), example, None)[1]
 
 
 _MAKERS: dict[Runtime, Callable[[nn.Module, Tensor], Run]] = {

@@ -124,4 +124,4 @@ def affordable(
 def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
     device = next(model.parameters()).device
     with torch.no_grad():
-        return tensors_of(model(batch.to(device)))
+        return tensors_of(model(batch.to(device, copy=True)))  # it may write into its input

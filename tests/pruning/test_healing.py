@@ -18,6 +18,8 @@ from prune_viz.pruning.healing import heal_as
 from prune_viz.pruning.healing_state import read_state
 from prune_viz.pruning.hints import Hints
 from prune_viz.pruning.masks import Masks
+from prune_viz.pruning.measuring import OutputMeter
+from prune_viz.runs.output_kind import OutputKind
 from prune_viz.utils.errors import RunInterruptedError, UserError
 from prune_viz.utils.memory import RowLimit
 from prune_viz.utils.progress import Progress
@@ -118,7 +120,7 @@ def test_statistics_and_layers_before_the_first_change_stay() -> None:
     smaller = pv.remove_filters(whole, masks, inputs(1))
     healed = pv.heal(smaller, whole, masks, steps=10, examples=inputs()).model
     for name, value in healed.state_dict().items():
-        learns = name.partition(".")[0] not in ("conv1", "bn1", "conv2", "bn2") and "running" not in name
+        learns = name.partition(".")[0] not in ("conv1", "bn1") and "running" not in name
         if "num_batches" not in name:
             assert torch.equal(value, smaller.state_dict()[name]) != learns, name
 
@@ -178,12 +180,99 @@ def test_hints_compare_kept_filters_alone() -> None:
     assert same.answer(inputs(4), same.ask(inputs(4)))[1].item() == 0
 
 
+class Mixer(nn.Module):
+    """A convolution, and a block whose hidden units are linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.LayerNorm(8)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
+        return self.head(x.mean(dim=1))
+
+
+def test_linear_layers_that_read_what_went_learn() -> None:
+    torch.manual_seed(0)
+    whole, masks = Mixer().eval(), {"fc1": mask_without(16, 0, 1, 2, 3)}
+    smaller = pv.remove_filters(whole, masks, inputs(1))
+    healed = pv.heal(smaller, whole, masks, steps=60, examples=inputs())
+    assert healed.after.value < 0.3 * healed.before.value
+    for name, value in healed.model.state_dict().items():
+        assert torch.equal(value, smaller.state_dict()[name]) == (name.partition(".")[0] in ("patch", "norm"))
+
+
+class Shifting(Plain):
+    """Writes into its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 2
+        return super().forward(x)
+
+
+def test_examples_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    whole, smaller, examples = randomise_norms(Shifting()), randomise_norms(Shifting(6)), inputs()
+    hints = Hints(whole, smaller, {}, examples)
+    hints.answer(examples, hints.ask(examples))
+    assert OutputMeter(whole, examples, OutputKind()).change(whole) == 0
+    pv.heal(whole, whole, {"conv2": mask_without(8, 0, 1)}, steps=3, examples=examples)
+    assert torch.equal(examples, inputs())
+
+
+def test_half_precision_heals() -> None:
+    whole, smaller, masks = damaged()
+    healed = pv.heal(smaller.half(), whole.half(), masks, steps=30, examples=inputs().half())
+    assert {one.dtype for one in healed.model.parameters()} == {torch.float16}
+    assert healed.after.value < healed.before.value
+
+
+def test_parameters_that_are_held_do_not_learn() -> None:
+    whole, smaller, masks = damaged()
+    smaller.head.weight.requires_grad_(False)
+    healed = pv.heal(smaller, whole, masks, steps=5).model
+    assert torch.equal(healed.head.weight, smaller.head.weight)
+    assert not torch.equal(healed.head.bias, smaller.head.bias)
+    with pytest.raises(UserError, match="none of its parameters is to learn"):
+        pv.heal(smaller.requires_grad_(False), whole, masks, steps=5)
+
+
+def test_nothing_removed_is_nothing_to_heal() -> None:
+    whole, _, masks = damaged()
+    healed = pv.heal(whole, whole, {}, steps=5, examples=masks.images.fitted)
+    assert str(healed) == "nothing to heal: the output is as it was"
+
+
+def test_mixed_images_keep_mean_and_contrast() -> None:
+    whole, smaller, masks = damaged()
+    given = 5 + 0.5 * inputs()
+    batches: list[Tensor] = []
+    seen = Hints.ask
+
+    def note(self: Hints, images: Tensor) -> object:
+        batches.append(images)
+        return seen(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hints, "ask", note)
+        pv.heal(smaller, whole, masks, steps=10, examples=given)
+    mixed = torch.cat([batch for batch in batches if len(batch) == distillation.BATCH])
+    assert mixed.mean().item() == pytest.approx(5, abs=0.05)
+    assert mixed.std().item() == pytest.approx(0.5, abs=0.02)
+
+
 def test_what_cannot_be_healed_is_said() -> None:
     whole, smaller, masks = damaged()
     with pytest.raises(UserError, match="at least 8 inputs, not 7"):
         pv.heal(smaller, whole, masks, examples=inputs(7))
     with pytest.raises(UserError, match="no calibration images beside the masks"):
         pv.heal(smaller, whole, dict(masks))
+    with pytest.raises(UserError, match="a seed is at least 0"):
+        pv.heal(smaller, whole, masks, seed=-1)
     with pytest.raises(UserError, match="at least 1 step"):
         pv.heal(smaller, whole, masks, steps=0)
     with pytest.raises(UserError, match="does not run on an input of shape"):

@@ -42,7 +42,7 @@ def test_slow_networks_are_timed_in_few_rounds() -> None:
         now[0] += 60
 
     assert time_in_turn([run], torch.zeros(1), clock=lambda: now[0]) == [Timing(60, 0)]
-    assert now[0] == 60 * (latency.FEWEST + 3)
+    assert now[0] == 60 * 2  # once to warm up
 
 
 @pytest.mark.parametrize("runtime", [Runtime.EAGER, pytest.param(Runtime.ONNX, marks=pytest.mark.slow)])
@@ -62,7 +62,8 @@ def test_networks_are_timed_and_stay_as_they_are(runtime: Runtime, monkeypatch: 
 def test_change_and_spread_are_in_words() -> None:
     found = Latency(Runtime.COMPILE, Timing(0.0123, 0.01), Timing(0.00923, 0.04), "2 threads")
     assert str(found) == (
-        "time for one input (compile, 2 threads): 12.3 ms -> 9.23 ms (-25%), each within 4% half of the time"
+        "time for one input (compile, 2 threads): 12.3 ms -> 9.23 ms (-25%); half of the "
+        "measurements lie within about 4%"
     )
     assert found.as_json()["seconds_after"] == 0.00923
 
