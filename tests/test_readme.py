@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 import prune_viz as pv
+from prune_viz.runs.decisions_json import Merge
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -37,13 +38,14 @@ def test_readme_python_runs_and_zeros_stay(tmp_path: Path, monkeypatch: pytest.M
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d) and name.endswith("conv1") and name.startswith("layer")
     }
-    pv.Masks(masks).save("reports/model/masks.pt")
+    merge = Merge("layer1.0.conv1", 0, (1,), (0.5,), 0.0)
+    pv.Masks(masks, (merge,), calibration_images=torch.randn(8, 3, 64, 64)).save("reports/model/masks.pt")
 
     names: dict[str, Any] = {"fine_tune": _fine_tune}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
-        exec(block, names)
+        exec(block.replace("steps=300", "steps=2"), names)
 
     tuned = torch.load("tuned.pt", weights_only=True)
     assert tuned.keys() == network.state_dict().keys()
@@ -55,4 +57,8 @@ def test_readme_python_runs_and_zeros_stay(tmp_path: Path, monkeypatch: pytest.M
         assert not torch.equal(weight[mask], network.get_submodule(layer).weight[mask])
     smaller = dict(names["smaller"].named_modules())
     assert smaller["layer1.0.conv1"].out_channels == 48
+    healed = names["healed"].state_dict()
+    assert {name: one.shape for name, one in healed.items()} == {
+        name: one.shape for name, one in names["smaller"].state_dict().items()
+    }
     assert names["stimuli"].activations.shape == (2,)

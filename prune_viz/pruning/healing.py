@@ -155,11 +155,12 @@ def heal_as(smaller: nn.Module, whole: nn.Module, masks: Masks, healing: Healing
     if meter is None:
         raise UserError("the network cannot be healed: it does not run on the images, or takes too long")
 
+    start = copy.deepcopy(student.state_dict())
+
     def trained(most: int) -> Best:
         student.load_state_dict(start)
         return Distillation(student, teacher, masks, images.to(device), meter, healing).run(most)
 
-    start = copy.deepcopy(student.state_dict())
     try:
         best = with_fewer(trained, BATCH, device)
     except KeyboardInterrupt:
