@@ -107,42 +107,37 @@ class Hints:
 
     def _measure(self, images: Tensor) -> set[str]:
         """Find what can be compared, its scale, and the modules that run before the first difference."""
-        asked: dict[str, list[Tensor]] = {}
-        given: dict[str, list[Tensor]] = {}
+        asked: dict[str, list[tuple[torch.Size, Tensor]]] = {}  # shape and variance, of each call
+        given: dict[str, list[torch.Size]] = {}
         order: list[str] = []
 
-        def note(found: dict[str, list[Tensor]], at_kept: bool) -> Callable[[str], _Hook]:
-            def hook(place: str) -> _Hook:
-                def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-                    if isinstance(output, Tensor):
-                        kept = self._at_kept(place, output) if at_kept else output.clone()
-                        found.setdefault(place, []).append(kept)
-
-                return keep
+        def measure(place: str) -> _Hook:
+            def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    maps = self._at_kept(place, output)
+                    asked.setdefault(place, []).append((maps.shape, maps.var()))
 
             return hook
 
         def called(name: str) -> _Hook:
-            return lambda module, arguments, output: order.append(name)
+            def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+                order.append(name)
+                if isinstance(output, Tensor):
+                    given.setdefault(name, []).append(output.shape)
+
+            return hook
 
         with torch.no_grad():
-            with attached(self._hooks(self._whole, self._kept, note(asked, at_kept=True))):
+            with attached(self._hooks(self._whole, self._kept, measure)):
                 self._whole(images.clone())
-            everything = dict(self._smaller.named_modules())
-            hooks = [
-                *self._hooks(self._smaller, self._kept, note(given, at_kept=False)),
-                *self._hooks(self._smaller, everything, called),
-            ]
-            with attached(hooks):
+            with attached(self._hooks(self._smaller, dict(self._smaller.named_modules()), called)):
                 self._smaller(images.clone())
-        for place in self._kept:
-            wanted, had = asked.get(place, []), given.get(place, [])
-            if not len(wanted) == len(had) == 1 or wanted[0].shape != had[0].shape:
+        for place, calls in asked.items():
+            shape, scale = calls[0]
+            if len(calls) > 1 or given.get(place) != [shape]:
                 continue
-            scale = wanted[0].var()
-            if not bool(scale.isfinite()) or float(scale) <= torch.finfo(scale.dtype).tiny:
-                continue
-            self._scales[place] = scale
+            if bool(scale.isfinite()) and float(scale) > torch.finfo(scale.dtype).tiny:
+                self._scales[place] = scale
         changed = self._changed()
         first = next((index for index, name in enumerate(order) if name in changed), 0)
         return set(order[:first]) - set(order[first:])

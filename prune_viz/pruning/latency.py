@@ -77,7 +77,7 @@ class Latency:
         spread = max(self.before.spread, self.after.spread)
         return (
             f"time for one input ({self.runtime}, {self.device}): {_in_ms(self.before)} -> "
-            f"{_in_ms(self.after)} ({change:+.0%}); half of the measurements lie within about {spread:.0%}"
+            f"{_in_ms(self.after)} ({change:+.0%}); half of the measurements lie within {spread:.0%}"
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_change_and_spread_are_in_words() -> None:
     found = Latency(Runtime.COMPILE, Timing(0.0123, 0.01), Timing(0.00923, 0.04), "2 threads")
     assert str(found) == (
         "time for one input (compile, 2 threads): 12.3 ms -> 9.23 ms (-25%); half of the "
-        "measurements lie within about 4%"
+        "measurements lie within 4%"
     )
     assert found.as_json()["seconds_after"] == 0.00923
 
